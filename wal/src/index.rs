@@ -1,0 +1,274 @@
+//! Where every batch lies: a dense table in memory, 56 bytes per batch, found by binary search.
+//!
+//! Batches are contiguous, so a batch's last index is the one before its successor's first; only the very last is
+//! stored. The table grows in chunks of fixed capacity: appending never moves what is there, so a log of a million
+//! batches costs the append after it no more than the first.
+
+use crate::format::{BatchInfo, BatchKind, Chain, LogStart, slot_bytes};
+use ringraft_block::{BLOCK_BYTES, GroupId, LogIndex, Term};
+use std::collections::VecDeque;
+
+/// 56 KiB per chunk.
+const CHUNK: usize = 1024;
+
+/// Where a slot begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Place {
+    /// The segment.
+    pub(crate) generation: u32,
+    /// Offset in the segment file.
+    pub(crate) offset: u64,
+}
+
+/// One batch. `kind_and_bytes` holds the kind in its top byte and the image length in the rest.
+#[derive(Clone, Copy)]
+struct Row {
+    first: LogIndex,
+    term: Term,
+    time_ms: u64,
+    chain: Chain,
+    kind_and_bytes: u32,
+    payload_bytes: u32,
+    generation: u32,
+    block: u32,
+}
+
+const _: () = {
+    assert!(size_of::<Row>() == 56);
+    assert!(crate::format::IMAGE_BYTES_MAX < 1 << 24, "the image length fits beside the kind");
+};
+
+/// The batches of the log in order.
+pub(crate) struct Index {
+    group: GroupId,
+    start: LogStart,
+    /// All but the last are full.
+    chunks: VecDeque<Vec<Row>>,
+    last: LogIndex,
+}
+
+impl Index {
+    /// An empty log that begins after `start`.
+    pub(crate) fn new(group: GroupId, start: LogStart) -> Self {
+        Self { group, start, chunks: VecDeque::new(), last: start.index }
+    }
+
+    pub(crate) fn start(&self) -> LogStart {
+        self.start
+    }
+
+    /// Names the chain before the first batch.
+    pub(crate) fn set_genesis(&mut self, genesis: Chain) {
+        assert!(self.is_empty() && self.start.index.get() == 0, "the genesis precedes every batch");
+        self.start.chain = genesis;
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.chunks.is_empty()
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.chunks.back().map_or(0, |last| (self.chunks.len() - 1) * CHUNK + last.len())
+    }
+
+    /// The end of the log: its last batch, or where it starts.
+    pub(crate) fn end(&self) -> LogStart {
+        match self.len().checked_sub(1).and_then(|at| self.row(at)) {
+            Some(row) => LogStart { index: self.last, term: row.term, chain: row.chain },
+            None => self.start,
+        }
+    }
+
+    /// Appends a batch that the caller has checked to follow the last.
+    pub(crate) fn push(&mut self, info: &BatchInfo, place: Place) {
+        assert_eq!(info.first, self.last.next(), "batches are contiguous");
+        if self.chunks.back().is_none_or(|chunk| chunk.len() == CHUNK) {
+            self.chunks.push_back(Vec::with_capacity(CHUNK));
+        }
+        let row = Row {
+            first: info.first,
+            term: info.term,
+            time_ms: info.time_ms,
+            chain: info.chain,
+            kind_and_bytes: (info.kind as u32) << 24 | info.image_bytes,
+            payload_bytes: info.payload_bytes,
+            generation: place.generation,
+            block: (place.offset / BLOCK_BYTES as u64) as u32,
+        };
+        if let Some(chunk) = self.chunks.back_mut() {
+            chunk.push(row);
+        }
+        self.last = info.last;
+    }
+
+    /// Drops every batch after `index`, which is the end of a batch or the log's start.
+    pub(crate) fn truncate_after(&mut self, index: LogIndex) {
+        let kept = self.partition(|row| row.first <= index);
+        self.truncate(kept);
+        assert_eq!(self.last, index, "the log is cut at the end of a batch");
+    }
+
+    /// Drops every batch whose slot begins at `place` or later in the order of the segments.
+    pub(crate) fn truncate_at_place(&mut self, place: Place) {
+        let kept = self.partition(|row| row.place() < place);
+        self.truncate(kept);
+    }
+
+    fn truncate(&mut self, kept: usize) {
+        let Some(next) = self.row(kept).copied() else { return };
+        self.last = next.first.previous();
+        self.chunks.truncate(kept.div_ceil(CHUNK));
+        let full = self.chunks.len().saturating_sub(1) * CHUNK;
+        if let Some(last) = self.chunks.back_mut() {
+            last.truncate(kept - full);
+        }
+    }
+
+    /// The batch that `index` lies in.
+    pub(crate) fn containing(&self, index: LogIndex) -> Option<(BatchInfo, Place)> {
+        if index > self.last {
+            return None;
+        }
+        let after = self.partition(|row| row.first <= index);
+        self.at(after.checked_sub(1)?)
+    }
+
+    /// The batch at `ordinal` from the oldest.
+    pub(crate) fn at(&self, ordinal: usize) -> Option<(BatchInfo, Place)> {
+        let row = self.row(ordinal)?;
+        let last = self.row(ordinal + 1).map_or(self.last, |next| next.first.previous());
+        Some((row.info(self.group, last), row.place()))
+    }
+
+    /// The ordinal of the batch that begins at `first`.
+    pub(crate) fn ordinal_starting_at(&self, first: LogIndex) -> Option<usize> {
+        let ordinal = self.partition(|row| row.first < first);
+        self.row(ordinal).is_some_and(|row| row.first == first).then_some(ordinal)
+    }
+
+    /// The chain at `index`, when that is the end of a batch or the log's start.
+    pub(crate) fn chain_at(&self, index: LogIndex) -> Option<Chain> {
+        if index == self.start.index {
+            return Some(self.start.chain);
+        }
+        let (info, _) = self.containing(index)?;
+        (info.last == index).then_some(info.chain)
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (BatchInfo, Place)> + '_ {
+        (0..self.len()).map_while(|ordinal| self.at(ordinal))
+    }
+
+    /// Where the slot behind the last batch would begin in the last batch's segment; `None` in an empty log.
+    pub(crate) fn end_place(&self) -> Option<Place> {
+        let (info, place) = self.at(self.len().checked_sub(1)?)?;
+        let offset = place.offset + slot_bytes(info.image_bytes as usize) as u64;
+        Some(Place { generation: place.generation, offset })
+    }
+
+    fn row(&self, ordinal: usize) -> Option<&Row> {
+        self.chunks.get(ordinal / CHUNK)?.get(ordinal % CHUNK)
+    }
+
+    /// The number of batches from the front for which `before` holds; it holds for a prefix.
+    fn partition(&self, before: impl Fn(&Row) -> bool) -> usize {
+        let chunk = self.chunks.partition_point(|chunk| chunk.last().is_some_and(&before));
+        match self.chunks.get(chunk) {
+            Some(rows) => chunk * CHUNK + rows.partition_point(&before),
+            None => self.len(),
+        }
+    }
+}
+
+impl Row {
+    fn place(&self) -> Place {
+        Place { generation: self.generation, offset: u64::from(self.block) * BLOCK_BYTES as u64 }
+    }
+
+    fn info(&self, group: GroupId, last: LogIndex) -> BatchInfo {
+        let kind = match self.kind_and_bytes >> 24 {
+            2 => BatchKind::Membership,
+            3 => BatchKind::Empty,
+            4 => BatchKind::SessionControl,
+            5 => BatchKind::Barrier,
+            _ => BatchKind::Commands,
+        };
+        BatchInfo {
+            group,
+            term: self.term,
+            first: self.first,
+            last,
+            kind,
+            time_ms: self.time_ms,
+            image_bytes: self.kind_and_bytes & 0x00ff_ffff,
+            payload_bytes: self.payload_bytes,
+            chain: self.chain,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn batch(first: u64, last: u64) -> BatchInfo {
+        BatchInfo {
+            group: GroupId(0),
+            term: Term(first / 100 + 1),
+            first: LogIndex(first),
+            last: LogIndex(last),
+            kind: if first.is_multiple_of(7) { BatchKind::Barrier } else { BatchKind::Commands },
+            time_ms: first * 10,
+            image_bytes: 1000,
+            payload_bytes: 800,
+            chain: Chain((u128::from(first) << 64 | u128::from(last)).to_le_bytes()),
+        }
+    }
+
+    /// Three indices per batch, two batches of one block each per segment.
+    fn filled(batches: u64) -> (Index, Vec<(BatchInfo, Place)>) {
+        let mut index = Index::new(GroupId(0), LogStart::default());
+        let mut model = Vec::new();
+        for ordinal in 0..batches {
+            let info = batch(ordinal * 3 + 1, ordinal * 3 + 3);
+            let place = Place { generation: (ordinal / 2) as u32 + 1, offset: 8192 + ordinal % 2 * 4096 };
+            index.push(&info, place);
+            model.push((info, place));
+        }
+        (index, model)
+    }
+
+    #[test]
+    fn every_index_finds_its_batch_across_chunks() {
+        let (index, model) = filled(2 * CHUNK as u64 + 10);
+        assert_eq!(index.iter().collect::<Vec<_>>(), model);
+        for (ordinal, row) in model.iter().enumerate() {
+            for at in row.0.first.get()..=row.0.last.get() {
+                assert_eq!(index.containing(LogIndex(at)).as_ref(), Some(row));
+            }
+            assert_eq!(index.ordinal_starting_at(row.0.first), Some(ordinal));
+            assert_eq!(index.ordinal_starting_at(row.0.last), None);
+            assert_eq!(index.chain_at(row.0.last), Some(row.0.chain));
+            assert_eq!(index.chain_at(row.0.first), None);
+        }
+        assert_eq!(index.containing(LogIndex(0)), None);
+        assert_eq!(index.containing(index.end().index.next()), None);
+    }
+
+    #[test]
+    fn cutting_by_index_and_by_place_keep_the_same_prefix() {
+        for kept in [0, 1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK] {
+            let (mut by_index, model) = filled(2 * CHUNK as u64 + 10);
+            let (mut by_place, _) = filled(2 * CHUNK as u64 + 10);
+            by_index.truncate_after(LogIndex(kept as u64 * 3));
+            by_place.truncate_at_place(model[kept].1);
+            assert_eq!(by_index.iter().collect::<Vec<_>>(), model[..kept]);
+            assert_eq!(by_place.iter().collect::<Vec<_>>(), model[..kept]);
+            assert_eq!(by_index.end(), by_place.end());
+            assert_eq!(by_index.len(), kept);
+            let info = batch(kept as u64 * 3 + 1, kept as u64 * 3 + 1);
+            by_index.push(&info, model[kept].1);
+            assert_eq!(by_index.end().index, info.last);
+        }
+    }
+}

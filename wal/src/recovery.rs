@@ -1,0 +1,607 @@
+//! What a start finds on disk, read and judged. Recovery itself changes nothing but to remove files that never entered
+//! service; what it found becomes effective only by the cut that the log then records.
+//!
+//! The happy path: list the directory; read both copies of the hard state; remove what a crash left half made; read the
+//! headers of all segments; read every segment in the order of generations, in large pieces with several on their
+//! way, and fold it into the log ([`scan`]); flush the segments of the newest epoch, since what was read there may
+//! so far have reached only the device's cache; hand over.
+//!
+//! Failures: a directory of another node, a hard state of which no copy is usable, or one older than the log, stop the
+//! start with an error that names the cure. A sector that cannot be read is evidence, not an error. Damage is part of the
+//! result, and the log refuses to go on with it.
+
+mod scan;
+mod table;
+
+pub(crate) use scan::belongs;
+
+use crate::WalConfig;
+use crate::disk::{
+    Access, DirectoryEntry, Disk, DiskDone, DiskError, DiskErrorKind, DiskOp, DiskOpId, DiskOutput, FileId,
+};
+use crate::error::{CopyState, Damage, DamageCause, WalError};
+use crate::format::{
+    Cut, HARD_STATE_FILE_BYTES, HardState, LogStart, SegmentHeader, SegmentHeaderError, read_hard_state,
+    read_segment_header,
+};
+use crate::hard_state::{COPY_NAMES, COPY_NAMES_NEW};
+use crate::index::Index;
+use crate::ops::{Ops, Owner, Random, take};
+use crate::segment::{SegmentName, Stage};
+use ringraft_block::{AlignedBuf, BLOCK_BYTES, Block, BlockBuf, Incarnation, Pool};
+use scan::{LogScan, ScanOutcome, SegmentBytes};
+
+pub(crate) use scan::Scanned;
+use std::collections::VecDeque;
+use std::ops::Range;
+
+/// Segments are read in pieces of so much.
+const READ_BYTES: usize = 1024 * 1024;
+/// So many pieces are on their way at once.
+const READS_IN_FLIGHT: usize = 4;
+
+const WHAT: &str = "recovering the log";
+
+/// What recovery found and did. For people and metrics.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RecoveryReport {
+    /// Segments that hold a part of the log.
+    pub segments: usize,
+    /// Bytes of segments that were read.
+    pub scanned_bytes: u64,
+    /// Bytes of a torn tail that was dropped: written, never acknowledged.
+    pub torn_bytes: u64,
+    /// One copy of the hard state was missing or damaged and was made anew from the other.
+    pub hard_state_repaired: bool,
+    /// Half-made and unused files that were removed.
+    pub removed_files: usize,
+    /// Acknowledged batches are damaged or missing; the log refuses to go on.
+    pub damage: Option<Damage>,
+}
+
+/// All that the log needs to open.
+pub(crate) struct Found {
+    pub(crate) hard_state: HardState,
+    pub(crate) fresh: bool,
+    pub(crate) index: Index,
+    /// Segments in service in order of generation.
+    pub(crate) segments: Vec<Scanned>,
+    /// Free segments of the configured size, by serial number.
+    pub(crate) free: VecDeque<SegmentName>,
+    pub(crate) next_serial: u32,
+    pub(crate) report: RecoveryReport,
+}
+
+/// The machine. Every phase but the reading of a segment has one operation in flight.
+pub(crate) struct Recovery<B: BlockBuf> {
+    config: WalConfig,
+    pool: Pool<B>,
+    phase: Phase,
+    entries: Vec<DirectoryEntry>,
+    copies: [Option<Result<HardState, CopyState>>; 2],
+    foreign: Option<WalError>,
+    hard_state: Option<HardState>,
+    fresh: bool,
+    /// Files to remove.
+    leftovers: Vec<String>,
+    /// Segment files whose header is to be read.
+    unread: VecDeque<(SegmentName, u64)>,
+    free: VecDeque<SegmentName>,
+    headed: Vec<(Scanned, u64)>,
+    /// In service with a blank header: unused if all of it is blank.
+    blank: Vec<(SegmentName, u64)>,
+    scan: Option<LogScan>,
+    outcome: Option<ScanOutcome>,
+    /// Position in `headed`, then in `blank`.
+    next_scan: usize,
+    buffer: Option<AlignedBuf>,
+    damage: Option<Damage>,
+    next_serial: u32,
+    report: RecoveryReport,
+}
+
+/// Where recovery stands; each variant names the operation that is awaited.
+enum Phase {
+    Start,
+    List,
+    OpenCopy(usize),
+    ReadCopy(usize, FileId),
+    CloseCopy(usize),
+    OpenHeader(SegmentName, u64),
+    ReadHeader(SegmentName, u64, FileId),
+    CloseHeader,
+    OpenSegment,
+    ReadSegment(Reading),
+    FlushSegment(FileId),
+    CloseSegment,
+    Remove(usize),
+    SyncRemovals,
+    End,
+}
+
+/// A segment on its way into memory.
+struct Reading {
+    file: FileId,
+    length: usize,
+    /// Ranges yet to be asked for, in order.
+    wanted: VecDeque<Range<usize>>,
+    in_flight: Vec<(DiskOpId, Range<usize>)>,
+    unreadable: Vec<Range<usize>>,
+}
+
+impl<B: BlockBuf> Recovery<B> {
+    pub(crate) fn new(config: WalConfig, pool: Pool<B>) -> Self {
+        Self {
+            config,
+            pool,
+            phase: Phase::Start,
+            entries: Vec::new(),
+            copies: [None, None],
+            foreign: None,
+            hard_state: None,
+            fresh: false,
+            leftovers: Vec::new(),
+            unread: VecDeque::new(),
+            free: VecDeque::new(),
+            headed: Vec::new(),
+            blank: Vec::new(),
+            scan: None,
+            outcome: None,
+            next_scan: 0,
+            buffer: None,
+            damage: None,
+            next_serial: 0,
+            report: RecoveryReport::default(),
+        }
+    }
+
+    /// Starts the first operation.
+    pub(crate) fn start<D: Disk<Buf = B>>(&mut self, disk: &mut D, ops: &mut Ops) {
+        if matches!(self.phase, Phase::Start) {
+            self.submit(disk, ops, DiskOp::List);
+            self.phase = Phase::List;
+        }
+    }
+
+    /// Takes a completion and starts what follows from it. Hands over what was found at the end.
+    pub(crate) fn handle<D: Disk<Buf = B>>(
+        &mut self,
+        disk: &mut D,
+        ops: &mut Ops,
+        random: &mut Random,
+        done: DiskDone<B>,
+    ) -> Result<Option<Found>, WalError> {
+        let failed = |error| WalError::Disk { what: WHAT, error };
+        match (std::mem::replace(&mut self.phase, Phase::End), done.result) {
+            (Phase::List, Ok(DiskOutput::Listed(entries))) => {
+                self.entries = entries;
+                self.open_copy(disk, ops, 0);
+            }
+
+            (Phase::OpenCopy(copy), Ok(DiskOutput::Opened { file, .. })) => {
+                let block = self.block(disk, HARD_STATE_FILE_BYTES)?;
+                self.submit(disk, ops, DiskOp::Read { file, offset: 0, block, bytes: HARD_STATE_FILE_BYTES });
+                self.phase = Phase::ReadCopy(copy, file);
+            }
+            (Phase::OpenCopy(copy), Err(error)) => {
+                let state = match error.kind {
+                    DiskErrorKind::NotFound => CopyState::Missing,
+                    DiskErrorKind::Io => CopyState::Unreadable(error),
+                    _ => return Err(failed(error)),
+                };
+                self.copies[copy] = Some(Err(state));
+                self.next_copy(disk, ops, random, copy)?;
+            }
+            (Phase::ReadCopy(copy, file), result) => {
+                self.copies[copy] = Some(match result {
+                    Ok(DiskOutput::Read { block, bytes }) => self.judge_copy(copy, &block, bytes),
+                    Ok(_) => return Err(WalError::Protocol { what: WHAT }),
+                    Err(error) => Err(CopyState::Unreadable(error)),
+                });
+                self.submit(disk, ops, DiskOp::Close { file });
+                self.phase = Phase::CloseCopy(copy);
+            }
+            (Phase::CloseCopy(copy), Ok(DiskOutput::Done)) => self.next_copy(disk, ops, random, copy)?,
+
+            (Phase::OpenHeader(name, length), Ok(DiskOutput::Opened { file, .. })) => {
+                let block = self.block(disk, BLOCK_BYTES)?;
+                self.submit(disk, ops, DiskOp::Read { file, offset: 0, block, bytes: BLOCK_BYTES });
+                self.phase = Phase::ReadHeader(name, length, file);
+            }
+            (Phase::ReadHeader(name, length, file), result) => {
+                let header = match result {
+                    Ok(DiskOutput::Read { block, bytes }) => block.get(..bytes).map(read_segment_header),
+                    Ok(_) => return Err(WalError::Protocol { what: WHAT }),
+                    Err(_) => None,
+                };
+                self.take_header(name, length, header)?;
+                self.submit(disk, ops, DiskOp::Close { file });
+                self.phase = Phase::CloseHeader;
+            }
+            (Phase::CloseHeader, Ok(DiskOutput::Done)) => self.next_header(disk, ops)?,
+
+            (Phase::OpenSegment, Ok(DiskOutput::Opened { file, bytes })) => {
+                let length = usize::try_from(bytes).unwrap_or(usize::MAX);
+                self.begin_reading(disk, ops, file, length)?;
+            }
+            (Phase::ReadSegment(reading), result) => {
+                let reading = self.take_piece(done.id, reading, result)?;
+                self.read_on(disk, ops, reading)?;
+            }
+            (Phase::FlushSegment(file), Ok(DiskOutput::Done)) => {
+                self.submit(disk, ops, DiskOp::Close { file });
+                self.phase = Phase::CloseSegment;
+            }
+            (Phase::CloseSegment, Ok(DiskOutput::Done)) => {
+                self.next_scan += 1;
+                self.next_segment(disk, ops)?;
+            }
+
+            (Phase::Remove(at), result) => {
+                match result {
+                    Ok(_) => {}
+                    Err(error) if error.kind == DiskErrorKind::NotFound => {}
+                    Err(error) => return Err(failed(error)),
+                }
+                self.remove(disk, ops, at + 1);
+            }
+            (Phase::SyncRemovals, Ok(DiskOutput::Done)) => {}
+
+            (_, Err(error)) => return Err(failed(error)),
+            (_, Ok(_)) => return Err(WalError::Protocol { what: WHAT }),
+        }
+        Ok(if matches!(self.phase, Phase::End) { self.found() } else { None })
+    }
+
+    // The hard state.
+
+    fn open_copy<D: Disk<Buf = B>>(&mut self, disk: &mut D, ops: &mut Ops, copy: usize) {
+        let name = COPY_NAMES[copy].to_owned();
+        self.submit(disk, ops, DiskOp::Open { name, access: Access::Read });
+        self.phase = Phase::OpenCopy(copy);
+    }
+
+    fn judge_copy(&mut self, copy: usize, block: &[u8], bytes: usize) -> Result<HardState, CopyState> {
+        read_hard_state(block.get(..bytes).unwrap_or_default()).map_err(|error| {
+            if error.is_foreign() {
+                self.foreign = Some(WalError::HardStateForeign { file: COPY_NAMES[copy], error });
+            }
+            CopyState::Invalid(error)
+        })
+    }
+
+    fn next_copy<D: Disk<Buf = B>>(
+        &mut self,
+        disk: &mut D,
+        ops: &mut Ops,
+        random: &mut Random,
+        copy: usize,
+    ) -> Result<(), WalError> {
+        if copy == 0 {
+            self.open_copy(disk, ops, 1);
+            return Ok(());
+        }
+        let hard_state = self.choose_hard_state(random)?;
+        if hard_state.cluster != self.config.cluster
+            || hard_state.node != self.config.node
+            || hard_state.group != self.config.group
+        {
+            return Err(WalError::WrongIdentity {
+                node: self.config.node,
+                cluster: self.config.cluster,
+                found_node: hard_state.node,
+                found_cluster: hard_state.cluster,
+            });
+        }
+        self.scan = Some(LogScan::new(hard_state.clone()));
+        self.hard_state = Some(hard_state);
+        self.sort_entries();
+        self.next_header(disk, ops)
+    }
+
+    /// The copy that counts: the valid one with the highest sequence. A new state when the directory is blank.
+    fn choose_hard_state(&mut self, random: &mut Random) -> Result<HardState, WalError> {
+        if let Some(foreign) = self.foreign.take() {
+            return Err(foreign);
+        }
+        let missing = || Err(CopyState::Missing);
+        let [a, b] = std::mem::take(&mut self.copies).map(|copy| copy.unwrap_or_else(missing));
+        match (a, b) {
+            (Ok(a), Ok(b)) => Ok(if a.sequence >= b.sequence { a } else { b }),
+            (Ok(state), Err(_)) | (Err(_), Ok(state)) => {
+                self.report.hard_state_repaired = true;
+                Ok(state)
+            }
+            // Segments are made after both copies, so a directory without either is blank, or has lost them.
+            (Err(CopyState::Missing), Err(CopyState::Missing)) if !self.has_segments() => {
+                self.fresh = true;
+                Ok(self.format(random))
+            }
+            (a, b) => {
+                let state = |copy: Result<_, CopyState>| copy.err().unwrap_or(CopyState::Intact);
+                Err(WalError::HardStateLost { a: state(a), b: state(b) })
+            }
+        }
+    }
+
+    fn has_segments(&self) -> bool {
+        self.entries
+            .iter()
+            .filter_map(|entry| SegmentName::parse(&entry.name))
+            .any(|name| name.stage != Stage::New)
+    }
+
+    fn format(&self, random: &mut Random) -> HardState {
+        let incarnation = u128::from(random.next()) << 64 | u128::from(random.next());
+        HardState {
+            cluster: self.config.cluster,
+            node: self.config.node,
+            incarnation: Incarnation(incarnation),
+            boot: 0,
+            sequence: 0,
+            group: self.config.group,
+            term: Default::default(),
+            vote: None,
+            epoch: 0,
+            cut: Cut::default(),
+            generation: 0,
+            start: LogStart::default(),
+            witness: Default::default(),
+            configuration: Vec::new(),
+        }
+    }
+
+    // The headers.
+
+    /// Sorts the directory into what to read, what to keep and what to remove. Files of other names are not ours.
+    fn sort_entries(&mut self) {
+        for entry in std::mem::take(&mut self.entries) {
+            if COPY_NAMES_NEW.contains(&entry.name.as_str()) {
+                self.leftovers.push(entry.name);
+                continue;
+            }
+            let Some(name) = SegmentName::parse(&entry.name) else { continue };
+            self.next_serial = self.next_serial.max(name.serial.saturating_add(1));
+            match name.stage {
+                Stage::New => self.leftovers.push(entry.name),
+                Stage::Free if entry.bytes != self.config.segment_bytes => self.leftovers.push(entry.name),
+                Stage::Free | Stage::InService => self.unread.push_back((name, entry.bytes)),
+            }
+        }
+    }
+
+    fn next_header<D: Disk<Buf = B>>(&mut self, disk: &mut D, ops: &mut Ops) -> Result<(), WalError> {
+        if let Some((name, length)) = self.unread.pop_front() {
+            self.submit(disk, ops, DiskOp::Open { name: name.to_string(), access: Access::Read });
+            self.phase = Phase::OpenHeader(name, length);
+            return Ok(());
+        }
+        self.headed.sort_by_key(|(segment, _)| (segment.header.generation, segment.name.serial));
+        let hard_state_epoch = self.hard_state.as_ref().map_or(0, |state| state.epoch);
+        let log_epoch = self.newest_epoch();
+        if log_epoch > hard_state_epoch {
+            return Err(WalError::HardStateBehind { log_epoch, hard_state_epoch });
+        }
+        self.next_segment(disk, ops)
+    }
+
+    fn newest_epoch(&self) -> u64 {
+        self.headed.iter().map(|(segment, _)| segment.header.epoch).max().unwrap_or(0)
+    }
+
+    fn take_header(
+        &mut self,
+        name: SegmentName,
+        length: u64,
+        header: Option<Result<SegmentHeader, SegmentHeaderError>>,
+    ) -> Result<(), WalError> {
+        match (name.stage, header) {
+            (Stage::Free, Some(Err(SegmentHeaderError::Blank))) => self.free.push_back(name),
+            (_, Some(Err(SegmentHeaderError::Blank))) => self.blank.push((name, length)),
+            (_, Some(Err(error @ (SegmentHeaderError::Version(_) | SegmentHeaderError::Fingerprint(_))))) => {
+                return Err(WalError::SegmentForeign { file: name.to_string(), error });
+            }
+            // A free segment is renamed, durably, before its header is written.
+            (Stage::InService, Some(Ok(header))) if self.is_ours(&header, length) => {
+                self.headed.push((Scanned { name, header }, length));
+            }
+            (_, Some(Ok(header))) => self.header_damaged(name, header.generation),
+            (_, Some(Err(_)) | None) => self.header_damaged(name, 0),
+        }
+        Ok(())
+    }
+
+    fn is_ours(&self, header: &SegmentHeader, length: u64) -> bool {
+        self.hard_state.as_ref().is_some_and(|state| {
+            header.cluster == state.cluster
+                && header.node == state.node
+                && header.incarnation == state.incarnation
+                && header.group == state.group
+                && header.segment_bytes == length
+                && length.is_multiple_of(BLOCK_BYTES as u64)
+        })
+    }
+
+    fn header_damaged(&mut self, name: SegmentName, generation: u32) {
+        let state = self.hard_state.as_ref();
+        self.damage.get_or_insert(Damage {
+            cause: DamageCause::SegmentHeader,
+            segment: name.to_string(),
+            generation,
+            offset: 0,
+            // Which batches it held is not known, so all are suspect.
+            first: state.map_or_else(Default::default, |state| state.start.index.next()),
+            identity: None,
+            durable_through: state.map_or_else(Default::default, |state| state.witness.max(state.cut.index)),
+        });
+    }
+
+    // The segments.
+
+    fn scanned_name(&self) -> Option<SegmentName> {
+        let headed = self.headed.get(self.next_scan).map(|(segment, _)| segment.name);
+        let blank = || self.blank.get(self.next_scan - self.headed.len()).map(|(name, _)| *name);
+        if self.next_scan < self.headed.len() { headed } else { blank() }
+    }
+
+    fn next_segment<D: Disk<Buf = B>>(&mut self, disk: &mut D, ops: &mut Ops) -> Result<(), WalError> {
+        if let Some(name) = self.scanned_name() {
+            // With write access, since the newest are flushed.
+            self.submit(disk, ops, DiskOp::Open { name: name.to_string(), access: Access::Write });
+            self.phase = Phase::OpenSegment;
+            return Ok(());
+        }
+        self.buffer = None;
+        let outcome = self.scan.take().map(LogScan::finish);
+        self.damage = self.damage.take().or_else(|| outcome.as_ref()?.damage.clone());
+        self.outcome = outcome;
+        self.remove(disk, ops, 0);
+        Ok(())
+    }
+
+    fn begin_reading<D: Disk<Buf = B>>(
+        &mut self,
+        disk: &mut D,
+        ops: &mut Ops,
+        file: FileId,
+        length: usize,
+    ) -> Result<(), WalError> {
+        let length = length - length % BLOCK_BYTES;
+        if self.buffer.as_ref().is_none_or(|buffer| buffer.bytes().len() < length) {
+            self.buffer = Some(AlignedBuf::zeroed(length));
+        }
+        let wanted = (0..length).step_by(READ_BYTES).map(|at| at..(at + READ_BYTES).min(length)).collect();
+        let reading = Reading { file, length, wanted, in_flight: Vec::new(), unreadable: Vec::new() };
+        self.read_on(disk, ops, reading)
+    }
+
+    /// Copies a piece to its place. One that failed is asked for again block by block; a block that failed is lost.
+    fn take_piece(
+        &mut self,
+        id: DiskOpId,
+        mut reading: Reading,
+        result: Result<DiskOutput<B>, DiskError>,
+    ) -> Result<Reading, WalError> {
+        let Some(at) = reading.in_flight.iter().position(|(flying, _)| *flying == id) else {
+            return Err(WalError::Protocol { what: WHAT });
+        };
+        let (_, range) = reading.in_flight.swap_remove(at);
+        let Some(place) = self.buffer.as_mut().and_then(|buffer| buffer.bytes_mut().get_mut(range.clone()))
+        else {
+            return Err(WalError::Protocol { what: WHAT });
+        };
+        match result {
+            Ok(DiskOutput::Read { block, bytes }) if bytes >= range.len() => {
+                place.copy_from_slice(&block[..range.len()]);
+                self.report.scanned_bytes += range.len() as u64;
+            }
+            Ok(DiskOutput::Read { .. }) | Err(_) if range.len() > BLOCK_BYTES => {
+                let blocks = range.step_by(BLOCK_BYTES).map(|at| at..at + BLOCK_BYTES);
+                reading.wanted.extend(blocks);
+            }
+            Ok(DiskOutput::Read { .. }) | Err(_) => {
+                place.fill(0);
+                reading.unreadable.push(range);
+            }
+            Ok(_) => return Err(WalError::Protocol { what: WHAT }),
+        }
+        Ok(reading)
+    }
+
+    fn read_on<D: Disk<Buf = B>>(
+        &mut self,
+        disk: &mut D,
+        ops: &mut Ops,
+        mut reading: Reading,
+    ) -> Result<(), WalError> {
+        while reading.in_flight.len() < READS_IN_FLIGHT {
+            let Some(range) = reading.wanted.pop_front() else { break };
+            let block = self.block(disk, range.len())?;
+            let offset = range.start as u64;
+            let op = DiskOp::Read { file: reading.file, offset, block, bytes: range.len() };
+            let id = ops.submit(disk, Owner::Recovery, op);
+            reading.in_flight.push((id, range));
+        }
+        if !reading.in_flight.is_empty() {
+            self.phase = Phase::ReadSegment(reading);
+            return Ok(());
+        }
+        let file = reading.file;
+        self.scan_segment(&reading);
+        let newest = self.newest_epoch();
+        if self.headed.get(self.next_scan).is_some_and(|(segment, _)| segment.header.epoch == newest) {
+            self.submit(disk, ops, DiskOp::Flush { file });
+            self.phase = Phase::FlushSegment(file);
+        } else {
+            self.submit(disk, ops, DiskOp::Close { file });
+            self.phase = Phase::CloseSegment;
+        }
+        Ok(())
+    }
+
+    fn scan_segment(&mut self, reading: &Reading) {
+        let Some(buffer) = self.buffer.take() else { return };
+        let bytes = buffer.bytes().get(..reading.length).unwrap_or_default();
+        match self.headed.get(self.next_scan) {
+            Some((segment, _)) => {
+                let bytes = SegmentBytes { bytes, unreadable: &reading.unreadable };
+                if let Some(scan) = self.scan.as_mut() {
+                    scan.segment(segment.name, segment.header, &bytes);
+                }
+            }
+            None => {
+                let name = self.scanned_name();
+                let unused = reading.unreadable.is_empty() && scan::is_prior(bytes);
+                match name {
+                    Some(name) if unused => self.leftovers.push(name.to_string()),
+                    Some(name) => self.header_damaged(name, 0),
+                    None => {}
+                }
+            }
+        }
+        self.buffer = Some(buffer);
+    }
+
+    // The end.
+
+    /// Removes what never entered service, one file after the other, and makes the removals durable. Damage leaves
+    /// everything as it was found.
+    fn remove<D: Disk<Buf = B>>(&mut self, disk: &mut D, ops: &mut Ops, at: usize) {
+        if self.damage.is_none()
+            && let Some(name) = self.leftovers.get(at).cloned()
+        {
+            self.submit(disk, ops, DiskOp::Remove { name });
+            self.phase = Phase::Remove(at);
+            return;
+        }
+        self.report.removed_files = at;
+        self.submit(disk, ops, DiskOp::SyncDirectory);
+        self.phase = Phase::SyncRemovals;
+    }
+
+    fn found(&mut self) -> Option<Found> {
+        let outcome = self.outcome.take()?;
+        let hard_state = self.hard_state.take()?;
+        let mut report = std::mem::take(&mut self.report);
+        report.torn_bytes = outcome.torn_bytes;
+        report.segments = outcome.segments.len();
+        report.damage = self.damage.take();
+        Some(Found {
+            hard_state,
+            fresh: self.fresh,
+            index: outcome.index,
+            segments: outcome.segments,
+            free: std::mem::take(&mut self.free),
+            next_serial: self.next_serial,
+            report,
+        })
+    }
+
+    fn submit<D: Disk<Buf = B>>(&self, disk: &mut D, ops: &mut Ops, op: DiskOp<B>) {
+        ops.submit(disk, Owner::Recovery, op);
+    }
+
+    fn block<D: Disk<Buf = B>>(&self, disk: &mut D, bytes: usize) -> Result<Block<B>, WalError> {
+        take(&self.pool, disk, bytes).map_err(|error| WalError::Disk { what: WHAT, error })
+    }
+}

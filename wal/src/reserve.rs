@@ -1,0 +1,341 @@
+//! Segments made ahead, so that rolling over to the next one is no step in latency.
+//!
+//! The happy path: the [`Maker`] creates a file under its `.new` name, fills it with zeros through an ordinary
+//! (not durable) descriptor, flushes once, and renames it to `.free`. The [`Standby`] takes the oldest free one, renames
+//! it to `.wal`, opens it for durable writes and writes its header. When the active segment is full the log takes the
+//! standby over and the next free one moves up.
+//!
+//! Failures: no space leaves the maker blocked, its half-made file removed, until somebody asks to try again; the log lives
+//! on with what is there. Any other error stops the log. A crash leaves a `.new` file, removed at the next start, or a
+//! `.wal` file with a blank or unused header, removed as well.
+
+use crate::disk::{Access, Disk, DiskDone, DiskError, DiskErrorKind, DiskOp, DiskOutput, FileId};
+use crate::error::WalError;
+use crate::format::{SegmentHeader, write_segment_header};
+use crate::ops::{Ops, Owner, take, zeros};
+use crate::segment::{SegmentName, Stage};
+use ringraft_block::{BLOCK_BYTES, BlockBuf, Pool, SharedBlock};
+use std::collections::VecDeque;
+use std::rc::Rc;
+
+/// Zeros are written in pieces of at most so much: larger ones delay the log's own writes behind them.
+const FILL_BYTES: u64 = 256 * 1024;
+/// So many pieces are on their way at once.
+const FILLS_IN_FLIGHT: u32 = 2;
+
+const WHAT_MAKE: &str = "making a segment";
+const WHAT_STANDBY: &str = "putting a segment into service";
+
+/// Makes free segments.
+pub(crate) struct Maker<B: BlockBuf> {
+    segment_bytes: u64,
+    next_serial: u32,
+    /// Free segments, oldest first.
+    free: VecDeque<SegmentName>,
+    phase: Making<B>,
+    blocked: Option<DiskError>,
+}
+
+enum Making<B: BlockBuf> {
+    Idle,
+    Creating(SegmentName),
+    Filling(Fill<B>),
+    Flushing(SegmentName, FileId),
+    Closing(SegmentName),
+    Renaming(SegmentName),
+    Syncing(SegmentName),
+    /// After a lack of space: closing what was made so far.
+    GivingUp(SegmentName),
+    /// After a lack of space: removing it.
+    Removing,
+}
+
+struct Fill<B: BlockBuf> {
+    name: SegmentName,
+    file: FileId,
+    zeros: SharedBlock<B>,
+    next: u64,
+    in_flight: u32,
+    /// No space: nothing more is written, and what is in flight is awaited.
+    failed: bool,
+}
+
+impl<B: BlockBuf> Maker<B> {
+    pub(crate) fn new(segment_bytes: u64, next_serial: u32, free: VecDeque<SegmentName>) -> Self {
+        Self { segment_bytes, next_serial, free, phase: Making::Idle, blocked: None }
+    }
+
+    /// The number of free segments.
+    pub(crate) fn free(&self) -> usize {
+        self.free.len()
+    }
+
+    /// The lack of space that keeps it from making another.
+    pub(crate) fn blocked(&self) -> Option<&DiskError> {
+        self.blocked.as_ref()
+    }
+
+    /// Space may have come back.
+    pub(crate) fn retry(&mut self) {
+        self.blocked = None;
+    }
+
+    pub(crate) fn is_idle(&self) -> bool {
+        matches!(self.phase, Making::Idle)
+    }
+
+    pub(crate) fn take_free(&mut self) -> Option<SegmentName> {
+        self.free.pop_front()
+    }
+
+    /// Begins another segment when fewer than `wanted` are free.
+    pub(crate) fn advance<D: Disk<Buf = B>>(&mut self, disk: &mut D, ops: &mut Ops, wanted: usize) {
+        if !self.is_idle() || self.blocked.is_some() || self.free.len() >= wanted {
+            return;
+        }
+        let name = SegmentName::new(self.next_serial, Stage::New);
+        // 2^32 files are made after 256 PiB of log; the generations end first.
+        self.next_serial = self.next_serial.wrapping_add(1);
+        let op = DiskOp::Create { name: name.to_string(), bytes: self.segment_bytes, access: Access::Write };
+        ops.submit(disk, Owner::Maker, op);
+        self.phase = Making::Creating(name);
+    }
+
+    pub(crate) fn handle<D: Disk<Buf = B>>(
+        &mut self,
+        disk: &mut D,
+        ops: &mut Ops,
+        pool: &Pool<B>,
+        done: DiskDone<B>,
+    ) -> Result<(), WalError> {
+        let phase = std::mem::replace(&mut self.phase, Making::Idle);
+        let output = match done.result {
+            Ok(output) => output,
+            Err(error) => return self.failed(disk, ops, phase, error),
+        };
+        match (phase, output) {
+            (Making::Creating(name), DiskOutput::Opened { file, .. }) => {
+                let bytes = FILL_BYTES.min(self.segment_bytes) as usize;
+                let block =
+                    take(pool, disk, bytes).map_err(|error| WalError::Disk { what: WHAT_MAKE, error })?;
+                let zeros = zeros(block, bytes);
+                self.fill(disk, ops, Fill { name, file, zeros, next: 0, in_flight: 0, failed: false });
+            }
+            (Making::Filling(mut fill), DiskOutput::Written { bytes }) => {
+                fill.in_flight -= 1;
+                // The last piece may be shorter than the others; no piece is shorter than a block.
+                if bytes == 0 || !bytes.is_multiple_of(BLOCK_BYTES) {
+                    let asked = FILL_BYTES.min(self.segment_bytes) as usize;
+                    return Err(WalError::ShortWrite { what: WHAT_MAKE, asked, written: bytes });
+                }
+                let expected = self.segment_bytes.min(FILL_BYTES) as usize;
+                let tail = (self.segment_bytes % FILL_BYTES) as usize;
+                if bytes != expected && bytes != tail {
+                    return Err(WalError::ShortWrite { what: WHAT_MAKE, asked: expected, written: bytes });
+                }
+                self.fill(disk, ops, fill);
+            }
+            (Making::Flushing(name, file), DiskOutput::Done) => {
+                ops.submit(disk, Owner::Maker, DiskOp::Close { file });
+                self.phase = Making::Closing(name);
+            }
+            (Making::Closing(name), DiskOutput::Done) => {
+                let (from, to) = (name.to_string(), name.at(Stage::Free).to_string());
+                ops.submit(disk, Owner::Maker, DiskOp::Rename { from, to });
+                self.phase = Making::Renaming(name);
+            }
+            (Making::Renaming(name), DiskOutput::Done) => {
+                ops.submit(disk, Owner::Maker, DiskOp::SyncDirectory);
+                self.phase = Making::Syncing(name);
+            }
+            (Making::Syncing(name), DiskOutput::Done) => self.free.push_back(name.at(Stage::Free)),
+            (Making::GivingUp(name), DiskOutput::Done) => self.remove(disk, ops, name),
+            (Making::Removing, DiskOutput::Done) => {}
+            _ => return Err(WalError::Protocol { what: WHAT_MAKE }),
+        }
+        Ok(())
+    }
+
+    fn fill<D: Disk<Buf = B>>(&mut self, disk: &mut D, ops: &mut Ops, mut fill: Fill<B>) {
+        while !fill.failed && fill.in_flight < FILLS_IN_FLIGHT && fill.next < self.segment_bytes {
+            let bytes = FILL_BYTES.min(self.segment_bytes - fill.next) as usize;
+            let block = Rc::clone(&fill.zeros);
+            let op = DiskOp::Write { file: fill.file, offset: fill.next, block, bytes };
+            ops.submit(disk, Owner::Maker, op);
+            fill.next += bytes as u64;
+            fill.in_flight += 1;
+        }
+        self.phase = if fill.in_flight > 0 {
+            Making::Filling(fill)
+        } else if fill.failed {
+            ops.submit(disk, Owner::Maker, DiskOp::Close { file: fill.file });
+            Making::GivingUp(fill.name)
+        } else {
+            ops.submit(disk, Owner::Maker, DiskOp::Flush { file: fill.file });
+            Making::Flushing(fill.name, fill.file)
+        };
+    }
+
+    /// Lack of space blocks the maker and removes what it has made; anything else stops the log.
+    fn failed<D: Disk<Buf = B>>(
+        &mut self,
+        disk: &mut D,
+        ops: &mut Ops,
+        phase: Making<B>,
+        error: DiskError,
+    ) -> Result<(), WalError> {
+        let no_space = error.kind == DiskErrorKind::NoSpace;
+        match phase {
+            // The name may or may not exist.
+            Making::Creating(name) | Making::Renaming(name) if no_space => {
+                self.blocked = Some(error);
+                self.remove(disk, ops, name);
+            }
+            Making::Filling(mut fill) if no_space => {
+                self.blocked = Some(error);
+                fill.in_flight -= 1;
+                fill.failed = true;
+                self.fill(disk, ops, fill);
+            }
+            // Delayed allocation may run out of space at the flush. The file is given up, not flushed again.
+            Making::Flushing(name, file) if no_space => {
+                self.blocked = Some(error);
+                ops.submit(disk, Owner::Maker, DiskOp::Close { file });
+                self.phase = Making::GivingUp(name);
+            }
+            Making::Removing if error.kind == DiskErrorKind::NotFound => {}
+            _ => return Err(WalError::Disk { what: WHAT_MAKE, error }),
+        }
+        Ok(())
+    }
+
+    fn remove<D: Disk<Buf = B>>(&mut self, disk: &mut D, ops: &mut Ops, name: SegmentName) {
+        ops.submit(disk, Owner::Maker, DiskOp::Remove { name: name.to_string() });
+        self.phase = Making::Removing;
+    }
+}
+
+/// The segment that the log rolls over to next.
+pub(crate) struct Standby {
+    phase: Readying,
+}
+
+enum Readying {
+    Idle,
+    Renaming(SegmentName),
+    Syncing(SegmentName),
+    Opening(SegmentName),
+    /// Open, without a header that fits.
+    Open(SegmentName, FileId),
+    Heading(SegmentName, FileId, SegmentHeader),
+    Ready(SegmentName, FileId, SegmentHeader),
+}
+
+impl Standby {
+    pub(crate) fn new() -> Self {
+        Self { phase: Readying::Idle }
+    }
+
+    /// Whether there is none at all.
+    pub(crate) fn is_idle(&self) -> bool {
+        matches!(self.phase, Readying::Idle)
+    }
+
+    /// The durable header of the standby.
+    pub(crate) fn header(&self) -> Option<&SegmentHeader> {
+        match &self.phase {
+            Readying::Ready(_, _, header) => Some(header),
+            _ => None,
+        }
+    }
+
+    /// Hands the segment over to the log.
+    pub(crate) fn take(&mut self) -> Option<(SegmentName, FileId, SegmentHeader)> {
+        match std::mem::replace(&mut self.phase, Readying::Idle) {
+            Readying::Ready(name, file, header) => Some((name, file, header)),
+            other => {
+                self.phase = other;
+                None
+            }
+        }
+    }
+
+    /// The descriptor, to be closed.
+    pub(crate) fn take_file(&mut self) -> Option<FileId> {
+        match std::mem::replace(&mut self.phase, Readying::Idle) {
+            Readying::Open(_, file) | Readying::Ready(_, file, _) => Some(file),
+            other => {
+                self.phase = other;
+                None
+            }
+        }
+    }
+
+    /// Moves `free` up when there is no standby.
+    pub(crate) fn begin<D: Disk>(&mut self, disk: &mut D, ops: &mut Ops, free: SegmentName) {
+        debug_assert!(self.is_idle());
+        let name = free.at(Stage::InService);
+        ops.submit(disk, Owner::Standby, DiskOp::Rename { from: free.to_string(), to: name.to_string() });
+        self.phase = Readying::Renaming(name);
+    }
+
+    /// Whether a header could be written now.
+    pub(crate) fn takes_header(&self) -> bool {
+        matches!(self.phase, Readying::Open(..) | Readying::Ready(..))
+    }
+
+    /// Writes `header`, also over one that no longer fits: no slot has been written to a standby, and the header's
+    /// sector is written whole or not at all.
+    pub(crate) fn write_header<D: Disk>(
+        &mut self,
+        disk: &mut D,
+        ops: &mut Ops,
+        pool: &Pool<D::Buf>,
+        header: SegmentHeader,
+    ) -> Result<(), WalError> {
+        let (name, file) = match self.phase {
+            Readying::Open(name, file) | Readying::Ready(name, file, _) => (name, file),
+            _ => return Ok(()),
+        };
+        let block = take(pool, disk, BLOCK_BYTES);
+        let mut block = block.map_err(|error| WalError::Disk { what: WHAT_STANDBY, error })?;
+        block[..BLOCK_BYTES].fill(0);
+        write_segment_header(&mut block, &header);
+        let op = DiskOp::Write { file, offset: 0, block: Rc::new(block), bytes: BLOCK_BYTES };
+        ops.submit(disk, Owner::Standby, op);
+        self.phase = Readying::Heading(name, file, header);
+        Ok(())
+    }
+
+    pub(crate) fn handle<D: Disk>(
+        &mut self,
+        disk: &mut D,
+        ops: &mut Ops,
+        done: DiskDone<D::Buf>,
+    ) -> Result<(), WalError> {
+        let output = done.result.map_err(|error| WalError::Disk { what: WHAT_STANDBY, error })?;
+        match (std::mem::replace(&mut self.phase, Readying::Idle), output) {
+            (Readying::Renaming(name), DiskOutput::Done) => {
+                ops.submit(disk, Owner::Standby, DiskOp::SyncDirectory);
+                self.phase = Readying::Syncing(name);
+            }
+            (Readying::Syncing(name), DiskOutput::Done) => {
+                let op = DiskOp::Open { name: name.to_string(), access: Access::DurableWrite };
+                ops.submit(disk, Owner::Standby, op);
+                self.phase = Readying::Opening(name);
+            }
+            (Readying::Opening(name), DiskOutput::Opened { file, .. }) => {
+                self.phase = Readying::Open(name, file);
+            }
+            (Readying::Heading(name, file, header), DiskOutput::Written { bytes }) => {
+                if bytes != BLOCK_BYTES {
+                    let asked = BLOCK_BYTES;
+                    return Err(WalError::ShortWrite { what: WHAT_STANDBY, asked, written: bytes });
+                }
+                self.phase = Readying::Ready(name, file, header);
+            }
+            _ => return Err(WalError::Protocol { what: WHAT_STANDBY }),
+        }
+        Ok(())
+    }
+}
