@@ -1,0 +1,122 @@
+//! What is remembered of a peer between its connections.
+
+use crate::config::NetLimits;
+use crate::frame::Session;
+use crate::handshake::Known;
+use ringraft_block::{Incarnation, NodeId};
+use std::net::SocketAddr;
+
+/// A node to have a session with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PeerConfig {
+    /// Its id. The node with the higher id dials, the other accepts.
+    pub id: NodeId,
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// Its incarnation, once it is known; another is refused then.
+    pub incarnation: Option<Incarnation>,
+}
+
+pub(crate) struct Peer {
+    pub(crate) address: SocketAddr,
+    pub(crate) pinned: Option<Incarnation>,
+    /// The newest session accepted from it, and the incarnation that it was with.
+    pub(crate) newest: Option<(Incarnation, Session)>,
+    /// Its connection: being dialed, in its handshake if dialed here, or open.
+    pub(crate) slot: Option<usize>,
+    /// The engine wants nothing from it for now.
+    pub(crate) paused: bool,
+    /// When it may be dialed.
+    pub(crate) dial_at_ns: u64,
+    /// Dials and sessions that failed since the last success.
+    failures: u32,
+}
+
+impl Peer {
+    pub(crate) fn new(config: &PeerConfig) -> Self {
+        Self {
+            address: config.address,
+            pinned: config.incarnation,
+            newest: None,
+            slot: None,
+            paused: false,
+            dial_at_ns: 0,
+            failures: 0,
+        }
+    }
+
+    pub(crate) fn known(&self) -> Known {
+        Known { pinned: self.pinned, newest: self.newest }
+    }
+
+    /// A session lasted: the next failure is the first again.
+    pub(crate) fn succeeded(&mut self) {
+        self.failures = 0;
+    }
+
+    /// It may be dialed at once, as if nothing had failed.
+    pub(crate) fn forgive(&mut self) {
+        self.failures = 0;
+        self.dial_at_ns = 0;
+    }
+
+    /// A dial or a session failed: the next dial waits twice as long as the last one did, less up to half of it at
+    /// random, so that nodes which lost each other at the same moment do not come back at the same moment.
+    pub(crate) fn failed(&mut self, now: u64, limits: &NetLimits, jitter: &mut Jitter) {
+        let factor = 1u64.checked_shl(self.failures.min(63)).unwrap_or(u64::MAX);
+        let delay = limits.reconnect_delay_min_ns.saturating_mul(factor);
+        let delay = delay.min(limits.reconnect_delay_max_ns);
+        let delay = delay - jitter.up_to(delay / 2);
+        self.failures = self.failures.saturating_add(1);
+        self.dial_at_ns = now.saturating_add(delay);
+    }
+}
+
+/// Random numbers for spreading things out (splitmix64): no secret depends on them.
+pub(crate) struct Jitter(u64);
+
+impl Jitter {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    /// A number from 0 to `most`, both included.
+    fn up_to(&mut self, most: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^= z >> 31;
+        let span = u128::from(most) + 1;
+        ((u128::from(z) * span) >> 64) as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_wait_doubles_up_to_its_bound_with_up_to_half_off_and_a_success_resets_it() {
+        let limits =
+            NetLimits { reconnect_delay_min_ns: 100, reconnect_delay_max_ns: 1000, ..NetLimits::default() };
+        let config = PeerConfig { id: NodeId(1), address: "127.0.0.1:1".parse().unwrap(), incarnation: None };
+        let mut jitter = Jitter::new(7);
+        let mut peer = Peer::new(&config);
+        let mut seen = std::collections::BTreeSet::new();
+        for _ in 0..20 {
+            for full in [100, 200, 400, 800, 1000, 1000] {
+                peer.failed(5_000, &limits, &mut jitter);
+                let delay = peer.dial_at_ns - 5_000;
+                assert!((full / 2..=full).contains(&delay), "{delay} of {full}");
+                seen.insert(delay);
+            }
+            peer.succeeded();
+        }
+        assert!(seen.len() > 50, "the waits are spread: {seen:?}");
+        for _ in 0..200 {
+            peer.failed(u64::MAX - 10, &limits, &mut jitter);
+        }
+        assert_eq!(peer.dial_at_ns, u64::MAX);
+    }
+}
