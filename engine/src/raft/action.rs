@@ -1,0 +1,72 @@
+//! What the core wants done, in this order.
+
+use super::{BatchRun, Epoch, Message, Role, Violation};
+use ringraft_block::{LogIndex, NodeId, Term};
+
+/// An output of [`Raft::handle`](super::Raft::handle). Actions are carried out in the order given.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Append the batch to the log. The driver holds its image: sealed by itself, or received beside the append
+    /// that is being handled. Its durability is reported by [`Event::Persisted`](super::Event::Persisted).
+    Persist {
+        /// The batch.
+        batch: BatchRun,
+    },
+    /// Drop everything after `after` from the log, durably, before any later [`Action::Persist`] is written. From
+    /// now on the log's epoch is `epoch`.
+    Truncate {
+        /// The last index kept, a batch end.
+        after: LogIndex,
+        /// The new epoch, one above the previous.
+        epoch: Epoch,
+    },
+    /// Make term and vote durable and report [`Event::HardStateSaved`](super::Event::HardStateSaved).
+    SaveHardState {
+        /// Number of this save, increasing by one.
+        sequence: u64,
+        /// Current term.
+        term: Term,
+        /// Whom this node voted for in it.
+        vote: Option<NodeId>,
+    },
+    /// Send at once: nothing in the message promises what is not yet durable.
+    SendNow {
+        /// To whom.
+        to: NodeId,
+        /// What. An append's image is found by its [`BatchRun`].
+        message: Message,
+    },
+    /// Send once the hard state of that number is durable. Messages to one member keep their order.
+    SendAfterSave {
+        /// The save that must be durable first.
+        sequence: u64,
+        /// To whom.
+        to: NodeId,
+        /// What.
+        message: Message,
+    },
+    /// Everything up to `up_to` is committed: apply it.
+    Commit {
+        /// The commit index, a batch end, above the previous.
+        up_to: LogIndex,
+    },
+    /// This node's role changed.
+    Become {
+        /// The new role.
+        role: Role,
+        /// Its term.
+        term: Term,
+        /// The leader of that term, where known.
+        leader: Option<NodeId>,
+    },
+    /// Seal an empty batch at [`Raft::next_position`](super::Raft::next_position) and propose it before any
+    /// command: a new leader's first (Raft, section 8: a leader commits an entry of its own term before it knows
+    /// what is committed).
+    SealEmpty,
+    /// An invariant between honest nodes is broken: carry out nothing more, close the node with this error. The
+    /// event that showed it has no other action.
+    Stop {
+        /// What was seen.
+        violation: Violation,
+    },
+}

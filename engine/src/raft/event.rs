@@ -1,0 +1,146 @@
+//! What happens to the core: everything it knows of the world arrives as one of these.
+
+use super::{BatchRun, Epoch, LogId, Round};
+use ringraft_block::{LogIndex, NodeId, Term};
+
+/// An input of [`Raft::handle`](super::Raft::handle).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// Time has passed; handed in at [`Raft::next_deadline`](super::Raft::next_deadline) at the latest. Early and
+    /// repeated ticks are harmless.
+    Tick,
+    /// The driver sealed `batch` at the position that [`Raft::next_position`](super::Raft::next_position) gave.
+    /// Only while this node leads.
+    Proposed {
+        /// The sealed batch.
+        batch: BatchRun,
+    },
+    /// A message of a member arrived, already checked for identity, incarnation and checksums.
+    Received {
+        /// Who sent it.
+        from: NodeId,
+        /// What it says.
+        message: Message,
+    },
+    /// The log has made everything up to `last` durable, in the life of `epoch`.
+    Persisted {
+        /// The log's epoch when the writes were submitted; a completion from before a truncation carries an older
+        /// one than [`Action::Truncate`](super::Action::Truncate) announced.
+        epoch: Epoch,
+        /// The last durable index, a batch end.
+        last: LogIndex,
+    },
+    /// The hard state of [`Action::SaveHardState`](super::Action::SaveHardState) with this number, and all before
+    /// it, are durable.
+    HardStateSaved {
+        /// The number of the save.
+        sequence: u64,
+    },
+    /// A session with `peer` began: what was sent before may be lost.
+    PeerConnected {
+        /// The member.
+        peer: NodeId,
+    },
+    /// The session with `peer` ended.
+    PeerDisconnected {
+        /// The member.
+        peer: NodeId,
+    },
+}
+
+/// What members say to each other. Every message carries the sender's term.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Message {
+    /// AppendEntries (Raft, figure 2): from the leader of `term`.
+    Append(Append),
+    /// The answer to an append, or a report of durability sent later.
+    AppendAck(AppendAck),
+    /// RequestVote, or its trial run (Raft thesis, section 9.6).
+    Vote(Vote),
+    /// The answer to a [`Vote`].
+    VoteReply(VoteReply),
+}
+
+impl Message {
+    /// The sender's term. A pre-vote carries the term that the sender would campaign in, which is one above its
+    /// own; a granted pre-vote's reply repeats that term.
+    #[must_use]
+    pub fn term(&self) -> Term {
+        match self {
+            Self::Append(append) => append.term,
+            Self::AppendAck(ack) => ack.term,
+            Self::Vote(vote) => vote.term,
+            Self::VoteReply(reply) => reply.term,
+        }
+    }
+}
+
+/// AppendEntries with at most one batch; without one it is a heartbeat or a probe.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Append {
+    /// The leader's term.
+    pub term: Term,
+    /// What precedes the batch in the leader's log: a batch end.
+    pub previous: LogId,
+    /// The batch that follows, whose image travels beside the message.
+    pub batch: Option<BatchRun>,
+    /// The leader's commit index, not clamped to what the receiver has.
+    pub commit: LogIndex,
+    /// The leader's current round; never decreases within a term.
+    pub round: Round,
+    /// Whether the receiver answers at once, before anything is durable, so that the leader hears `round` back.
+    pub reply_now: bool,
+}
+
+/// What a follower holds. Acks are cumulative: a later one replaces an earlier one of the same session.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AppendAck {
+    /// The follower's term.
+    pub term: Term,
+    /// The highest round heard from the leader of `term`, whatever the disk is doing.
+    pub round: Round,
+    /// How the last append fared.
+    pub outcome: AppendOutcome,
+}
+
+/// How an append fared.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum AppendOutcome {
+    /// The follower's log equals the leader's up to `matched`, and is durable up to there.
+    Matched {
+        /// A batch end of the leader's log.
+        matched: LogId,
+    },
+    /// `previous` of the append is not in the follower's log.
+    Rejected {
+        /// The index of the refused `previous`, by which the leader tells a late rejection from a current one.
+        refused: LogIndex,
+        /// The largest position at which the two logs may agree: the follower's last batch end at or below
+        /// `refused` with a term at or below that of `previous` (skips whole terms, as etcd's raft does).
+        hint: LogId,
+    },
+    /// The sender's term is over: the receiver's is in `term`.
+    StaleTerm,
+}
+
+/// RequestVote (Raft, figure 2) or pre-vote.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Vote {
+    /// The candidate's term; of a pre-vote, the term it would campaign in.
+    pub term: Term,
+    /// The end of the candidate's log.
+    pub last: LogId,
+    /// Whether this only asks if a campaign could succeed.
+    pub pre: bool,
+}
+
+/// The answer to a [`Vote`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VoteReply {
+    /// If granted, the term of the request; otherwise the voter's own term.
+    pub term: Term,
+    /// Whether the vote, or the pre-vote, is given.
+    pub granted: bool,
+    /// Which of the two it answers.
+    pub pre: bool,
+}

@@ -1,0 +1,112 @@
+//! Counting over one or two sets of voters.
+
+use super::Configuration;
+use ringraft_block::NodeId;
+
+/// The voters that must agree: a majority of `incoming`, and during a transition also one of `outgoing`.
+///
+/// Nothing is allocated to count: sets of voters have a handful of members, so the quadratic scan below is the
+/// fastest way too.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Quorum {
+    incoming: Vec<NodeId>,
+    outgoing: Vec<NodeId>,
+}
+
+impl Quorum {
+    /// The quorum of a configuration.
+    #[must_use]
+    pub fn of(configuration: &Configuration) -> Self {
+        Self {
+            incoming: configuration.incoming_voters().collect(),
+            outgoing: configuration.outgoing().to_vec(),
+        }
+    }
+
+    /// The highest value that a quorum has reached, when `value` is what each voter has reached.
+    pub fn agreed<T: Ord + Copy>(&self, value: impl Fn(NodeId) -> T) -> T {
+        let incoming = majority(&self.incoming, &value);
+        let outgoing = majority(&self.outgoing, &value);
+        match (incoming, outgoing) {
+            (Some(incoming), Some(outgoing)) => incoming.min(outgoing),
+            (Some(one), None) | (None, Some(one)) => one,
+            // A configuration has at least one voter.
+            (None, None) => value(NodeId(0)),
+        }
+    }
+
+    /// Whether those for whom `says_yes` holds are a quorum.
+    pub fn reached(&self, says_yes: impl Fn(NodeId) -> bool) -> bool {
+        self.agreed(says_yes)
+    }
+
+    /// Whether `id` alone is a quorum.
+    #[must_use]
+    pub fn is_only(&self, id: NodeId) -> bool {
+        self.reached(|voter| voter == id)
+    }
+
+    /// Every voter once.
+    pub fn voters(&self) -> impl Iterator<Item = NodeId> + '_ {
+        let old = self.outgoing.iter().filter(|id| !self.incoming.contains(id));
+        self.incoming.iter().chain(old).copied()
+    }
+}
+
+/// The highest value that more than half of `voters` have reached.
+fn majority<T: Ord + Copy>(voters: &[NodeId], value: &impl Fn(NodeId) -> T) -> Option<T> {
+    let needed = voters.len() / 2 + 1;
+    let reached_by_majority =
+        |candidate: &T| voters.iter().filter(|id| value(**id) >= *candidate).count() >= needed;
+    voters.iter().map(|id| value(*id)).filter(reached_by_majority).max()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::raft::{Member, MemberRole};
+    use ringraft_block::Incarnation;
+
+    fn quorum(voters: &[u64], outgoing: &[u64]) -> Quorum {
+        let members = voters.iter().map(|id| Member {
+            id: NodeId(*id),
+            incarnation: Incarnation(1),
+            address: String::new(),
+            role: MemberRole::Voter,
+        });
+        let leaving = outgoing.iter().filter(|id| !voters.contains(id)).map(|id| Member {
+            id: NodeId(*id),
+            incarnation: Incarnation(1),
+            address: String::new(),
+            role: MemberRole::Learner,
+        });
+        let outgoing = outgoing.iter().map(|id| NodeId(*id)).collect();
+        Quorum::of(&Configuration::joint(members.chain(leaving).collect(), outgoing).expect("valid"))
+    }
+
+    #[test]
+    fn what_a_majority_reached_is_agreed_for_one_to_five_voters() {
+        let reached = |id: NodeId| id.get() * 10;
+        for (voters, agreed) in [(1, 10), (2, 10), (3, 20), (4, 20), (5, 30)] {
+            let ids: Vec<u64> = (1..=voters).collect();
+            assert_eq!(quorum(&ids, &[]).agreed(reached), agreed, "{voters} voters");
+        }
+    }
+
+    #[test]
+    fn a_transition_needs_both_majorities() {
+        let quorum = quorum(&[1, 2, 3], &[3, 4, 5]);
+        assert!(!quorum.reached(|id| id.get() <= 3));
+        assert!(!quorum.reached(|id| id.get() >= 3));
+        assert!(quorum.reached(|id| id.get() != 2 && id.get() != 5));
+        assert_eq!(quorum.voters().collect::<Vec<_>>(), [1, 2, 3, 4, 5].map(NodeId));
+    }
+
+    #[test]
+    fn one_voter_is_a_quorum_of_itself_and_a_learner_never_is() {
+        assert!(quorum(&[1], &[]).is_only(NodeId(1)));
+        assert!(!quorum(&[1], &[]).is_only(NodeId(2)));
+        assert!(!quorum(&[1, 2], &[]).is_only(NodeId(1)));
+        assert!(!quorum(&[1], &[2]).is_only(NodeId(1)));
+    }
+}

@@ -1,0 +1,594 @@
+//! The protocol as text: each file in `scripts/` is a sequence of commands with the whole trace that they produce,
+//! every event and every action of every node.
+//!
+//! A block is comment lines (`#`), commands, `----`, and the trace, up to an empty line. `UPDATE_SCRIPTS=1` rewrites
+//! the traces; read the difference before believing it.
+//!
+//! Notation: `4@2` is index 4 of term 2; `[4..5@2 200B]` a batch. A node is its number.
+//!
+//! | command | what happens |
+//! |---|---|
+//! | `nodes 3 [learners=4,5] [window=2] [window_bytes=1000]` | a cluster of empty nodes |
+//! | `node 1 term=3 [vote=2] [log=1,1,2*3] [commit=1]` | node 1 boots with that disk: a term per batch, `*3` of three entries |
+//! | `tick 2 [150ms]` | node 2 ticks after that time; without a time at its deadline |
+//! | `wait 150ms` | time passes, nobody ticks |
+//! | `propose 1 [count=2] [bytes=100] [times=3]` | the driver of node 1 seals batches |
+//! | `deliver 1->2 [at=3] [count=1]` | messages under way arrive: all, or so many, from the third on |
+//! | `duplicate 1->2`, `drop 1->2` | as deliver: arrive and stay under way, or do not arrive |
+//! | `save 2`, `persist 2` | hard state, or log, of node 2 is durable, and reports it |
+//! | `write 2`, `complete 2` | the halves of `persist`: it is durable; it is reported, in one completion per epoch |
+//! | `disconnect 1 2`, `connect 1 2` | the session ends, what is under way is lost; a session begins |
+//! | `crash 3`, `restart 3` | node 3 loses what is not durable |
+//! | `settle` | everything under way arrives, everything written is durable, until nothing is left; no time passes |
+//! | `run 2000ms [without=3] [cut=3]` | time passes: due ticks, each then as `settle`; a node without does nothing at all, and messages from and to it, or one that is cut off, are lost |
+//! | `elect 1` | node 1's timer fires, then as `settle` |
+//! | `status [1]` | the nodes as they are |
+//! | `quiet <command>` | without its trace |
+
+use ringraft::raft::{
+    Action, AppendOutcome, BatchRun, Boot, Configuration, Epoch, Event, LogId, Member, MemberRole, Message,
+    Nanos, Raft, RaftConfig, ReplicationState, Role,
+};
+use ringraft_block::{Incarnation, LogIndex, NodeId, Term};
+use std::collections::{BTreeMap, VecDeque};
+use std::fmt::Write as _;
+use std::path::Path;
+
+#[test]
+fn scripts_produce_the_traces_that_are_written_in_them() {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/scripts");
+    let mut files: Vec<_> =
+        std::fs::read_dir(&directory).expect("scripts").map(|entry| entry.expect("entry").path()).collect();
+    files.sort();
+    assert!(!files.is_empty());
+    let mut differing = Vec::new();
+    for file in files {
+        let text = std::fs::read_to_string(&file).expect("readable");
+        let (produced, failures) = replay(&text);
+        differing.extend(failures.iter().map(|failure| format!("{}: {failure}", file.display())));
+        if produced == text {
+            continue;
+        }
+        if std::env::var_os("UPDATE_SCRIPTS").is_some() {
+            std::fs::write(&file, produced).expect("writable");
+            continue;
+        }
+        let first = text.lines().zip(produced.lines()).position(|(expected, got)| expected != got);
+        let line = first.unwrap_or_else(|| text.lines().count().min(produced.lines().count()));
+        differing.push(format!(
+            "{}:{}\n  expected: {}\n  produced: {}",
+            file.display(),
+            line + 1,
+            text.lines().nth(line).unwrap_or("the end"),
+            produced.lines().nth(line).unwrap_or("the end"),
+        ));
+    }
+    assert!(differing.is_empty(), "UPDATE_SCRIPTS=1 rewrites them:\n{}", differing.join("\n"));
+}
+
+/// The script with its traces as they are now, and the commands that made no sense.
+fn replay(text: &str) -> (String, Vec<String>) {
+    let mut cluster = Cluster::default();
+    let mut out = String::new();
+    let mut in_trace = false;
+    for line in text.lines() {
+        if line.is_empty() {
+            in_trace = false;
+        }
+        if in_trace {
+            continue;
+        }
+        if line == "----" {
+            in_trace = true;
+            out.push_str("----\n");
+            out.push_str(&std::mem::take(&mut cluster.trace));
+            continue;
+        }
+        if !line.is_empty() && !line.starts_with('#') {
+            cluster.command(line);
+        }
+        out.push_str(line);
+        out.push('\n');
+    }
+    (out, cluster.failures)
+}
+
+/// A node's disk, and its life if it runs.
+struct Node {
+    disk: Disk,
+    life: Option<Life>,
+    boots: u64,
+}
+
+#[derive(Default)]
+struct Disk {
+    term: Term,
+    vote: Option<NodeId>,
+    log: Vec<BatchRun>,
+    epoch: Epoch,
+    commit: LogIndex,
+}
+
+struct Life {
+    raft: Raft,
+    writes: VecDeque<Write>,
+    completions: VecDeque<(Epoch, LogIndex)>,
+    saves: VecDeque<(u64, Term, Option<NodeId>)>,
+    deferred: VecDeque<(u64, NodeId, Message)>,
+}
+
+enum Write {
+    Append(Epoch, BatchRun),
+    Truncate(LogIndex, Epoch),
+}
+
+#[derive(Default)]
+struct Cluster {
+    now: Nanos,
+    configuration: Configuration,
+    window: Option<usize>,
+    window_bytes: Option<u64>,
+    nodes: BTreeMap<NodeId, Node>,
+    network: Vec<(NodeId, NodeId, Message)>,
+    trace: String,
+    failures: Vec<String>,
+}
+
+/// `name=value` among a command's words.
+fn option<'a>(words: &[&'a str], name: &str) -> Option<&'a str> {
+    words.iter().find_map(|word| word.strip_prefix(name)?.strip_prefix('='))
+}
+
+fn number(word: &str) -> u64 {
+    word.parse().unwrap_or_else(|_| panic!("{word:?} is not a number"))
+}
+
+fn count(words: &[&str], name: &str, default: u64) -> u64 {
+    option(words, name).map_or(default, number)
+}
+
+fn id(word: &str) -> NodeId {
+    NodeId(number(word))
+}
+
+fn millis(word: &str) -> Nanos {
+    Nanos::from_millis(number(word.strip_suffix("ms").unwrap_or_else(|| panic!("{word:?} is no time"))))
+}
+
+impl Cluster {
+    fn command(&mut self, line: &str) {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let before = self.trace.len();
+        match words.as_slice() {
+            ["quiet", rest @ ..] => {
+                self.command(&rest.join(" "));
+                self.trace.truncate(before);
+            }
+            ["nodes", size, ..] => self.form(number(size), &words),
+            ["node", node, ..] => self.prepare(id(node), &words),
+            ["tick", node] => {
+                let deadline = self.raft(id(node)).next_deadline();
+                if deadline == Nanos::NEVER {
+                    return self.fail(&format!("node {node} has no deadline"));
+                }
+                self.now = self.now.max(deadline);
+                self.feed(id(node), Event::Tick);
+            }
+            ["tick", node, span] => {
+                self.now = self.now.plus(millis(span));
+                self.feed(id(node), Event::Tick);
+            }
+            ["wait", span] => self.now = self.now.plus(millis(span)),
+            ["propose", node, ..] => {
+                for _ in 0..count(&words, "times", 1) {
+                    self.propose(id(node), count(&words, "count", 1), count(&words, "bytes", 100));
+                }
+            }
+            [what @ ("deliver" | "duplicate" | "drop"), link, ..] => self.move_messages(what, link, &words),
+            ["save", node] => while self.save(id(node)) {},
+            ["persist", node] => {
+                while self.write(id(node)) {}
+                while self.complete(id(node)) {}
+            }
+            ["write", node] => while self.write(id(node)) {},
+            ["complete", node] => while self.complete(id(node)) {},
+            ["disconnect", one, other] => {
+                let (one, other) = (id(one), id(other));
+                self.network
+                    .retain(|(from, to, _)| (*from, *to) != (one, other) && (*from, *to) != (other, one));
+                self.feed(one, Event::PeerDisconnected { peer: other });
+                self.feed(other, Event::PeerDisconnected { peer: one });
+            }
+            ["connect", one, other] => {
+                self.feed(id(one), Event::PeerConnected { peer: id(other) });
+                self.feed(id(other), Event::PeerConnected { peer: id(one) });
+            }
+            ["crash", node] => self.node(id(node)).life = None,
+            ["restart", node] => {
+                self.boot(id(node));
+                self.describe(id(node));
+            }
+            ["settle"] => self.settle(&[], &[]),
+            ["run", span, ..] => {
+                let ids = |name| option(&words, name).into_iter().flat_map(|ids| ids.split(',')).map(id);
+                self.run(millis(span), &ids("without").collect::<Vec<_>>(), &ids("cut").collect::<Vec<_>>());
+            }
+            ["elect", node] => {
+                self.command(&format!("tick {node}"));
+                self.settle(&[], &[]);
+            }
+            ["status"] => {
+                self.nodes.keys().copied().collect::<Vec<_>>().into_iter().for_each(|id| self.describe(id))
+            }
+            ["status", node] => self.describe(id(node)),
+            _ => panic!("{line:?} is not a command"),
+        }
+    }
+
+    /// A command that makes no sense where it stands: the script is wrong.
+    fn fail(&mut self, why: &str) {
+        self.failures.push(why.to_owned());
+        let _ = writeln!(self.trace, "!! {why}");
+    }
+
+    fn form(&mut self, size: u64, words: &[&str]) {
+        let learners = option(words, "learners").into_iter().flat_map(|ids| ids.split(',')).map(id);
+        let learners: Vec<NodeId> = learners.collect();
+        let members = (1..=size).map(NodeId).chain(learners.iter().copied()).map(|id| Member {
+            id,
+            incarnation: Incarnation(u128::from(id.get())),
+            address: String::new(),
+            role: if learners.contains(&id) { MemberRole::Learner } else { MemberRole::Voter },
+        });
+        self.configuration = Configuration::new(members.collect()).expect("valid");
+        self.now = Nanos(0);
+        self.network.clear();
+        self.nodes.clear();
+        self.window = option(words, "window").map(|value| number(value) as usize);
+        self.window_bytes = option(words, "window_bytes").map(number);
+        for member in self.configuration.members() {
+            self.nodes.insert(member.id, Node { disk: Disk::default(), life: None, boots: 0 });
+        }
+        self.nodes.keys().copied().collect::<Vec<_>>().into_iter().for_each(|id| self.boot(id));
+    }
+
+    fn prepare(&mut self, id: NodeId, words: &[&str]) {
+        let mut log: Vec<BatchRun> = Vec::new();
+        for batch in option(words, "log").into_iter().flat_map(|log| log.split(',')) {
+            let (term, count) = batch.split_once('*').unwrap_or((batch, "1"));
+            let first = log.last().map_or(LogIndex(0), |batch| batch.last).next();
+            let last = LogIndex(first.get() + number(count) - 1);
+            log.push(BatchRun { first, last, term: Term(number(term)), bytes: 100 });
+        }
+        self.node(id).disk = Disk {
+            term: Term(count(words, "term", 0)),
+            vote: option(words, "vote").map(crate::id),
+            log,
+            epoch: Epoch(0),
+            commit: LogIndex(count(words, "commit", 0)),
+        };
+        self.boot(id);
+        self.describe(id);
+    }
+
+    fn node(&mut self, id: NodeId) -> &mut Node {
+        self.nodes.get_mut(&id).unwrap_or_else(|| panic!("there is no node {id}"))
+    }
+
+    fn raft(&self, id: NodeId) -> &Raft {
+        let life = self.nodes.get(&id).and_then(|node| node.life.as_ref());
+        &life.unwrap_or_else(|| panic!("node {id} does not run")).raft
+    }
+
+    fn boot(&mut self, id: NodeId) {
+        let (now, configuration) = (self.now, self.configuration.clone());
+        let defaults = RaftConfig::new(id, 0);
+        let (window_batches, window_bytes) = (
+            self.window.unwrap_or(defaults.window_batches),
+            self.window_bytes.unwrap_or(defaults.window_bytes),
+        );
+        let node = self.node(id);
+        node.boots += 1;
+        node.disk.epoch = Epoch(node.disk.epoch.0 + 1);
+        let config =
+            RaftConfig { window_batches, window_bytes, seed: id.get() * 1_000 + node.boots, ..defaults };
+        let last = node.disk.log.last().map(BatchRun::end).unwrap_or_default();
+        let term = node.disk.term.max(last.term);
+        let boot = Boot {
+            term,
+            vote: node.disk.vote.filter(|_| term == node.disk.term),
+            start: LogId::default(),
+            batches: node.disk.log.clone(),
+            epoch: node.disk.epoch,
+            commit: node.disk.commit,
+            now,
+        };
+        node.life = Some(Life {
+            raft: Raft::new(config, configuration, boot).expect("bootable"),
+            writes: VecDeque::new(),
+            completions: VecDeque::new(),
+            saves: VecDeque::new(),
+            deferred: VecDeque::new(),
+        });
+    }
+
+    fn feed(&mut self, id: NodeId, event: Event) {
+        let Some(life) = self.nodes.get_mut(&id).and_then(|node| node.life.as_mut()) else { return };
+        let _ = writeln!(self.trace, "{id}: {}", show_event(&event));
+        let mut actions = Vec::new();
+        life.raft.handle(self.now, event, &mut actions);
+        let mut seal = false;
+        for action in actions {
+            let _ = writeln!(self.trace, "    {}", show_action(&action));
+            match action {
+                Action::Persist { batch } => life.writes.push_back(Write::Append(life.raft.epoch(), batch)),
+                Action::Truncate { after, epoch } => life.writes.push_back(Write::Truncate(after, epoch)),
+                Action::SaveHardState { sequence, term, vote } => {
+                    life.saves.push_back((sequence, term, vote))
+                }
+                Action::SendNow { to, message } => self.network.push((id, to, message)),
+                Action::SendAfterSave { sequence, to, message } => {
+                    life.deferred.push_back((sequence, to, message));
+                }
+                Action::SealEmpty => seal = true,
+                Action::Commit { .. } | Action::Become { .. } | Action::Stop { .. } => {}
+            }
+        }
+        if seal {
+            self.propose(id, 1, 0);
+        }
+    }
+
+    fn propose(&mut self, id: NodeId, count: u64, bytes: u64) {
+        let Some((term, first)) = self.raft(id).next_position() else {
+            return self.fail(&format!("node {id} does not lead"));
+        };
+        let last = LogIndex(first.get() + count - 1);
+        let bytes = u32::try_from(bytes).expect("small");
+        self.feed(id, Event::Proposed { batch: BatchRun { first, last, term, bytes } });
+    }
+
+    fn move_messages(&mut self, what: &str, link: &str, words: &[&str]) {
+        let (from, to) = link.split_once("->").unwrap_or_else(|| panic!("{link:?} is no link"));
+        let (from, to) = (id(from), id(to));
+        let (skip, take) = (count(words, "at", 1) as usize - 1, count(words, "count", u64::MAX) as usize);
+        let on_link =
+            self.network.iter().enumerate().filter(|(_, message)| (message.0, message.1) == (from, to));
+        let chosen: Vec<usize> = on_link.map(|(at, _)| at).skip(skip).take(take).collect();
+        if chosen.is_empty() {
+            return self.fail(&format!("nothing is under way on {link}"));
+        }
+        let messages: Vec<Message> = chosen.iter().map(|at| self.network[*at].2.clone()).collect();
+        if what != "duplicate" {
+            for at in chosen.into_iter().rev() {
+                self.network.remove(at);
+            }
+        }
+        for message in messages {
+            if what == "drop" {
+                let _ = writeln!(self.trace, "lost {link}: {}", show_message(&message));
+            } else {
+                self.feed(to, Event::Received { from, message });
+            }
+        }
+    }
+
+    fn save(&mut self, id: NodeId) -> bool {
+        let Some(node) = self.nodes.get_mut(&id) else { return false };
+        let Some(life) = &mut node.life else { return false };
+        let Some((sequence, term, vote)) = life.saves.pop_front() else { return false };
+        (node.disk.term, node.disk.vote) = (term, vote);
+        while let Some((after, ..)) = life.deferred.front()
+            && *after <= sequence
+        {
+            if let Some((_, to, message)) = life.deferred.pop_front() {
+                self.network.push((id, to, message));
+            }
+        }
+        self.feed(id, Event::HardStateSaved { sequence });
+        true
+    }
+
+    fn write(&mut self, id: NodeId) -> bool {
+        let Some(node) = self.nodes.get_mut(&id) else { return false };
+        let Some(life) = &mut node.life else { return false };
+        match life.writes.pop_front() {
+            Some(Write::Append(epoch, batch)) => {
+                node.disk.log.push(batch);
+                match life.completions.back_mut() {
+                    Some(completion) if completion.0 == epoch => completion.1 = batch.last,
+                    _ => life.completions.push_back((epoch, batch.last)),
+                }
+            }
+            Some(Write::Truncate(after, epoch)) => {
+                node.disk.log.retain(|batch| batch.last <= after);
+                node.disk.epoch = epoch;
+            }
+            None => return false,
+        }
+        true
+    }
+
+    fn complete(&mut self, id: NodeId) -> bool {
+        let Some(life) = self.nodes.get_mut(&id).and_then(|node| node.life.as_mut()) else { return false };
+        let Some((epoch, last)) = life.completions.pop_front() else { return false };
+        self.feed(id, Event::Persisted { epoch, last });
+        true
+    }
+
+    fn run(&mut self, span: Nanos, without: &[NodeId], cut: &[NodeId]) {
+        let end = self.now.plus(span);
+        loop {
+            self.settle(without, cut);
+            let alive = self.nodes.iter().filter(|(id, _)| !without.contains(id));
+            let deadlines =
+                alive.filter_map(|(id, node)| Some((node.life.as_ref()?.raft.next_deadline(), *id)));
+            match deadlines.min() {
+                Some((deadline, id)) if deadline <= end => {
+                    self.now = self.now.max(deadline);
+                    self.feed(id, Event::Tick);
+                }
+                _ => break,
+            }
+        }
+        self.now = end;
+    }
+
+    fn settle(&mut self, without: &[NodeId], cut: &[NodeId]) {
+        let ids: Vec<NodeId> = self.nodes.keys().copied().filter(|id| !without.contains(id)).collect();
+        for _ in 0..1_000 {
+            let mut busy = false;
+            for id in &ids {
+                while self.save(*id) {
+                    busy = true;
+                }
+                while self.write(*id) {
+                    busy = true;
+                }
+                while self.complete(*id) {
+                    busy = true;
+                }
+            }
+            for (from, to, message) in std::mem::take(&mut self.network) {
+                busy = true;
+                if [from, to].iter().any(|id| without.contains(id) || cut.contains(id)) {
+                    continue;
+                }
+                self.feed(to, Event::Received { from, message });
+            }
+            if !busy {
+                return;
+            }
+        }
+        panic!("it does not settle");
+    }
+
+    fn describe(&mut self, id: NodeId) {
+        let node = &self.nodes[&id];
+        let Some(life) = &node.life else {
+            let _ = writeln!(self.trace, "{id}: down");
+            return;
+        };
+        if life.raft.violation().is_some() {
+            let _ = writeln!(self.trace, "{id}: stopped");
+            return;
+        }
+        let status = life.raft.status();
+        let batches: Vec<String> = life.raft.log().iter().map(|batch| show_batch(&batch)).collect();
+        let vote = status.vote.map_or("nobody".to_owned(), |vote| vote.to_string());
+        let leader = status.leader.map_or("unknown".to_owned(), |leader| leader.to_string());
+        let _ = writeln!(
+            self.trace,
+            "{id}: {} t{} vote {vote} leader {leader} durable {} commit {} epoch {} log {}",
+            show_role(status.role),
+            status.term,
+            status.durable,
+            status.commit,
+            status.epoch.0,
+            if batches.is_empty() { "empty".to_owned() } else { batches.join(" ") },
+        );
+        for peer in status.peers {
+            let state = match peer.state {
+                ReplicationState::Probe => "probe",
+                ReplicationState::Replicate => "replicate",
+                ReplicationState::Snapshot => "snapshot",
+            };
+            let _ = writeln!(
+                self.trace,
+                "    {}: {state} match {} next {} in flight {} ({}B) round {}",
+                peer.id, peer.matched, peer.next, peer.inflight_batches, peer.inflight_bytes, peer.round.0
+            );
+        }
+    }
+}
+
+fn show_role(role: Role) -> &'static str {
+    match role {
+        Role::Follower => "follower",
+        Role::PreCandidate => "pre-candidate",
+        Role::Candidate => "candidate",
+        Role::Leader => "leader",
+    }
+}
+
+fn show_position(position: LogId) -> String {
+    format!("{}@{}", position.index, position.term)
+}
+
+fn show_batch(batch: &BatchRun) -> String {
+    if batch.first == batch.last {
+        format!("[{}@{} {}B]", batch.first, batch.term, batch.bytes)
+    } else {
+        format!("[{}..{}@{} {}B]", batch.first, batch.last, batch.term, batch.bytes)
+    }
+}
+
+fn show_message(message: &Message) -> String {
+    match message {
+        Message::Append(append) => {
+            let batch = append.batch.as_ref().map_or("nothing".to_owned(), show_batch);
+            let ask = if append.reply_now { " ask" } else { "" };
+            format!(
+                "append t{} {batch} after {} commit {} round {}{ask}",
+                append.term,
+                show_position(append.previous),
+                append.commit,
+                append.round.0
+            )
+        }
+        Message::AppendAck(ack) => {
+            let outcome = match ack.outcome {
+                AppendOutcome::Matched { matched } => format!("matched {}", show_position(matched)),
+                AppendOutcome::Rejected { refused, hint } => {
+                    format!("rejected {refused} hint {}", show_position(hint))
+                }
+                AppendOutcome::StaleTerm => "stale term".to_owned(),
+            };
+            format!("ack t{} {outcome} round {}", ack.term, ack.round.0)
+        }
+        Message::Vote(vote) => {
+            let kind = if vote.pre { "pre-vote" } else { "vote" };
+            format!("{kind} t{} last {}", vote.term, show_position(vote.last))
+        }
+        Message::VoteReply(reply) => {
+            let kind = if reply.pre { "pre-vote" } else { "vote" };
+            let answer = if reply.granted { "granted" } else { "refused" };
+            format!("{kind} t{} {answer}", reply.term)
+        }
+    }
+}
+
+fn show_event(event: &Event) -> String {
+    match event {
+        Event::Tick => "tick".to_owned(),
+        Event::Proposed { batch } => format!("proposed {}", show_batch(batch)),
+        Event::Received { from, message } => format!("from {from}: {}", show_message(message)),
+        Event::Persisted { epoch, last } => format!("persisted up to {last} in epoch {}", epoch.0),
+        Event::HardStateSaved { sequence } => format!("saved #{sequence}"),
+        Event::PeerConnected { peer } => format!("connected to {peer}"),
+        Event::PeerDisconnected { peer } => format!("disconnected from {peer}"),
+    }
+}
+
+fn show_action(action: &Action) -> String {
+    match action {
+        Action::Persist { batch } => format!("persist {}", show_batch(batch)),
+        Action::Truncate { after, epoch } => format!("truncate after {after}, epoch {}", epoch.0),
+        Action::SaveHardState { sequence, term, vote } => {
+            let vote = vote.map_or("nobody".to_owned(), |vote| vote.to_string());
+            format!("save #{sequence}: t{term} vote {vote}")
+        }
+        Action::SendNow { to, message } => format!("to {to}: {}", show_message(message)),
+        Action::SendAfterSave { sequence, to, message } => {
+            format!("after #{sequence} to {to}: {}", show_message(message))
+        }
+        Action::Commit { up_to } => format!("commit {up_to}"),
+        Action::Become { role, term, leader } => {
+            let leader = leader.map_or(String::new(), |leader| format!(" of {leader}"));
+            let leader = if *role == Role::Follower { leader } else { String::new() };
+            format!("become {}{leader} in t{term}", show_role(*role))
+        }
+        Action::SealEmpty => "seal an empty batch".to_owned(),
+        Action::Stop { violation } => format!("STOP: {violation}"),
+    }
+}
