@@ -1,0 +1,451 @@
+//! Every limit and knob, with its unit, its default and the arithmetic behind it.
+//!
+//! A [`Config`] is plain data with public fields: start from [`Config::new`], change what you need, and
+//! [`Node::start`](crate::Node::start) checks the whole with [`Config::validate`].
+
+use crate::raft::{Nanos, RaftConfig};
+use crate::runtime::IdlePolicy;
+use crate::wire::{self, kind};
+use ringraft_block::{ClusterId, Incarnation, NodeId, SECTOR_BYTES, round_up_to_block};
+use ringraft_net::{FrameCap, NetConfig, NetLimits, PeerConfig};
+use ringraft_wal::{WalConfig, format};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// A member of the cluster as this node is told of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemberConfig {
+    /// Its id, unique in the cluster, not 0.
+    pub id: NodeId,
+    /// Where its peers reach it.
+    pub address: SocketAddr,
+}
+
+/// The configuration of a node.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The cluster. All members carry the same id; a connection from another cluster is refused.
+    pub cluster: ClusterId,
+    /// This node.
+    pub node: NodeId,
+    /// All initial members, this node included. The cluster forms when all of them have met once.
+    pub members: Vec<MemberConfig>,
+    /// The local address to listen on. Default: this node's address in `members`.
+    pub listen: Option<SocketAddr>,
+    /// The directory of the log, on a local disk with direct I/O; created if missing. One process at a time.
+    pub data_dir: PathBuf,
+    /// Peers talk in plain text in this version, so addresses beyond loopback must be allowed in so many words.
+    /// Default: false.
+    pub insecure: bool,
+
+    /// The processor that consensus is pinned to. Default: none, the scheduler places it.
+    pub core: Option<usize>,
+    /// What the core does when there is nothing to do. Default: [`IdlePolicy::Park`], since spinning costs other
+    /// threads more than it gains unless a core is set apart for it.
+    pub idle: IdlePolicy,
+
+    /// A follower that hears no leader for this long, up to twice as long, campaigns. Default: 500 ms, ten
+    /// heartbeats, far above a stalled disk flush of some 100 ms.
+    pub election_timeout: Duration,
+    /// An idle leader reminds its followers this often. Default: 50 ms.
+    pub heartbeat_interval: Duration,
+    /// The commit index rides on the next append, and goes alone after this long without one. Default: 1 ms.
+    pub commit_notice_delay: Duration,
+
+    /// The largest command. The same on all members. Default: 1 MiB.
+    pub command_bytes_max: usize,
+    /// A batch of many commands takes at most this much in the log, envelope and tables included. The same on all
+    /// members. Default: 256 KiB, where a durable write
+    /// costs about three times one of 4 KiB, and larger ones gain little.
+    pub batch_bytes_max: usize,
+    /// Durable writes in flight at once. Default: 2, so that the next batch is under way while one is being
+    /// acknowledged; more of them make batches smaller.
+    pub writes_in_flight_max: usize,
+    /// Bytes of durable writes in flight. Default: 1 MiB; a larger batch goes alone.
+    pub write_bytes_in_flight_max: usize,
+    /// Appends in flight to one follower. Default: 64.
+    pub window_batches: usize,
+    /// Bytes of appends in flight to one follower. Default: 8 MiB: 16 ms at 500 MB/s.
+    pub window_bytes: usize,
+    /// Payload bytes that are proposed and not yet committed; beyond it [`Busy`](crate::error::Refusal::Busy).
+    /// Default: 64 MiB.
+    pub uncommitted_bytes_max: usize,
+    /// Proposals in the queue between other threads and the core. Default: 65,536.
+    pub ingress_capacity: usize,
+    /// Bytes of recent batches kept in memory for apply and for followers that are a little behind. Default: 32 MiB.
+    pub recent_bytes_max: usize,
+    /// Bytes of payload applied in one turn, so that a long replay does not starve heartbeats. Default: 1 MiB.
+    pub apply_bytes_per_turn: usize,
+
+    /// Size of a log segment. Default: 64 MiB. At least 16 times [`Config::slot_bytes_max`].
+    pub segment_bytes: u64,
+    /// Segments prepared when the directory is formatted, and kept ready ahead. Default: 4.
+    pub segments_ahead: usize,
+
+    /// Seed of everything random in this node (incarnation, election times, backoff). Default: none, the
+    /// system's entropy.
+    pub seed: Option<u64>,
+}
+
+/// The largest slot of a batch of many commands.
+pub const BATCH_BYTES_CAP: usize = 2 << 20;
+
+/// The largest `command_bytes_max`: one command of this size, alone in its batch, stays within
+/// [`BATCH_BYTES_CAP`] with envelope, header, entry table and checksums (4 bytes for each sector of 512).
+pub const COMMAND_BYTES_CAP: usize = BATCH_BYTES_CAP - BATCH_BYTES_CAP / SECTOR_BYTES * 4 - 4096;
+
+const _: () = assert!(
+    format::slot_bytes(format::image_bytes_for(1, 1, COMMAND_BYTES_CAP)) <= BATCH_BYTES_CAP
+        && BATCH_BYTES_CAP <= format::SLOT_BYTES_MAX
+);
+
+impl Config {
+    /// The defaults, for `node` of `cluster` among `members`, with its log in `data_dir`.
+    #[must_use]
+    pub fn new(
+        cluster: ClusterId,
+        node: NodeId,
+        members: Vec<MemberConfig>,
+        data_dir: impl Into<PathBuf>,
+    ) -> Self {
+        Self {
+            cluster,
+            node,
+            members,
+            listen: None,
+            data_dir: data_dir.into(),
+            insecure: false,
+            core: None,
+            idle: IdlePolicy::Park,
+            election_timeout: Duration::from_millis(500),
+            heartbeat_interval: Duration::from_millis(50),
+            commit_notice_delay: Duration::from_millis(1),
+            command_bytes_max: 1 << 20,
+            batch_bytes_max: 256 << 10,
+            writes_in_flight_max: 2,
+            write_bytes_in_flight_max: 1 << 20,
+            window_batches: 64,
+            window_bytes: 8 << 20,
+            uncommitted_bytes_max: 64 << 20,
+            ingress_capacity: 65_536,
+            recent_bytes_max: 32 << 20,
+            apply_bytes_per_turn: 1 << 20,
+            segment_bytes: 64 << 20,
+            segments_ahead: 4,
+            seed: None,
+        }
+    }
+
+    /// The largest slot that a batch can take in the log: one of many commands, or one with a single command of
+    /// `command_bytes_max`.
+    #[must_use]
+    pub fn slot_bytes_max(&self) -> usize {
+        let alone = format::slot_bytes(format::image_bytes_for(1, 1, self.command_bytes_max));
+        alone.max(round_up_to_block(self.batch_bytes_max))
+    }
+
+    /// What the node opens its log with; for tools that open it without the node. `seed` feeds the incarnation of a
+    /// directory that is formatted, and the nonces of segments.
+    #[must_use]
+    pub fn log_config(&self, seed: u64) -> WalConfig {
+        WalConfig {
+            segment_bytes: self.segment_bytes,
+            segments_ahead: self.segments_ahead,
+            batch_bytes_max: self.slot_bytes_max() - format::ENVELOPE_BYTES,
+            writes_in_flight_max: self.writes_in_flight_max,
+            bytes_in_flight_max: self.write_bytes_in_flight_max,
+            ..WalConfig::new(self.cluster, self.node, seed)
+        }
+    }
+
+    /// The address to listen on.
+    pub(crate) fn listen_address(&self) -> Result<SocketAddr, ConfigError> {
+        self.listen
+            .or_else(|| self.members.iter().find(|member| member.id == self.node).map(|m| m.address))
+            .ok_or(ConfigError::NotAMember { node: self.node })
+    }
+
+    /// Checks the whole.
+    ///
+    /// # Errors
+    /// The first contradiction, with its cure.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        self.validate_members()?;
+        let bounded: [(&'static str, usize, usize, usize); 9] = [
+            ("command_bytes_max", self.command_bytes_max, 1, COMMAND_BYTES_CAP),
+            ("batch_bytes_max", self.batch_bytes_max, 4096, BATCH_BYTES_CAP),
+            ("writes_in_flight_max", self.writes_in_flight_max, 1, 64),
+            ("window_batches", self.window_batches, 1, 65_536),
+            ("window_bytes", self.window_bytes, 4096, 1 << 30),
+            ("ingress_capacity", self.ingress_capacity, 1, 1 << 24),
+            ("apply_bytes_per_turn", self.apply_bytes_per_turn, 1, 1 << 30),
+            ("segments_ahead", self.segments_ahead, 1, 1024),
+            ("uncommitted_bytes_max", self.uncommitted_bytes_max, self.command_bytes_max, 1 << 34),
+        ];
+        for (name, value, min, max) in bounded {
+            if !(min..=max).contains(&value) {
+                return Err(ConfigError::OutOfRange {
+                    name,
+                    value: value as u64,
+                    min: min as u64,
+                    max: max as u64,
+                });
+            }
+        }
+        let min = (16 * self.slot_bytes_max() as u64).next_multiple_of(1 << 20);
+        if self.segment_bytes < min
+            || self.segment_bytes > 1 << 30
+            || !self.segment_bytes.is_multiple_of(1 << 20)
+        {
+            return Err(ConfigError::Segment { bytes: self.segment_bytes, min });
+        }
+        if self.heartbeat_interval.is_zero() || self.election_timeout < self.heartbeat_interval * 3 {
+            return Err(ConfigError::Timeouts {
+                election_ms: self.election_timeout.as_millis(),
+                heartbeat_ms: self.heartbeat_interval.as_millis(),
+            });
+        }
+        if let Some(core) = self.core {
+            let cores = std::thread::available_parallelism().map_or(1, usize::from);
+            let known = core_affinity::get_core_ids().unwrap_or_default();
+            if !known.iter().any(|id| id.id == core) {
+                return Err(ConfigError::NoSuchCore { core, cores });
+            }
+        }
+        Ok(())
+    }
+
+    fn validate_members(&self) -> Result<(), ConfigError> {
+        if self.cluster == ClusterId(0) {
+            return Err(ConfigError::NoClusterId);
+        }
+        for (position, member) in self.members.iter().enumerate() {
+            if member.id == NodeId(0) {
+                return Err(ConfigError::ZeroId);
+            }
+            if self.members[..position].iter().any(|other| other.id == member.id) {
+                return Err(ConfigError::DuplicateId { id: member.id });
+            }
+            if self.members[..position].iter().any(|other| other.address == member.address) {
+                return Err(ConfigError::DuplicateAddress { address: member.address });
+            }
+            if !member.address.ip().is_loopback() && !self.insecure {
+                return Err(ConfigError::Insecure { address: member.address });
+            }
+        }
+        let listen = self.listen_address()?;
+        if !listen.ip().is_loopback() && !self.insecure {
+            return Err(ConfigError::Insecure { address: listen });
+        }
+        if !self.members.iter().any(|member| member.id == self.node) {
+            return Err(ConfigError::NotAMember { node: self.node });
+        }
+        if self.members.len() > MEMBERS_MAX {
+            return Err(ConfigError::TooManyMembers { members: self.members.len() });
+        }
+        Ok(())
+    }
+}
+
+/// The core's part. `seed` is another one for each node and boot.
+pub(crate) fn raft_config(config: &Config, seed: u64) -> RaftConfig {
+    RaftConfig {
+        election_timeout: nanos(config.election_timeout),
+        heartbeat_interval: nanos(config.heartbeat_interval),
+        commit_notice_delay: nanos(config.commit_notice_delay),
+        window_batches: config.window_batches,
+        window_bytes: config.window_bytes as u64,
+        ..RaftConfig::new(config.node, seed)
+    }
+}
+
+fn nanos(duration: Duration) -> Nanos {
+    Nanos(u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX))
+}
+
+/// The network's part, once the log has told incarnation and boot counter.
+pub(crate) fn net_config(
+    config: &Config,
+    listen: SocketAddr,
+    incarnation: Incarnation,
+    boot: u64,
+    seed: u64,
+) -> NetConfig {
+    let body = |kind, body_bytes_max| FrameCap { kind, body_bytes_max, attachment_bytes_max: 0 };
+    let append = FrameCap { attachment_bytes_max: format::IMAGE_BYTES_MAX as u32, ..body(kind::APPEND, 256) };
+    let frame_caps = vec![
+        append,
+        body(kind::APPEND_ACK, 256),
+        body(kind::VOTE, 256),
+        body(kind::VOTE_REPLY, 256),
+        body(kind::FORMATION, wire::BODY_BYTES_MAX as u32),
+    ];
+    let limits = NetLimits {
+        // A full window of appends, and as much again for what the core does not count.
+        queue_frames_max: 2 * config.window_batches + 256,
+        queue_bytes_max: config.window_bytes + 2 * format::SLOT_BYTES_MAX,
+        ..NetLimits::default()
+    };
+    NetConfig {
+        node: config.node,
+        cluster: config.cluster,
+        incarnation,
+        format_fingerprint: format::FINGERPRINT ^ wire::FINGERPRINT.rotate_left(1),
+        features: 0,
+        listen,
+        session_epoch_start: boot << 32 | 1,
+        seed,
+        limits,
+        frame_caps,
+    }
+}
+
+pub(crate) fn net_peers(config: &Config) -> Vec<PeerConfig> {
+    let others = config.members.iter().filter(|member| member.id != config.node);
+    others.map(|member| PeerConfig { id: member.id, address: member.address, incarnation: None }).collect()
+}
+
+/// The most members that a configuration may name: its encoding must fit into the hard state.
+pub const MEMBERS_MAX: usize = 31;
+
+/// A configuration that cannot work.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// The cluster id is 0.
+    #[error("the cluster id is 0: choose a random one, the same for all members")]
+    NoClusterId,
+    /// A node id is 0.
+    #[error("a member's id is 0: ids start at 1")]
+    ZeroId,
+    /// Two members with one id.
+    #[error("two members have the id {id}: give each its own")]
+    DuplicateId {
+        /// The id.
+        id: NodeId,
+    },
+    /// Two members with one address.
+    #[error("two members have the address {address}: give each its own")]
+    DuplicateAddress {
+        /// The address.
+        address: SocketAddr,
+    },
+    /// This node is not among the members.
+    #[error("node {node} is not among the members: add it to `members`, or correct `node`")]
+    NotAMember {
+        /// This node.
+        node: NodeId,
+    },
+    /// Too many members.
+    #[error("{members} members are more than {MEMBERS_MAX}")]
+    TooManyMembers {
+        /// How many.
+        members: usize,
+    },
+    /// Plain text beyond loopback.
+    #[error(
+        "{address} is not a loopback address, and peers talk in plain text: set `insecure` if the network is yours"
+    )]
+    Insecure {
+        /// The address.
+        address: SocketAddr,
+    },
+    /// A number out of its range.
+    #[error("{name} = {value} is out of range: {min} to {max}")]
+    OutOfRange {
+        /// The field.
+        name: &'static str,
+        /// Its value.
+        value: u64,
+        /// The least that works, inclusive.
+        min: u64,
+        /// The most that works, inclusive.
+        max: u64,
+    },
+    /// A segment that is too small or of an odd size.
+    #[error(
+        "segment_bytes = {bytes}: at least {min} (16 of the largest batches), in whole MiB, at most 1 GiB"
+    )]
+    Segment {
+        /// The value.
+        bytes: u64,
+        /// The least that works.
+        min: u64,
+    },
+    /// Time-outs that cannot hold a leader.
+    #[error(
+        "election_timeout {election_ms} ms must be at least three heartbeats of {heartbeat_ms} ms, and those more than 0"
+    )]
+    Timeouts {
+        /// Election time-out.
+        election_ms: u128,
+        /// Heartbeat.
+        heartbeat_ms: u128,
+    },
+    /// No such processor.
+    #[error("core {core} is not one of the {cores} that this process may run on")]
+    NoSuchCore {
+        /// The core asked for.
+        core: usize,
+        /// How many there are.
+        cores: usize,
+    },
+    /// Refused by the core of the protocol.
+    #[error("{0}")]
+    Raft(String),
+    /// Refused by the network.
+    #[error("{0}")]
+    Network(String),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn valid() -> Config {
+        let members = (1..=3)
+            .map(|id| MemberConfig {
+                id: NodeId(id),
+                address: SocketAddr::from(([127, 0, 0, 1], 7000 + id as u16)),
+            })
+            .collect();
+        Config::new(ClusterId(7), NodeId(1), members, "/nowhere")
+    }
+
+    #[test]
+    fn the_defaults_are_valid() {
+        assert_eq!(valid().validate(), Ok(()));
+    }
+
+    #[test]
+    fn each_contradiction_is_named() {
+        type Case = (fn(&mut Config), fn(&ConfigError) -> bool);
+        let cases: [Case; 10] = [
+            (|c| c.cluster = ClusterId(0), |e| matches!(e, ConfigError::NoClusterId)),
+            (|c| c.members[0].id = NodeId(0), |e| matches!(e, ConfigError::ZeroId)),
+            (|c| c.members[1].id = NodeId(1), |e| matches!(e, ConfigError::DuplicateId { .. })),
+            (
+                |c| c.members[1].address = c.members[0].address,
+                |e| matches!(e, ConfigError::DuplicateAddress { .. }),
+            ),
+            (|c| c.node = NodeId(9), |e| matches!(e, ConfigError::NotAMember { .. })),
+            (
+                |c| c.members[2].address = "10.0.0.1:1".parse().unwrap(),
+                |e| matches!(e, ConfigError::Insecure { .. }),
+            ),
+            (
+                |c| c.command_bytes_max = 1 << 30,
+                |e| matches!(e, ConfigError::OutOfRange { name: "command_bytes_max", .. }),
+            ),
+            (|c| c.segment_bytes = 1 << 20, |e| matches!(e, ConfigError::Segment { .. })),
+            (|c| c.election_timeout = c.heartbeat_interval, |e| matches!(e, ConfigError::Timeouts { .. })),
+            (|c| c.core = Some(100_000), |e| matches!(e, ConfigError::NoSuchCore { .. })),
+        ];
+        for (position, (change, expected)) in cases.into_iter().enumerate() {
+            let mut config = valid();
+            change(&mut config);
+            let error = config.validate().expect_err("refused");
+            assert!(expected(&error), "case {position}: {error}");
+        }
+    }
+}

@@ -1,0 +1,182 @@
+//! The errors of the public API. A definite refusal and an unknown outcome are different types, because a caller
+//! may repeat the one and must not blindly repeat the other.
+
+use bytes::Bytes;
+use ringraft_block::{LogIndex, NodeId};
+use std::fmt;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+/// Where the leader is believed to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LeaderHint {
+    /// Its id.
+    pub id: NodeId,
+    /// Its address for peers.
+    pub address: SocketAddr,
+}
+
+/// Why a proposal came to nothing.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum ProposeError {
+    /// The command is not in the log and never will be by this call: safe to propose again, there or later.
+    #[error(transparent)]
+    Refused(#[from] Refused),
+    /// The command may or may not be applied, now or later.
+    #[error(transparent)]
+    Unknown(#[from] UnknownOutcome),
+}
+
+/// A definite refusal. The command is given back.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("refused: {reason}")]
+pub struct Refused {
+    /// Why.
+    pub reason: Refusal,
+    /// The command as it was handed in.
+    pub command: Bytes,
+}
+
+/// Why a command was refused before it entered the log.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// Another member leads, or none does: propose there, or wait for an election.
+    #[error("this node does not lead{}", hint(.leader))]
+    NotLeader {
+        /// Who leads, where known.
+        leader: Option<LeaderHint>,
+    },
+    /// The engine holds as many uncommitted commands as it may: wait for some to complete.
+    #[error("busy: the bounds on queued and uncommitted commands are reached; wait for some to complete")]
+    Busy,
+    /// The command is larger than `command_bytes_max`: make it smaller, or raise the limit on every member.
+    #[error("the command has {bytes} bytes, more than command_bytes_max = {bytes_max}")]
+    TooLarge {
+        /// Its size.
+        bytes: usize,
+        /// The limit.
+        bytes_max: usize,
+    },
+    /// The log cannot reserve another segment: free space on its disk; the node lives on.
+    #[error("no space for another log segment: free space on the log's disk")]
+    NoSpace,
+    /// The node has stopped.
+    #[error("the node has stopped: {0}")]
+    Stopped(StopCause),
+}
+
+fn hint(leader: &Option<LeaderHint>) -> String {
+    match leader {
+        Some(leader) => format!("; node {} at {} does", leader.id, leader.address),
+        None => "; no leader is known".to_owned(),
+    }
+}
+
+/// The command left this node's hands before its fate was known.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum UnknownOutcome {
+    /// This node lost its leadership while the command, at `index`, was uncommitted. A later leader may still
+    /// commit it.
+    #[error("outcome unknown: leadership was lost while the command at index {index} was uncommitted")]
+    LeadershipLost {
+        /// Where the command was in this node's log.
+        index: LogIndex,
+    },
+    /// The node stopped first.
+    #[error("outcome unknown: the node stopped: {0}")]
+    Stopped(StopCause),
+}
+
+/// Why a node stopped, for all who wait for it.
+#[derive(Clone, Debug)]
+pub struct StopCause(Arc<StopError>);
+
+impl StopCause {
+    /// The error itself.
+    #[must_use]
+    pub fn error(&self) -> &StopError {
+        &self.0
+    }
+
+    /// Whether the node was asked to stop and did so in good order.
+    #[must_use]
+    pub fn is_orderly(&self) -> bool {
+        matches!(*self.0, StopError::Requested)
+    }
+}
+
+impl From<StopError> for StopCause {
+    fn from(error: StopError) -> Self {
+        Self(Arc::new(error))
+    }
+}
+
+impl PartialEq for StopCause {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for StopCause {}
+
+impl fmt::Display for StopCause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl std::error::Error for StopCause {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&*self.0)
+    }
+}
+
+/// What ended a node, or kept it from starting.
+#[derive(Debug, thiserror::Error)]
+pub enum StopError {
+    /// [`Handle::shutdown`](crate::Handle::shutdown) was called.
+    #[error("shutdown was requested")]
+    Requested,
+    /// The configuration contradicts itself or the machine.
+    #[error("configuration: {0}")]
+    Config(#[from] crate::config::ConfigError),
+    /// The data directory cannot be used.
+    #[error(transparent)]
+    Directory(#[from] ringraft_wal::directory::DirectoryError),
+    /// The log failed; nothing was acknowledged that is not durable.
+    #[error("log: {0}")]
+    Log(#[from] ringraft_wal::WalError),
+    /// The backend could not be started.
+    #[error(transparent)]
+    Runtime(#[from] crate::runtime::RuntimeError),
+    /// The address for peers cannot be listened on.
+    #[error("cannot listen on {address}: {error}")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        error: ringraft_net::link::LinkError,
+    },
+    /// The cluster exists and does not know this data directory.
+    #[error("formation: {0}")]
+    Formation(#[from] crate::formation::FormationError),
+    /// The log could not be read back.
+    #[error("log: {0}")]
+    Read(ringraft_wal::ReadError),
+    /// No memory for a buffer.
+    #[error("no memory for a batch: {0}")]
+    Memory(ringraft_wal::disk::DiskError),
+    /// The system gave no random numbers.
+    #[error("no random numbers from the system: {0}; set `seed`")]
+    Entropy(String),
+    /// The consensus thread could not be started.
+    #[error("cannot start the consensus thread: {0}")]
+    Thread(String),
+    /// Members disagree in a way that no crash or fault within the contract explains; the node stops rather than
+    /// spread it.
+    #[error("invariant broken, this node stops: {0}")]
+    Invariant(String),
+    /// The consensus thread ended without a word.
+    #[error("the consensus thread ended unexpectedly")]
+    ThreadLost,
+}

@@ -1,0 +1,571 @@
+//! How a program talks to its node: [`Handle`] from any thread, [`LocalHandle`] on the consensus core, and what
+//! they return.
+//!
+//! The futures are plain: they need no particular executor, and each has a blocking `wait`. Dropping one abandons
+//! the answer, not the command.
+//!
+//! For many commands at a time use a [`Pipeline`]: submissions carry a tag of the caller's, completions are
+//! collected in batches, and a run of commands that commit together costs one lock and one wake.
+
+use crate::config::Config;
+use crate::error::{LeaderHint, ProposeError, Refusal, Refused, StopCause};
+use crate::ingress::{Ingress, Submission, Ticket};
+use crate::proposals::LocalIngress;
+use crate::raft::Role;
+use crate::runtime::{LocalWakeup, Wakeup};
+use bytes::Bytes;
+use ringraft_block::{LogIndex, NodeId, Term};
+use std::future::Future;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+/// A command that is committed and was applied on this node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Committed {
+    /// Its index in the log.
+    pub index: LogIndex,
+    /// The term in which it was proposed.
+    pub term: Term,
+    /// What the state machine replied.
+    pub reply: Bytes,
+}
+
+/// What became of a command.
+pub type Outcome = Result<Committed, ProposeError>;
+
+/// What a node is and knows, at one moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Status {
+    /// This node.
+    pub node: NodeId,
+    /// Whether the cluster has been formed, as far as this node knows.
+    pub formed: bool,
+    /// Its role. A node that is not yet part of a formed cluster is a follower.
+    pub role: Role,
+    /// Its term.
+    pub term: Term,
+    /// The leader of the term, where known.
+    pub leader: Option<LeaderHint>,
+    /// The end of its log.
+    pub last: LogIndex,
+    /// How far its own log is durable.
+    pub durable: LogIndex,
+    /// How far the log is known to be committed.
+    pub commit: LogIndex,
+    /// How far it has been applied here.
+    pub applied: LogIndex,
+    /// The chain of the log at `applied`.
+    pub applied_chain: [u8; 16],
+    /// The address that it listens on, once it does.
+    pub listening: Option<SocketAddr>,
+    /// Why the node has stopped, if it has.
+    pub stopped: Option<StopCause>,
+}
+
+impl Status {
+    pub(crate) fn unstarted(node: NodeId) -> Self {
+        Self {
+            node,
+            formed: false,
+            role: Role::Follower,
+            term: Term(0),
+            leader: None,
+            last: LogIndex(0),
+            durable: LogIndex(0),
+            commit: LogIndex(0),
+            applied: LogIndex(0),
+            applied_chain: [0; 16],
+            listening: None,
+            stopped: None,
+        }
+    }
+}
+
+/// What all handles of a node share with its core.
+pub(crate) struct Shared {
+    pub(crate) ingress: Ingress,
+    pub(crate) wakeup: Arc<Wakeup>,
+    pub(crate) status: StatusCell,
+    pub(crate) command_bytes_max: usize,
+}
+
+impl Shared {
+    pub(crate) fn new(config: &Config, wakeup: Arc<Wakeup>) -> Self {
+        Self {
+            ingress: Ingress::new(config.ingress_capacity),
+            wakeup,
+            status: StatusCell::new(Status::unstarted(config.node)),
+            command_bytes_max: config.command_bytes_max,
+        }
+    }
+}
+
+/// The status, and those who wait for it to change. A change that nobody waits for costs no system call.
+pub(crate) struct StatusCell {
+    state: Mutex<(Status, usize)>,
+    changed: Condvar,
+}
+
+impl StatusCell {
+    pub(crate) fn new(status: Status) -> Self {
+        Self { state: Mutex::new((status, 0)), changed: Condvar::new() }
+    }
+
+    pub(crate) fn get(&self) -> Status {
+        lock(&self.state).0.clone()
+    }
+
+    pub(crate) fn publish(&self, change: impl FnOnce(&mut Status)) {
+        let watched = {
+            let mut state = lock(&self.state);
+            change(&mut state.0);
+            state.1 > 0
+        };
+        if watched {
+            self.changed.notify_all();
+        }
+    }
+
+    /// Waits until `condition` holds or `deadline` has come, if there is one; tells which.
+    pub(crate) fn wait(
+        &self,
+        deadline: Option<Instant>,
+        mut condition: impl FnMut(&Status) -> bool,
+    ) -> (Status, bool) {
+        let mut state = lock(&self.state);
+        loop {
+            let held = condition(&state.0);
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            if held || left.is_some_and(|left| left.is_zero()) {
+                return (state.0.clone(), held);
+            }
+            state.1 += 1;
+            state = match left {
+                Some(left) => {
+                    self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0
+                }
+                None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+            };
+            state.1 -= 1;
+        }
+    }
+}
+
+/// Proposes commands to a node from any thread or executor.
+#[derive(Clone)]
+pub struct Handle {
+    pub(crate) shared: Arc<Shared>,
+}
+
+impl Handle {
+    /// Proposes `command`. The future resolves when it is durable on a majority and applied here, or with a typed
+    /// error.
+    pub fn propose(&self, command: impl Into<Bytes>) -> Proposal {
+        let slot = Arc::new(ProposalSlot::default());
+        let ticket = Ticket::Proposal(Arc::clone(&slot));
+        if let Err(refused) = self.submit(command.into(), ticket) {
+            slot.complete(Err(refused.into()));
+        }
+        Proposal { slot }
+    }
+
+    /// Proposes `commands`, in order. They are neither atomic nor necessarily adjacent in the log; each has its own
+    /// outcome.
+    pub fn propose_batch(&self, commands: impl IntoIterator<Item = Bytes>) -> ProposalBatch {
+        let commands: Vec<Bytes> = commands.into_iter().collect();
+        let slot = Arc::new(BatchSlot::new(commands.len()));
+        for (position, command) in (0_u32..).zip(commands) {
+            let ticket = Ticket::Batch { slot: Arc::clone(&slot), position };
+            if let Err(refused) = self.submit(command, ticket) {
+                slot.complete(position, Err(refused.into()));
+            }
+        }
+        ProposalBatch { slot }
+    }
+
+    /// A channel for many commands in flight, with their completions collected in batches.
+    #[must_use]
+    pub fn pipeline(&self) -> Pipeline {
+        Pipeline { handle: self.clone(), shared: Arc::new(PipelineShared::default()) }
+    }
+
+    fn submit(&self, command: Bytes, ticket: Ticket) -> Result<(), Refused> {
+        let reason = if let Some(cause) = self.shared.ingress.stop_cause() {
+            Refusal::Stopped(cause.clone())
+        } else if command.len() > self.shared.command_bytes_max {
+            Refusal::TooLarge { bytes: command.len(), bytes_max: self.shared.command_bytes_max }
+        } else {
+            match self.shared.ingress.push(Submission { command, session: None, ticket }) {
+                Ok(()) => {
+                    self.shared.wakeup.signal();
+                    return Ok(());
+                }
+                Err(Submission { command, .. }) => return Err(Refused { reason: Refusal::Busy, command }),
+            }
+        };
+        Err(Refused { reason, command })
+    }
+
+    /// What the node is and knows now.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        self.shared.status.get()
+    }
+
+    /// Waits until `condition` holds of the status, or `timeout` has passed; returns the last status seen and
+    /// whether the condition held. Blocks the calling thread.
+    pub fn wait_status(&self, timeout: Duration, condition: impl FnMut(&Status) -> bool) -> (Status, bool) {
+        self.shared.status.wait(Some(Instant::now() + timeout), condition)
+    }
+
+    /// Asks the node to stop in good order: it takes no more commands, finishes its writes and closes. Returns at
+    /// once; [`Node::join`](crate::Node::join) waits.
+    pub fn shutdown(&self) {
+        self.shared.ingress.request_shutdown();
+        self.shared.wakeup.signal();
+    }
+}
+
+/// Proposes commands from tasks on the consensus core itself, without a queue: a command is copied straight into
+/// the open batch. Not `Send`.
+#[derive(Clone)]
+pub struct LocalHandle {
+    pub(crate) ingress: Rc<dyn LocalIngress>,
+    pub(crate) wakeup: LocalWakeup,
+    pub(crate) shared: Arc<Shared>,
+}
+
+impl LocalHandle {
+    /// As [`Handle::propose`]. `command` is copied.
+    pub fn propose(&self, command: &[u8]) -> Proposal {
+        let slot = Arc::new(ProposalSlot::default());
+        if let Err(refused) = self.submit(command, Ticket::Proposal(Arc::clone(&slot))) {
+            slot.complete(Err(refused.into()));
+        }
+        Proposal { slot }
+    }
+
+    /// As [`Handle::pipeline`].
+    #[must_use]
+    pub fn pipeline(&self) -> LocalPipeline {
+        LocalPipeline { handle: self.clone(), shared: Arc::new(PipelineShared::default()) }
+    }
+
+    /// What the node is and knows now.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        self.shared.status.get()
+    }
+
+    fn submit(&self, command: &[u8], ticket: Ticket) -> Result<(), Refused> {
+        let submitted = self.ingress.submit(command, None, ticket);
+        self.wakeup.wake();
+        submitted.map_err(|reason| Refused { reason, command: Bytes::copy_from_slice(command) })
+    }
+}
+
+/// One command of a [`Pipeline`], completed.
+#[derive(Clone, Debug)]
+pub struct Completion {
+    /// The tag it was submitted under.
+    pub tag: u64,
+    /// What became of it.
+    pub outcome: Outcome,
+}
+
+/// Commands in flight from one thread, completions in batches. See [`Handle::pipeline`].
+pub struct Pipeline {
+    handle: Handle,
+    shared: Arc<PipelineShared>,
+}
+
+impl Pipeline {
+    /// Submits `command` under `tag`, which its completion will carry.
+    ///
+    /// # Errors
+    /// A refusal that is known at once, with the command; no completion follows.
+    pub fn submit(&mut self, tag: u64, command: impl Into<Bytes>) -> Result<(), Refused> {
+        self.handle.submit(command.into(), Ticket::Pipeline { shared: Arc::clone(&self.shared), tag })
+    }
+
+    /// Moves the completions that have arrived to `out`. Never blocks.
+    pub fn completions(&mut self, out: &mut Vec<Completion>) {
+        lock(&self.shared.state).take(out);
+    }
+
+    /// Blocks until there are completions, or until `timeout`, and moves them to `out`.
+    pub fn wait(&mut self, out: &mut Vec<Completion>, timeout: Duration) {
+        self.shared.wait(out, timeout);
+    }
+
+    /// Waits for completions and moves them to `out`. Cancel safe: what has not been moved stays.
+    pub fn poll_completions(&mut self, context: &mut Context<'_>, out: &mut Vec<Completion>) -> Poll<()> {
+        self.shared.poll(context, out)
+    }
+}
+
+/// A [`Pipeline`] on the consensus core. See [`LocalHandle::pipeline`].
+pub struct LocalPipeline {
+    handle: LocalHandle,
+    shared: Arc<PipelineShared>,
+}
+
+impl LocalPipeline {
+    /// As [`Pipeline::submit`]; `command` is copied.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn submit(&mut self, tag: u64, command: &[u8]) -> Result<(), Refused> {
+        self.handle.submit(command, Ticket::Pipeline { shared: Arc::clone(&self.shared), tag })
+    }
+
+    /// As [`Pipeline::completions`].
+    pub fn completions(&mut self, out: &mut Vec<Completion>) {
+        lock(&self.shared.state).take(out);
+    }
+
+    /// As [`Pipeline::poll_completions`].
+    pub fn poll_completions(&mut self, context: &mut Context<'_>, out: &mut Vec<Completion>) -> Poll<()> {
+        self.shared.poll(context, out)
+    }
+}
+
+/// The outcome of one proposed command. Cancel safe: dropping it abandons the answer, not the command.
+#[must_use = "the outcome of a proposal is worth knowing"]
+pub struct Proposal {
+    slot: Arc<ProposalSlot>,
+}
+
+impl Proposal {
+    /// Blocks until the outcome is known.
+    ///
+    /// # Errors
+    /// Those of the proposal.
+    pub fn wait(self) -> Outcome {
+        let mut state = lock(&self.slot.state);
+        loop {
+            if let Some(outcome) = state.outcome.take() {
+                return outcome;
+            }
+            state.blocked = true;
+            state = self.slot.done.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+impl Future for Proposal {
+    type Output = Outcome;
+
+    /// # Panics
+    /// When polled again after it was ready.
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Outcome> {
+        let mut state = lock(&self.slot.state);
+        if let Some(outcome) = state.outcome.take() {
+            state.taken = true;
+            return Poll::Ready(outcome);
+        }
+        assert!(!state.taken, "a proposal is not polled after it was ready");
+        register(&mut state.waker, context);
+        Poll::Pending
+    }
+}
+
+/// The outcomes of [`Handle::propose_batch`], one per command, in order.
+#[must_use = "the outcomes of proposals are worth knowing"]
+pub struct ProposalBatch {
+    slot: Arc<BatchSlot>,
+}
+
+impl ProposalBatch {
+    /// Blocks until all outcomes are known.
+    #[must_use]
+    pub fn wait(self) -> Vec<Outcome> {
+        let mut state = lock(&self.slot.state);
+        while state.missing > 0 {
+            state.blocked = true;
+            state = self.slot.done.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.take()
+    }
+}
+
+impl Future for ProposalBatch {
+    type Output = Vec<Outcome>;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Vec<Outcome>> {
+        let mut state = lock(&self.slot.state);
+        if state.missing == 0 {
+            return Poll::Ready(state.take());
+        }
+        register(&mut state.waker, context);
+        Poll::Pending
+    }
+}
+
+fn register(waker: &mut Option<Waker>, context: &Context<'_>) {
+    match waker {
+        Some(present) if present.will_wake(context.waker()) => {}
+        waker => *waker = Some(context.waker().clone()),
+    }
+}
+
+/// A lock whose holder panicked still holds a consistent value here: every critical section is a few plain
+/// assignments.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Where a core puts the outcome of one command.
+#[derive(Default)]
+pub(crate) struct ProposalSlot {
+    state: Mutex<SlotState>,
+    done: Condvar,
+}
+
+#[derive(Default)]
+struct SlotState {
+    outcome: Option<Outcome>,
+    waker: Option<Waker>,
+    blocked: bool,
+    taken: bool,
+}
+
+impl ProposalSlot {
+    #[cfg(test)]
+    pub(crate) fn take_outcome(&self) -> Option<Outcome> {
+        lock(&self.state).outcome.take()
+    }
+
+    pub(crate) fn complete(&self, outcome: Outcome) {
+        let (waker, blocked) = {
+            let mut state = lock(&self.state);
+            state.outcome = Some(outcome);
+            (state.waker.take(), state.blocked)
+        };
+        if blocked {
+            self.done.notify_one();
+        }
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+}
+
+/// Where a core puts the outcomes of a batch.
+pub(crate) struct BatchSlot {
+    state: Mutex<BatchState>,
+    done: Condvar,
+}
+
+struct BatchState {
+    outcomes: Vec<Option<Outcome>>,
+    missing: usize,
+    waker: Option<Waker>,
+    blocked: bool,
+}
+
+impl BatchState {
+    fn take(&mut self) -> Vec<Outcome> {
+        std::mem::take(&mut self.outcomes).into_iter().flatten().collect()
+    }
+}
+
+impl BatchSlot {
+    fn new(commands: usize) -> Self {
+        let outcomes = std::iter::repeat_with(|| None).take(commands).collect();
+        Self {
+            state: Mutex::new(BatchState { outcomes, missing: commands, waker: None, blocked: false }),
+            done: Condvar::new(),
+        }
+    }
+
+    pub(crate) fn complete(&self, position: u32, outcome: Outcome) {
+        let (waker, blocked) = {
+            let mut state = lock(&self.state);
+            if let Some(place) = state.outcomes.get_mut(position as usize)
+                && place.replace(outcome).is_none()
+            {
+                state.missing -= 1;
+            }
+            if state.missing > 0 {
+                return;
+            }
+            (state.waker.take(), state.blocked)
+        };
+        if blocked {
+            self.done.notify_one();
+        }
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+}
+
+/// Where a core puts the outcomes of a pipeline's commands.
+#[derive(Default)]
+pub(crate) struct PipelineShared {
+    state: Mutex<PipelineState>,
+    arrived: Condvar,
+}
+
+#[derive(Default)]
+struct PipelineState {
+    done: Vec<Completion>,
+    waker: Option<Waker>,
+    blocked: bool,
+}
+
+impl PipelineState {
+    fn take(&mut self, out: &mut Vec<Completion>) {
+        if out.is_empty() {
+            std::mem::swap(&mut self.done, out);
+        } else {
+            out.append(&mut self.done);
+        }
+    }
+}
+
+impl PipelineShared {
+    pub(crate) fn complete(&self, run: impl IntoIterator<Item = (u64, Outcome)>) {
+        let (waker, blocked) = {
+            let mut state = lock(&self.state);
+            state.done.extend(run.into_iter().map(|(tag, outcome)| Completion { tag, outcome }));
+            (state.waker.take(), std::mem::take(&mut state.blocked))
+        };
+        if blocked {
+            self.arrived.notify_one();
+        }
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
+    fn wait(&self, out: &mut Vec<Completion>, timeout: Duration) {
+        let deadline = Instant::now() + timeout;
+        let mut state = lock(&self.state);
+        while state.done.is_empty() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            state.blocked = true;
+            state = self.arrived.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        state.blocked = false;
+        state.take(out);
+    }
+
+    fn poll(&self, context: &Context<'_>, out: &mut Vec<Completion>) -> Poll<()> {
+        let mut state = lock(&self.state);
+        if state.done.is_empty() {
+            register(&mut state.waker, context);
+            return Poll::Pending;
+        }
+        state.take(out);
+        Poll::Ready(())
+    }
+}

@@ -1,0 +1,120 @@
+//! The way into the core: a bounded queue that any thread may push to and the core polls every turn.
+//!
+//! A push wakes nobody unless the core is parked; then it signals once (`runtime::Wakeup`). The queue carries
+//! commands and the address that the outcome goes to; it knows nothing of the log.
+
+use crate::error::{ProposeError, StopCause};
+use crate::handle::{BatchSlot, Outcome, PipelineShared, ProposalSlot};
+use bytes::Bytes;
+use crossbeam_queue::ArrayQueue;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+
+/// A command on its way into the core.
+pub(crate) struct Submission {
+    pub(crate) command: Bytes,
+    pub(crate) session: Option<(u64, u64)>,
+    pub(crate) ticket: Ticket,
+}
+
+/// Where the outcome of a command goes.
+pub(crate) enum Ticket {
+    /// A [`Proposal`](crate::handle::Proposal) future.
+    Proposal(Arc<ProposalSlot>),
+    /// One command of a [`ProposalBatch`](crate::handle::ProposalBatch).
+    Batch { slot: Arc<BatchSlot>, position: u32 },
+    /// A [`Pipeline`](crate::handle::Pipeline), under the tag that its user chose.
+    Pipeline { shared: Arc<PipelineShared>, tag: u64 },
+}
+
+impl Ticket {
+    /// Tells the outcome to whoever waits. For pipelines, completions are gathered by [`Deliveries`] instead.
+    fn deliver(self, outcome: Outcome) {
+        match self {
+            Self::Proposal(slot) => slot.complete(outcome),
+            Self::Batch { slot, position } => slot.complete(position, outcome),
+            Self::Pipeline { shared, tag } => shared.complete([(tag, outcome)]),
+        }
+    }
+}
+
+/// Outcomes of one turn, gathered so that each pipeline is locked and woken once per run of its commands.
+#[derive(Default)]
+pub(crate) struct Deliveries {
+    pipeline: Option<Arc<PipelineShared>>,
+    run: Vec<(u64, Outcome)>,
+}
+
+impl Deliveries {
+    pub(crate) fn push(&mut self, ticket: Ticket, outcome: Outcome) {
+        match ticket {
+            Ticket::Pipeline { shared, tag } => {
+                if !self.pipeline.as_ref().is_some_and(|pipeline| Arc::ptr_eq(pipeline, &shared)) {
+                    self.flush();
+                    self.pipeline = Some(shared);
+                }
+                self.run.push((tag, outcome));
+            }
+            ticket => ticket.deliver(outcome),
+        }
+    }
+
+    pub(crate) fn flush(&mut self) {
+        if let Some(pipeline) = self.pipeline.take() {
+            pipeline.complete(self.run.drain(..));
+        }
+    }
+}
+
+/// What handles and the core share.
+pub(crate) struct Ingress {
+    queue: ArrayQueue<Submission>,
+    /// Set when the core takes no more: whoever pushed in the meantime is answered by `drain_stopped`.
+    stopped: OnceLock<StopCause>,
+    shutdown: AtomicBool,
+}
+
+impl Ingress {
+    pub(crate) fn new(capacity: usize) -> Self {
+        Self { queue: ArrayQueue::new(capacity), stopped: OnceLock::new(), shutdown: AtomicBool::new(false) }
+    }
+
+    /// Queues `submission`; hands it back when the queue is full.
+    pub(crate) fn push(&self, submission: Submission) -> Result<(), Submission> {
+        self.queue.push(submission)?;
+        // A core that stopped between the caller's check and the push never looks again.
+        if let Some(cause) = self.stopped.get() {
+            self.drain_stopped(cause);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn pop(&self) -> Option<Submission> {
+        self.queue.pop()
+    }
+
+    pub(crate) fn stop_cause(&self) -> Option<&StopCause> {
+        self.stopped.get()
+    }
+
+    /// Ends the queue: everything in it, and everything that comes later, is refused.
+    pub(crate) fn stop(&self, cause: StopCause) {
+        let cause = self.stopped.get_or_init(|| cause);
+        self.drain_stopped(cause);
+    }
+
+    fn drain_stopped(&self, cause: &StopCause) {
+        while let Some(Submission { command, ticket, .. }) = self.queue.pop() {
+            let reason = crate::error::Refusal::Stopped(cause.clone());
+            ticket.deliver(Err(ProposeError::Refused(crate::error::Refused { reason, command })));
+        }
+    }
+
+    pub(crate) fn request_shutdown(&self) {
+        self.shutdown.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn shutdown_requested(&self) -> bool {
+        self.shutdown.load(Ordering::Acquire)
+    }
+}

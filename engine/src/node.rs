@@ -1,0 +1,166 @@
+//! Starting a node: one thread that runs the driver on its backend, and the means to wait for it.
+
+use crate::config::{Config, ConfigError};
+use crate::driver::Driver;
+use crate::error::{StopCause, StopError};
+use crate::handle::{Handle, LocalHandle, Shared, Status};
+use crate::runtime::glommio::{self, GlommioOptions, LinkOptions};
+use crate::runtime::{RuntimeError, Wakeup};
+use crate::state_machine::StateMachine;
+use ringraft_wal::directory::DataDirectory;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+/// A task that runs on the consensus core, beside the node.
+pub type LocalTask = Box<dyn FnOnce(LocalHandle) -> Pin<Box<dyn Future<Output = ()>>> + Send>;
+
+/// A running node. Dropping it asks the node to stop and waits for that.
+pub struct Node {
+    handle: Handle,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Node {
+    /// Starts a node on a thread of its own and returns when its log is open and it listens, which takes as long as
+    /// formatting a new directory or scanning the log. `machine` makes the state machine on that thread.
+    ///
+    /// # Errors
+    /// Whatever keeps the node from starting; nothing is left running.
+    pub fn start<S: StateMachine>(
+        config: Config,
+        machine: impl FnOnce() -> S + Send + 'static,
+    ) -> Result<Self, StopCause> {
+        Self::start_with(config, machine, Vec::new())
+    }
+
+    /// As [`Node::start`], with tasks that run on the consensus core and propose through a [`LocalHandle`]. They
+    /// share the core with the node: a task that does not await blocks consensus.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn start_with<S: StateMachine>(
+        config: Config,
+        machine: impl FnOnce() -> S + Send + 'static,
+        tasks: Vec<LocalTask>,
+    ) -> Result<Self, StopCause> {
+        config.validate().map_err(StopError::from)?;
+        let seed = match config.seed {
+            Some(seed) => seed,
+            None => entropy().map_err(StopError::Entropy)?,
+        };
+        let shared = Arc::new(Shared::new(&config, Arc::new(Wakeup::new())));
+        let handle = Handle { shared: Arc::clone(&shared) };
+        let name = format!("ringraft-{}", config.node);
+        let core = move || run_core(config, seed, &shared, machine, tasks);
+        let thread = std::thread::Builder::new().name(name).spawn(core);
+        let thread = thread.map_err(|error| StopError::Thread(error.to_string()))?;
+        let node = Self { handle, thread: Some(thread) };
+        let started = |status: &Status| status.listening.is_some() || status.stopped.is_some();
+        let stopped = node.handle.shared.status.wait(None, started).0.stopped;
+        match stopped {
+            Some(cause) => {
+                node.join();
+                Err(cause)
+            }
+            None => Ok(node),
+        }
+    }
+
+    /// A handle to the node.
+    #[must_use]
+    pub fn handle(&self) -> Handle {
+        self.handle.clone()
+    }
+
+    /// Waits until the node has stopped, by [`Handle::shutdown`] or by itself, and tells why.
+    pub fn join(mut self) -> StopCause {
+        self.join_thread();
+        self.handle.status().stopped.unwrap_or_else(|| StopError::ThreadLost.into())
+    }
+
+    fn join_thread(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            // A panic on the core has aborted the process: see `run_core`.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.handle.shutdown();
+        self.join_thread();
+    }
+}
+
+fn run_core<S: StateMachine>(
+    config: Config,
+    seed: u64,
+    shared: &Arc<Shared>,
+    machine: impl FnOnce() -> S + Send + 'static,
+    tasks: Vec<LocalTask>,
+) {
+    let outcome = run_glommio(config, seed, shared, machine, tasks);
+    if let Err(StopError::Runtime(error @ RuntimeError::Panicked(_))) = &outcome {
+        // A state machine that panicked half way through a batch has a state that no other member has.
+        tracing::error!(%error, "aborting");
+        std::process::abort();
+    }
+    let cause = StopCause::from(match outcome {
+        Err(error) => error,
+        Ok(()) => StopError::ThreadLost,
+    });
+    shared.ingress.stop(cause.clone());
+    shared.status.publish(|status| {
+        status.stopped.get_or_insert(cause);
+    });
+}
+
+fn run_glommio<S: StateMachine>(
+    config: Config,
+    seed: u64,
+    shared: &Arc<Shared>,
+    machine: impl FnOnce() -> S + Send + 'static,
+    tasks: Vec<LocalTask>,
+) -> Result<(), StopError> {
+    let directory = DataDirectory::open(&config.data_dir, true)?;
+    let options = GlommioOptions {
+        core: config.core,
+        idle: config.idle,
+        name: format!("ringraft-{}", config.node),
+        ..GlommioOptions::default()
+    };
+    let wakeup = Arc::clone(&shared.wakeup);
+    let shared = Arc::clone(shared);
+    let path = directory.path().to_owned();
+    glommio::run(options, wakeup, move |context| {
+        let disk = context.disk(&path)?;
+        let link = context.link(LinkOptions::default());
+        let driver = Driver::new(config, seed, Arc::clone(&shared), disk, link, machine());
+        for task in tasks {
+            context.spawn_local(task(driver.local_handle(context.local_wakeup())));
+        }
+        Ok::<_, RuntimeError>(driver)
+    })?;
+    // Held until the last operation has ended.
+    drop(directory);
+    Ok(())
+}
+
+fn entropy() -> Result<u64, String> {
+    let mut bytes = [0; 8];
+    let filled = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
+    match filled {
+        Ok(8) => Ok(u64::from_le_bytes(bytes)),
+        Ok(_) => Err("getrandom returned too little".to_owned()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+impl From<ConfigError> for StopCause {
+    fn from(error: ConfigError) -> Self {
+        StopError::from(error).into()
+    }
+}

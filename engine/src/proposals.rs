@@ -1,0 +1,411 @@
+//! The open batch, back-pressure, and who waits for what.
+//!
+//! Happy path: a command is copied into the open batch and its ticket noted; when the log can take a batch, the
+//! driver seals the open one, the tickets move to the sealed ones in log order, and when that batch has been applied
+//! each ticket gets its outcome. A command that does not fit into the open batch waits in `overflow`, in order; one
+//! that is larger than a batch of many is sealed alone.
+//!
+//! A command that was never sealed is refused definitely and given back. One that was sealed and then lost its leader
+//! has an unknown outcome: its batch may survive on another member.
+
+use crate::error::{ProposeError, Refusal, Refused, UnknownOutcome};
+use crate::handle::Committed;
+use crate::ingress::{Deliveries, Submission, Ticket};
+use crate::state_machine::Replies;
+use bytes::Bytes;
+use ringraft_block::{Block, BlockBuf, LogIndex, Term};
+use ringraft_wal::format::{BatchBuilder, BatchInfo, Seal, SessionRef, image_bytes_for, slot_bytes};
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::rc::Rc;
+
+/// The way into the open batch for tasks on the core.
+pub(crate) trait LocalIngress {
+    /// Copies `command` into the open batch, or refuses it.
+    fn submit(&self, command: &[u8], session: Option<(u64, u64)>, ticket: Ticket) -> Result<(), Refusal>;
+}
+
+impl<B: BlockBuf> LocalIngress for Rc<RefCell<Proposals<B>>> {
+    fn submit(&self, command: &[u8], session: Option<(u64, u64)>, ticket: Ticket) -> Result<(), Refusal> {
+        let mut proposals = self.borrow_mut();
+        proposals.admit(command.len())?;
+        if let Err(ticket) = proposals.push_open(command, session, ticket) {
+            let command = Bytes::copy_from_slice(command);
+            proposals.overflow.push_back(Submission { command, session, ticket });
+        }
+        Ok(())
+    }
+}
+
+/// The limits that proposals are admitted by.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ProposalLimits {
+    pub(crate) command_bytes_max: usize,
+    pub(crate) uncommitted_bytes_max: usize,
+    /// Capacity of the block of a batch of many commands: envelope and image.
+    pub(crate) slot_bytes: usize,
+}
+
+pub(crate) struct Proposals<B: BlockBuf> {
+    limits: ProposalLimits,
+    /// Whether commands are admitted, and if not, why.
+    gate: Result<(), Refusal>,
+    /// `None` until the first block comes.
+    builder: Option<BatchBuilder<B>>,
+    /// Tickets of the commands in the open batch.
+    open: Vec<Ticket>,
+    overflow: VecDeque<Submission>,
+    /// Batches in the log, not yet applied, in order.
+    sealed: VecDeque<SealedTickets>,
+    spare: Vec<Vec<Ticket>>,
+    /// Payload bytes of commands that were admitted and have no outcome yet.
+    uncommitted_bytes: usize,
+}
+
+struct SealedTickets {
+    first: LogIndex,
+    term: Term,
+    payload_bytes: usize,
+    tickets: Vec<Ticket>,
+}
+
+impl<B: BlockBuf> Proposals<B> {
+    pub(crate) fn new(limits: ProposalLimits) -> Self {
+        Self {
+            limits,
+            gate: Err(Refusal::NotLeader { leader: None }),
+            builder: None,
+            open: Vec::new(),
+            overflow: VecDeque::new(),
+            sealed: VecDeque::new(),
+            spare: Vec::new(),
+            uncommitted_bytes: 0,
+        }
+    }
+
+    /// From now on commands are admitted, or refused for this reason.
+    pub(crate) fn set_gate(&mut self, gate: Result<(), Refusal>) {
+        if self.gate != gate {
+            self.gate = gate;
+        }
+    }
+
+    /// Whether the queue from other threads should be read further.
+    pub(crate) fn has_room(&self) -> bool {
+        self.overflow.is_empty() && self.uncommitted_bytes < self.limits.uncommitted_bytes_max
+    }
+
+    pub(crate) fn is_gate_open(&self) -> bool {
+        self.gate.is_ok()
+    }
+
+    /// Takes a command from the queue, or refuses it to its ticket.
+    pub(crate) fn take(&mut self, submission: Submission, deliveries: &mut Deliveries) {
+        if let Err(reason) = self.admit(submission.command.len()) {
+            let refused = Refused { reason, command: submission.command };
+            deliveries.push(submission.ticket, Err(refused.into()));
+            return;
+        }
+        let Submission { command, session, ticket } = submission;
+        if let Err(ticket) = self.push_open(&command, session, ticket) {
+            self.overflow.push_back(Submission { command, session, ticket });
+        }
+    }
+
+    /// Decides by size, gate and bounds, and counts an admitted command.
+    fn admit(&mut self, bytes: usize) -> Result<(), Refusal> {
+        self.gate.clone()?;
+        if bytes > self.limits.command_bytes_max {
+            return Err(Refusal::TooLarge { bytes, bytes_max: self.limits.command_bytes_max });
+        }
+        // One command is always admitted, however large.
+        if self.uncommitted_bytes > 0 && self.uncommitted_bytes + bytes > self.limits.uncommitted_bytes_max {
+            return Err(Refusal::Busy);
+        }
+        self.uncommitted_bytes += bytes;
+        Ok(())
+    }
+
+    /// Copies the command into the open batch if it fits there and nothing is ahead of it.
+    fn push_open(
+        &mut self,
+        command: &[u8],
+        session: Option<(u64, u64)>,
+        ticket: Ticket,
+    ) -> Result<(), Ticket> {
+        if !self.overflow.is_empty() || !self.copy_into_open(command, session) {
+            return Err(ticket);
+        }
+        self.open.push(ticket);
+        Ok(())
+    }
+
+    fn copy_into_open(&mut self, command: &[u8], session: Option<(u64, u64)>) -> bool {
+        let Some(builder) = self.builder.as_mut().filter(|builder| builder.is_armed()) else { return false };
+        let session = session.map(|(session, sequence)| SessionRef { session, sequence });
+        builder.push(command, session).is_ok()
+    }
+
+    /// The capacity that the next open batch needs, if there is none now.
+    pub(crate) fn wants_block(&self) -> Option<usize> {
+        if self.builder.as_ref().is_some_and(BatchBuilder::is_armed) {
+            return None;
+        }
+        let alone = self.overflow.front().map_or(0, |next| slot_bytes_for_one(&next.command));
+        Some(alone.max(self.limits.slot_bytes))
+    }
+
+    /// Opens a batch in `block` and moves waiting commands into it.
+    pub(crate) fn open(&mut self, block: Block<B>) {
+        debug_assert!(self.open.is_empty());
+        match &mut self.builder {
+            Some(builder) => builder.rearm(block),
+            builder => *builder = Some(BatchBuilder::new(block)),
+        }
+        while let Some(next) = self.overflow.front() {
+            let alone = slot_bytes_for_one(&next.command) > self.limits.slot_bytes;
+            if alone && !self.open.is_empty() {
+                break;
+            }
+            let (command, session) = (next.command.clone(), next.session);
+            if !self.copy_into_open(&command, session) {
+                break;
+            }
+            let Some(next) = self.overflow.pop_front() else { break };
+            self.open.push(next.ticket);
+            if alone {
+                break;
+            }
+        }
+    }
+
+    /// The size of the slot that sealing the open batch would make; `None` when there is nothing to seal.
+    pub(crate) fn sealable_slot_bytes(&self) -> Option<usize> {
+        let builder = self.builder.as_ref().filter(|builder| !builder.is_empty())?;
+        Some(slot_bytes(builder.image_bytes_if_sealed()))
+    }
+
+    /// Seals the open batch; its tickets wait from now on for `seal.first` and the indexes after it.
+    pub(crate) fn seal(&mut self, seal: Seal) -> Option<(Block<B>, BatchInfo)> {
+        let builder = self.builder.as_mut().filter(|builder| !builder.is_empty())?;
+        let (block, info) = builder.seal(seal);
+        let tickets = std::mem::replace(&mut self.open, self.spare.pop().unwrap_or_default());
+        debug_assert_eq!(tickets.len() as u64, info.count());
+        let payload_bytes = info.payload_bytes as usize;
+        self.sealed.push_back(SealedTickets { first: info.first, term: info.term, payload_bytes, tickets });
+        Some((block, info))
+    }
+
+    /// Whether anybody here waits for the batch that begins at `first`.
+    pub(crate) fn awaits(&self, first: LogIndex) -> bool {
+        self.sealed.front().is_some_and(|sealed| sealed.first == first)
+    }
+
+    /// The batch was applied: its tickets get their replies.
+    pub(crate) fn applied(&mut self, batch: &BatchInfo, replies: &mut Replies, deliveries: &mut Deliveries) {
+        if !self.awaits(batch.first) {
+            return;
+        }
+        let Some(sealed) = self.sealed.pop_front() else { return };
+        let SealedTickets { first, term, payload_bytes, mut tickets } = sealed;
+        debug_assert_eq!(term, batch.term, "tickets are dropped when the leadership of their term ends");
+        for (position, ticket) in tickets.drain(..).enumerate() {
+            let index = LogIndex(first.get() + position as u64);
+            deliveries.push(ticket, Ok(Committed { index, term, reply: replies.take(position) }));
+        }
+        self.uncommitted_bytes -= payload_bytes;
+        self.spare.push(tickets);
+    }
+
+    /// Leadership was lost, or the node stops: what is in the log is of unknown outcome, the rest is refused.
+    pub(crate) fn abandon(
+        &mut self,
+        unknown: impl Fn(LogIndex) -> UnknownOutcome,
+        refusal: &Refusal,
+        deliveries: &mut Deliveries,
+    ) {
+        for sealed in self.sealed.drain(..) {
+            for (position, ticket) in sealed.tickets.into_iter().enumerate() {
+                let index = LogIndex(sealed.first.get() + position as u64);
+                deliveries.push(ticket, Err(ProposeError::Unknown(unknown(index))));
+            }
+        }
+        let mut tickets = self.open.drain(..);
+        if let Some(builder) = &mut self.builder {
+            builder.abandon(|command| {
+                let command = Bytes::copy_from_slice(command);
+                if let Some(ticket) = tickets.next() {
+                    deliveries.push(ticket, Err(Refused { reason: refusal.clone(), command }.into()));
+                }
+            });
+        }
+        drop(tickets);
+        for Submission { command, ticket, .. } in self.overflow.drain(..) {
+            deliveries.push(ticket, Err(Refused { reason: refusal.clone(), command }.into()));
+        }
+        self.uncommitted_bytes = 0;
+    }
+
+    /// Nothing is open, queued or waiting.
+    #[cfg(test)]
+    pub(crate) fn is_idle(&self) -> bool {
+        self.open.is_empty()
+            && self.overflow.is_empty()
+            && self.sealed.is_empty()
+            && self.uncommitted_bytes == 0
+    }
+}
+
+fn slot_bytes_for_one(command: &[u8]) -> usize {
+    slot_bytes(image_bytes_for(1, 1, command.len()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::handle::{Outcome, ProposalSlot};
+    use ringraft_block::{AlignedBuf, GroupId, Pool};
+    use ringraft_wal::format::{BatchKind, Chain, ENVELOPE_BYTES, parse_image};
+    use std::convert::Infallible;
+    use std::sync::Arc;
+
+    const LIMITS: ProposalLimits =
+        ProposalLimits { command_bytes_max: 40_000, uncommitted_bytes_max: 100_000, slot_bytes: 8192 };
+
+    struct Rig {
+        pool: Pool<AlignedBuf>,
+        proposals: Proposals<AlignedBuf>,
+        deliveries: Deliveries,
+        next: u64,
+    }
+
+    impl Rig {
+        fn leading() -> Self {
+            let mut proposals = Proposals::new(LIMITS);
+            proposals.set_gate(Ok(()));
+            Self { pool: Pool::new(1 << 20), proposals, deliveries: Deliveries::default(), next: 1 }
+        }
+
+        fn propose(&mut self, command: Vec<u8>) -> Arc<ProposalSlot> {
+            let slot = Arc::new(ProposalSlot::default());
+            let ticket = Ticket::Proposal(Arc::clone(&slot));
+            self.proposals
+                .take(Submission { command: command.into(), session: None, ticket }, &mut self.deliveries);
+            slot
+        }
+
+        fn open(&mut self) {
+            if let Some(bytes) = self.proposals.wants_block() {
+                let block =
+                    self.pool.take(bytes, |bytes| Ok::<_, Infallible>(AlignedBuf::zeroed(bytes))).unwrap();
+                self.proposals.open(block);
+            }
+        }
+
+        /// Seals what is open; its commands, in order.
+        fn seal(&mut self) -> Option<(BatchInfo, Vec<Vec<u8>>)> {
+            self.open();
+            self.proposals.sealable_slot_bytes()?;
+            let seal = Seal {
+                group: GroupId(0),
+                term: Term(3),
+                first: LogIndex(self.next),
+                kind: BatchKind::Commands,
+                time_ms: 5,
+                previous_chain: Chain::default(),
+            };
+            let (block, info) = self.proposals.seal(seal)?;
+            self.next = info.last.get() + 1;
+            let image = &block[ENVELOPE_BYTES..ENVELOPE_BYTES + info.image_bytes as usize];
+            let commands =
+                parse_image(image).unwrap().commands().map(|command| command.bytes.to_vec()).collect();
+            Some((info, commands))
+        }
+
+        fn apply(&mut self, info: &BatchInfo) {
+            let mut replies = Replies::default();
+            replies.rearm(self.proposals.awaits(info.first));
+            for position in 0..info.count() {
+                replies.push(vec![position as u8]);
+            }
+            self.proposals.applied(info, &mut replies, &mut self.deliveries);
+        }
+    }
+
+    fn outcome(slot: &ProposalSlot) -> Option<Outcome> {
+        slot.take_outcome()
+    }
+
+    #[test]
+    fn commands_keep_their_order_over_batches_of_every_size() {
+        let mut rig = Rig::leading();
+        let sizes = [10, 100, 4000, 3000, 39_000, 10, 8000, 1, 20_000];
+        let commands: Vec<Vec<u8>> = sizes.iter().zip(0..).map(|(size, fill)| vec![fill; *size]).collect();
+        let slots: Vec<_> = commands.iter().map(|command| rig.propose(command.clone())).collect();
+        let mut sealed = Vec::new();
+        while let Some((info, mut batch)) = rig.seal() {
+            assert!(
+                info.slot_bytes() <= LIMITS.slot_bytes || batch.len() == 1,
+                "a large command is sealed alone"
+            );
+            rig.apply(&info);
+            sealed.append(&mut batch);
+        }
+        assert_eq!(sealed, commands);
+        let indexes: Vec<_> = slots.iter().map(|slot| outcome(slot).unwrap().unwrap().index.get()).collect();
+        assert_eq!(indexes, (1..=9).collect::<Vec<_>>());
+        assert!(rig.proposals.is_idle());
+    }
+
+    #[test]
+    fn each_command_gets_its_own_reply() {
+        let mut rig = Rig::leading();
+        rig.open();
+        let slots = [rig.propose(vec![1]), rig.propose(vec![2])];
+        let (info, _) = rig.seal().unwrap();
+        rig.apply(&info);
+        for (position, slot) in slots.iter().enumerate() {
+            assert_eq!(outcome(slot).unwrap().unwrap().reply[..], [position as u8]);
+        }
+    }
+
+    #[test]
+    fn what_is_too_large_or_too_much_is_given_back() {
+        let mut rig = Rig::leading();
+        let reason = |slot: &ProposalSlot| match outcome(slot) {
+            Some(Err(ProposeError::Refused(refused))) => (refused.reason, refused.command.len()),
+            other => panic!("{other:?}"),
+        };
+        let too_large = rig.propose(vec![0; 40_001]);
+        assert_eq!(reason(&too_large), (Refusal::TooLarge { bytes: 40_001, bytes_max: 40_000 }, 40_001));
+        let _admitted = [rig.propose(vec![0; 40_000]), rig.propose(vec![0; 40_000])];
+        assert_eq!(reason(&rig.propose(vec![0; 30_000])), (Refusal::Busy, 30_000));
+        rig.proposals.set_gate(Err(Refusal::NotLeader { leader: None }));
+        assert_eq!(reason(&rig.propose(vec![0; 1])), (Refusal::NotLeader { leader: None }, 1));
+    }
+
+    #[test]
+    fn when_leadership_ends_the_sealed_are_unknown_and_the_others_come_back() {
+        let mut rig = Rig::leading();
+        rig.open();
+        let sealed = rig.propose(vec![1; 8]);
+        let _ = rig.seal().unwrap();
+        rig.open();
+        let open = rig.propose(vec![2; 8]);
+        let waiting = rig.propose(vec![3; 20_000]);
+        let unknown = |index| UnknownOutcome::LeadershipLost { index };
+        rig.proposals.abandon(unknown, &Refusal::NotLeader { leader: None }, &mut rig.deliveries);
+        assert!(matches!(
+            outcome(&sealed),
+            Some(Err(ProposeError::Unknown(UnknownOutcome::LeadershipLost { index: LogIndex(1) })))
+        ));
+        for (slot, command) in [(open, vec![2; 8]), (waiting, vec![3; 20_000])] {
+            match outcome(&slot) {
+                Some(Err(ProposeError::Refused(refused))) => assert_eq!(refused.command, command),
+                other => panic!("{other:?}"),
+            }
+        }
+        assert!(rig.proposals.is_idle());
+        assert!(rig.seal().is_none(), "nothing of it is sealed later");
+    }
+}

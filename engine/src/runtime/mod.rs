@@ -1,0 +1,87 @@
+//! Backends of the disk and link seams, and the loop that drives an engine on one core.
+//!
+//! An engine is a [`Turn`]: a synchronous step that takes what has completed, decides, and submits what follows.
+//! A backend calls it on a thread of its own, lets the kernel have the submitted operations, and parks when there
+//! is nothing to do: this is the only place in the engine where anything waits. The core is woken by a completion,
+//! by the deadline that the last turn named, or by another thread's [`Wakeup::signal`].
+//!
+//! [`glommio`] is the first backend. Nothing of it shows above this module.
+
+mod error;
+pub mod glommio;
+mod park;
+
+pub use error::{IoUringRefusal, RuntimeError};
+pub use park::{LocalWakeup, Wakeup};
+
+/// What a core does when a turn found nothing to do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum IdlePolicy {
+    /// Looks for work without pause. The lowest latency, at the price of one whole processor, always: only where
+    /// every engine on the machine has a processor to itself.
+    Spin,
+    /// Looks for work for so long after the last progress, then parks.
+    Adaptive {
+        /// How long, in microseconds.
+        spin_us: u64,
+    },
+    /// Parks at once: the thread sleeps until a completion, a signal or the deadline.
+    #[default]
+    Park,
+}
+
+/// The clocks, read once before each turn.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Now {
+    /// CLOCK_BOOTTIME in nanoseconds: never steps back, and counts while the machine is suspended.
+    pub monotonic_ns: u64,
+    /// The wall clock, in milliseconds since 1970. It may jump in either direction.
+    pub wall_ms: u64,
+}
+
+impl Now {
+    /// Reads the clocks.
+    #[must_use]
+    pub fn read() -> Self {
+        use rustix::time::{ClockId, clock_gettime};
+        let boot = clock_gettime(ClockId::Boottime);
+        let wall = clock_gettime(ClockId::Realtime);
+        // Neither clock is negative on a machine that runs; a wall clock set to before 1970 reads as 1970.
+        let unsigned = |number: i64| u64::try_from(number).unwrap_or(0);
+        Self {
+            monotonic_ns: unsigned(boot.tv_sec) * 1_000_000_000 + unsigned(boot.tv_nsec),
+            wall_ms: unsigned(wall.tv_sec) * 1_000 + unsigned(wall.tv_nsec) / 1_000_000,
+        }
+    }
+}
+
+/// What a turn wants to happen next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TurnOutcome {
+    /// Something was done, so that another turn may find more. A turn that left work undone because its budget
+    /// was used up says so too.
+    pub progressed: bool,
+    /// Call again at this [`Now::monotonic_ns`] at the latest; `u64::MAX` for never.
+    pub next_deadline_ns: u64,
+    /// This was the last turn.
+    pub stop: bool,
+}
+
+/// What a backend drives: bounded work per call, never blocking.
+pub trait Turn {
+    /// Does what can be done now.
+    fn turn(&mut self, now: Now) -> TurnOutcome;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_monotonic_clock_does_not_step_back_and_the_wall_clock_is_after_2020() {
+        let first = Now::read();
+        let second = Now::read();
+        assert!(second.monotonic_ns >= first.monotonic_ns);
+        assert!(first.wall_ms > 1_577_836_800_000);
+    }
+}

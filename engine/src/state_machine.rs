@@ -1,0 +1,131 @@
+//! What the user brings: a state machine that applies committed commands.
+//!
+//! Happy path: the engine calls [`StateMachine::apply`] with each committed batch, in log order, once per life of
+//! the process, on every member. After a restart the engine applies the log again from its start (or, once there
+//! are snapshots, from the latest one), so a state machine in memory needs no durability of its own.
+//!
+//! A panic in `apply` aborts the process: to go on after half an apply would be to serve a state that no other
+//! member has.
+
+use bytes::Bytes;
+use ringraft_block::{LogIndex, Term};
+use ringraft_wal::format::{BatchKind, BatchView};
+
+/// A replicated state machine. Its state must depend on the commands and what accompanies them
+/// ([`Command`]) alone: no clock, no random source, no iteration order that differs between processes.
+pub trait StateMachine: 'static {
+    /// Applies the commands of `batch`, in order, and pushes one reply for each of them. Missing replies count as
+    /// empty. Runs on the consensus core: what it spends, every commit waits for.
+    ///
+    /// Called on every member; `replies` is only sent anywhere on the member where the command was proposed, and
+    /// [`Replies::wanted`] says if anybody waits.
+    fn apply(&mut self, batch: &CommittedBatch<'_>, replies: &mut Replies);
+}
+
+/// A command as it reaches the state machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Command<'a> {
+    /// Its position in the log, without gaps over all batches except for the engine's own entries.
+    pub index: LogIndex,
+    /// The term of the leader that sealed it.
+    pub term: Term,
+    /// That leader's clock when it sealed the batch, in milliseconds since 1970, never decreasing along the log:
+    /// the only clock that a state machine may use.
+    pub time_ms: u64,
+    /// The client session and the sequence in it, where the command was proposed with them.
+    pub session: Option<(u64, u64)>,
+    /// The command as it was proposed. It borrows the log's buffer.
+    pub bytes: &'a [u8],
+}
+
+/// Consecutive committed commands that were sealed into one batch.
+pub struct CommittedBatch<'a> {
+    view: BatchView<'a>,
+}
+
+impl<'a> CommittedBatch<'a> {
+    pub(crate) fn new(view: BatchView<'a>) -> Self {
+        debug_assert_eq!(
+            view.info().kind,
+            BatchKind::Commands,
+            "the engine's own batches stay in the engine"
+        );
+        Self { view }
+    }
+
+    /// The commands in order.
+    pub fn commands(&self) -> impl Iterator<Item = Command<'a>> + '_ {
+        let info = self.view.info();
+        self.view.commands().map(move |command| Command {
+            index: command.index,
+            term: info.term,
+            time_ms: info.time_ms,
+            session: command.session.map(|session| (session.session, session.sequence)),
+            bytes: command.bytes,
+        })
+    }
+
+    /// How many commands there are; at least one.
+    #[must_use]
+    pub fn command_count(&self) -> usize {
+        self.view.len()
+    }
+
+    /// Index of the first command.
+    #[must_use]
+    pub fn first(&self) -> LogIndex {
+        self.view.info().first
+    }
+
+    /// Index of the last command.
+    #[must_use]
+    pub fn last(&self) -> LogIndex {
+        self.view.info().last
+    }
+
+    /// The chain of the log at the end of this batch: two members with the same chain here have the same log up
+    /// to here.
+    #[must_use]
+    pub fn chain(&self) -> [u8; 16] {
+        self.view.info().chain.0
+    }
+}
+
+/// Collects the replies of one batch.
+#[derive(Default)]
+pub struct Replies {
+    replies: Vec<Bytes>,
+    wanted: bool,
+}
+
+impl Replies {
+    /// The reply to the next command of the batch.
+    pub fn push(&mut self, reply: impl Into<Bytes>) {
+        if self.wanted {
+            self.replies.push(reply.into());
+        }
+    }
+
+    /// An empty reply to the next command.
+    pub fn push_empty(&mut self) {
+        if self.wanted {
+            self.replies.push(Bytes::new());
+        }
+    }
+
+    /// Whether anybody on this member waits for the replies: if not, they need not be computed.
+    #[must_use]
+    pub fn wanted(&self) -> bool {
+        self.wanted
+    }
+
+    pub(crate) fn rearm(&mut self, wanted: bool) {
+        self.replies.clear();
+        self.wanted = wanted;
+    }
+
+    /// Takes the reply to the command at `position` in the batch.
+    pub(crate) fn take(&mut self, position: usize) -> Bytes {
+        self.replies.get_mut(position).map(std::mem::take).unwrap_or_default()
+    }
+}

@@ -1,0 +1,514 @@
+//! The bodies of the frames between members: rkyv archives of explicit-endian integers.
+//!
+//! The frame around a body (net) has its checksum, so the bytes are those that a member wrote; they are
+//! nevertheless validated before use, since that member may run other code. Body sizes are fixed by type and
+//! asserted below: a change of layout does not compile unnoticed, and [`FINGERPRINT`] in the hello keeps two layouts
+//! apart.
+
+use crate::raft::{Append, AppendAck, AppendOutcome, BatchRun, LogId, Round, Vote, VoteReply};
+use ringraft_block::{Incarnation, LogIndex, NodeId, Term};
+use ringraft_wal::format::Chain;
+use rkyv::rancor;
+use rkyv::rend::{u16_le, u32_le, u64_le, u128_le};
+use rkyv::util::AlignedVec;
+use rkyv::{Archive, Serialize};
+
+/// Frame types of the engine, as the frame header carries them. Below 16 they are net's own.
+pub(crate) mod kind {
+    pub(crate) const APPEND: u16 = 16;
+    pub(crate) const APPEND_ACK: u16 = 17;
+    pub(crate) const VOTE: u16 = 18;
+    pub(crate) const VOTE_REPLY: u16 = 19;
+    pub(crate) const FORMATION: u16 = 20;
+}
+
+/// The largest body: a formation message with a full configuration.
+pub(crate) const BODY_BYTES_MAX: usize = 4096;
+
+/// What the hello says of the layouts in this file: changes when any of them does.
+pub(crate) const FINGERPRINT: u64 = {
+    let sizes = [
+        size_of::<ArchivedAppendBody>(),
+        size_of::<ArchivedAppendAckBody>(),
+        size_of::<ArchivedVoteBody>(),
+        size_of::<ArchivedVoteReplyBody>(),
+        size_of::<ArchivedFormationBody>(),
+        align_of::<ArchivedFormationBody>(),
+        size_of::<rkyv::primitive::ArchivedUsize>(),
+    ];
+    let version = 1;
+    let mut hash: u64 = 0xcbf2_9ce4_8422_2325 ^ version;
+    let mut at = 0;
+    while at < sizes.len() {
+        hash = (hash ^ sizes[at] as u64).wrapping_mul(0x0000_0100_0000_01b3);
+        at += 1;
+    }
+    hash
+};
+
+const _: () = {
+    assert!(size_of::<ArchivedAppendBody>() == 112);
+    assert!(size_of::<ArchivedAppendAckBody>() == 72);
+    assert!(size_of::<ArchivedVoteBody>() == 32);
+    assert!(size_of::<ArchivedVoteReplyBody>() == 16);
+    assert!(align_of::<ArchivedAppendBody>() <= 16);
+    assert!(
+        size_of::<rkyv::primitive::ArchivedUsize>() == 4,
+        "rkyv's pointer width feature changes our layout"
+    );
+};
+
+/// An append with what only the driver knows: chains and the lengths of the image beside it.
+#[derive(Archive, Serialize)]
+struct AppendBody {
+    previous_chain: [u8; 16],
+    chain: [u8; 16],
+    term: u64_le,
+    previous_term: u64_le,
+    previous_index: u64_le,
+    batch_first: u64_le,
+    batch_last: u64_le,
+    batch_term: u64_le,
+    commit: u64_le,
+    round: u64_le,
+    batch_bytes: u32_le,
+    flags: u32_le,
+    reserved: u64_le,
+}
+
+const APPEND_HAS_BATCH: u32 = 1;
+const APPEND_REPLY_NOW: u32 = 2;
+
+#[derive(Archive, Serialize)]
+struct AppendAckBody {
+    chain: [u8; 16],
+    term: u64_le,
+    round: u64_le,
+    index: u64_le,
+    index_term: u64_le,
+    refused: u64_le,
+    /// Stage durations of the newest durable batch, in microseconds: received to durable, and of that, queueing.
+    durable_us: u32_le,
+    queued_us: u32_le,
+    outcome: u16_le,
+    reserved: u16_le,
+    reserved_2: u32_le,
+}
+
+const ACK_MATCHED: u16 = 1;
+const ACK_REJECTED: u16 = 2;
+const ACK_STALE_TERM: u16 = 3;
+
+#[derive(Archive, Serialize)]
+struct VoteBody {
+    term: u64_le,
+    last_term: u64_le,
+    last_index: u64_le,
+    pre: u32_le,
+    reserved: u32_le,
+}
+
+#[derive(Archive, Serialize)]
+struct VoteReplyBody {
+    term: u64_le,
+    granted: u32_le,
+    pre: u32_le,
+}
+
+/// What a node says of the cluster's formation when a session begins and when it changes.
+#[derive(Archive, Serialize)]
+struct FormationBody {
+    incarnation: u128_le,
+    formed: u32_le,
+    /// The encoded base configuration of a formed node.
+    configuration: Vec<u8>,
+}
+
+/// An append as the driver handles it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct AppendMessage {
+    pub(crate) append: Append,
+    /// The chain at `append.previous`.
+    pub(crate) previous_chain: Chain,
+    /// The chain at the end of the batch; that of `previous` without one.
+    pub(crate) chain: Chain,
+}
+
+/// An ack as the driver handles it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct AckMessage {
+    pub(crate) ack: AppendAck,
+    /// The chain at the matched position.
+    pub(crate) chain: Chain,
+    pub(crate) stages: AckStages,
+}
+
+/// Where a follower spent its time on the newest batch that it reports durable, in microseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct AckStages {
+    pub(crate) durable_us: u32,
+    pub(crate) queued_us: u32,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct FormationMessage {
+    pub(crate) incarnation: Incarnation,
+    pub(crate) formed: bool,
+    pub(crate) configuration: Vec<u8>,
+}
+
+/// A decoded body.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Body {
+    Append(AppendMessage),
+    AppendAck(AckMessage),
+    Vote(Vote),
+    VoteReply(VoteReply),
+    Formation(FormationMessage),
+}
+
+/// A body that is not what its frame type promises: the peer runs other code, or there is a bug.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a frame of type {kind} has a malformed body")]
+pub(crate) struct MalformedBody {
+    pub(crate) kind: u16,
+}
+
+/// Encodes bodies into memory that is used again.
+#[derive(Default)]
+pub(crate) struct Encoder {
+    scratch: AlignedVec,
+}
+
+impl Encoder {
+    pub(crate) fn append(&mut self, message: &AppendMessage) -> &[u8] {
+        let AppendMessage { append, previous_chain, chain } = message;
+        let batch = append.batch;
+        let mut flags = 0;
+        flags |= if batch.is_some() { APPEND_HAS_BATCH } else { 0 };
+        flags |= if append.reply_now { APPEND_REPLY_NOW } else { 0 };
+        self.encode(&AppendBody {
+            previous_chain: previous_chain.0,
+            chain: chain.0,
+            term: append.term.get().into(),
+            previous_term: append.previous.term.get().into(),
+            previous_index: append.previous.index.get().into(),
+            batch_first: batch.map_or(0, |batch| batch.first.get()).into(),
+            batch_last: batch.map_or(0, |batch| batch.last.get()).into(),
+            batch_term: batch.map_or(0, |batch| batch.term.get()).into(),
+            commit: append.commit.get().into(),
+            round: append.round.0.into(),
+            batch_bytes: batch.map_or(0, |batch| batch.bytes).into(),
+            flags: flags.into(),
+            reserved: 0.into(),
+        })
+    }
+
+    pub(crate) fn ack(&mut self, message: &AckMessage) -> &[u8] {
+        let AckMessage { ack, chain, stages } = message;
+        let (outcome, position, refused) = match ack.outcome {
+            AppendOutcome::Matched { matched } => (ACK_MATCHED, matched, LogIndex(0)),
+            AppendOutcome::Rejected { refused, hint } => (ACK_REJECTED, hint, refused),
+            AppendOutcome::StaleTerm => (ACK_STALE_TERM, LogId::default(), LogIndex(0)),
+        };
+        self.encode(&AppendAckBody {
+            chain: chain.0,
+            term: ack.term.get().into(),
+            round: ack.round.0.into(),
+            index: position.index.get().into(),
+            index_term: position.term.get().into(),
+            refused: refused.get().into(),
+            durable_us: stages.durable_us.into(),
+            queued_us: stages.queued_us.into(),
+            outcome: outcome.into(),
+            reserved: 0.into(),
+            reserved_2: 0.into(),
+        })
+    }
+
+    pub(crate) fn vote(&mut self, vote: &Vote) -> &[u8] {
+        self.encode(&VoteBody {
+            term: vote.term.get().into(),
+            last_term: vote.last.term.get().into(),
+            last_index: vote.last.index.get().into(),
+            pre: u32::from(vote.pre).into(),
+            reserved: 0.into(),
+        })
+    }
+
+    pub(crate) fn vote_reply(&mut self, reply: &VoteReply) -> &[u8] {
+        self.encode(&VoteReplyBody {
+            term: reply.term.get().into(),
+            granted: u32::from(reply.granted).into(),
+            pre: u32::from(reply.pre).into(),
+        })
+    }
+
+    pub(crate) fn formation(&mut self, message: &FormationMessage) -> &[u8] {
+        self.encode(&FormationBody {
+            incarnation: message.incarnation.0.into(),
+            formed: u32::from(message.formed).into(),
+            configuration: message.configuration.clone(),
+        })
+    }
+
+    fn encode<T>(&mut self, body: &T) -> &[u8]
+    where
+        T: for<'a> Serialize<
+            rkyv::api::high::HighSerializer<AlignedVec, rkyv::ser::allocator::ArenaHandle<'a>, rancor::Panic>,
+        >,
+    {
+        let mut scratch = std::mem::take(&mut self.scratch);
+        scratch.clear();
+        // Growing memory is the only way for this to fail, and that aborts.
+        let Ok(scratch) = rkyv::api::high::to_bytes_in::<_, rancor::Panic>(body, scratch);
+        self.scratch = scratch;
+        &self.scratch
+    }
+}
+
+/// Decodes the body of a frame of type `kind`. `body` is aligned to 16 bytes, as net delivers it.
+pub(crate) fn decode(kind: u16, body: &[u8]) -> Result<Body, MalformedBody> {
+    let malformed = MalformedBody { kind };
+    match kind {
+        kind::APPEND => {
+            let body = access::<ArchivedAppendBody>(body).ok_or(malformed)?;
+            decode_append(body).map(Body::Append).ok_or(malformed)
+        }
+        kind::APPEND_ACK => {
+            let body = access::<ArchivedAppendAckBody>(body).ok_or(malformed)?;
+            decode_ack(body).map(Body::AppendAck).ok_or(malformed)
+        }
+        kind::VOTE => {
+            let body = access::<ArchivedVoteBody>(body).ok_or(malformed)?;
+            Ok(Body::Vote(Vote {
+                term: Term(body.term.to_native()),
+                last: log_id(body.last_term, body.last_index),
+                pre: flag(body.pre).ok_or(malformed)?,
+            }))
+        }
+        kind::VOTE_REPLY => {
+            let body = access::<ArchivedVoteReplyBody>(body).ok_or(malformed)?;
+            Ok(Body::VoteReply(VoteReply {
+                term: Term(body.term.to_native()),
+                granted: flag(body.granted).ok_or(malformed)?,
+                pre: flag(body.pre).ok_or(malformed)?,
+            }))
+        }
+        kind::FORMATION => {
+            let body = access::<ArchivedFormationBody>(body).ok_or(malformed)?;
+            Ok(Body::Formation(FormationMessage {
+                incarnation: Incarnation(body.incarnation.to_native()),
+                formed: flag(body.formed).ok_or(malformed)?,
+                configuration: body.configuration.to_vec(),
+            }))
+        }
+        _ => Err(malformed),
+    }
+}
+
+fn access<'a, T>(body: &'a [u8]) -> Option<&'a T>
+where
+    T: rkyv::Portable
+        + for<'b> rkyv::bytecheck::CheckBytes<rkyv::api::high::HighValidator<'b, rancor::Failure>>,
+{
+    rkyv::access::<T, rancor::Failure>(body).ok()
+}
+
+fn log_id(term: u64_le, index: u64_le) -> LogId {
+    LogId { term: Term(term.to_native()), index: LogIndex(index.to_native()) }
+}
+
+fn flag(value: u32_le) -> Option<bool> {
+    match value.to_native() {
+        0 => Some(false),
+        1 => Some(true),
+        _ => None,
+    }
+}
+
+fn decode_append(body: &ArchivedAppendBody) -> Option<AppendMessage> {
+    let flags = body.flags.to_native();
+    if flags & !(APPEND_HAS_BATCH | APPEND_REPLY_NOW) != 0 {
+        return None;
+    }
+    let previous = log_id(body.previous_term, body.previous_index);
+    let batch = (flags & APPEND_HAS_BATCH != 0).then(|| BatchRun {
+        first: LogIndex(body.batch_first.to_native()),
+        last: LogIndex(body.batch_last.to_native()),
+        term: Term(body.batch_term.to_native()),
+        bytes: body.batch_bytes.to_native(),
+    });
+    let term = Term(body.term.to_native());
+    if let Some(batch) = batch {
+        let follows = previous.index.get().checked_add(1) == Some(batch.first.get());
+        let ordered = batch.first <= batch.last && previous.term <= batch.term && batch.term <= term;
+        if !follows || !ordered {
+            return None;
+        }
+    }
+    let append = Append {
+        term,
+        previous,
+        batch,
+        commit: LogIndex(body.commit.to_native()),
+        round: Round(body.round.to_native()),
+        reply_now: flags & APPEND_REPLY_NOW != 0,
+    };
+    Some(AppendMessage { append, previous_chain: Chain(body.previous_chain), chain: Chain(body.chain) })
+}
+
+fn decode_ack(body: &ArchivedAppendAckBody) -> Option<AckMessage> {
+    let position = log_id(body.index_term, body.index);
+    let outcome = match body.outcome.to_native() {
+        ACK_MATCHED => AppendOutcome::Matched { matched: position },
+        ACK_REJECTED => {
+            AppendOutcome::Rejected { refused: LogIndex(body.refused.to_native()), hint: position }
+        }
+        ACK_STALE_TERM => AppendOutcome::StaleTerm,
+        _ => return None,
+    };
+    Some(AckMessage {
+        ack: AppendAck { term: Term(body.term.to_native()), round: Round(body.round.to_native()), outcome },
+        chain: Chain(body.chain),
+        stages: AckStages { durable_us: body.durable_us.to_native(), queued_us: body.queued_us.to_native() },
+    })
+}
+
+/// The base configuration of a formed cluster, as hard state keeps it and formation messages carry it.
+pub(crate) mod configuration {
+    use super::{Incarnation, NodeId, rancor};
+    use crate::raft::{Configuration, Member, MemberRole};
+    use rkyv::rend::{u32_le, u64_le, u128_le};
+    use rkyv::{Archive, Serialize};
+
+    #[derive(Archive, Serialize)]
+    struct Record {
+        members: Vec<MemberRecord>,
+        outgoing: Vec<u64_le>,
+    }
+
+    #[derive(Archive, Serialize)]
+    struct MemberRecord {
+        incarnation: u128_le,
+        id: u64_le,
+        role: u32_le,
+        address: String,
+    }
+
+    const VOTER: u32 = 1;
+    const LEARNER: u32 = 2;
+
+    pub(crate) fn encode(configuration: &Configuration) -> Vec<u8> {
+        let members = configuration.members().iter().map(|member| MemberRecord {
+            incarnation: member.incarnation.0.into(),
+            id: member.id.get().into(),
+            role: match member.role {
+                MemberRole::Voter => VOTER,
+                MemberRole::Learner => LEARNER,
+            }
+            .into(),
+            address: member.address.clone(),
+        });
+        let outgoing = configuration.outgoing().iter().map(|id| id.get().into());
+        let record = Record { members: members.collect(), outgoing: outgoing.collect() };
+        let Ok(bytes) = rkyv::to_bytes::<rancor::Panic>(&record);
+        bytes.into_vec()
+    }
+
+    pub(crate) fn decode(bytes: &[u8]) -> Option<Configuration> {
+        let mut aligned = rkyv::util::AlignedVec::<16>::with_capacity(bytes.len());
+        aligned.extend_from_slice(bytes);
+        let record = super::access::<ArchivedRecord>(&aligned)?;
+        let members = record.members.iter().map(|member| {
+            Some(Member {
+                id: NodeId(member.id.to_native()),
+                incarnation: Incarnation(member.incarnation.to_native()),
+                address: member.address.as_str().to_owned(),
+                role: match member.role.to_native() {
+                    VOTER => MemberRole::Voter,
+                    LEARNER => MemberRole::Learner,
+                    _ => return None,
+                },
+            })
+        });
+        let outgoing = record.outgoing.iter().map(|id| NodeId(id.to_native()));
+        Configuration::joint(members.collect::<Option<Vec<_>>>()?, outgoing.collect()).ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn round_trip(kind: u16, bytes: &[u8]) -> Body {
+        let mut aligned = AlignedVec::<16>::new();
+        aligned.extend_from_slice(bytes);
+        decode(kind, &aligned).expect("well formed")
+    }
+
+    fn append() -> AppendMessage {
+        AppendMessage {
+            append: Append {
+                term: Term(7),
+                previous: LogId { term: Term(6), index: LogIndex(41) },
+                batch: Some(BatchRun { first: LogIndex(42), last: LogIndex(50), term: Term(7), bytes: 4000 }),
+                commit: LogIndex(40),
+                round: Round(9),
+                reply_now: true,
+            },
+            previous_chain: Chain([1; 16]),
+            chain: Chain([2; 16]),
+        }
+    }
+
+    #[test]
+    fn every_body_decodes_to_what_was_encoded() {
+        let mut encoder = Encoder::default();
+        let message = append();
+        assert_eq!(round_trip(kind::APPEND, encoder.append(&message)), Body::Append(message));
+        for outcome in [
+            AppendOutcome::Matched { matched: LogId { term: Term(3), index: LogIndex(8) } },
+            AppendOutcome::Rejected {
+                refused: LogIndex(9),
+                hint: LogId { term: Term(2), index: LogIndex(4) },
+            },
+            AppendOutcome::StaleTerm,
+        ] {
+            let ack = AckMessage {
+                ack: AppendAck { term: Term(7), round: Round(3), outcome },
+                chain: Chain([5; 16]),
+                stages: AckStages { durable_us: 40, queued_us: 2 },
+            };
+            assert_eq!(round_trip(kind::APPEND_ACK, encoder.ack(&ack)), Body::AppendAck(ack));
+        }
+        let vote = Vote { term: Term(2), last: LogId { term: Term(1), index: LogIndex(5) }, pre: true };
+        assert_eq!(round_trip(kind::VOTE, encoder.vote(&vote)), Body::Vote(vote));
+        let reply = VoteReply { term: Term(2), granted: true, pre: false };
+        assert_eq!(round_trip(kind::VOTE_REPLY, encoder.vote_reply(&reply)), Body::VoteReply(reply));
+        let formation =
+            FormationMessage { incarnation: Incarnation(77), formed: true, configuration: vec![1, 2, 3] };
+        assert_eq!(round_trip(kind::FORMATION, encoder.formation(&formation)), Body::Formation(formation));
+    }
+
+    #[test]
+    fn a_short_body_or_an_unknown_value_is_malformed_and_never_a_panic() {
+        let mut encoder = Encoder::default();
+        let mut bytes = AlignedVec::<16>::new();
+        bytes.extend_from_slice(encoder.append(&append()));
+        for kind in 0..32 {
+            for length in 0..bytes.len() {
+                let mut cut = AlignedVec::<16>::new();
+                cut.extend_from_slice(&bytes[..length]);
+                let _ = decode(kind, &cut);
+            }
+        }
+        assert!(decode(kind::APPEND, &bytes[..bytes.len() - 16]).is_err());
+        let mut unordered = append();
+        unordered.append.batch =
+            Some(BatchRun { first: LogIndex(44), last: LogIndex(50), term: Term(7), bytes: 1 });
+        bytes.clear();
+        bytes.extend_from_slice(encoder.append(&unordered));
+        assert_eq!(decode(kind::APPEND, &bytes), Err(MalformedBody { kind: kind::APPEND }));
+    }
+}
