@@ -1,0 +1,183 @@
+//! Facts about the machine: what a figure was measured on, and what the kernel counted meanwhile.
+
+use crate::exit::{self, Failure};
+use rustix::process::Pid;
+use serde::Serialize;
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// What the figures were measured on.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Environment {
+    pub(crate) version: &'static str,
+    /// Debug assertions make everything slower: such figures are for tests.
+    pub(crate) optimised: bool,
+    pub(crate) unix_time_s: u64,
+    pub(crate) kernel: String,
+    pub(crate) cpu: String,
+    pub(crate) cpus: usize,
+    pub(crate) memory_mib: u64,
+    pub(crate) file_system: String,
+    pub(crate) device: Option<String>,
+    pub(crate) load_1min_before: Option<f64>,
+}
+
+/// Looks at the machine and at the disk of `dir`.
+pub(crate) fn environment(dir: &Path) -> anyhow::Result<Environment> {
+    let cpu_info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let cpu = cpu_info.lines().find_map(|line| line.strip_prefix("model name"));
+    let load = fs::read_to_string("/proc/loadavg").ok();
+    let sysinfo = rustix::system::sysinfo();
+    Ok(Environment {
+        version: env!("CARGO_PKG_VERSION"),
+        optimised: !cfg!(debug_assertions),
+        unix_time_s: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+        kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
+        cpu: cpu.map_or_else(|| "unknown".to_owned(), |name| name.trim_matches([' ', '\t', ':']).to_owned()),
+        cpus: std::thread::available_parallelism().map_or(1, usize::from),
+        memory_mib: (sysinfo.totalram as u64 * u64::from(sysinfo.mem_unit)) >> 20,
+        file_system: file_system(dir)?,
+        device: BlockDevice::of(dir).map(|device| device.name),
+        load_1min_before: load.and_then(|load| load.split(' ').next()?.parse().ok()),
+    })
+}
+
+/// The name of `dir`'s file system; fails where nothing can be durable.
+pub(crate) fn file_system(dir: &Path) -> anyhow::Result<String> {
+    let stat = rustix::fs::statfs(dir).map_err(|error| Failure {
+        code: exit::DIRECTORY,
+        message: format!("cannot look at {}: {error}", dir.display()),
+    })?;
+    Ok(match stat.f_type as u64 & 0xffff_ffff {
+        0xef53 => "ext4".to_owned(),
+        0x5846_5342 => "xfs".to_owned(),
+        0x9123_683e => "btrfs".to_owned(),
+        0xf2f5_2010 => "f2fs".to_owned(),
+        0x2fc1_2fc1 => "zfs".to_owned(),
+        0x794c_7630 => "overlay".to_owned(),
+        0x6969 => "nfs".to_owned(),
+        0x0102_1994 | 0x8584_58f6 => {
+            return Err(Failure {
+                code: exit::NOT_ON_DISK,
+                message: format!(
+                    "{} is on a file system in memory (tmpfs or ramfs), where no write is ever durable. Cure: --dir \
+                     with a directory on a disk, such as one under your home directory",
+                    dir.display()
+                ),
+            }
+            .into());
+        }
+        other => format!("type {other:#x}"),
+    })
+}
+
+/// The device below a directory, and its counters.
+#[derive(Clone, Debug)]
+pub(crate) struct BlockDevice {
+    pub(crate) name: String,
+    counters: PathBuf,
+}
+
+impl BlockDevice {
+    /// The device of `dir`; none where the file system has no single one (btrfs, overlay, network).
+    pub(crate) fn of(dir: &Path) -> Option<Self> {
+        let device = fs::metadata(dir).ok()?.dev();
+        let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+        let counters = PathBuf::from(format!("/sys/dev/block/{major}:{minor}/stat"));
+        let name = fs::read_link(format!("/sys/dev/block/{major}:{minor}")).ok()?;
+        let device = Self { name: name.file_name()?.to_string_lossy().into_owned(), counters };
+        device.written_bytes().map(|_| device)
+    }
+
+    /// Bytes written to it since the machine started, by anybody.
+    pub(crate) fn written_bytes(&self) -> Option<u64> {
+        // Documentation/block/stat.rst: the seventh field counts written sectors of 512 bytes.
+        let counters = fs::read_to_string(&self.counters).ok()?;
+        Some(counters.split_whitespace().nth(6)?.parse::<u64>().ok()? * 512)
+    }
+}
+
+/// Processor time of a process, all its threads and kernel workers, in nanoseconds.
+pub(crate) fn cpu_ns(pid: Pid) -> Option<u64> {
+    let mut clock = 0;
+    // SAFETY: `clock` is a valid place for the result.
+    if unsafe { libc::clock_getcpuclockid(pid.as_raw_nonzero().get(), &mut clock) } != 0 {
+        return None;
+    }
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `time` is a valid place for the result; an id that has become invalid is an error.
+    if unsafe { libc::clock_gettime(clock, &mut time) } != 0 {
+        return None;
+    }
+    Some(time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64)
+}
+
+/// Bytes that a process caused to be written to storage, by `/proc/PID/io`: right for direct I/O, misleading for
+/// buffered.
+pub(crate) fn process_written_bytes(pid: Pid) -> Option<u64> {
+    let io = fs::read_to_string(format!("/proc/{}/io", pid.as_raw_nonzero())).ok()?;
+    io.lines().find_map(|line| line.strip_prefix("write_bytes: ")?.trim().parse().ok())
+}
+
+/// The files under `dir` that a process has open for writing with both `O_DIRECT` and `O_DSYNC`.
+pub(crate) fn durable_files(pid: Pid, dir: &Path) -> usize {
+    let pid = pid.as_raw_nonzero();
+    let Ok(files) = fs::read_dir(format!("/proc/{pid}/fd")) else { return 0 };
+    let durable = |number: &std::ffi::OsStr| {
+        let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{}", number.to_string_lossy())).ok()?;
+        let flags = info.lines().find_map(|line| line.strip_prefix("flags:"))?;
+        let flags = i32::from_str_radix(flags.trim(), 8).ok()?;
+        Some(flags & libc::O_DIRECT != 0 && flags & libc::O_DSYNC != 0)
+    };
+    let in_dir =
+        files.flatten().filter(|file| fs::read_link(file.path()).is_ok_and(|path| path.starts_with(dir)));
+    in_dir.filter(|file| durable(&file.file_name()) == Some(true)).count()
+}
+
+/// An absolute path without symbolic links.
+pub(crate) fn canonical(dir: &Path) -> anyhow::Result<PathBuf> {
+    Ok(fs::canonicalize(dir).map_err(|error| Failure {
+        code: exit::DIRECTORY,
+        message: format!("cannot use {}: {error}. Cure: --dir with a directory that exists", dir.display()),
+    })?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_processor_time_of_this_process_grows() {
+        let own = rustix::process::getpid();
+        let before = cpu_ns(own).unwrap();
+        let mut number = 1_u64;
+        while cpu_ns(own).unwrap() < before + 1_000_000 {
+            number = std::hint::black_box(number.wrapping_mul(3));
+        }
+    }
+
+    #[test]
+    fn a_file_counts_as_durable_only_with_both_flags() {
+        use std::os::unix::fs::OpenOptionsExt as _;
+        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let open = |name: &str, flags| {
+            let mut options = fs::OpenOptions::new();
+            options.write(true).create_new(true).custom_flags(flags).open(dir.path().join(name)).unwrap()
+        };
+        let own = rustix::process::getpid();
+        let path = canonical(dir.path()).unwrap();
+        let _plain = open("plain", 0);
+        let _direct = open("direct", libc::O_DIRECT);
+        assert_eq!(durable_files(own, &path), 0);
+        let _durable = open("durable", libc::O_DIRECT | libc::O_DSYNC);
+        assert_eq!(durable_files(own, &path), 1);
+    }
+
+    #[test]
+    fn the_environment_of_this_package_is_readable() {
+        let environment = environment(Path::new(env!("CARGO_MANIFEST_DIR"))).unwrap();
+        assert!(environment.cpus > 0 && environment.memory_mib > 0 && !environment.kernel.is_empty());
+    }
+}

@@ -1,0 +1,361 @@
+//! `ringraft node`: one member, as a process of its own.
+
+use crate::bench::control::{Answer, NodeStatus, Order, Plan};
+use crate::bench::ledger::{self, Figure, Ledger, Phase};
+use crate::cleanup;
+use crate::cli::EngineArgs;
+use crate::exit;
+use crate::load::{self, Applied, Counter, Job, Mailbox};
+use anyhow::{Context as _, anyhow, bail};
+use ringraft::{Config, Handle, LocalHandle, LocalTask, MemberConfig, Node};
+use ringraft_block::{ClusterId, NodeId};
+use rustix::event::{PollFd, PollFlags};
+use rustix::process::{Pid, Signal};
+use std::io::Write as _;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::os::fd::AsFd as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// Run one member of a cluster
+///
+/// The state machine counts commands. The node stops in good order on SIGTERM and SIGINT. Its log messages go to
+/// the standard error; RUST_LOG chooses them.
+#[derive(Clone, Debug, clap::Args)]
+#[command(after_help = exit::HELP, args_override_self = true)]
+pub(crate) struct NodeArgs {
+    /// This member's id, from 1
+    #[arg(long)]
+    id: u64,
+    /// The data directory, on a local disk with direct I/O; made if missing
+    #[arg(long)]
+    dir: PathBuf,
+    /// All members of the cluster, this one included
+    #[arg(long, value_name = "ID=ADDRESS,...", value_delimiter = ',', value_parser = member, required_unless_present = "drive")]
+    members: Vec<MemberConfig>,
+    /// The cluster's id, the same for all members: up to 32 hexadecimal digits, not 0
+    #[arg(long, value_parser = cluster_id, required_unless_present = "drive")]
+    cluster: Option<ClusterId>,
+    /// Where to listen [default: this member's address]
+    #[arg(long, value_name = "ADDRESS")]
+    listen: Option<SocketAddr>,
+    /// Allow addresses beyond loopback: members talk in plain text
+    #[arg(long)]
+    insecure: bool,
+    /// The processor to pin consensus to [default: as the kernel chooses]
+    #[arg(long)]
+    core: Option<usize>,
+    #[command(flatten)]
+    pub(crate) engine: EngineArgs,
+    /// Stop in good order when the standard input ends
+    #[arg(long)]
+    stop_with_stdin: bool,
+
+    /// Take orders of a benchmark on the standard input, and answer on the standard output
+    #[arg(long, hide = true, conflicts_with = "drive")]
+    control: bool,
+    /// Where the load of a benchmark comes from
+    #[arg(long, hide = true, value_enum, default_value_t = LoadFrom::Thread)]
+    load: LoadFrom,
+    /// Take orders of a neutral driver: `bench PAYLOAD IN-FLIGHT WARM-MS RUN-MS`; replica 1 should lead
+    #[arg(long, hide = true, requires = "ports")]
+    drive: bool,
+    /// The ports of replicas 1, 2, … on loopback
+    #[arg(long, hide = true, value_delimiter = ',')]
+    ports: Vec<u16>,
+    /// The process without which this one ends
+    #[arg(long, hide = true)]
+    parent: Option<i32>,
+}
+
+/// Where the load comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum LoadFrom {
+    /// A thread of the leader's process, through its `Handle`
+    Thread,
+    /// A task on the leader's core, through its `LocalHandle`
+    Core,
+}
+
+fn member(text: &str) -> Result<MemberConfig, String> {
+    let (id, address) = text.split_once('=').ok_or("it must be ID=ADDRESS, such as 1=127.0.0.1:7001")?;
+    let id = id.parse().map_err(|_| format!("`{id}` is no id"))?;
+    let address =
+        address.parse().map_err(|_| format!("`{address}` is no address, such as 127.0.0.1:7001"))?;
+    Ok(MemberConfig { id: NodeId(id), address })
+}
+
+fn cluster_id(text: &str) -> Result<ClusterId, String> {
+    let id =
+        u128::from_str_radix(text, 16).map_err(|_| "it must be up to 32 hexadecimal digits".to_owned())?;
+    Ok(ClusterId(id))
+}
+
+/// Nothing is looked at more rarely than this while the node runs.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+/// The election time-outs of the driven replicas that should not lead, in those of the one that should.
+const DRIVEN_PATIENCE: u32 = 8;
+
+/// Runs the node until it is told to stop, or stops by itself.
+pub(crate) fn run(args: &NodeArgs) -> anyhow::Result<()> {
+    if let Some(parent) = args.parent {
+        rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
+            .context("tying to the parent's life")?;
+        // It may have died before the line above.
+        if rustix::process::getppid() != Pid::from_raw(parent) {
+            bail!("the parent is gone");
+        }
+    }
+    log_to_stderr();
+    let applied = Arc::new(Applied::default());
+    let counter = Arc::clone(&applied);
+    let mailbox = (args.load == LoadFrom::Core).then(Arc::<Mailbox>::default);
+    let tasks = mailbox.iter().map(|mailbox| {
+        let mailbox = Arc::clone(mailbox);
+        let task: LocalTask =
+            Box::new(move |handle: LocalHandle| Box::pin(load::serve_on_core(handle, mailbox)));
+        task
+    });
+    let node = Node::start_with(config(args)?, move || Counter(counter), tasks.collect())?;
+    let service = Service { handle: node.handle(), applied, mailbox, stop_load: Arc::default() };
+    let served = if args.drive {
+        service.drive(args.id)
+    } else if args.control {
+        Answer::Ready { node: args.id }.say().and_then(|()| service.obey())
+    } else {
+        service.wait(args.stop_with_stdin)
+    };
+    service.handle.shutdown();
+    let cause = node.join();
+    if !cause.is_orderly() {
+        return Err(cause.into());
+    }
+    served
+}
+
+fn log_to_stderr() {
+    use tracing_subscriber::EnvFilter;
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+}
+
+fn config(args: &NodeArgs) -> anyhow::Result<Config> {
+    let members = if args.drive {
+        let members = (1..).zip(&args.ports).map(|(id, port)| MemberConfig {
+            id: NodeId(id),
+            address: SocketAddr::from((Ipv4Addr::LOCALHOST, *port)),
+        });
+        members.collect()
+    } else {
+        args.members.clone()
+    };
+    let mut config = Config::new(args.cluster.unwrap_or(ClusterId(1)), NodeId(args.id), members, &args.dir);
+    config.listen = args.listen;
+    config.insecure = args.insecure;
+    config.core = args.core;
+    args.engine.apply_to(&mut config);
+    if args.drive && args.id != 1 {
+        config.election_timeout *= DRIVEN_PATIENCE;
+    }
+    Ok(config)
+}
+
+/// What a running node is asked for.
+struct Service {
+    handle: Handle,
+    applied: Arc<Applied>,
+    /// The way to the generator on the core, if it is there.
+    mailbox: Option<Arc<Mailbox>>,
+    stop_load: Arc<AtomicBool>,
+}
+
+impl Service {
+    /// Waits until the node stops or is told to.
+    fn wait(&self, stop_with_stdin: bool) -> anyhow::Result<()> {
+        let mut input = Lines::default();
+        while self.goes_on() {
+            if stop_with_stdin {
+                if let Input::End = input.next(LOOK_AGAIN)? {
+                    break;
+                }
+            } else if cleanup::sleep(LOOK_AGAIN).is_err() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether there is neither a signal nor a cause to stop.
+    fn goes_on(&self) -> bool {
+        cleanup::signalled().is_none() && self.handle.status().stopped.is_none()
+    }
+
+    /// Carries out the orders of a benchmark.
+    fn obey(&self) -> anyhow::Result<()> {
+        let mut input = Lines::default();
+        while self.goes_on() {
+            let line = match input.next(LOOK_AGAIN)? {
+                Input::Nothing => continue,
+                Input::End => break,
+                Input::Line(line) => line,
+            };
+            let order = serde_json::from_str(&line).with_context(|| format!("not an order: {line}"))?;
+            let answer = match order {
+                Order::Status => Answer::Status(NodeStatus::from(self.handle.status())),
+                Order::StopLoad => {
+                    self.stop_load.store(true, Ordering::Relaxed);
+                    Answer::Taken
+                }
+                Order::Shutdown => {
+                    Answer::Taken.say()?;
+                    break;
+                }
+                Order::Run { ledger, plan } => match self.start_load(&ledger, plan) {
+                    Ok(()) => Answer::Taken,
+                    Err(error) => Answer::Failed { error: format!("{error:#}") },
+                },
+            };
+            answer.say()?;
+        }
+        Ok(())
+    }
+
+    fn start_load(&self, ledger: &Path, plan: Plan) -> anyhow::Result<()> {
+        self.stop_load.store(false, Ordering::Relaxed);
+        self.start_job(Arc::new(Ledger::open(ledger)?), plan)
+    }
+
+    fn start_job(&self, ledger: Arc<Ledger>, plan: Plan) -> anyhow::Result<()> {
+        let job = Job { plan, ledger, applied: Arc::clone(&self.applied), stop: Arc::clone(&self.stop_load) };
+        match &self.mailbox {
+            Some(mailbox) => mailbox.put(job),
+            None => {
+                let handle = self.handle.clone();
+                let thread = std::thread::Builder::new().name("load".to_owned());
+                thread.spawn(move || load::run_on_thread(&handle, job)).context("starting a thread")?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Carries out the orders of the neutral driver, which knows replica 1 only.
+    fn drive(&self, id: u64) -> anyhow::Result<()> {
+        let mut input = Lines::default();
+        let mut leads = false;
+        while self.goes_on() {
+            if id == 1 && !leads && self.handle.status().role == ringraft::raft::Role::Leader {
+                leads = true;
+                say("LEADER")?;
+            }
+            let line = match input.next(if leads { LOOK_AGAIN } else { LOOK_AGAIN / 10 })? {
+                Input::Nothing => continue,
+                Input::End => break,
+                Input::Line(line) => line,
+            };
+            let words: Vec<&str> = line.split_whitespace().collect();
+            let ["bench", numbers @ ..] = &words[..] else { bail!("not an order: {line}") };
+            let numbers: Vec<u64> = numbers.iter().map(|word| word.parse()).collect::<Result<_, _>>()?;
+            let [payload_bytes, in_flight, warm_ms, run_ms] = numbers[..] else {
+                bail!("not an order: {line}")
+            };
+            let begin_ns = load::now_ns() + warm_ms * 1_000_000;
+            let plan = Plan {
+                run: 0,
+                streams: u32::try_from(in_flight)?,
+                payload_bytes: usize::try_from(payload_bytes)?.max(load::COMMAND_BYTES_MIN),
+                rate: None,
+                begin_ns,
+                end_ns: begin_ns + run_ms * 1_000_000,
+            };
+            self.drive_one(&plan)?;
+        }
+        Ok(())
+    }
+
+    fn drive_one(&self, plan: &Plan) -> anyhow::Result<()> {
+        let ledger = Arc::new(Ledger::private(plan.streams as usize)?);
+        self.start_job(Arc::clone(&ledger), plan.clone())?;
+        cleanup::sleep(Duration::from_nanos(plan.begin_ns.saturating_sub(load::now_ns())))?;
+        say("BEGIN")?;
+        cleanup::sleep(Duration::from_nanos(plan.end_ns.saturating_sub(load::now_ns())))?;
+        // The driver samples when it reads the next line, so it must not wait for the last outcomes; the window's
+        // figures change no more once the generator has seen its end, which takes it one completion.
+        let entries = ledger.get(Figure::Measured);
+        let mut latencies = ledger::latency_histogram();
+        ledger.add_latencies_to(&mut latencies);
+        let us = |quantile| latencies.value_at_quantile(quantile) as f64 / 1e3;
+        let seconds = (plan.end_ns - plan.begin_ns) as f64 / 1e9;
+        say(&format!(
+            r#"END {{"entries":{entries},"secs":{seconds:.4},"mean_us":{:.1},"p50_us":{:.1},"p99_us":{:.1},"p999_us":{:.1}}}"#,
+            latencies.mean() / 1e3,
+            us(0.5),
+            us(0.99),
+            us(0.999)
+        ))?;
+        while ledger.phase() != Phase::Ended {
+            cleanup::sleep(Duration::from_millis(1))?;
+        }
+        match ledger.ending() {
+            ledger::Ending::Completed => Ok(()),
+            ending => Err(anyhow!("the load ended early: {ending:?}")),
+        }
+    }
+}
+
+impl Answer {
+    fn say(&self) -> anyhow::Result<()> {
+        say(&serde_json::to_string(self)?)
+    }
+}
+
+fn say(line: &str) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{line}").and_then(|()| out.flush()).context("answering on the standard output")
+}
+
+/// What the standard input brought.
+enum Input {
+    /// Nothing yet.
+    Nothing,
+    /// Its end.
+    End,
+    Line(String),
+}
+
+/// Lines of the standard input, without blocking longer than asked: a signal or the node's end matters too.
+#[derive(Default)]
+struct Lines {
+    pending: Vec<u8>,
+}
+
+impl Lines {
+    fn next(&mut self, within: Duration) -> anyhow::Result<Input> {
+        if let Some(line) = self.take_line() {
+            return Ok(Input::Line(line));
+        }
+        let input = std::io::stdin();
+        let input = input.as_fd();
+        let timeout = rustix::time::Timespec::try_from(within)?;
+        match rustix::event::poll(&mut [PollFd::new(&input, PollFlags::IN)], Some(&timeout)) {
+            Ok(0) | Err(rustix::io::Errno::INTR) => return Ok(Input::Nothing),
+            other => other.context("waiting for the standard input")?,
+        };
+        let mut bytes = [0; 4096];
+        match rustix::io::read(input, &mut bytes) {
+            Ok(0) => return Ok(Input::End),
+            Ok(count) => self.pending.extend_from_slice(&bytes[..count]),
+            Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
+            Err(error) => return Err(error).context("reading the standard input"),
+        }
+        Ok(self.take_line().map_or(Input::Nothing, Input::Line))
+    }
+
+    fn take_line(&mut self) -> Option<String> {
+        let end = self.pending.iter().position(|byte| *byte == b'\n')?;
+        let line = self.pending.drain(..=end).collect::<Vec<u8>>();
+        Some(String::from_utf8_lossy(&line).trim_end().to_owned())
+    }
+}
