@@ -1,0 +1,171 @@
+//! One member of a cluster under test, as a process: orders come in on standard input, answers go out on standard
+//! output, one line each. It ends when its standard input does.
+//!
+//! ```text
+//! load FIRST COUNT   begins a closed loop of COUNT streams, from stream FIRST on; answers `ack STREAM SEQUENCE`
+//!                    for each acknowledged command, and `unknown STREAM SEQUENCE` or `lost` where one is not
+//! stop               ends the load; answers `stopped`
+//! status             answers `status ROLE TERM LEADER COMMIT APPLIED CHAIN`
+//! applied            answers `applied INDEX CHAIN COUNT` and that many lines `STREAM SEQUENCE`, in log order
+//! quit               stops in good order; answers `quit`
+//! ```
+
+use anyhow::{Context, Result, bail};
+use ringraft::error::{ProposeError, Refusal};
+use ringraft::handle::{Completion, Pipeline};
+use ringraft::state_machine::{CommittedBatch, Replies};
+use ringraft::{Config, Node, StateMachine};
+use ringraft_tests::process::{ENGINE_FLAGS, NodeArgs};
+use std::collections::BTreeMap;
+use std::io::{BufRead, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+/// Remembers every command that it was given, in order.
+#[derive(Clone, Default)]
+struct Journal(Arc<Mutex<Applied>>);
+
+#[derive(Default)]
+struct Applied {
+    index: u64,
+    chain: [u8; 16],
+    commands: Vec<(u64, u64)>,
+}
+
+impl StateMachine for Journal {
+    fn apply(&mut self, batch: &CommittedBatch<'_>, replies: &mut Replies) {
+        let mut applied = self.0.lock().expect("no holder panics");
+        for command in batch.commands() {
+            assert!(
+                command.index.get() > applied.index,
+                "index {} comes after {}",
+                command.index,
+                applied.index
+            );
+            applied.index = command.index.get();
+            let number =
+                |at: usize| u64::from_le_bytes(command.bytes[at..at + 8].try_into().expect("eight bytes"));
+            applied.commands.push((number(0), number(8)));
+            replies.push_empty();
+        }
+        applied.chain = batch.chain();
+    }
+}
+
+fn main() -> Result<()> {
+    let args = NodeArgs::from_env()?;
+    let mut config = Config::new(args.cluster, args.id, args.members.clone(), &args.dir);
+    config.segment_bytes = ENGINE_FLAGS.segment_bytes;
+    config.segments_ahead = ENGINE_FLAGS.segments_ahead;
+    let journal = Journal::default();
+    let machine = journal.clone();
+    let node = Node::start(config, move || machine).with_context(|| format!("node {}", args.id))?;
+    let handle = node.handle();
+    say("ready");
+    let stop_load = Arc::new(AtomicBool::new(false));
+    let mut load = None;
+    for line in std::io::stdin().lock().lines() {
+        let line = line?;
+        let words: Vec<&str> = line.split_whitespace().collect();
+        match words[..] {
+            ["load", first, count] => {
+                let (first, count): (u64, u64) = (first.parse()?, count.parse()?);
+                stop_load.store(false, Ordering::Relaxed);
+                let (pipeline, stop) = (handle.pipeline(), Arc::clone(&stop_load));
+                load = Some(std::thread::spawn(move || run_load(pipeline, first, count, &stop)));
+            }
+            ["stop"] => {
+                stop_load.store(true, Ordering::Relaxed);
+                if let Some(load) = load.take() {
+                    load.join().expect("the load does not panic");
+                }
+                say("stopped");
+            }
+            ["status"] => {
+                let status = handle.status();
+                let leader = status.leader.map_or(0, |leader| leader.id.get());
+                let chain = hex(&status.applied_chain);
+                let (term, commit, applied) = (status.term, status.commit, status.applied);
+                say(&format!("status {:?} {term} {leader} {commit} {applied} {chain}", status.role));
+            }
+            ["applied"] => {
+                let applied = journal.0.lock().expect("no holder panics");
+                let mut text =
+                    format!("applied {} {} {}", applied.index, hex(&applied.chain), applied.commands.len());
+                for (stream, sequence) in &applied.commands {
+                    text.push_str(&format!("\n{stream} {sequence}"));
+                }
+                say(&text);
+            }
+            ["quit"] => break,
+            _ => bail!("unknown order {line:?}"),
+        }
+    }
+    stop_load.store(true, Ordering::Relaxed);
+    handle.shutdown();
+    let cause = node.join();
+    if !cause.is_orderly() {
+        bail!("stopped: {cause}");
+    }
+    say("quit");
+    Ok(())
+}
+
+/// Every stream has one command under way; the next sequence follows when its outcome is known.
+fn run_load(mut pipeline: Pipeline, first: u64, count: u64, stop: &AtomicBool) {
+    let mut next: BTreeMap<u64, u64> = (first..first + count).map(|stream| (stream, 0)).collect();
+    let mut idle: Vec<u64> = next.keys().copied().collect();
+    let mut under_way = 0_u64;
+    let mut done = Vec::new();
+    loop {
+        if !stop.load(Ordering::Relaxed) {
+            for stream in std::mem::take(&mut idle) {
+                let sequence = next[&stream];
+                let mut command = Vec::with_capacity(16);
+                command.extend(stream.to_le_bytes());
+                command.extend(sequence.to_le_bytes());
+                match pipeline.submit(stream, command) {
+                    Ok(()) => under_way += 1,
+                    Err(refused) if refused.reason == Refusal::Busy => idle.push(stream),
+                    Err(_) => return say("lost"),
+                }
+            }
+        } else if under_way == 0 {
+            return;
+        }
+        pipeline.wait(&mut done, Duration::from_millis(100));
+        let mut text = Vec::new();
+        for Completion { tag: stream, outcome } in done.drain(..) {
+            under_way -= 1;
+            let sequence = next.entry(stream).or_default();
+            match outcome {
+                Ok(_) => text.push(format!("ack {stream} {sequence}")),
+                Err(ProposeError::Unknown(_)) => text.push(format!("unknown {stream} {sequence}")),
+                Err(ProposeError::Refused(refused)) => {
+                    if !matches!(refused.reason, Refusal::Busy) {
+                        return say("lost");
+                    }
+                    idle.push(stream);
+                    continue;
+                }
+            }
+            *sequence += 1;
+            idle.push(stream);
+        }
+        if !text.is_empty() {
+            say(&text.join("\n"));
+        }
+    }
+}
+
+/// One write, so that lines of different threads do not mix.
+fn say(text: &str) {
+    let mut out = std::io::stdout().lock();
+    // The parent may be gone; then so are we, soon.
+    let _ = out.write_all(format!("{text}\n").as_bytes()).and_then(|()| out.flush());
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}

@@ -1,0 +1,439 @@
+//! Clusters of real processes: `testnode` members on loopback ports and a real disk, to be killed.
+
+use anyhow::{Context, Result, bail, ensure};
+use ringraft::{ClusterId, MemberConfig, NodeId};
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{BufRead, BufReader, Write};
+use std::net::{SocketAddr, TcpListener};
+use std::path::PathBuf;
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+/// The settings of a test member that differ from the defaults.
+pub struct EngineFlags {
+    /// Size of a log segment: the smallest that the configuration allows, so that tests roll over.
+    pub segment_bytes: u64,
+    /// Segments prepared ahead.
+    pub segments_ahead: usize,
+}
+
+/// Small logs.
+pub const ENGINE_FLAGS: EngineFlags = EngineFlags { segment_bytes: 48 << 20, segments_ahead: 1 };
+
+/// How long a test waits for what should take milliseconds before it gives up: no assertion of speed.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
+/// The command line of a test member: `ID DIR ID=ADDRESS…`.
+#[derive(Clone, Debug)]
+pub struct NodeArgs {
+    /// The cluster.
+    pub cluster: ClusterId,
+    /// The member.
+    pub id: NodeId,
+    /// Its data directory.
+    pub dir: PathBuf,
+    /// All members.
+    pub members: Vec<MemberConfig>,
+}
+
+impl NodeArgs {
+    /// Reads the command line of this process.
+    ///
+    /// # Errors
+    /// When it is not as above.
+    pub fn from_env() -> Result<Self> {
+        let mut args = std::env::args().skip(1);
+        let id = NodeId(args.next().context("the id is missing")?.parse()?);
+        let dir = PathBuf::from(args.next().context("the directory is missing")?);
+        let members = args.map(|arg| {
+            let (id, address) = arg.split_once('=').context("a member is ID=ADDRESS")?;
+            Ok(MemberConfig { id: NodeId(id.parse()?), address: address.parse()? })
+        });
+        Ok(Self { cluster: ClusterId(0x7e57), id, dir, members: members.collect::<Result<_>>()? })
+    }
+
+    fn to_args(&self) -> Vec<String> {
+        let members = self.members.iter().map(|member| format!("{}={}", member.id, member.address));
+        [self.id.to_string(), self.dir.display().to_string()].into_iter().chain(members).collect()
+    }
+}
+
+/// What members have said of the load: which commands are acknowledged, and which may be anywhere.
+#[derive(Clone, Debug, Default)]
+pub struct Ledger {
+    /// Acknowledged (stream, sequence).
+    pub acked: BTreeSet<(u64, u64)>,
+    /// Of unknown outcome.
+    pub unknown: BTreeSet<(u64, u64)>,
+}
+
+/// What a member says of itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemberStatus {
+    /// Follower, PreCandidate, Candidate or Leader.
+    pub role: String,
+    /// Its term.
+    pub term: u64,
+    /// The leader it knows; 0 for none.
+    pub leader: u64,
+    /// Commit index.
+    pub commit: u64,
+    /// Applied index.
+    pub applied: u64,
+    /// Chain at the applied index.
+    pub chain: String,
+}
+
+/// What a member has applied.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemberJournal {
+    /// Index of the last command.
+    pub index: u64,
+    /// Chain at its batch.
+    pub chain: String,
+    /// (stream, sequence) in log order.
+    pub commands: Vec<(u64, u64)>,
+}
+
+/// A cluster of processes. Dropping it kills them and removes their directories.
+pub struct Cluster {
+    binary: PathBuf,
+    members: Vec<MemberConfig>,
+    directory: tempfile::TempDir,
+    running: BTreeMap<u64, Member>,
+    ledger: Arc<Mutex<Ledger>>,
+}
+
+struct Member {
+    child: Child,
+    orders: ChildStdin,
+    answers: Arc<Answers>,
+    reader: Option<std::thread::JoinHandle<()>>,
+}
+
+/// Lines of a member that are not of the load, to be waited for.
+#[derive(Default)]
+struct Answers {
+    lines: Mutex<(Vec<String>, bool)>,
+    changed: Condvar,
+}
+
+impl Cluster {
+    /// Starts `count` members of the program `binary`, with their data in a new directory under `parent`, which is on
+    /// a real disk.
+    ///
+    /// # Errors
+    /// When a member does not come up.
+    pub fn start(binary: &str, parent: &str, count: u64) -> Result<Self> {
+        let directory = tempfile::Builder::new().prefix("cluster-").tempdir_in(parent)?;
+        let members: Vec<MemberConfig> = free_addresses(count)?
+            .into_iter()
+            .zip(1..)
+            .map(|(address, id)| MemberConfig { id: NodeId(id), address })
+            .collect();
+        let mut cluster = Self {
+            binary: binary.into(),
+            members,
+            directory,
+            running: BTreeMap::new(),
+            ledger: Arc::default(),
+        };
+        for id in 1..=count {
+            cluster.spawn(id)?;
+        }
+        for id in 1..=count {
+            cluster.wait_ready(id)?;
+        }
+        Ok(cluster)
+    }
+
+    /// Starts member `id`, again or for the first time, and waits until it has recovered.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn restart(&mut self, id: u64) -> Result<()> {
+        self.spawn(id)?;
+        self.wait_ready(id)
+    }
+
+    fn spawn(&mut self, id: u64) -> Result<()> {
+        ensure!(!self.running.contains_key(&id), "member {id} is running");
+        let args = NodeArgs {
+            cluster: ClusterId(0),
+            id: NodeId(id),
+            dir: self.data_dir(id),
+            members: self.members.clone(),
+        };
+        let mut child = Command::new(&self.binary)
+            .args(args.to_args())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::inherit())
+            .spawn()
+            .with_context(|| format!("cannot start {}", self.binary.display()))?;
+        let orders = child.stdin.take().context("standard input is piped")?;
+        let out = child.stdout.take().context("standard output is piped")?;
+        let answers = Arc::new(Answers::default());
+        let (sink, ledger) = (Arc::clone(&answers), Arc::clone(&self.ledger));
+        let reader = std::thread::spawn(move || {
+            for line in BufReader::new(out).lines().map_while(Result::ok) {
+                sink.take(line, &ledger);
+            }
+            sink.end();
+        });
+        self.running.insert(id, Member { child, orders, answers, reader: Some(reader) });
+        Ok(())
+    }
+
+    fn wait_ready(&mut self, id: u64) -> Result<()> {
+        self.member(id)?.answers.wait("ready").with_context(|| format!("member {id} does not come up"))?;
+        Ok(())
+    }
+
+    /// The data directory of member `id`.
+    #[must_use]
+    pub fn data_dir(&self, id: u64) -> PathBuf {
+        self.directory.path().join(format!("node-{id}"))
+    }
+
+    /// The running members.
+    #[must_use]
+    pub fn running(&self) -> Vec<u64> {
+        self.running.keys().copied().collect()
+    }
+
+    fn member(&mut self, id: u64) -> Result<&mut Member> {
+        self.running.get_mut(&id).with_context(|| format!("member {id} is not running"))
+    }
+
+    /// Sends an order to member `id`.
+    ///
+    /// # Errors
+    /// When it is not running.
+    pub fn order(&mut self, id: u64, order: &str) -> Result<()> {
+        writeln!(self.member(id)?.orders, "{order}").with_context(|| format!("member {id} takes no orders"))
+    }
+
+    /// Kills member `id` as `kill -9` does, and takes in what it had said until then.
+    ///
+    /// # Errors
+    /// When it is not running.
+    pub fn kill(&mut self, id: u64) -> Result<()> {
+        let mut member = self.running.remove(&id).with_context(|| format!("member {id} is not running"))?;
+        member.child.kill()?;
+        member.child.wait()?;
+        member.join_reader();
+        Ok(())
+    }
+
+    /// Asks member `id` for its status.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub fn status(&mut self, id: u64) -> Result<MemberStatus> {
+        self.order(id, "status")?;
+        let line = self.member(id)?.answers.wait("status")?;
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let [_, role, term, leader, commit, applied, chain] = words[..] else { bail!("odd answer {line:?}") };
+        Ok(MemberStatus {
+            role: role.to_owned(),
+            term: term.parse()?,
+            leader: leader.parse()?,
+            commit: commit.parse()?,
+            applied: applied.parse()?,
+            chain: chain.to_owned(),
+        })
+    }
+
+    /// Waits until one of the running members leads.
+    ///
+    /// # Errors
+    /// When none does for a very long time.
+    pub fn wait_leader(&mut self) -> Result<u64> {
+        let deadline = Instant::now() + PATIENCE;
+        while Instant::now() < deadline {
+            let mut leaders = Vec::new();
+            for id in self.running() {
+                let status = self.status(id)?;
+                if status.role == "Leader" {
+                    leaders.push((status.term, id));
+                }
+            }
+            if let Some((_, id)) = leaders.into_iter().max() {
+                return Ok(id);
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        bail!("no leader among {:?}", self.running())
+    }
+
+    /// Waits until so many more commands have been acknowledged.
+    ///
+    /// # Errors
+    /// When they are not for a very long time.
+    pub fn wait_acks(&self, more: usize) -> Result<()> {
+        let wanted = self.ledger().acked.len() + more;
+        let deadline = Instant::now() + PATIENCE;
+        while Instant::now() < deadline {
+            if self.ledger().acked.len() >= wanted {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        bail!("{} acknowledged, {wanted} wanted", self.ledger().acked.len())
+    }
+
+    /// Waits until all running members have applied the same, with nothing left to commit.
+    ///
+    /// # Errors
+    /// When they do not for a very long time.
+    pub fn wait_converged(&mut self) -> Result<MemberStatus> {
+        let deadline = Instant::now() + PATIENCE;
+        let mut seen = Vec::new();
+        while Instant::now() < deadline {
+            seen.clear();
+            for id in self.running() {
+                seen.push(self.status(id)?);
+            }
+            let first = &seen[0];
+            let same = |status: &MemberStatus| {
+                status.applied == status.commit
+                    && (status.applied, &status.chain) == (first.applied, &first.chain)
+            };
+            if first.applied > 0 && seen.iter().all(same) {
+                return Ok(first.clone());
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        bail!("not converged: {seen:?}")
+    }
+
+    /// What member `id` has applied.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub fn journal(&mut self, id: u64) -> Result<MemberJournal> {
+        self.order(id, "applied")?;
+        let answers = Arc::clone(&self.member(id)?.answers);
+        let head = answers.wait("applied")?;
+        let words: Vec<&str> = head.split_whitespace().collect();
+        let [_, index, chain, count] = words[..] else { bail!("odd answer {head:?}") };
+        let mut commands = Vec::new();
+        for _ in 0..count.parse::<usize>()? {
+            let line = answers.wait("")?;
+            let (stream, sequence) = line.split_once(' ').context("two numbers")?;
+            commands.push((stream.parse()?, sequence.parse()?));
+        }
+        Ok(MemberJournal { index: index.parse()?, chain: chain.to_owned(), commands })
+    }
+
+    /// What the load of all members so far has come to.
+    #[must_use]
+    pub fn ledger(&self) -> Ledger {
+        self.ledger.lock().expect("no holder panics").clone()
+    }
+
+    /// Checks that nothing acknowledged is lost or doubled, and that all members have the same.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn verify(&mut self) -> Result<()> {
+        self.wait_converged()?;
+        let ledger = self.ledger();
+        let mut journals = Vec::new();
+        for id in self.running() {
+            let journal = self.journal(id)?;
+            let present: BTreeSet<_> = journal.commands.iter().copied().collect();
+            ensure!(present.len() == journal.commands.len(), "member {id} has applied a command twice");
+            let lost: Vec<_> = ledger.acked.difference(&present).take(5).collect();
+            ensure!(lost.is_empty(), "member {id} has lost acknowledged commands, such as {lost:?}");
+            journals.push(journal);
+        }
+        ensure!(
+            journals.windows(2).all(|pair| pair[0] == pair[1]),
+            "the members have applied different commands"
+        );
+        Ok(())
+    }
+
+    /// Stops member `id` in good order.
+    ///
+    /// # Errors
+    /// When it ends otherwise.
+    pub fn quit(&mut self, id: u64) -> Result<()> {
+        self.order(id, "quit")?;
+        let mut member = self.running.remove(&id).with_context(|| format!("member {id} is not running"))?;
+        let status = member.child.wait()?;
+        member.join_reader();
+        ensure!(status.success(), "member {id} ended with {status}");
+        Ok(())
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        for member in self.running.values_mut() {
+            // Already gone is as good.
+            let _ = member.child.kill();
+            let _ = member.child.wait();
+            member.join_reader();
+        }
+    }
+}
+
+impl Member {
+    fn join_reader(&mut self) {
+        if let Some(reader) = self.reader.take() {
+            reader.join().expect("the reader does not panic");
+        }
+    }
+}
+
+impl Answers {
+    fn take(&self, line: String, ledger: &Mutex<Ledger>) {
+        let pair = |rest: &str| {
+            let (stream, sequence) = rest.split_once(' ')?;
+            Some((stream.parse().ok()?, sequence.parse().ok()?))
+        };
+        if let Some(command) = line.strip_prefix("ack ").and_then(pair) {
+            ledger.lock().expect("no holder panics").acked.insert(command);
+        } else if let Some(command) = line.strip_prefix("unknown ").and_then(pair) {
+            ledger.lock().expect("no holder panics").unknown.insert(command);
+        } else if line != "lost" {
+            self.lines.lock().expect("no holder panics").0.push(line);
+            self.changed.notify_all();
+        }
+    }
+
+    fn end(&self) {
+        self.lines.lock().expect("no holder panics").1 = true;
+        self.changed.notify_all();
+    }
+
+    /// The next line that begins with `prefix`.
+    fn wait(&self, prefix: &str) -> Result<String> {
+        let deadline = Instant::now() + PATIENCE;
+        let mut lines = self.lines.lock().expect("no holder panics");
+        loop {
+            if let Some(position) = lines.0.iter().position(|line| line.starts_with(prefix)) {
+                return Ok(lines.0.remove(position));
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            ensure!(!lines.1, "the member ended before it said {prefix:?}");
+            ensure!(!left.is_zero(), "the member does not say {prefix:?}");
+            lines = self.changed.wait_timeout(lines, left).expect("no holder panics").0;
+        }
+    }
+}
+
+/// Loopback addresses with ports that the system gave and that are free at the moment.
+///
+/// # Errors
+/// When there are none.
+pub fn free_addresses(count: u64) -> Result<Vec<SocketAddr>> {
+    // Held together, so that they differ.
+    let listeners: Vec<TcpListener> =
+        (0..count).map(|_| TcpListener::bind("127.0.0.1:0")).collect::<std::io::Result<_>>()?;
+    Ok(listeners.iter().map(TcpListener::local_addr).collect::<std::io::Result<_>>()?)
+}

@@ -1,0 +1,84 @@
+//! A machine's clocks: they start anywhere, run at their own rate, and the wall clock jumps.
+
+use super::context::Time;
+
+/// The clocks of one machine, as functions of virtual time.
+#[derive(Clone, Debug)]
+pub struct NodeClock {
+    /// Virtual time at which the monotonic clock showed `origin_ns`.
+    since: Time,
+    origin_ns: u64,
+    /// How much faster than virtual time the clocks run, in millionths; negative for slower.
+    drift_ppm: i64,
+    wall_offset_ms: i64,
+}
+
+/// The wall clock at virtual time 0, in milliseconds since 1970: far enough to jump back from.
+const WALL_ORIGIN_MS: i64 = 1_700_000_000_000;
+
+impl NodeClock {
+    /// A machine that boots at `now`, its monotonic clock showing `origin_ns`.
+    #[must_use]
+    pub fn new(now: Time, origin_ns: u64, drift_ppm: i64) -> Self {
+        Self { since: now, origin_ns, drift_ppm, wall_offset_ms: 0 }
+    }
+
+    /// The machine boots again: its monotonic clock starts over. The wall clock goes on.
+    pub fn reboot(&mut self, now: Time, origin_ns: u64) {
+        self.since = now;
+        self.origin_ns = origin_ns;
+    }
+
+    /// What the monotonic clock shows at `now`.
+    #[must_use]
+    pub fn monotonic_ns(&self, now: Time) -> u64 {
+        let passed = i128::from(now - self.since);
+        let own = passed * i128::from(1_000_000 + self.drift_ppm) / 1_000_000;
+        self.origin_ns + own as u64
+    }
+
+    /// The first virtual time at which the monotonic clock shows `monotonic_ns` or more.
+    #[must_use]
+    pub fn time_of(&self, monotonic_ns: u64) -> Time {
+        let own = i128::from(monotonic_ns.saturating_sub(self.origin_ns));
+        let rate = i128::from(1_000_000 + self.drift_ppm);
+        let passed = (own * 1_000_000 + rate - 1) / rate;
+        Time::try_from(i128::from(self.since) + passed).unwrap_or(Time::MAX)
+    }
+
+    /// What the wall clock shows at `now`, in milliseconds since 1970.
+    #[must_use]
+    pub fn wall_ms(&self, now: Time) -> u64 {
+        (WALL_ORIGIN_MS + (now / 1_000_000) as i64 + self.wall_offset_ms).max(0) as u64
+    }
+
+    /// Moves the wall clock.
+    pub fn jump_ms(&mut self, by: i64) {
+        self.wall_offset_ms += by;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_deadline_is_found_at_the_first_moment_that_the_clock_reaches_it() {
+        for drift_ppm in [-100_000, -37, 0, 1, 50_000] {
+            let clock = NodeClock::new(1_000, 77, drift_ppm);
+            for deadline in [0, 77, 78, 1_000_077, 123_456_789_123] {
+                let time = clock.time_of(deadline);
+                assert!(clock.monotonic_ns(time) >= deadline);
+                assert!(time == 1_000 || clock.monotonic_ns(time - 1) < deadline);
+            }
+        }
+    }
+
+    #[test]
+    fn the_wall_clock_jumps_and_the_monotonic_one_does_not() {
+        let mut clock = NodeClock::new(0, 5, 0);
+        clock.jump_ms(-3_600_000);
+        assert_eq!(clock.monotonic_ns(1_000_000), 1_000_005);
+        assert_eq!(clock.wall_ms(1_000_000), 1_699_996_400_001);
+    }
+}

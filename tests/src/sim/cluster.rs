@@ -1,0 +1,203 @@
+//! The engine's own driver, core, log and network code as nodes of the simulated world.
+
+use super::check::Recorder;
+use super::disk::SimDisk;
+use super::link::{SimLink, address_of};
+use super::node::{Answer, Boot, Cluster, ImageLog, LEADER, RefusedAtOnce, SimNode, Tuning, Turned, View};
+use ringraft::config::{Config, MemberConfig};
+use ringraft::driver::Driver;
+use ringraft::error::{LeaderHint, ProposeError, Refusal};
+use ringraft::handle::{Completion, Handle, LocalPipeline, Pipeline};
+use ringraft::raft::{Role, invariants};
+use ringraft::runtime::{LocalWakeup, Now, Turn, Wakeup};
+use ringraft::state_machine::{CommittedBatch, Replies, StateMachine};
+use ringraft_block::{AlignedBuf, ClusterId, LogIndex, NodeId, Pool};
+use ringraft_wal::disk::Disk;
+use ringraft_wal::{Wal, WalConfig, WalEvent};
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Nodes that run the engine.
+pub struct Engine;
+
+/// A process that runs the engine.
+pub struct EngineNode {
+    driver: Driver<SimDisk, SimLink, Applied>,
+    handle: Handle,
+    /// One client goes through the queue that other threads use, the next straight into the open batch.
+    remote: Pipeline,
+    local: LocalPipeline,
+    completions: Vec<Completion>,
+}
+
+/// The recorder as a state machine.
+pub struct Applied(Recorder);
+
+impl StateMachine for Applied {
+    fn apply(&mut self, batch: &CommittedBatch<'_>, replies: &mut Replies) {
+        for command in batch.commands() {
+            self.0.apply(command.index.get(), command.term.get(), command.bytes);
+            replies.push_empty();
+        }
+    }
+}
+
+const PORT: u16 = 7_000;
+
+fn id_of(node: usize) -> NodeId {
+    NodeId(node as u64 + 1)
+}
+
+fn node_of(id: NodeId) -> usize {
+    id.get() as usize - 1
+}
+
+fn config(node: usize, nodes: usize, tuning: &Tuning) -> Config {
+    let member = |node| MemberConfig { id: id_of(node), address: SocketAddr::new(address_of(node), PORT) };
+    let members = (0..nodes).map(member).collect();
+    Config {
+        insecure: true,
+        election_timeout: Duration::from_millis(tuning.election_timeout_ms),
+        heartbeat_interval: Duration::from_millis(tuning.heartbeat_ms),
+        segment_bytes: tuning.segment_bytes,
+        segments_ahead: tuning.segments_ahead,
+        batch_bytes_max: tuning.batch_bytes_max,
+        command_bytes_max: COMMAND_BYTES_MAX,
+        writes_in_flight_max: tuning.writes_in_flight_max,
+        window_batches: tuning.window_batches,
+        ..Config::new(ClusterId(0x5eed), id_of(node), members, "simulated")
+    }
+}
+
+/// Above the largest command that a client makes.
+const COMMAND_BYTES_MAX: usize = 40 << 10;
+
+impl Cluster for Engine {
+    type Node = EngineNode;
+
+    fn boot(&self, boot: Boot) -> EngineNode {
+        let Boot { node, nodes, disk, link, recorder, seed, tuning } = boot;
+        let config = config(node, nodes, &tuning);
+        let wakeup = Arc::new(Wakeup::new());
+        let (driver, handle) = Driver::with_backend(config, seed, wakeup, disk, link, Applied(recorder))
+            .unwrap_or_else(|error| panic!("{error}"));
+        let local = driver.local_handle(LocalWakeup::default()).pipeline();
+        EngineNode { driver, remote: handle.pipeline(), local, handle, completions: Vec::new() }
+    }
+
+    fn recover(
+        &self,
+        node: usize,
+        nodes: usize,
+        tuning: &Tuning,
+        mut image: SimDisk,
+    ) -> Result<ImageLog, String> {
+        let Config { cluster, node, .. } = config(node, nodes, tuning);
+        let mut wal: Wal<SimDisk> = Wal::open(WalConfig::new(cluster, node, 0), Pool::<AlignedBuf>::new(0));
+        let (mut done, mut events) = (Vec::new(), VecDeque::new());
+        // Without latency, each poll brings all that was submitted before it.
+        for _ in 0..100_000 {
+            wal.advance(&mut image, &mut events);
+            image.poll(&mut done);
+            for completion in done.drain(..) {
+                wal.handle(&mut image, completion, &mut events);
+            }
+            while let Some(event) = events.pop_front() {
+                match event {
+                    WalEvent::Opened(_) => {
+                        let chains = wal.batches().map(|info| (info.last.get(), info.chain.0)).collect();
+                        return Ok(ImageLog { last: wal.last_index().get(), chains });
+                    }
+                    WalEvent::Poisoned(error) => return Err(error.to_string()),
+                    _ => {}
+                }
+            }
+        }
+        Err("recovery does not end".to_owned())
+    }
+}
+
+impl SimNode for EngineNode {
+    fn turn(&mut self, monotonic_ns: u64, wall_ms: u64) -> Turned {
+        let outcome = self.driver.turn(Now { monotonic_ns, wall_ms });
+        Turned {
+            progressed: outcome.progressed,
+            next_deadline_ns: outcome.next_deadline_ns,
+            stopped: outcome.stop,
+        }
+    }
+
+    fn propose(&mut self, tag: u64, command: &[u8]) -> Result<(), RefusedAtOnce> {
+        let submitted = match tag >> 32 & 1 {
+            0 => self.local.submit(tag, command),
+            _ => self.remote.submit(tag, command.to_vec()),
+        };
+        submitted.map_err(|refused| RefusedAtOnce { leader: leader_in(&refused.reason) })
+    }
+
+    fn answers(&mut self, out: &mut Vec<(u64, Answer)>) {
+        self.local.completions(&mut self.completions);
+        self.remote.completions(&mut self.completions);
+        out.extend(self.completions.drain(..).map(|completion| {
+            let answer = match completion.outcome {
+                Ok(committed) => {
+                    Answer::Committed { index: committed.index.get(), term: committed.term.get() }
+                }
+                Err(ProposeError::Refused(refused)) => Answer::Refused { leader: leader_in(&refused.reason) },
+                Err(ProposeError::Unknown(_)) => Answer::Unknown,
+            };
+            (completion.tag, answer)
+        }));
+    }
+
+    fn view(&self) -> View {
+        let Some(raft) = self.driver.raft() else { return View::default() };
+        View {
+            formed: true,
+            role: match raft.role() {
+                Role::Follower => 0,
+                Role::PreCandidate => 1,
+                Role::Candidate => 2,
+                Role::Leader => LEADER,
+            },
+            term: raft.term().get(),
+            leader: raft.leader().map(node_of),
+            last: raft.last().index.get(),
+            written: self.driver.wal().last_index().get(),
+            durable: raft.durable().get(),
+            commit: raft.commit().get(),
+            applied: self.driver.applied().0.get(),
+            epoch: raft.epoch().0,
+            rollovers: self.driver.wal().stats().rollovers,
+        }
+    }
+
+    fn chain_at(&self, index: u64) -> Option<[u8; 16]> {
+        self.driver.wal().chain_at(LogIndex(index)).map(|chain| chain.0)
+    }
+
+    fn log_start(&self) -> u64 {
+        self.driver.raft().map_or(0, |raft| raft.log_start().index.get())
+    }
+
+    fn stop_reason(&self) -> Option<String> {
+        self.handle.status().stopped.map(|cause| cause.to_string())
+    }
+
+    fn check(&self) -> Result<(), String> {
+        match self.driver.raft() {
+            Some(raft) => invariants::check(raft).map_err(|broken| format!("{broken:?}")),
+            None => Ok(()),
+        }
+    }
+}
+
+fn leader_in(refusal: &Refusal) -> Option<usize> {
+    match refusal {
+        Refusal::NotLeader { leader: Some(LeaderHint { id, .. }) } => Some(node_of(*id)),
+        _ => None,
+    }
+}

@@ -1,0 +1,350 @@
+use super::*;
+use crate::sim::trace::Trace;
+use ringraft_block::{Block, Pool, SharedBlock};
+use std::convert::Infallible;
+
+/// One machine with one process on it.
+struct Machine {
+    context: Rc<Context>,
+    state: Rc<RefCell<DiskState>>,
+    disk: SimDisk,
+    pool: Pool<AlignedBuf>,
+    next_id: u64,
+}
+
+impl Machine {
+    fn new(seed: u64) -> Self {
+        let context = Context::new(Trace::new(false));
+        let state = DiskState::new(&context, 0, Rng::new(seed), DiskConfig::default());
+        let disk = SimDisk::new(&state);
+        Self { context, state, disk, pool: Pool::new(1 << 20), next_id: 0 }
+    }
+
+    fn block(&self, blocks: usize, fill: u8) -> Block<AlignedBuf> {
+        let bytes = blocks * BLOCK_BYTES;
+        let mut block =
+            self.pool.take(bytes, |bytes| Ok::<_, Infallible>(AlignedBuf::zeroed(bytes))).unwrap();
+        block.fill(fill);
+        block
+    }
+
+    fn submit(&mut self, op: DiskOp<AlignedBuf>) -> DiskOpId {
+        self.next_id += 1;
+        self.disk.submit(DiskOpId(self.next_id), op);
+        DiskOpId(self.next_id)
+    }
+
+    /// Lets everything in flight complete.
+    fn settle(&mut self) -> Vec<DiskDone<AlignedBuf>> {
+        let mut done = Vec::new();
+        while let Some(due) = self.due() {
+            self.context.advance_to(due.max(self.context.now()));
+            self.disk.poll(&mut done);
+        }
+        done
+    }
+
+    fn due(&self) -> Option<Time> {
+        self.state.borrow().next_due()
+    }
+
+    fn run(&mut self, op: DiskOp<AlignedBuf>) -> Result<DiskOutput<AlignedBuf>, DiskError> {
+        let id = self.submit(op);
+        let mut done = self.settle();
+        assert_eq!(done.len(), 1);
+        let done = done.pop().unwrap();
+        assert_eq!(done.id, id);
+        done.result
+    }
+
+    fn create(&mut self, name: &str, blocks: u64, access: Access) -> FileId {
+        let bytes = blocks * BLOCK_BYTES as u64;
+        match self.run(DiskOp::Create { name: name.to_owned(), bytes, access }).unwrap() {
+            DiskOutput::Opened { file, .. } => file,
+            _ => panic!("another output"),
+        }
+    }
+
+    /// A file whose name and size survive a power cut.
+    fn create_durably(&mut self, name: &str, blocks: u64, access: Access) -> FileId {
+        let file = self.create(name, blocks, access);
+        self.run(DiskOp::Flush { file }).unwrap();
+        self.run(DiskOp::SyncDirectory).unwrap();
+        file
+    }
+
+    fn write(&self, file: FileId, block: u64, blocks: usize, fill: u8) -> DiskOp<AlignedBuf> {
+        let data: SharedBlock<AlignedBuf> = Rc::new(self.block(blocks, fill));
+        DiskOp::Write { file, offset: block * BLOCK_BYTES as u64, block: data, bytes: blocks * BLOCK_BYTES }
+    }
+
+    fn read(&mut self, file: FileId, block: u64, blocks: usize) -> Vec<u8> {
+        let (offset, bytes) = (block * BLOCK_BYTES as u64, blocks * BLOCK_BYTES);
+        let target = self.block(blocks, 0xee);
+        match self.run(DiskOp::Read { file, offset, block: target, bytes }).unwrap() {
+            DiskOutput::Read { block, bytes } => block[..bytes].to_vec(),
+            _ => panic!("another output"),
+        }
+    }
+
+    fn crash(&mut self, how: Crash) {
+        self.state.borrow_mut().crash(how);
+        self.disk = SimDisk::new(&self.state);
+    }
+
+    fn open(&mut self, name: &str, access: Access) -> Result<FileId, DiskErrorKind> {
+        match self.run(DiskOp::Open { name: name.to_owned(), access }) {
+            Ok(DiskOutput::Opened { file, .. }) => Ok(file),
+            Ok(_) => panic!("another output"),
+            Err(error) => Err(error.kind),
+        }
+    }
+
+    /// What a file holds after a crash, as a new process reads it.
+    fn reread(&mut self, name: &str, blocks: usize) -> Vec<u8> {
+        let file = self.open(name, Access::Read).unwrap();
+        self.read(file, 0, blocks)
+    }
+}
+
+/// What each 512 B sector is filled with; panics on a sector that is not uniform, which would be a torn sector.
+fn sectors(bytes: &[u8]) -> Vec<u8> {
+    let uniform = |sector: &[u8]| {
+        assert!(sector.iter().all(|byte| *byte == sector[0]), "a sector is written whole or not at all");
+        sector[0]
+    };
+    bytes.chunks(SECTOR_BYTES).map(uniform).collect()
+}
+
+#[test]
+fn a_created_file_reads_as_zeros_and_gives_back_what_was_written() {
+    let mut machine = Machine::new(1);
+    let file = machine.create("a", 4, Access::DurableWrite);
+    assert_eq!(sectors(&machine.read(file, 0, 4)), vec![0; 32]);
+    let write = machine.write(file, 1, 2, 7);
+    assert!(matches!(machine.run(write), Ok(DiskOutput::Written { bytes: 8192 })));
+    let read = machine.read(file, 0, 4);
+    assert_eq!(sectors(&read), [[0; 8], [7; 8], [7; 8], [0; 8]].concat());
+    assert_eq!(machine.read(file, 3, 4).len(), BLOCK_BYTES, "a read ends at the end of the file");
+}
+
+#[test]
+fn a_large_file_of_zeros_costs_no_memory() {
+    let mut machine = Machine::new(1);
+    let file = machine.create("a", 16 << 10, Access::Write);
+    for megabyte in 0..64 {
+        let write = machine.write(file, megabyte * 256, 256, 0);
+        machine.run(write).unwrap();
+    }
+    machine.run(DiskOp::Flush { file }).unwrap();
+    let state = machine.state.borrow();
+    let inode = state.inodes[0].as_ref().unwrap();
+    assert!(inode.pages.is_empty() && inode.unflushed.is_empty());
+}
+
+#[test]
+fn a_durable_write_that_completed_survives_every_power_cut() {
+    for seed in 0..100 {
+        let mut machine = Machine::new(seed);
+        let file = machine.create_durably("a", 4, Access::DurableWrite);
+        let write = machine.write(file, 0, 4, 9);
+        machine.run(write).unwrap();
+        machine.crash(Crash::PowerCut);
+        assert_eq!(sectors(&machine.reread("a", 4)), vec![9; 32]);
+    }
+}
+
+#[test]
+fn a_write_that_nobody_flushed_can_be_lost_torn_or_kept_by_a_power_cut() {
+    let (mut lost, mut torn, mut kept) = (0, 0, 0);
+    for seed in 0..200 {
+        let mut machine = Machine::new(seed);
+        let file = machine.create_durably("a", 4, Access::Write);
+        let write = machine.write(file, 0, 4, 9);
+        machine.run(write).unwrap();
+        assert_eq!(sectors(&machine.read(file, 0, 4)), vec![9; 32], "it can be read before it is durable");
+        machine.crash(Crash::PowerCut);
+        let survivors = sectors(&machine.reread("a", 4)).iter().filter(|fill| **fill == 9).count();
+        match survivors {
+            0 => lost += 1,
+            32 => kept += 1,
+            _ => torn += 1,
+        }
+    }
+    assert!(lost > 20 && torn > 20 && kept > 20, "{lost} {torn} {kept}");
+}
+
+#[test]
+fn a_flushed_write_survives_and_one_in_flight_during_the_flush_need_not() {
+    let mut lost = 0;
+    for seed in 0..200 {
+        let mut machine = Machine::new(seed);
+        let file = machine.create_durably("a", 2, Access::Write);
+        let first = machine.write(file, 0, 1, 1);
+        machine.run(first).unwrap();
+        let second = machine.write(file, 1, 1, 2);
+        machine.submit(second);
+        machine.submit(DiskOp::Flush { file });
+        machine.settle();
+        machine.crash(Crash::PowerCut);
+        let after = sectors(&machine.reread("a", 2));
+        assert_eq!(after[..8], [1; 8]);
+        lost += u32::from(after[8..] != [2; 8]);
+    }
+    assert!(lost > 20, "{lost}");
+}
+
+#[test]
+fn a_kill_keeps_completed_writes_but_does_not_make_them_durable() {
+    let mut lost = 0;
+    for seed in 0..100 {
+        let mut machine = Machine::new(seed);
+        let file = machine.create_durably("a", 1, Access::Write);
+        let write = machine.write(file, 0, 1, 5);
+        machine.run(write).unwrap();
+        machine.crash(Crash::Kill);
+        assert_eq!(sectors(&machine.reread("a", 1)), vec![5; 8]);
+        machine.crash(Crash::PowerCut);
+        lost += u32::from(sectors(&machine.reread("a", 1)) != vec![5; 8]);
+    }
+    assert!(lost > 20, "{lost}");
+}
+
+#[test]
+fn of_a_write_in_flight_any_subset_of_sectors_survives_a_crash() {
+    for how in [Crash::Kill, Crash::PowerCut] {
+        let mut subsets = std::collections::BTreeSet::new();
+        for seed in 0..400 {
+            let mut machine = Machine::new(seed);
+            let file = machine.create_durably("a", 1, Access::DurableWrite);
+            let write = machine.write(file, 0, 1, 3);
+            machine.submit(write);
+            machine.crash(how);
+            subsets.insert(sectors(&machine.reread("a", 1)));
+        }
+        assert!(subsets.contains(&vec![0; 8]) && subsets.contains(&vec![3; 8]));
+        assert!(subsets.contains(&vec![3, 3, 3, 0, 0, 0, 0, 0]), "a prefix");
+        assert!(subsets.len() > 40, "{}", subsets.len());
+    }
+}
+
+#[test]
+fn operations_in_flight_complete_out_of_order() {
+    let mut machine = Machine::new(4);
+    let file = machine.create("a", 64, Access::DurableWrite);
+    for block in 0..64 {
+        let write = machine.write(file, block, 1, 1);
+        machine.submit(write);
+    }
+    let order: Vec<_> = machine.settle().iter().map(|done| done.id.0).collect();
+    assert_eq!(order.len(), 64);
+    assert!(!order.is_sorted());
+    assert!(machine.context.coverage().of(Mark::WriteOvertook) > 0);
+}
+
+#[test]
+fn a_created_file_is_there_after_a_power_cut_only_if_the_directory_was_synchronised() {
+    let mut outcomes = [0; 2];
+    for seed in 0..100 {
+        let mut machine = Machine::new(seed);
+        machine.create("a", 1, Access::Write);
+        machine.crash(Crash::PowerCut);
+        outcomes[usize::from(machine.open("a", Access::Read).is_ok())] += 1;
+
+        let mut machine = Machine::new(seed);
+        machine.create_durably("a", 1, Access::Write);
+        machine.crash(Crash::PowerCut);
+        assert_eq!(machine.state.borrow().listing(), [DirectoryEntry { name: "a".into(), bytes: 4096 }]);
+    }
+    assert!(outcomes.iter().all(|count| *count > 20), "{outcomes:?}");
+}
+
+#[test]
+fn a_rename_replaces_wholly_or_not_at_all() {
+    let mut outcomes = [0; 2];
+    for seed in 0..100 {
+        let mut machine = Machine::new(seed);
+        for (name, fill) in [("old", 1), ("new", 2)] {
+            let file = machine.create_durably(name, 1, Access::DurableWrite);
+            let write = machine.write(file, 0, 1, fill);
+            machine.run(write).unwrap();
+        }
+        machine.run(DiskOp::Rename { from: "new".into(), to: "old".into() }).unwrap();
+        machine.crash(Crash::PowerCut);
+        let content = sectors(&machine.reread("old", 1))[0];
+        let renamed = content == 2;
+        assert_eq!(machine.open("new", Access::Read).is_ok(), !renamed);
+        outcomes[usize::from(renamed)] += 1;
+    }
+    assert!(outcomes.iter().all(|count| *count > 20), "{outcomes:?}");
+}
+
+#[test]
+fn a_removed_file_may_return_with_its_content() {
+    let mut returned = 0;
+    for seed in 0..100 {
+        let mut machine = Machine::new(seed);
+        let file = machine.create_durably("a", 1, Access::DurableWrite);
+        let write = machine.write(file, 0, 1, 6);
+        machine.run(write).unwrap();
+        machine.run(DiskOp::Close { file }).unwrap();
+        machine.run(DiskOp::Remove { name: "a".into() }).unwrap();
+        machine.crash(Crash::PowerCut);
+        if machine.open("a", Access::Read).is_ok() {
+            returned += 1;
+            assert_eq!(sectors(&machine.reread("a", 1)), vec![6; 8]);
+        }
+    }
+    assert!((20..80).contains(&returned), "{returned}");
+}
+
+#[test]
+fn an_image_holds_what_is_durable_and_does_not_change_with_the_disk() {
+    let mut machine = Machine::new(2);
+    let file = machine.create_durably("a", 2, Access::DurableWrite);
+    let write = machine.write(file, 0, 1, 1);
+    machine.run(write).unwrap();
+    let other = machine.create("b", 1, Access::Write);
+    let write = machine.write(other, 0, 1, 1);
+    machine.run(write).unwrap();
+    let image = machine.state.borrow().durable_image(&machine.context);
+    let hash = image.borrow().durable_hash();
+    assert_eq!(image.borrow().listing(), [DirectoryEntry { name: "a".into(), bytes: 8192 }]);
+    let write = machine.write(file, 0, 2, 8);
+    machine.run(write).unwrap();
+    assert_eq!(image.borrow().durable_hash(), hash);
+    assert_ne!(machine.state.borrow().durable_hash(), hash);
+}
+
+#[test]
+fn a_failed_operation_fails_once_and_a_failed_write_may_leave_some_sectors() {
+    let mut machine = Machine::new(2);
+    let file = machine.create_durably("a", 1, Access::DurableWrite);
+    machine.state.borrow_mut().faults_mut().fail_after_ops = Some(1);
+    let ops = [1, 2, 3].map(|fill| machine.write(file, 0, 1, fill));
+    let results = ops.map(|op| machine.run(op).map(|_| ()).map_err(|error| error.kind));
+    assert_eq!(results, [Ok(()), Err(DiskErrorKind::Io), Ok(())]);
+}
+
+#[test]
+fn space_runs_out_and_names_are_checked() {
+    let mut machine = Machine::new(2);
+    machine.create("a", 1, Access::Write);
+    let create = |name: &str, bytes| DiskOp::Create { name: name.into(), bytes, access: Access::Write };
+    let kind = |result: Result<DiskOutput<AlignedBuf>, DiskError>| result.err().unwrap().kind;
+    assert_eq!(kind(machine.run(create("a", 4096))), DiskErrorKind::AlreadyExists);
+    assert_eq!(kind(machine.run(create("b", 1 << 50))), DiskErrorKind::NoSpace);
+    assert_eq!(machine.open("c", Access::Read), Err(DiskErrorKind::NotFound));
+}
+
+#[test]
+fn nothing_completes_while_the_disk_stands_still() {
+    let mut machine = Machine::new(2);
+    let file = machine.create("a", 1, Access::DurableWrite);
+    let until = machine.context.now() + 1_000_000_000;
+    machine.state.borrow_mut().faults_mut().stalled_until = until;
+    machine.submit(DiskOp::Flush { file });
+    assert_eq!(machine.due(), Some(until));
+    assert_eq!(machine.settle().len(), 1);
+    assert_eq!(machine.context.now(), until);
+}

@@ -1,0 +1,15 @@
+//! The simulator: one seed is one run.
+
+pub mod check;
+pub mod clock;
+pub mod cluster;
+pub mod context;
+pub mod coverage;
+pub mod disk;
+pub mod link;
+pub mod nemesis;
+pub mod node;
+pub mod range;
+pub mod rng;
+pub mod trace;
+pub mod world;

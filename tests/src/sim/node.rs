@@ -1,0 +1,185 @@
+//! What the world asks of a node: the seam at which the engine's driver plugs in.
+
+use super::check::Recorder;
+use super::disk::SimDisk;
+use super::link::SimLink;
+use super::rng::Rng;
+
+/// What a turn came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Turned {
+    /// Something happened; another turn may find more to do.
+    pub progressed: bool,
+    /// When the node wants a turn at the latest, by its monotonic clock.
+    pub next_deadline_ns: u64,
+    /// The node has stopped for good.
+    pub stopped: bool,
+}
+
+/// What a node is and knows after a turn.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct View {
+    /// The cluster is formed, as far as the node knows.
+    pub formed: bool,
+    /// Its role: 0 follower, 1 pre-candidate, 2 candidate, 3 leader.
+    pub role: u8,
+    /// Its term.
+    pub term: u64,
+    /// Whom it takes for the leader, by position from 0.
+    pub leader: Option<usize>,
+    /// The end of its log.
+    pub last: u64,
+    /// The end of what it has handed to the disk. Beyond it, chains cannot be asked for.
+    pub written: u64,
+    /// How far its log is durable.
+    pub durable: u64,
+    /// Its commit index.
+    pub commit: u64,
+    /// How far it has applied.
+    pub applied: u64,
+    /// Truncations of its log.
+    pub epoch: u64,
+    /// Times that its log went on in another segment, in this life.
+    pub rollovers: u64,
+}
+
+/// The role of a leader in [`View::role`].
+pub const LEADER: u8 = 3;
+
+/// What became of a proposal that a node had accepted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// Committed and applied, at this index and term.
+    Committed {
+        /// The index.
+        index: u64,
+        /// The term.
+        term: u64,
+    },
+    /// Definitely not in the log, with a hint where the leader is.
+    Refused {
+        /// The leader, by position.
+        leader: Option<usize>,
+    },
+    /// Anything may have become of it.
+    Unknown,
+}
+
+/// A definite refusal, with a hint where the leader is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RefusedAtOnce {
+    /// The leader, by position.
+    pub leader: Option<usize>,
+}
+
+/// One process.
+pub trait SimNode {
+    /// Takes a turn.
+    fn turn(&mut self, monotonic_ns: u64, wall_ms: u64) -> Turned;
+
+    /// Proposes a command under a tag of the caller's.
+    ///
+    /// # Errors
+    /// A refusal that is known at once; no answer follows.
+    fn propose(&mut self, tag: u64, command: &[u8]) -> Result<(), RefusedAtOnce>;
+
+    /// Moves the answers that have arrived to `out`.
+    fn answers(&mut self, out: &mut Vec<(u64, Answer)>);
+
+    /// What the node is and knows.
+    fn view(&self) -> View;
+
+    /// The chain of its log at `index`, if that is a batch end that it holds.
+    fn chain_at(&self, index: u64) -> Option<[u8; 16]>;
+
+    /// The first index that its log may hold, less one.
+    fn log_start(&self) -> u64;
+
+    /// Why it stopped.
+    fn stop_reason(&self) -> Option<String>;
+
+    /// Checks what must hold of its state.
+    ///
+    /// # Errors
+    /// What does not.
+    fn check(&self) -> Result<(), String>;
+}
+
+/// A log as it was recovered from a disk image.
+pub struct ImageLog {
+    /// The last index.
+    pub last: u64,
+    /// Batch ends with their chains, in order.
+    pub chains: Vec<(u64, [u8; 16])>,
+}
+
+/// What a process starts with.
+pub struct Boot {
+    /// Which machine, from 0.
+    pub node: usize,
+    /// How many machines there are.
+    pub nodes: usize,
+    /// Its disk.
+    pub disk: SimDisk,
+    /// Its network.
+    pub link: SimLink,
+    /// Its state machine.
+    pub recorder: Recorder,
+    /// Whatever is random in it.
+    pub seed: u64,
+    /// Its limits and knobs.
+    pub tuning: Tuning,
+}
+
+/// Limits and knobs that differ from run to run, equal on all nodes of a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tuning {
+    /// Election time-out, in milliseconds.
+    pub election_timeout_ms: u64,
+    /// Heartbeat interval, in milliseconds.
+    pub heartbeat_ms: u64,
+    /// Size of a log segment.
+    pub segment_bytes: u64,
+    /// Segments kept ready.
+    pub segments_ahead: usize,
+    /// Bytes at which a batch of many commands is sealed at the latest.
+    pub batch_bytes_max: usize,
+    /// Durable writes in flight.
+    pub writes_in_flight_max: usize,
+    /// Appends in flight to one follower.
+    pub window_batches: usize,
+}
+
+impl Tuning {
+    /// Small limits, so that a short run meets them.
+    #[must_use]
+    pub fn draw(rng: &mut Rng) -> Self {
+        let election_timeout_ms = rng.between(60, 300);
+        Self {
+            election_timeout_ms,
+            heartbeat_ms: election_timeout_ms / rng.between(5, 10),
+            segment_bytes: 1 << 20,
+            segments_ahead: rng.between(1, 3) as usize,
+            batch_bytes_max: 4096 << rng.below(4),
+            writes_in_flight_max: rng.between(1, 4) as usize,
+            window_batches: rng.between(1, 16) as usize,
+        }
+    }
+}
+
+/// How nodes are made.
+pub trait Cluster {
+    /// The nodes.
+    type Node: SimNode;
+
+    /// Starts a process.
+    fn boot(&self, boot: Boot) -> Self::Node;
+
+    /// Recovers the log of `node`, one of `nodes`, from an image of its disk. The image has no latency: whatever is
+    /// submitted to it has completed by the next poll.
+    ///
+    /// # Errors
+    /// Why the log cannot be recovered.
+    fn recover(&self, node: usize, nodes: usize, tuning: &Tuning, image: SimDisk)
+    -> Result<ImageLog, String>;
+}

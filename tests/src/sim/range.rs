@@ -1,0 +1,107 @@
+//! Many seeds, on some threads; the result does not depend on how many.
+
+use super::coverage::{Coverage, Mark};
+use super::node::Cluster;
+use super::world::{Options, Report, run};
+use std::ops::Range;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+use xxhash_rust::xxh3::xxh3_64;
+
+/// Ranges of fewer seeds than this need not have come by everything.
+const COVERAGE_SEEDS_MIN: u64 = 50;
+
+/// What came of a range of seeds.
+#[derive(Clone, Debug)]
+pub struct Summary {
+    /// Runs that were finished: all of the range, or up to the first failure.
+    pub runs: u64,
+    /// Their events.
+    pub events: u64,
+    /// Wall-clock time.
+    pub elapsed: Duration,
+    /// Hash over the runs' hashes, in the order of their seeds.
+    pub hash: u64,
+    /// All they came by.
+    pub coverage: Coverage,
+    /// The failed run with the lowest seed.
+    pub failure: Option<Report>,
+}
+
+impl Summary {
+    /// What a range of this size must come by, and did not.
+    #[must_use]
+    pub fn missing(&self) -> Vec<Mark> {
+        if self.runs < COVERAGE_SEEDS_MIN { Vec::new() } else { self.coverage.missing() }
+    }
+
+    /// Events in a second of wall-clock time, on all threads together.
+    #[must_use]
+    pub fn events_per_s(&self) -> u64 {
+        (self.events as f64 / self.elapsed.as_secs_f64().max(1e-9)) as u64
+    }
+}
+
+/// Runs `seeds`, in order, until one fails. `make` makes the cluster on each thread.
+pub fn run_range<C: Cluster>(
+    make: impl Fn() -> C + Sync,
+    seeds: Range<u64>,
+    options: &Options,
+    threads: usize,
+    progress: impl Fn(u64) + Sync,
+) -> Summary {
+    let start = Instant::now();
+    let next = AtomicU64::new(seeds.start);
+    // No seed from here on needs to be run: a lower one failed.
+    let end = AtomicU64::new(seeds.end);
+    let reports = Mutex::new(Vec::new());
+    let work = || {
+        let cluster = make();
+        loop {
+            let seed = next.fetch_add(1, Ordering::Relaxed);
+            if seed >= end.load(Ordering::Relaxed) {
+                return;
+            }
+            let report = run(&cluster, seed, options);
+            if report.failure.is_some() {
+                end.fetch_min(seed, Ordering::Relaxed);
+            }
+            let mut reports = reports.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            reports.push(report);
+            progress(reports.len() as u64);
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..threads {
+            scope.spawn(work);
+        }
+        work();
+    });
+
+    let mut reports = reports.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+    reports.sort_by_key(|report| report.seed);
+    let mut summary = Summary {
+        runs: 0,
+        events: 0,
+        elapsed: start.elapsed(),
+        hash: 0,
+        coverage: Coverage::default(),
+        failure: None,
+    };
+    let mut hashes = Vec::new();
+    for report in reports {
+        if summary.failure.is_some() {
+            break;
+        }
+        summary.runs += 1;
+        summary.events += report.events;
+        summary.coverage.merge(&report.coverage);
+        hashes.extend_from_slice(&report.hash.to_le_bytes());
+        if report.failure.is_some() {
+            summary.failure = Some(report);
+        }
+    }
+    summary.hash = xxh3_64(&hashes);
+    summary
+}

@@ -1,0 +1,200 @@
+//! The trace of a run: hashed always, kept in part, printed on request.
+//!
+//! Two runs are the same run if and only if their hashes are. The tail is what a failure prints.
+
+use std::collections::VecDeque;
+use std::fmt;
+use xxhash_rust::xxh3::Xxh3;
+
+/// How many events the tail keeps.
+const TAIL_EVENTS: usize = 160;
+
+macro_rules! kinds {
+    ($($(#[$doc:meta])* $name:ident: $text:literal,)*) => {
+        /// What happened.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[repr(u8)]
+        pub enum What {
+            $($(#[$doc])* $name,)*
+        }
+
+        impl What {
+            /// What `a` and `b` of the event mean, with the kind before them.
+            const fn text(self) -> &'static str {
+                match self {
+                    $(Self::$name => $text,)*
+                }
+            }
+        }
+    };
+}
+
+kinds! {
+    /// An operation was handed to the disk: kind, bytes.
+    DiskSubmit: "disk submit",
+    /// A completion was taken from the disk: kind and outcome, bytes.
+    DiskDone: "disk done",
+    /// The disk of a crashed node settled: writes pending, sectors surviving.
+    DiskCrash: "disk crash",
+    /// An operation was handed to the network: kind, bytes.
+    LinkSubmit: "link submit",
+    /// A completion was taken from the network: kind and outcome, bytes.
+    LinkDone: "link done",
+    /// A chunk arrived at the far end: connection, bytes.
+    Arrive: "arrive",
+    /// An end of a connection was reset: connection, end.
+    Reset: "reset",
+    /// A node took a turn: its deadline, whether it has more to do.
+    Turn: "turn",
+    /// A node was killed: its life.
+    Kill: "kill",
+    /// A node lost power: its life.
+    PowerCut: "power cut",
+    /// A node was started: its life.
+    Boot: "boot",
+    /// A node stopped by itself.
+    Stopped: "stopped",
+    /// A node stands still until: time.
+    Pause: "pause",
+    /// A directed link was cut: to.
+    Cut: "cut",
+    /// A directed link was healed: to.
+    Heal: "heal",
+    /// A node's disk changed its speed: factor.
+    DiskSpeed: "disk speed",
+    /// A node's wall clock jumped: by so many milliseconds, as a signed number.
+    ClockJump: "clock jump",
+    /// A client proposed: client, sequence.
+    Propose: "propose",
+    /// A client was answered: client, sequence.
+    Answer: "answer",
+    /// A client was refused or its outcome is unknown: client, sequence.
+    Refused: "refused",
+    /// A node's role changed: role, term.
+    Role: "role",
+    /// A node's commit index advanced: index, term.
+    Commit: "commit",
+    /// A node applied a command: index, hash of the command.
+    Apply: "apply",
+    /// The run's phase changed: phase.
+    Phase: "phase",
+}
+
+/// One event.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TraceEvent {
+    /// When, in nanoseconds of virtual time.
+    pub time: u64,
+    /// Where: the node's position, from 0.
+    pub node: u16,
+    /// What.
+    pub what: What,
+    /// Its first number.
+    pub a: u64,
+    /// Its second number.
+    pub b: u64,
+}
+
+impl fmt::Display for TraceEvent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { time, node, what, a, b } = self;
+        let (ms, ns) = (time / 1_000_000, time % 1_000_000);
+        write!(f, "{ms:>8}.{ns:06} ms  node {node}  {:<12} {a} {b}", what.text())?;
+        if let What::DiskSubmit | What::DiskDone = what {
+            write!(f, "  ({})", super::disk::name_of_kind(*a))?;
+        }
+        if let What::LinkSubmit | What::LinkDone = what {
+            write!(f, "  ({})", super::link::name_of_kind(*a))?;
+        }
+        Ok(())
+    }
+}
+
+/// The hash over all events, and the last of them.
+pub struct Trace {
+    hasher: Xxh3,
+    /// Events are hashed some hundred at a time.
+    unhashed: Vec<u8>,
+    tail: VecDeque<TraceEvent>,
+    events: u64,
+    print: bool,
+}
+
+impl Trace {
+    /// An empty trace; with `print`, every event goes to standard output too.
+    #[must_use]
+    pub fn new(print: bool) -> Self {
+        Self {
+            hasher: Xxh3::new(),
+            unhashed: Vec::with_capacity(8192),
+            tail: VecDeque::with_capacity(TAIL_EVENTS),
+            events: 0,
+            print,
+        }
+    }
+
+    /// Adds an event.
+    pub fn record(&mut self, event: TraceEvent) {
+        let mut bytes = [0; 27];
+        bytes[..8].copy_from_slice(&event.time.to_le_bytes());
+        bytes[8..10].copy_from_slice(&event.node.to_le_bytes());
+        bytes[10] = event.what as u8;
+        bytes[11..19].copy_from_slice(&event.a.to_le_bytes());
+        bytes[19..].copy_from_slice(&event.b.to_le_bytes());
+        self.unhashed.extend_from_slice(&bytes);
+        if self.unhashed.len() > 8192 - 27 {
+            self.hasher.update(&self.unhashed);
+            self.unhashed.clear();
+        }
+        if self.tail.len() == TAIL_EVENTS {
+            self.tail.pop_front();
+        }
+        self.tail.push_back(event);
+        self.events += 1;
+        if self.print {
+            println!("{event}");
+        }
+    }
+
+    /// The hash of all events so far.
+    #[must_use]
+    pub fn hash(&self) -> u64 {
+        let mut hasher = self.hasher.clone();
+        hasher.update(&self.unhashed);
+        hasher.digest()
+    }
+
+    /// How many events there were.
+    #[must_use]
+    pub fn events(&self) -> u64 {
+        self.events
+    }
+
+    /// The last events, one a line.
+    #[must_use]
+    pub fn tail(&self) -> String {
+        self.tail.iter().map(|event| format!("{event}\n")).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_hash_tells_traces_apart_and_does_not_depend_on_how_often_it_is_asked() {
+        let event = |time| TraceEvent { time, node: 1, what: What::Turn, a: 2, b: 3 };
+        let mut one = Trace::new(false);
+        let mut two = Trace::new(false);
+        for time in 0..1_000 {
+            one.record(event(time));
+            two.record(event(time));
+            let _ = one.hash();
+        }
+        assert_eq!(one.hash(), two.hash());
+        assert_eq!(one.events(), 1_000);
+        one.record(event(1));
+        two.record(event(2));
+        assert_ne!(one.hash(), two.hash());
+    }
+}

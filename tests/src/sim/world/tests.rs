@@ -1,0 +1,338 @@
+//! The world around a node that is not the engine: a cluster of one that writes each command to a file. What the
+//! simulator must notice is easy to do wrong here on purpose.
+
+use super::*;
+use crate::sim::node::{ImageLog, RefusedAtOnce, Turned};
+use ringraft_block::{AlignedBuf, BLOCK_BYTES, Block, Pool, crc32c, round_up_to_block};
+use ringraft_wal::disk::{Access, Disk, DiskDone, DiskErrorKind, DiskOp, DiskOpId, DiskOutput, FileId};
+use std::convert::Infallible;
+
+const FILE_BYTES: u64 = 64 << 20;
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wrong {
+    Nothing,
+    /// Answers before the write has completed.
+    AckEarly,
+    /// Opens its file without O_DSYNC and never flushes.
+    NeverFlush,
+    /// Forgets to apply one command in some.
+    Skip,
+}
+
+struct Scribes(Wrong);
+
+/// Opens its file, reads it to its end, then appends.
+struct Scribe {
+    wrong: Wrong,
+    disk: SimDisk,
+    recorder: Recorder,
+    pool: Pool<AlignedBuf>,
+    file: Option<FileId>,
+    stage: Stage,
+    /// Where the next record goes.
+    end: u64,
+    last: u64,
+    applied: u64,
+    writing: bool,
+    waiting: Vec<(u64, Vec<u8>)>,
+    answers: Vec<(u64, Answer)>,
+    done: Vec<DiskDone<AlignedBuf>>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Start,
+    Opening,
+    Creating,
+    Flushing,
+    Syncing,
+    Reading,
+    Ready,
+}
+
+impl Scribe {
+    fn block(&self, bytes: usize) -> Block<AlignedBuf> {
+        let block = self.pool.take(bytes, |bytes| Ok::<_, Infallible>(AlignedBuf::zeroed(bytes)));
+        block.expect("infallible")
+    }
+
+    fn submit(&mut self, op: DiskOp<AlignedBuf>) {
+        self.disk.submit(DiskOpId(0), op);
+    }
+
+    fn access(&self) -> Access {
+        if self.wrong == Wrong::NeverFlush { Access::Write } else { Access::DurableWrite }
+    }
+
+    fn read(&mut self) {
+        self.stage = Stage::Reading;
+        let (file, offset) = (self.file.unwrap(), self.end);
+        let block = self.block(16 * BLOCK_BYTES);
+        self.submit(DiskOp::Read { file, offset, block, bytes: 16 * BLOCK_BYTES });
+    }
+
+    fn proceed(&mut self, done: DiskDone<AlignedBuf>) {
+        let name = || "scribe".to_owned();
+        match (self.stage, done.result) {
+            (Stage::Opening, Err(error)) if error.kind == DiskErrorKind::NotFound => {
+                self.stage = Stage::Creating;
+                let access = self.access();
+                self.submit(DiskOp::Create { name: name(), bytes: FILE_BYTES, access });
+            }
+            (Stage::Opening | Stage::Creating, Ok(DiskOutput::Opened { file, .. })) => {
+                // Also a file that was there: its name may not be durable.
+                self.file = Some(file);
+                self.stage = Stage::Flushing;
+                self.submit(DiskOp::Flush { file });
+            }
+            (Stage::Flushing, Ok(_)) => {
+                self.stage = Stage::Syncing;
+                self.submit(DiskOp::SyncDirectory);
+            }
+            (Stage::Syncing, Ok(_)) => self.read(),
+            (Stage::Reading, Ok(DiskOutput::Read { block, .. })) => {
+                let Some(command) = unframe(&block) else {
+                    self.stage = Stage::Ready;
+                    return;
+                };
+                self.last += 1;
+                self.applied = self.last;
+                self.recorder.apply(self.last, 1, command);
+                self.end += round_up_to_block(command.len() + 8) as u64;
+                self.read();
+            }
+            (Stage::Ready, Ok(DiskOutput::Written { .. })) => {
+                self.writing = false;
+                if self.wrong != Wrong::AckEarly {
+                    self.finish();
+                }
+            }
+            (_, Ok(_)) => unreachable!("each stage knows its completion"),
+            (_, Err(error)) => panic!("{error}"),
+        }
+    }
+
+    /// The first waiting command is done.
+    fn finish(&mut self) {
+        let (tag, command) = self.waiting.remove(0);
+        self.applied = self.last;
+        if self.wrong != Wrong::Skip || !self.last.is_multiple_of(50) {
+            self.recorder.apply(self.last, 1, &command);
+        }
+        self.answers.push((tag, Answer::Committed { index: self.last, term: 1 }));
+    }
+}
+
+fn frame(command: &[u8], block: &mut [u8]) {
+    block.fill(0);
+    block[..4].copy_from_slice(&(command.len() as u32).to_le_bytes());
+    block[4..8].copy_from_slice(&crc32c(command).to_le_bytes());
+    block[8..8 + command.len()].copy_from_slice(command);
+}
+
+fn unframe(block: &[u8]) -> Option<&[u8]> {
+    let bytes = u32::from_le_bytes(block[..4].try_into().ok()?) as usize;
+    let sum = u32::from_le_bytes(block[4..8].try_into().ok()?);
+    let command = block.get(8..8 + bytes)?;
+    (bytes > 0 && crc32c(command) == sum).then_some(command)
+}
+
+fn chain_of(index: u64) -> [u8; 16] {
+    u128::from(index).to_le_bytes()
+}
+
+impl SimNode for Scribe {
+    fn turn(&mut self, _monotonic_ns: u64, _wall_ms: u64) -> Turned {
+        let mut done = std::mem::take(&mut self.done);
+        self.disk.poll(&mut done);
+        let mut progressed = !done.is_empty();
+        for completion in done.drain(..) {
+            self.proceed(completion);
+        }
+        self.done = done;
+        if self.stage == Stage::Start {
+            self.stage = Stage::Opening;
+            let access = self.access();
+            self.submit(DiskOp::Open { name: "scribe".to_owned(), access });
+        }
+        if self.stage == Stage::Ready && !self.writing && !self.waiting.is_empty() {
+            progressed = true;
+            self.writing = true;
+            self.last += 1;
+            let bytes = round_up_to_block(self.waiting[0].1.len() + 8);
+            let mut block = self.block(bytes);
+            frame(&self.waiting[0].1, &mut block);
+            let (file, offset) = (self.file.unwrap(), self.end);
+            self.end += bytes as u64;
+            self.submit(DiskOp::Write { file, offset, block: Rc::new(block), bytes });
+            if self.wrong == Wrong::AckEarly {
+                self.finish();
+            }
+        }
+        Turned { progressed, next_deadline_ns: u64::MAX, stopped: false }
+    }
+
+    fn propose(&mut self, tag: u64, command: &[u8]) -> Result<(), RefusedAtOnce> {
+        if self.stage != Stage::Ready {
+            return Err(RefusedAtOnce { leader: None });
+        }
+        self.waiting.push((tag, command.to_vec()));
+        Ok(())
+    }
+
+    fn answers(&mut self, out: &mut Vec<(u64, Answer)>) {
+        out.append(&mut self.answers);
+    }
+
+    fn view(&self) -> View {
+        let (last, applied) = (self.last, self.applied);
+        let role = if self.stage == Stage::Ready { LEADER } else { 0 };
+        let formed = role == LEADER;
+        View {
+            formed,
+            role,
+            term: 1,
+            leader: Some(0),
+            last,
+            written: last,
+            durable: applied,
+            commit: applied,
+            applied,
+            epoch: 0,
+            rollovers: 0,
+        }
+    }
+
+    fn chain_at(&self, index: u64) -> Option<[u8; 16]> {
+        Some(chain_of(index))
+    }
+
+    fn log_start(&self) -> u64 {
+        0
+    }
+
+    fn stop_reason(&self) -> Option<String> {
+        None
+    }
+
+    fn check(&self) -> Result<(), String> {
+        Ok(())
+    }
+}
+
+impl Cluster for Scribes {
+    type Node = Scribe;
+
+    fn boot(&self, boot: Boot) -> Scribe {
+        Scribe {
+            wrong: self.0,
+            disk: boot.disk,
+            recorder: boot.recorder,
+            pool: Pool::new(1 << 20),
+            file: None,
+            stage: Stage::Start,
+            end: 0,
+            last: 0,
+            applied: 0,
+            writing: false,
+            waiting: Vec::new(),
+            answers: Vec::new(),
+            done: Vec::new(),
+        }
+    }
+
+    fn recover(&self, _: usize, _: usize, _: &Tuning, mut image: SimDisk) -> Result<ImageLog, String> {
+        let pool = Pool::new(1 << 20);
+        let mut run = |op| {
+            let mut done = Vec::new();
+            image.submit(DiskOpId(0), op);
+            image.poll(&mut done);
+            done.remove(0).result.map_err(|error| error.to_string())
+        };
+        let Ok(DiskOutput::Opened { file, .. }) =
+            run(DiskOp::Open { name: "scribe".into(), access: Access::Read })
+        else {
+            return Err("no file".to_owned());
+        };
+        let (mut offset, mut chains) = (0, Vec::new());
+        loop {
+            let bytes = 16 * BLOCK_BYTES;
+            let block =
+                pool.take(bytes, |bytes| Ok::<_, Infallible>(AlignedBuf::zeroed(bytes))).expect("infallible");
+            let DiskOutput::Read { block, .. } = run(DiskOp::Read { file, offset, block, bytes })? else {
+                return Err("not a read".to_owned());
+            };
+            let Some(command) = unframe(&block) else { break };
+            offset += round_up_to_block(command.len() + 8) as u64;
+            let index = chains.len() as u64 + 1;
+            chains.push((index, chain_of(index)));
+        }
+        Ok(ImageLog { last: chains.len() as u64, chains })
+    }
+}
+
+fn options(image_check_every: u64) -> Options {
+    Options { nodes: Some(1), steps: 2_000, image_check_every, ..Options::default() }
+}
+
+fn first_failure(wrong: Wrong, options: &Options) -> Option<String> {
+    (0..40).find_map(|seed| run(&Scribes(wrong), seed, options).failure.map(|failure| failure.message))
+}
+
+#[test]
+fn a_node_that_does_everything_right_survives_every_seed() {
+    let mut coverage = Coverage::default();
+    for seed in 0..100 {
+        let report = run(&Scribes(Wrong::Nothing), seed, &options(200));
+        if let Some(failure) = report.failure {
+            panic!("seed {seed}, step {}: {}\n{}", failure.step, failure.message, failure.tail);
+        }
+        coverage.merge(&report.coverage);
+    }
+    for mark in [Mark::Kill, Mark::PowerCut, Mark::TornWrite, Mark::UnknownLost, Mark::UnknownCommitted] {
+        assert!(coverage.of(mark) > 0, "{}", mark.name());
+    }
+}
+
+#[test]
+fn the_same_seed_gives_the_same_run() {
+    let hash = |seed| run(&Scribes(Wrong::Nothing), seed, &options(200)).hash;
+    assert_eq!(hash(5), hash(5));
+    assert_ne!(hash(5), hash(6));
+}
+
+#[test]
+fn a_node_that_acknowledges_before_durability_is_caught_by_its_image_and_by_its_history() {
+    let by_image = first_failure(Wrong::AckEarly, &options(1)).unwrap();
+    assert!(by_image.contains("durable on 0 of 1"), "{by_image}");
+    let by_history = first_failure(Wrong::AckEarly, &options(0)).unwrap();
+    assert!(by_history.contains("CommandId"), "{by_history}");
+}
+
+#[test]
+fn a_node_that_never_flushes_is_caught() {
+    assert!(first_failure(Wrong::NeverFlush, &options(0)).is_some());
+}
+
+#[test]
+fn a_node_that_skips_a_command_is_caught() {
+    let message = first_failure(Wrong::Skip, &options(0)).unwrap();
+    assert!(message.contains("acknowledged") || message.contains("applied"), "{message}");
+}
+
+#[test]
+fn a_panic_in_a_node_is_a_failure_of_its_run() {
+    struct Panics;
+    impl Cluster for Panics {
+        type Node = Scribe;
+        fn boot(&self, _boot: Boot) -> Scribe {
+            panic!("cannot boot");
+        }
+        fn recover(&self, _: usize, _: usize, _: &Tuning, _: SimDisk) -> Result<ImageLog, String> {
+            Err(String::new())
+        }
+    }
+    let failure = run(&Panics, 1, &options(0)).failure.unwrap();
+    assert!(failure.message.contains("cannot boot"));
+}

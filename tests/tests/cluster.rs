@@ -1,0 +1,82 @@
+//! Real processes, real disk, real sockets, real kills: nothing that was acknowledged is lost.
+
+use anyhow::Result;
+use ringraft_tests::process::Cluster;
+
+fn cluster(count: u64) -> Result<Cluster> {
+    Cluster::start(env!("CARGO_BIN_EXE_testnode"), env!("CARGO_TARGET_TMPDIR"), count)
+}
+
+/// Puts the load, on streams of their own, on whoever leads now.
+fn load(cluster: &mut Cluster, first_stream: u64) -> Result<u64> {
+    let leader = cluster.wait_leader()?;
+    cluster.order(leader, &format!("load {first_stream} 64"))?;
+    Ok(leader)
+}
+
+#[test]
+fn a_leader_killed_under_load_is_replaced_and_nothing_acknowledged_is_lost() -> Result<()> {
+    let mut cluster = cluster(3)?;
+    let killed = load(&mut cluster, 0)?;
+    cluster.wait_acks(2_000)?;
+    cluster.kill(killed)?;
+    let next = load(&mut cluster, 1_000)?;
+    assert_ne!(next, killed);
+    cluster.wait_acks(2_000)?;
+    cluster.restart(killed)?;
+    cluster.wait_acks(2_000)?;
+    cluster.order(next, "stop")?;
+    cluster.verify()?;
+    for id in cluster.running() {
+        cluster.quit(id)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_follower_killed_under_load_costs_nothing_and_catches_up_when_it_returns() -> Result<()> {
+    let mut cluster = cluster(3)?;
+    let leader = load(&mut cluster, 0)?;
+    cluster.wait_acks(1_000)?;
+    let follower = cluster.running().into_iter().find(|id| *id != leader).expect("three members");
+    for _ in 0..2 {
+        cluster.kill(follower)?;
+        cluster.wait_acks(2_000)?;
+        cluster.restart(follower)?;
+        cluster.wait_acks(500)?;
+    }
+    assert_eq!(cluster.wait_leader()?, leader, "a follower that returns does not disturb the leader");
+    cluster.order(leader, "stop")?;
+    cluster.verify()
+}
+
+#[test]
+fn all_members_killed_at_once_recover_everything_that_was_acknowledged() -> Result<()> {
+    let mut cluster = cluster(3)?;
+    for round in 0..3 {
+        let _leader = load(&mut cluster, round * 1_000)?;
+        cluster.wait_acks(1_500)?;
+        for id in cluster.running() {
+            cluster.kill(id)?;
+        }
+        for id in 1..=3 {
+            cluster.restart(id)?;
+        }
+        cluster.wait_leader()?;
+    }
+    // A new leader commits what it found with an entry of its own term.
+    cluster.verify()
+}
+
+#[test]
+fn a_single_member_serves_alone_and_recovers_alone() -> Result<()> {
+    let mut cluster = cluster(1)?;
+    for round in 0..2 {
+        let leader = load(&mut cluster, round * 1_000)?;
+        cluster.wait_acks(1_000)?;
+        cluster.kill(leader)?;
+        cluster.restart(leader)?;
+        cluster.wait_leader()?;
+    }
+    cluster.verify()
+}
