@@ -32,7 +32,7 @@ pub(crate) enum Applied {
     More,
     /// The next batch must be read from the log, from this index on.
     Fetch(LogIndex),
-    /// A read is under way.
+    /// A read is under way, or the log has not taken the batch yet.
     Waiting,
 }
 
@@ -72,10 +72,12 @@ impl<S: StateMachine, B: BlockBuf> Applier<S, B> {
         self.fetched.extend(batches);
     }
 
-    /// Applies up to `commit`, about `bytes_max` of payload at the most.
+    /// Applies up to `commit`, about `bytes_max` of payload at the most. Batches up to `durable` can be read back from
+    /// the log; a later one is in `recent`, or will be as soon as the log takes it.
     pub(crate) fn advance(
         &mut self,
         commit: LogIndex,
+        durable: LogIndex,
         bytes_max: usize,
         recent: &Recent<B>,
         proposals: &mut Proposals<B>,
@@ -95,7 +97,7 @@ impl<S: StateMachine, B: BlockBuf> Applier<S, B> {
                 None => recent.starting_at(next),
             };
             let Some(batch) = batch else {
-                if self.fetching {
+                if self.fetching || next > durable {
                     return Ok(Applied::Waiting);
                 }
                 self.fetched.clear();

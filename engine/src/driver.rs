@@ -781,9 +781,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// Moves what the outboxes can send to the network, and that to the sockets.
     fn send_queued(&mut self) {
         let Some(network) = &mut self.network else { return };
+        let durable = self.wal.durable_through();
         for (id, peer) in &mut self.peers {
             loop {
-                let (message, batch) = match peer.outbox.head(&self.recent) {
+                let (message, batch) = match peer.outbox.head(&self.recent, durable) {
                     Head::Empty | Head::Waiting => break,
                     Head::Fetch(first) => {
                         self.wal.read(&mut self.disk, id.get(), first, READ_BYTES);
@@ -821,6 +822,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let before = self.applier.applied();
         let applied = self.applier.advance(
             commit,
+            self.wal.durable_through(),
             self.config.apply_bytes_per_turn,
             &self.recent,
             &mut self.proposals.borrow_mut(),

@@ -142,7 +142,7 @@ pub enum StopError {
     Config(#[from] crate::config::ConfigError),
     /// The data directory cannot be used.
     #[error(transparent)]
-    Directory(#[from] ringraft_wal::directory::DirectoryError),
+    Directory(#[from] ringraft_wal::DirectoryError),
     /// The log failed; nothing was acknowledged that is not durable.
     #[error("log: {0}")]
     Log(#[from] ringraft_wal::WalError),

@@ -7,7 +7,7 @@ use crate::handle::{Handle, LocalHandle, Shared, Status};
 use crate::runtime::glommio::{self, GlommioOptions, LinkOptions};
 use crate::runtime::{RuntimeError, Wakeup};
 use crate::state_machine::StateMachine;
-use ringraft_wal::directory::DataDirectory;
+use ringraft_wal::DataDirectory;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;

@@ -33,7 +33,7 @@ pub(crate) enum Head<'a, B: BlockBuf> {
     Ready(&'a Outgoing, Option<&'a StoredBatch<B>>),
     /// Its batch must be read from the log, from this index on.
     Fetch(LogIndex),
-    /// A read is under way.
+    /// A read is under way, or the log has not taken the batch yet.
     Waiting,
 }
 
@@ -60,8 +60,9 @@ impl<B: BlockBuf> Outbox<B> {
         self.fetched.clear();
     }
 
-    /// Looks at the head of the queue.
-    pub(crate) fn head<'a>(&'a mut self, recent: &'a Recent<B>) -> Head<'a, B> {
+    /// Looks at the head of the queue. Batches up to `durable` can be read back from the log; a later one is in `recent`,
+    /// or will be as soon as the log takes it.
+    pub(crate) fn head<'a>(&'a mut self, recent: &'a Recent<B>, durable: LogIndex) -> Head<'a, B> {
         let Some(message) = self.queue.front() else { return Head::Empty };
         let Outgoing::Append(AppendMessage { append, .. }) = message else {
             return Head::Ready(message, None);
@@ -73,7 +74,7 @@ impl<B: BlockBuf> Outbox<B> {
         let is_it = |batch: &&StoredBatch<B>| batch.info.first == run.first && batch.info.term == run.term;
         let held = recent.starting_at(run.first).filter(is_it).is_some();
         if !held && self.fetched.front().filter(is_it).is_none() {
-            if std::mem::replace(&mut self.fetching, true) {
+            if run.last > durable || std::mem::replace(&mut self.fetching, true) {
                 return Head::Waiting;
             }
             self.fetched.clear();
@@ -91,5 +92,53 @@ impl<B: BlockBuf> Outbox<B> {
     pub(crate) fn fetched(&mut self, batches: Vec<StoredBatch<B>>) {
         self.fetching = false;
         self.fetched = batches.into();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::raft::{Append, BatchRun, LogId, Round};
+    use ringraft_block::{AlignedBuf, Term};
+    use ringraft_wal::format::Chain;
+
+    fn append(first: u64) -> Outgoing {
+        let append = Append {
+            term: Term(1),
+            previous: LogId { term: Term(1), index: LogIndex(first - 1) },
+            batch: Some(BatchRun {
+                first: LogIndex(first),
+                last: LogIndex(first),
+                term: Term(1),
+                bytes: 300,
+            }),
+            commit: LogIndex(0),
+            round: Round(1),
+            reply_now: false,
+        };
+        Outgoing::Append(AppendMessage { append, previous_chain: Chain::default(), chain: Chain::default() })
+    }
+
+    /// Found by the simulator (seed 15 of the first range): the append of a batch that the log had no room for yet was
+    /// looked for on disk, not found there, and looked for again in every turn.
+    #[test]
+    fn a_batch_that_the_log_has_not_taken_is_waited_for_and_not_read() {
+        let recent = Recent::<AlignedBuf>::new(1 << 20);
+        let mut outbox = Outbox::new();
+        outbox.push(append(8));
+        assert!(matches!(outbox.head(&recent, LogIndex(7)), Head::Waiting));
+        assert!(matches!(outbox.head(&recent, LogIndex(8)), Head::Fetch(LogIndex(8))));
+        assert!(matches!(outbox.head(&recent, LogIndex(8)), Head::Waiting), "one read at a time");
+        outbox.fetched(Vec::new());
+        assert!(matches!(outbox.head(&recent, LogIndex(8)), Head::Fetch(LogIndex(8))), "asked for again");
+    }
+
+    #[test]
+    fn a_new_session_begins_with_an_empty_outbox() {
+        let recent = Recent::<AlignedBuf>::new(1 << 20);
+        let mut outbox = Outbox::new();
+        outbox.push(append(8));
+        outbox.clear();
+        assert!(matches!(outbox.head(&recent, LogIndex(8)), Head::Empty));
     }
 }

@@ -142,23 +142,32 @@ impl<B: BlockBuf> Proposals<B> {
 
     fn copy_into_open(&mut self, command: &[u8], session: Option<(u64, u64)>) -> bool {
         let Some(builder) = self.builder.as_mut().filter(|builder| builder.is_armed()) else { return false };
+        // Blocks come in powers of two, so the limit may lie below what this one would hold.
+        let slot_bytes = builder.slot_bytes_with(command.len(), session.is_some());
+        if !builder.is_empty() && slot_bytes > self.limits.slot_bytes {
+            return false;
+        }
         let session = session.map(|(session, sequence)| SessionRef { session, sequence });
         builder.push(command, session).is_ok()
     }
 
-    /// The capacity that the next open batch needs, if there is none now.
+    /// The capacity that the open batch needs, if it needs another block: there is none, or it is empty and too
+    /// small for the command that waits.
     pub(crate) fn wants_block(&self) -> Option<usize> {
-        if self.builder.as_ref().is_some_and(BatchBuilder::is_armed) {
-            return None;
+        let open = self.builder.as_ref().filter(|builder| builder.is_armed());
+        let waiting = self.overflow.front().map(|next| slot_bytes_for_one(&next.command));
+        match (open, waiting) {
+            (None, waiting) => Some(waiting.unwrap_or(0).max(self.limits.slot_bytes)),
+            (Some(open), Some(waiting)) if open.is_empty() => Some(waiting.max(self.limits.slot_bytes)),
+            (Some(_), _) => None,
         }
-        let alone = self.overflow.front().map_or(0, |next| slot_bytes_for_one(&next.command));
-        Some(alone.max(self.limits.slot_bytes))
     }
 
     /// Opens a batch in `block` and moves waiting commands into it.
     pub(crate) fn open(&mut self, block: Block<B>) {
         debug_assert!(self.open.is_empty());
         match &mut self.builder {
+            Some(builder) if builder.is_armed() => builder.grow(block),
             Some(builder) => builder.rearm(block),
             builder => *builder = Some(BatchBuilder::new(block)),
         }
@@ -270,7 +279,7 @@ mod tests {
     use std::sync::Arc;
 
     const LIMITS: ProposalLimits =
-        ProposalLimits { command_bytes_max: 40_000, uncommitted_bytes_max: 100_000, slot_bytes: 8192 };
+        ProposalLimits { command_bytes_max: 40_000, uncommitted_bytes_max: 100_000, slot_bytes: 12_288 };
 
     struct Rig {
         pool: Pool<AlignedBuf>,
@@ -339,7 +348,7 @@ mod tests {
     #[test]
     fn commands_keep_their_order_over_batches_of_every_size() {
         let mut rig = Rig::leading();
-        let sizes = [10, 100, 4000, 3000, 39_000, 10, 8000, 1, 20_000];
+        let sizes = [10, 100, 4000, 3000, 39_000, 10, 8000, 4000, 1, 20_000];
         let commands: Vec<Vec<u8>> = sizes.iter().zip(0..).map(|(size, fill)| vec![fill; *size]).collect();
         let slots: Vec<_> = commands.iter().map(|command| rig.propose(command.clone())).collect();
         let mut sealed = Vec::new();
@@ -353,8 +362,23 @@ mod tests {
         }
         assert_eq!(sealed, commands);
         let indexes: Vec<_> = slots.iter().map(|slot| outcome(slot).unwrap().unwrap().index.get()).collect();
-        assert_eq!(indexes, (1..=9).collect::<Vec<_>>());
+        assert_eq!(indexes, (1..=10).collect::<Vec<_>>());
         assert!(rig.proposals.is_idle());
+    }
+
+    /// Found by the simulator: a large command that came when the open batch was empty waited for ever, since only a
+    /// batch without a block asked for one.
+    #[test]
+    fn a_large_command_does_not_wait_behind_an_empty_open_batch() {
+        let mut rig = Rig::leading();
+        rig.open();
+        let slots = [rig.propose(vec![7; 39_000]), rig.propose(vec![8; 5])];
+        for (slot, size) in slots.iter().zip([39_000, 5]) {
+            let (info, commands) = rig.seal().expect("something to seal");
+            assert_eq!(commands.iter().map(Vec::len).collect::<Vec<_>>(), [size]);
+            rig.apply(&info);
+            assert!(outcome(slot).is_some());
+        }
     }
 
     #[test]

@@ -215,6 +215,16 @@ impl Cluster {
         writeln!(self.member(id)?.orders, "{order}").with_context(|| format!("member {id} takes no orders"))
     }
 
+    /// Ends the load on member `id` and waits until its last command has an outcome.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub fn stop_load(&mut self, id: u64) -> Result<()> {
+        self.order(id, "stop")?;
+        self.member(id)?.answers.wait("stopped")?;
+        Ok(())
+    }
+
     /// Kills member `id` as `kill -9` does, and takes in what it had said until then.
     ///
     /// # Errors
@@ -321,8 +331,8 @@ impl Cluster {
         let [_, index, chain, count] = words[..] else { bail!("odd answer {head:?}") };
         let mut commands = Vec::new();
         for _ in 0..count.parse::<usize>()? {
-            let line = answers.wait("")?;
-            let (stream, sequence) = line.split_once(' ').context("two numbers")?;
+            let line = answers.wait("at ")?;
+            let (stream, sequence) = line[3..].split_once(' ').context("two numbers")?;
             commands.push((stream.parse()?, sequence.parse()?));
         }
         Ok(MemberJournal { index: index.parse()?, chain: chain.to_owned(), commands })

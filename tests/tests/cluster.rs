@@ -25,7 +25,7 @@ fn a_leader_killed_under_load_is_replaced_and_nothing_acknowledged_is_lost() -> 
     cluster.wait_acks(2_000)?;
     cluster.restart(killed)?;
     cluster.wait_acks(2_000)?;
-    cluster.order(next, "stop")?;
+    cluster.stop_load(next)?;
     cluster.verify()?;
     for id in cluster.running() {
         cluster.quit(id)?;
@@ -46,7 +46,7 @@ fn a_follower_killed_under_load_costs_nothing_and_catches_up_when_it_returns() -
         cluster.wait_acks(500)?;
     }
     assert_eq!(cluster.wait_leader()?, leader, "a follower that returns does not disturb the leader");
-    cluster.order(leader, "stop")?;
+    cluster.stop_load(leader)?;
     cluster.verify()
 }
 

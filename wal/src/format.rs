@@ -17,7 +17,7 @@
 //! copied once, straight to its final place, when it is proposed, and sealing only appends. Entry table and
 //! checksum table come last for that reason.
 //!
-//! - The **entry table** is an rkyv archive ([`image_layout`] has the numbers): per command its offset and length
+//! - The **entry table** is an rkyv archive ([`LAYOUTS`] has the numbers): per command its offset and length
 //!   in the payload, flags, and the slot of its session reference, if it has one.
 //! - The **sector checksums** are one crc32c for each 512 B sector of the image between the header and the
 //!   checksum table. The first chunk starts behind the header, the last ends where the checksum table begins;
@@ -40,6 +40,8 @@ mod fields;
 mod hard_state_file;
 mod image;
 mod segment_header;
+#[cfg(test)]
+mod tests;
 
 pub use envelope::{ENVELOPE_BYTES, Envelope, EnvelopeError, read_envelope, write_envelope};
 pub use fields::FieldAt;

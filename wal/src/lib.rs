@@ -1,4 +1,106 @@
-//! The write-ahead log.
+//! ringraft's write-ahead log: preallocated direct-I/O segments, one write per batch, and a written crash contract.
+//!
+//! This crate owns bytes and durability. It does not know what a leader, a vote count or a command means; it stores the
+//! term and the vote that it is told to, and batches in the order in which they come. It starts no thread, waits for
+//! nothing, has no clock, and takes every random number from a seed: [`Wal`] is a state machine over the completions of a
+//! [`disk::Disk`], so the same code runs on io_uring and in a simulator.
+//!
+//! # What the device may do
+//!
+//! The contract holds under these assumptions, and the tests play a device that uses all of them:
+//!
+//! 1. A sector of 512 B is written whole or not at all.
+//! 2. A write may be torn at any sector boundary, and its sectors may become durable in any order.
+//! 3. What was not flushed may be lost, even when later writes survived. A durable write (O_DSYNC) that completed is not.
+//! 4. Bits rot, sectors become unreadable, and reads and writes may be misdirected.
+//! 5. After a failed write or flush, what the device holds of the file is unknown for ever; a later success proves nothing.
+//! 6. Names that were created, renamed or removed since the directory was synced may or may not survive a power failure, in the order
+//!    in which they were changed.
+//! 7. Operations of a process that was killed may reach the device while the next one is running, on the files (not the names)
+//!    that they were meant for.
+//!
+//! # What the log promises
+//!
+//! 1. **Acknowledged is durable.** [`WalEvent::Persisted`] comes only after the batches up to its index, and all that is needed to
+//!    find them again, are durable without a gap. Likewise [`WalEvent::HardStateSaved`] and [`WalEvent::TruncateDone`].
+//! 2. **A prefix.** After any crash the log is a prefix of what was appended, and contains all that was acknowledged and not
+//!    truncated since.
+//! 3. **Torn is not damaged.** A torn tail that was never acknowledged is dropped silently. Damage to what was, or may have been,
+//!    acknowledged is recognised as damage, reported with segment and offset ([`Damage`]), never truncated and never handed
+//!    out. Stated residual: a final acknowledged write that the device lost entirely, with nothing durable after it, looks like a
+//!    write that was never made. The witness in the hard state narrows that window: it is recorded with every save, at a
+//!    start, at [`Wal::close`] and by [`Wal::save_witness`].
+//! 4. **The first failure is the last word.** The first failed or short durable operation poisons the log
+//!    ([`WalEvent::Poisoned`]): nothing is acknowledged afterwards, nothing is retried on that file. Lack of space is judged by operation:
+//!    when a segment cannot be made, the log says so ([`WalEvent::NoSpace`]) and lives on; when a write fails, it stops.
+//! 5. **Recovery is total and idempotent.** What a start finds is judged by an exhaustive table (`recovery/table.rs`). A crash during
+//!    recovery changes nothing that was acknowledged, and the next start finds the same log.
+//!
+//! For now a log with damage does not open: it reports [`WalEvent::Opened`] with the damage in the report, then stops with
+//! [`WalError::Damaged`], and leaves the directory as it found it.
+//!
+//! # How
+//!
+//! - **A segment belongs to one process and one epoch.** Every start and every truncation first makes a *cut* durable in the hard
+//!   state: epoch + 1, and the position where the log ends. Then a fresh segment is begun. Nothing inside a segment is ever
+//!   overwritten, and no segment of an earlier process is ever appended to; what lies behind a cut with an older epoch is
+//!   void. So neither an old suffix nor a late write of a dead process can be taken for the log.
+//! - **Prior content is known.** A segment is filled with zeros before it enters service. So after a crash each sector either holds
+//!   zeros or what was written, and anything else is damage. This tells a torn tail from a damaged batch with one write per
+//!   batch and no second flush.
+//! - **Everything names its place.** An envelope names cluster, segment (by nonce and generation), offset, epoch, boot and
+//!   batch; every sector's checksum is seeded with the batch; the chain ties a batch to all before it.
+//! - **Later writes are witnesses.** Each envelope says how far the log was durable when it was submitted.
+//!
+//! # Each operation, and a crash after each of its steps
+//!
+//! **Format** (the first start on a blank directory)
+//! 1. `hard-a.new` is made, written, renamed to `hard-a`, the directory synced. *Crash before:* the directory is blank, the next
+//!    start formats it with another incarnation. *After:* it is formatted; the missing copy is made by the next start.
+//! 2. The same for `hard-b`. From here on it is a start like any other. Segments are made only after this, so a directory with
+//!    segments and without a hard state has lost it, and is refused.
+//!
+//! **Start**
+//! 1. Both copies of the hard state are read; the valid one with the highest sequence counts. Half-made files are removed. All
+//!    segments are read and folded into the log. Those of the newest epoch are flushed, since what was read may have been in the
+//!    device's cache only. *Crash:* nothing has changed.
+//! 2. The cut (epoch + 1, boot + 1, the end of the log, which is also the witness) is saved by making both copies anew, first
+//!    `hard-a`, then `hard-b`, each under a temporary name. *Crash between:* the next start finds the first copy, which names the same
+//!    end. A late write of a dead process goes to files without a name. [`WalEvent::Opened`].
+//! 3. Segments without a batch of the log are removed, a segment of the new epoch is headed. *Crash:* the cut without a segment is
+//!    applied by the next start.
+//!
+//! **Making a segment** (in the background)
+//! 1. `segment-N.new` is created, filled with zeros, flushed, closed. *Crash:* removed by the next start.
+//! 2. Renamed to `.free`, directory synced. *Crash:* the next start finds either name.
+//! 3. To enter service it is renamed to `.wal` and the directory synced, before its header is written. *Crash:* a blank `.wal` file is
+//!    removed rather than used, since the header write of the dead process may be on its way; a `.free` file is safe to use.
+//! 4. The header is written durably. *Crash:* a segment without batches; void, and removed.
+//!
+//! **Append**
+//! 1. One durable write of envelope, image and padding. *Crash:* any subset of its sectors survives. All: the batch is kept. Else, if
+//!    nothing proves that it was complete: torn, dropped, together with what was in flight behind it.
+//! 2. When it and all before it have completed, [`WalEvent::Persisted`].
+//!
+//! **Rollover**: the next segment has its header already; the next append goes to its first slot. It names the segment that it
+//! continues; its first batch proves by index and chain that it follows.
+//!
+//! **Truncation**
+//! 1. What is kept becomes durable: the cut vouches for it. *Crash:* the log as it was.
+//! 2. The cut is saved to both copies in place. *Crash between:* the old end or the new one, as the copy with the higher sequence
+//!    says. [`WalEvent::TruncateDone`].
+//! 3. Segments behind the cut are removed, a segment of the new epoch is headed; its header repeats the cut, for the time when the
+//!    hard state has a newer one. *Crash:* the cut is applied by the next start.
+//!
+//! **Saving term and vote**: `hard-a` durably, then `hard-b`, then [`WalEvent::HardStateSaved`]. *Crash:* the old values or the new,
+//! whole in either case. Nothing may act on them before the event.
+//!
+//! # Not yet
+//!
+//! Purging and recycling of segments, starting the log anew behind a snapshot, and repair of a damaged log from peers. Their places are
+//! reserved: the region for a former life's sector checksums in every segment, the log start in the hard state, the identity in
+//! [`Damage`].
+
 mod commit;
 pub mod directory;
 pub mod disk;
@@ -14,10 +116,11 @@ mod reserve;
 mod segment;
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod tests;
 
+pub use directory::{DataDirectory, DirectoryError};
 pub use error::{ConfigError, CopyState, Damage, DamageCause, ReadError, WalError};
 pub use log::{HardStateUpdate, Recovered, Wal, WalConfig, WalEvent, WalStats};
 pub use read::StoredBatch;
 pub use recovery::RecoveryReport;
-#[cfg(test)]
-mod tests;

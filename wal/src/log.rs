@@ -510,6 +510,7 @@ impl<D: Disk> Wal<D> {
         self.epoch += 1;
         self.index.truncate_after(index);
         self.window.cut_after(index);
+        self.reads.cut_after(index);
         self.persisted_told = self.persisted_told.min(index);
         self.active = None;
         let place = self.index.end_place();

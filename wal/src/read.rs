@@ -146,6 +146,15 @@ impl<B: BlockBuf> Reads<B> {
         self.requests.push_back(Request { token, items: Vec::new(), error: Some(error) });
     }
 
+    /// The log is cut after `index`: a request that reaches behind it would answer with what is void.
+    pub(crate) fn cut_after(&mut self, index: LogIndex) {
+        for request in &mut self.requests {
+            if request.items.last().is_some_and(|item| item.info.last > index) {
+                request.error.get_or_insert(ReadError::Truncated);
+            }
+        }
+    }
+
     /// Fails everything that waits.
     pub(crate) fn stop(&mut self) {
         for request in &mut self.requests {

@@ -102,15 +102,20 @@ pub(crate) struct Device {
     names: BTreeMap<String, Inode>,
     unsynced: Vec<Unsynced>,
     unsynced_names: Vec<NameChange>,
+    /// Writes of a killed process that are still on their way to the device.
+    late: Vec<Unsynced>,
 }
 
 impl Device {
-    pub(crate) fn names(&self) -> Vec<String> {
-        self.names.keys().cloned().collect()
+    /// Lets a write of a killed process reach the device's cache.
+    pub(crate) fn land_late(&mut self) -> bool {
+        let Some(write) = self.late.pop() else { return false };
+        self.write(write.inode, write.offset, &write.bytes, false);
+        true
     }
 
-    pub(crate) fn exists(&self, name: &str) -> bool {
-        self.names.contains_key(name)
+    pub(crate) fn names(&self) -> Vec<String> {
+        self.names.keys().cloned().collect()
     }
 
     /// Changes bytes behind the log's back.
@@ -156,6 +161,7 @@ impl Device {
         for change in self.unsynced_names.drain(..).take(names_kept) {
             apply_name(&mut self.durable_names, &change);
         }
+        self.late.clear();
         self.cached.clone_from(&self.inodes);
         self.names.clone_from(&self.durable_names);
     }
@@ -232,6 +238,31 @@ impl TestDisk {
         }
         let names_kept = (0..self.device.unsynced_names.len()).take_while(|_| survives()).count();
         self.device.lose_power(&mut survives, names_kept);
+        self.device
+    }
+
+    /// The process is killed and power stays: what has happened stays in the device's cache; of what waits each operation
+    /// happens (0), never happens (1), or, a write, happens during the next life (2).
+    pub(crate) fn kill(mut self, mut choose: impl FnMut() -> usize) -> Device {
+        for (_, op) in std::mem::take(&mut self.queue) {
+            let choice = choose();
+            match op {
+                DiskOp::Write { file, offset, block, bytes } if choice != 1 => {
+                    let (inode, _) = self.open[&file.0];
+                    let write = Unsynced { inode, offset: offset as usize, bytes: block[..bytes].to_vec() };
+                    match choice {
+                        0 => self.device.write(inode, write.offset, &write.bytes, false),
+                        _ => self.device.late.push(write),
+                    }
+                }
+                op @ (DiskOp::Create { .. } | DiskOp::Rename { .. } | DiskOp::Remove { .. })
+                    if choice == 0 =>
+                {
+                    let _ = self.happen(op);
+                }
+                _ => {}
+            }
+        }
         self.device
     }
 

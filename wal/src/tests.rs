@@ -879,6 +879,49 @@ fn the_log_never_writes_into_a_segment_of_an_earlier_process() {
 }
 
 #[test]
+fn a_write_of_a_killed_process_that_lands_after_the_restart_changes_nothing() {
+    // Every operation that a life can leave behind: append, header, hard state, zero-fill.
+    for operations in 0..160 {
+        let mut harness = Harness::start(base_device());
+        harness.turn();
+        let mut salt = 0;
+        for _ in 0..operations {
+            while harness.wal.is_ready_for(8192) && salt < 40 {
+                harness.append(1, 1, 6000, salt);
+                salt += 1;
+            }
+            if !harness.step() {
+                break;
+            }
+        }
+        let appended =
+            if harness.chains().is_empty() { base_chains(&base_device()) } else { harness.chains() };
+        let acknowledged = (harness.persisted.get() as usize).max(1);
+        let device = harness.disk.kill(|| 2);
+        let mut harness = recovers(device, acknowledged, &appended);
+        for salt in 100..120 {
+            harness.append_durably(2, 1, 6000, salt);
+        }
+        while harness.disk.device.land_late() {}
+        let chains = harness.chains();
+        assert_eq!(harness.read_all().len(), chains.len());
+        recovers(harness.crash(|| true), chains.len(), &chains);
+    }
+}
+
+#[test]
+fn what_a_restart_found_only_in_the_devices_cache_is_durable_before_it_counts() {
+    let mut harness = Harness::fresh();
+    harness.append_durably(1, 1, 100, 1);
+    harness.append(1, 1, 100, 2);
+    let appended = harness.chains();
+    let device = harness.disk.kill(|| 0);
+    let harness = recovers(device, 2, &appended);
+    // The restart reported it; so it must survive what follows.
+    recovers(harness.crash(|| false), 2, &appended);
+}
+
+#[test]
 fn the_same_seed_gives_the_same_operations_and_bytes() {
     let run = || {
         let mut harness = Harness::fresh();
@@ -916,6 +959,9 @@ fn random_life(seed: u64) {
     let (mut term, mut promised_term) = (1u64, 0u64);
     let mut salt = seed << 8;
     for _life in 0..6 {
+        if rng.below(2) == 0 {
+            device.land_late();
+        }
         let mut harness = Harness::start(device);
         // Some starts are interrupted.
         if rng.below(4) == 0 {
@@ -925,7 +971,11 @@ fn random_life(seed: u64) {
                     break;
                 }
             }
-            let odds = rng.below(3);
+            let odds = rng.below(4);
+            if odds == 3 {
+                device = harness.disk.kill(|| rng.below(3));
+                continue;
+            }
             device = harness.crash(|| odds == 0 || odds == 1 && rng.below(2) == 0);
             continue;
         }
@@ -1001,6 +1051,9 @@ fn random_life(seed: u64) {
                     }
                 }
             }
+            if rng.below(8) == 0 {
+                harness.disk.device.land_late();
+            }
             harness.turn();
             assert!(harness.wal.poisoned().is_none());
             while let Some(event) = harness.events.pop_front() {
@@ -1037,8 +1090,9 @@ fn random_life(seed: u64) {
             let listed: Vec<Chain> = appended.iter().map(|(chain, _)| *chain).collect();
             assert_eq!(harness.chains(), listed);
         }
-        let odds = rng.below(4);
+        let odds = rng.below(6);
         device = match odds {
+            4 | 5 => harness.disk.kill(|| rng.below(3)),
             0 => harness.shut_down(),
             1 => harness.crash(|| true),
             2 => harness.crash(|| false),

@@ -29,7 +29,7 @@ struct Arguments {
     #[arg(long, default_value_t = 20_000)]
     steps: u64,
     /// Check one in so many advances of the commit index against recovered disk images; 0 for none
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, default_value_t = 64)]
     image_check_every: u64,
     /// Let disks fail, run full and write short
     #[arg(long)]

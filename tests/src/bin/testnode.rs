@@ -6,7 +6,7 @@
 //!                    for each acknowledged command, and `unknown STREAM SEQUENCE` or `lost` where one is not
 //! stop               ends the load; answers `stopped`
 //! status             answers `status ROLE TERM LEADER COMMIT APPLIED CHAIN`
-//! applied            answers `applied INDEX CHAIN COUNT` and that many lines `STREAM SEQUENCE`, in log order
+//! applied            answers `applied INDEX CHAIN COUNT` and that many lines `at STREAM SEQUENCE`, in log order
 //! quit               stops in good order; answers `quit`
 //! ```
 
@@ -94,7 +94,7 @@ fn main() -> Result<()> {
                 let mut text =
                     format!("applied {} {} {}", applied.index, hex(&applied.chain), applied.commands.len());
                 for (stream, sequence) in &applied.commands {
-                    text.push_str(&format!("\n{stream} {sequence}"));
+                    text.push_str(&format!("\nat {stream} {sequence}"));
                 }
                 say(&text);
             }

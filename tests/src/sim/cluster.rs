@@ -8,15 +8,15 @@ use ringraft::config::{Config, MemberConfig};
 use ringraft::driver::Driver;
 use ringraft::error::{LeaderHint, ProposeError, Refusal};
 use ringraft::handle::{Completion, Handle, LocalPipeline, Pipeline};
-use ringraft::raft::{Role, invariants};
+use ringraft::raft::{Raft, Role, invariants};
 use ringraft::runtime::{LocalWakeup, Now, Turn, Wakeup};
 use ringraft::state_machine::{CommittedBatch, Replies, StateMachine};
 use ringraft_block::{AlignedBuf, ClusterId, LogIndex, NodeId, Pool};
 use ringraft_wal::disk::Disk;
+use ringraft_wal::format::ENVELOPE_BYTES;
 use ringraft_wal::{Wal, WalConfig, WalEvent};
 use std::collections::VecDeque;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -95,8 +95,14 @@ impl Cluster for Engine {
         tuning: &Tuning,
         mut image: SimDisk,
     ) -> Result<ImageLog, String> {
-        let Config { cluster, node, .. } = config(node, nodes, tuning);
-        let mut wal: Wal<SimDisk> = Wal::open(WalConfig::new(cluster, node, 0), Pool::<AlignedBuf>::new(0));
+        let config = config(node, nodes, tuning);
+        let config = WalConfig {
+            segment_bytes: config.segment_bytes,
+            segments_ahead: 1,
+            batch_bytes_max: config.slot_bytes_max() - ENVELOPE_BYTES,
+            ..WalConfig::new(config.cluster, config.node, 0)
+        };
+        let mut wal: Wal<SimDisk> = Wal::open(config, Pool::<AlignedBuf>::new(1 << 20));
         let (mut done, mut events) = (Vec::new(), VecDeque::new());
         // Without latency, each poll brings all that was submitted before it.
         for _ in 0..100_000 {
@@ -181,6 +187,11 @@ impl SimNode for EngineNode {
 
     fn log_start(&self) -> u64 {
         self.driver.raft().map_or(0, |raft| raft.log_start().index.get())
+    }
+
+    fn describe(&self) -> String {
+        let raft = self.driver.raft().map(Raft::status);
+        format!("{raft:?}, {:?}, applied {:?}", self.driver.wal().stats(), self.driver.applied())
     }
 
     fn stop_reason(&self) -> Option<String> {

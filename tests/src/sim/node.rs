@@ -95,6 +95,9 @@ pub trait SimNode {
     /// The first index that its log may hold, less one.
     fn log_start(&self) -> u64;
 
+    /// Its inner state, for people.
+    fn describe(&self) -> String;
+
     /// Why it stopped.
     fn stop_reason(&self) -> Option<String>;
 

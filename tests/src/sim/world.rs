@@ -44,7 +44,7 @@ impl Default for Options {
             nodes: None,
             steps: 20_000,
             trace: false,
-            image_check_every: 16,
+            image_check_every: 64,
             disk_faults: false,
             late_writes: false,
         }
@@ -762,14 +762,19 @@ impl<'a, C: Cluster> World<'a, C> {
         match self.phase {
             Phase::Trouble if late => self.begin_calm(),
             Phase::Calm | Phase::Quiet if late => {
-                let views: Vec<_> = self.machines.iter().map(|machine| machine.view).collect();
-                let waiting: Vec<_> = self.clients.iter().map(|client| client.fresh_acknowledged).collect();
                 let phase = self.phase;
-                self.history.borrow_mut().fail(|| {
-                    format!(
-                        "no progress without faults ({phase:?}): {views:#?}, clients answered: {waiting:?}"
-                    )
-                });
+                let mut told = String::new();
+                for (node, machine) in self.machines.iter().enumerate() {
+                    let state = machine.process.as_ref().map_or_else(|| "down".to_owned(), SimNode::describe);
+                    told += &format!("\n  node {node}: {:?}\n    {state}", machine.view);
+                }
+                for (number, client) in self.clients.iter().enumerate() {
+                    told += &format!(
+                        "\n  client {number}: answered {}, {:?}, in flight {}, at node {}",
+                        client.fresh_acknowledged, client.current, client.in_flight, client.believed
+                    );
+                }
+                self.history.borrow_mut().fail(|| format!("no progress without faults ({phase:?}){told}"));
             }
             Phase::Calm if self.clients.iter().all(|client| client.fresh_acknowledged) => {
                 self.context.record(0, What::Phase, 2, 0);

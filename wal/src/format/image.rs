@@ -354,6 +354,13 @@ impl<B: BlockBuf> BatchBuilder<B> {
         image_bytes_for(self.len().max(1), self.table.sessions.len(), self.payload_bytes)
     }
 
+    /// The bytes that the slot would take with one more command of `command_bytes`.
+    #[must_use]
+    pub fn slot_bytes_with(&self, command_bytes: usize, session: bool) -> usize {
+        let sessions = self.table.sessions.len() + usize::from(session);
+        slot_bytes(image_bytes_for(self.len() + 1, sessions, self.payload_bytes.saturating_add(command_bytes)))
+    }
+
     /// Gives the commands of the open batch back, in order, and empties it; its block stays.
     pub fn abandon(&mut self, mut give_back: impl FnMut(&[u8])) {
         if let Some(block) = &self.block {
@@ -815,4 +822,19 @@ fn chain_of(previous: Chain, header: &Header, checksums: &[u8]) -> Chain {
     hash.update(&bytes);
     hash.update(checksums);
     Chain(hash.digest128().to_le_bytes())
+}
+
+/// Makes all checksums of an altered image fit again, so that tests reach the rules behind them.
+#[cfg(test)]
+pub(super) fn reseal(image: &mut [u8]) {
+    let checksums_at = image.len() - 4 * checksum_count(image.len());
+    let (content, checksums) = image.split_at_mut(checksums_at);
+    let header = content.first_chunk::<IMAGE_HEADER_BYTES>().copied().unwrap();
+    let seed = seed_of(&Header::decode(&header));
+    for (ordinal, checksum) in checksums.chunks_exact_mut(4).enumerate() {
+        let chunk = chunk_of(checksums_at, ordinal);
+        checksum.copy_from_slice(&sector_checksum(seed, ordinal, &content[chunk]).to_le_bytes());
+    }
+    let crc = header_checksum(seed, &header, checksums);
+    content[CRC_FIELD].copy_from_slice(&crc.to_le_bytes());
 }

@@ -13,7 +13,7 @@ use crate::format::{
 };
 use crate::index::{Index, Place};
 use crate::segment::SegmentName;
-use ringraft_block::{BLOCK_BYTES, LogIndex, SECTOR_BYTES};
+use ringraft_block::{BLOCK_BYTES, LogIndex, SECTOR_BYTES, Term};
 use std::ops::Range;
 
 /// A segment file in memory.
@@ -65,7 +65,8 @@ struct Stop {
 struct BadSlot {
     envelope: EnvelopeEvidence,
     image: ImageEvidence,
-    identity: Option<Envelope>,
+    /// Term and last index, from a valid envelope.
+    identity: Option<(Term, LogIndex)>,
 }
 
 /// The fold.
@@ -173,7 +174,7 @@ impl LogScan {
                         generation: stop.place.generation,
                         offset: stop.place.offset,
                         first: end.next(),
-                        identity: identity.map(|envelope| (envelope.term, envelope.last)),
+                        identity,
                         durable_through,
                     });
                 }
@@ -301,8 +302,8 @@ impl LogScan {
         match (classify(evidence), info) {
             (Verdict::Accept, Some(info)) => Ok(info),
             _ => {
-                let envelope_evidence = EnvelopeEvidence::Valid;
-                Err(BadSlot { envelope: envelope_evidence, image, identity: Some(envelope) })
+                let identity = Some((envelope.term, envelope.last));
+                Err(BadSlot { envelope: EnvelopeEvidence::Valid, image, identity })
             }
         }
     }

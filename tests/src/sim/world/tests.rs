@@ -212,6 +212,10 @@ impl SimNode for Scribe {
         0
     }
 
+    fn describe(&self) -> String {
+        format!("{} applied", self.applied)
+    }
+
     fn stop_reason(&self) -> Option<String> {
         None
     }
