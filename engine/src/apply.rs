@@ -72,6 +72,11 @@ impl<S: StateMachine, B: BlockBuf> Applier<S, B> {
         self.fetched.extend(batches);
     }
 
+    /// What was read ahead of the commit index and then truncated must not be applied.
+    pub(crate) fn truncate_after(&mut self, last: LogIndex) {
+        self.fetched.retain(|batch| batch.info.last <= last);
+    }
+
     /// Applies up to `commit`, about `bytes_max` of payload at the most. Batches up to `durable` can be read back from
     /// the log; a later one is in `recent`, or will be as soon as the log takes it.
     pub(crate) fn advance(
@@ -105,6 +110,12 @@ impl<S: StateMachine, B: BlockBuf> Applier<S, B> {
                 return Ok(Applied::Fetch(next));
             };
             let info = batch.info;
+            if !matches!(info.kind, BatchKind::Commands | BatchKind::Empty) {
+                return Err(format!(
+                    "the batch at index {next} is of kind {:?}: upgrade this node",
+                    info.kind
+                ));
+            }
             if info.kind == BatchKind::Commands {
                 let view = BatchView::trusted(batch.image());
                 let view =
@@ -119,5 +130,108 @@ impl<S: StateMachine, B: BlockBuf> Applier<S, B> {
         }
         self.fetched.clear();
         Ok(Applied::Current)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::proposals::ProposalLimits;
+    use ringraft_block::{AlignedBuf, GroupId, Pool, Term};
+    use ringraft_wal::format::{BatchBuilder, BatchInfo, Seal};
+    use std::convert::Infallible;
+    use std::rc::Rc;
+
+    #[derive(Default)]
+    struct Journal(String);
+
+    impl StateMachine for Journal {
+        fn apply(&mut self, batch: &CommittedBatch<'_>, _: &mut Replies) {
+            for command in batch.commands() {
+                self.0.push_str(std::str::from_utf8(command.bytes).expect("text"));
+            }
+        }
+    }
+
+    fn batch(first: u64, term: u64, kind: BatchKind, text: &str) -> StoredBatch<AlignedBuf> {
+        let pool = Pool::new(0);
+        let block =
+            pool.take(4096, |bytes| Ok::<_, Infallible>(AlignedBuf::zeroed(bytes))).expect("infallible");
+        let mut builder = BatchBuilder::new(block);
+        if kind != BatchKind::Empty {
+            builder.push(text.as_bytes(), None).expect("there is room");
+        }
+        let (block, info) = builder.seal(Seal {
+            group: GroupId(0),
+            term: Term(term),
+            first: LogIndex(first),
+            kind,
+            time_ms: 0,
+            previous_chain: Chain::default(),
+        });
+        StoredBatch { info, block: Rc::new(block) }
+    }
+
+    fn push(recent: &mut Recent<AlignedBuf>, batch: StoredBatch<AlignedBuf>) -> BatchInfo {
+        recent.push(batch.info, batch.block);
+        batch.info
+    }
+
+    struct Rig {
+        applier: Applier<Journal, AlignedBuf>,
+        recent: Recent<AlignedBuf>,
+        proposals: Proposals<AlignedBuf>,
+    }
+
+    impl Rig {
+        fn new() -> Self {
+            let limits =
+                ProposalLimits { command_bytes_max: 100, uncommitted_bytes_max: 1000, slot_bytes: 4096 };
+            Self {
+                applier: Applier::new(Journal::default()),
+                recent: Recent::new(1 << 20),
+                proposals: Proposals::new(limits),
+            }
+        }
+
+        fn advance(&mut self, commit: u64, durable: u64, bytes_max: usize) -> Result<Applied, String> {
+            let (commit, durable) = (LogIndex(commit), LogIndex(durable));
+            let mut deliveries = Deliveries::default();
+            self.applier.advance(
+                commit,
+                durable,
+                bytes_max,
+                &self.recent,
+                &mut self.proposals,
+                &mut deliveries,
+            )
+        }
+    }
+
+    /// A read for apply brings what is durable, not only what is committed. When the rest of it is truncated before
+    /// its turn comes, it must be forgotten.
+    #[test]
+    fn what_was_read_ahead_and_then_truncated_is_not_applied() {
+        let mut rig = Rig::new();
+        assert_eq!(rig.advance(2, 3, 1), Ok(Applied::Fetch(LogIndex(1))));
+        let read =
+            [(1, "a"), (2, "b"), (3, "X")].map(|(index, text)| batch(index, 1, BatchKind::Commands, text));
+        rig.applier.fetched(read.into());
+        assert_eq!(rig.advance(2, 3, 1), Ok(Applied::More));
+        rig.applier.truncate_after(LogIndex(2));
+        rig.recent.truncate_after(LogIndex(2));
+        push(&mut rig.recent, batch(3, 2, BatchKind::Commands, "c"));
+        assert_eq!(rig.advance(3, 2, 100), Ok(Applied::Current));
+        assert_eq!(rig.applier.machine().0, "abc");
+    }
+
+    #[test]
+    fn an_empty_batch_is_stepped_over_and_an_unknown_kind_stops_the_node() {
+        let mut rig = Rig::new();
+        push(&mut rig.recent, batch(1, 1, BatchKind::Empty, ""));
+        push(&mut rig.recent, batch(2, 1, BatchKind::Barrier, "?"));
+        assert_eq!(rig.advance(1, 0, 100), Ok(Applied::Current));
+        assert!(rig.advance(2, 0, 100).is_err());
+        assert_eq!(rig.applier.applied(), LogIndex(1));
     }
 }

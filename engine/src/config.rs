@@ -6,7 +6,7 @@
 use crate::raft::{Nanos, RaftConfig};
 use crate::runtime::IdlePolicy;
 use crate::wire::{self, kind};
-use ringraft_block::{ClusterId, Incarnation, NodeId, SECTOR_BYTES, round_up_to_block};
+use ringraft_block::{BLOCK_BYTES, ClusterId, Incarnation, NodeId, SECTOR_BYTES, round_up_to_block};
 use ringraft_net::{FrameCap, NetConfig, NetLimits, PeerConfig};
 use ringraft_wal::{WalConfig, format};
 use std::net::SocketAddr;
@@ -54,6 +54,9 @@ pub struct Config {
     pub commit_notice_delay: Duration,
 
     /// The largest command. The same on all members. Default: 1 MiB.
+    ///
+    /// Members that take over a cluster one by one with a larger limit are fine as long as the others' segments hold 16
+    /// of the largest batches.
     pub command_bytes_max: usize,
     /// A batch of many commands takes at most this much in the log, envelope and tables included. The same on all
     /// members. Default: 256 KiB, where a durable write
@@ -83,8 +86,9 @@ pub struct Config {
     /// Segments prepared when the directory is formatted, and kept ready ahead. Default: 4.
     pub segments_ahead: usize,
 
-    /// Seed of everything random in this node (incarnation, election times, backoff). Default: none, the
-    /// system's entropy.
+    /// Seed of the timing of this node (election times, backoff), mixed with its id. Default: none, the system's
+    /// entropy. The identity of a new directory is always drawn from the system: a wiped one must not come back as
+    /// the same.
     pub seed: Option<u64>,
 }
 
@@ -145,6 +149,20 @@ impl Config {
         alone.max(round_up_to_block(self.batch_bytes_max))
     }
 
+    /// The largest slot of which a segment holds 16: what this node can take from a leader, whatever it proposes
+    /// itself.
+    fn slot_bytes_of_segment(&self) -> usize {
+        let usable = self.segment_bytes.saturating_sub(format::slots_start(self.segment_bytes)) / 16;
+        let blocks = usize::try_from(usable).unwrap_or(usize::MAX) / BLOCK_BYTES;
+        (blocks * BLOCK_BYTES).min(format::SLOT_BYTES_MAX)
+    }
+
+    /// The largest image that this node's log can hold.
+    pub(crate) fn image_bytes_max(&self) -> usize {
+        let image = self.slot_bytes_of_segment().saturating_sub(format::ENVELOPE_BYTES);
+        image.min(format::IMAGE_BYTES_MAX)
+    }
+
     /// What the node opens its log with; for tools that open it without the node. `seed` feeds the incarnation of a
     /// directory that is formatted, and the nonces of segments.
     #[must_use]
@@ -152,7 +170,7 @@ impl Config {
         WalConfig {
             segment_bytes: self.segment_bytes,
             segments_ahead: self.segments_ahead,
-            batch_bytes_max: self.slot_bytes_max() - format::ENVELOPE_BYTES,
+            batch_bytes_max: self.image_bytes_max(),
             writes_in_flight_max: self.writes_in_flight_max,
             bytes_in_flight_max: self.write_bytes_in_flight_max,
             ..WalConfig::new(self.cluster, self.node, seed)
@@ -206,6 +224,8 @@ impl Config {
                 heartbeat_ms: self.heartbeat_interval.as_millis(),
             });
         }
+        self.log_config(0).validate().map_err(|error| ConfigError::Log(error.to_string()))?;
+        raft_config(self, 0).validate().map_err(|error| ConfigError::Raft(error.to_string()))?;
         if let Some(core) = self.core {
             let cores = std::thread::available_parallelism().map_or(1, usize::from);
             let known = core_affinity::get_core_ids().unwrap_or_default();
@@ -390,6 +410,9 @@ pub enum ConfigError {
         /// How many there are.
         cores: usize,
     },
+    /// Refused by the log.
+    #[error("{0}")]
+    Log(String),
     /// Refused by the core of the protocol.
     #[error("{0}")]
     Raft(String),

@@ -16,8 +16,7 @@ use crate::ingress::Deliveries;
 use crate::outbox::{Head, Outbox, Outgoing};
 use crate::proposals::{LocalIngress, ProposalLimits, Proposals};
 use crate::raft::{
-    Action, AppendOutcome, BatchRun, Boot, Configuration, Epoch, Event, LogId, Message, Nanos, Raft,
-    RaftConfig, Role,
+    Action, AppendOutcome, BatchRun, Boot, Configuration, Epoch, Event, LogId, Message, Nanos, Raft, Role,
 };
 use crate::recent::Recent;
 use crate::runtime::{LocalWakeup, Now, Turn, TurnOutcome, Wakeup};
@@ -25,7 +24,7 @@ use crate::state_machine::StateMachine;
 use crate::wire::{self, AckMessage, AckStages, AppendMessage, Body, Encoder, FormationMessage};
 use ringraft_block::{Block, BlockBuf, GroupId, Incarnation, LogIndex, NodeId, Pool, round_up_to_block};
 use ringraft_net::link::Link;
-use ringraft_net::{BlockSource, Frame, NetEvent, Network};
+use ringraft_net::{BlockSource, Frame, NetEvent, Network, RejectReason, Rejection};
 use ringraft_wal::disk::Disk;
 use ringraft_wal::format::{BatchBuilder, BatchInfo, BatchKind, Chain, ENVELOPE_BYTES, Seal, parse_image};
 use ringraft_wal::{HardStateUpdate, ReadError, Recovered, Wal, WalEvent};
@@ -49,6 +48,8 @@ const READ_BYTES: usize = 4 << 20;
 pub struct Driver<D: Disk, L: Link<Buf = D::Buf>, S> {
     config: Config,
     seed: u64,
+    /// Of election times and backoff, in this boot.
+    timing_seed: u64,
     shared: Arc<Shared>,
     now: Now,
 
@@ -130,8 +131,8 @@ fn take_block<D: Disk>(
 impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// A node over a backend of one's own, which calls [`Turn::turn`]: when an operation has completed, when a handle
     /// has signalled `wakeup`, and at the deadline of the last turn at the latest. The log begins to open in the
-    /// first turn. `seed` feeds everything random: the incarnation of a new directory, election times, backoff; it
-    /// must differ from boot to boot and from node to node.
+    /// first turn. `seed` feeds everything random: the incarnation of a new directory, election times, backoff. It
+    /// must be another one at every boot of every node: two directories with one incarnation pass for one another.
     ///
     /// # Errors
     /// When the configuration contradicts itself.
@@ -162,6 +163,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         Self {
             peers: others.map(|member| (member.id, Peer { outbox: Outbox::new(), session: None })).collect(),
             seed,
+            timing_seed: seed,
             shared,
             now: Now { monotonic_ns: 0, wall_ms: 0 },
             disk,
@@ -316,6 +318,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     }
 
     fn opened(&mut self, recovered: &Recovered) -> Result<(), StopError> {
+        if self.closing || recovered.report.damage.is_some() {
+            // `Closed`, or the damage as `Poisoned`, follows.
+            return Ok(());
+        }
         let state = &recovered.hard_state;
         self.incarnation = state.incarnation;
         let listen = self.config.listen_address()?;
@@ -334,6 +340,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let origin = || "this directory".to_owned();
         let configuration = wire::configuration::decode(&state.configuration)
             .ok_or_else(|| FormationError::Undecodable { origin: origin() })?;
+        formation::check_members(self.config.node, &self.config.members, &configuration)?;
         self.start(configuration)
     }
 
@@ -370,7 +377,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             now: Nanos(self.now.monotonic_ns),
         };
         self.applier.start_after(log_start.index, log_start.chain);
-        let raft = Raft::new(raft_config(&self.config, self.seed), configuration, boot)
+        let raft = Raft::new(crate::config::raft_config(&self.config, self.timing_seed), configuration, boot)
             .map_err(|error| ConfigError::Raft(error.to_string()))?;
         self.life = Life::Running(Box::new(raft));
         self.set_gate();
@@ -400,7 +407,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
 
     fn step(&mut self, event: Event) -> Result<(), StopError> {
         let Life::Running(raft) = &mut self.life else { return Ok(()) };
-        if self.closing {
+        // While the log closes, what becomes durable still commits; nothing new is begun.
+        if self.closing && !matches!(event, Event::Persisted { .. }) {
             return Ok(());
         }
         let mut actions = std::mem::take(&mut self.actions);
@@ -419,6 +427,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             Action::Truncate { after, epoch } => {
                 self.pending.retain(|(_, info)| info.last <= after);
                 self.recent.truncate_after(after);
+                self.applier.truncate_after(after);
                 let after = after.min(self.wal.last_index());
                 let log_epoch = self.wal.truncate_after(&mut self.disk, after);
                 invariant(Epoch(log_epoch) == epoch, || {
@@ -545,7 +554,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// Seals the open batch whenever the log has room for another write: the batch is what arrived meanwhile.
     fn seal(&mut self) -> Result<bool, StopError> {
         let mut progressed = false;
-        while self.pending.is_empty() && self.raft().is_some_and(Raft::can_accept_proposals) {
+        // Without space, what is left is for the engine's own batches.
+        while !self.no_space && self.pending.is_empty() && self.raft().is_some_and(Raft::can_accept_proposals)
+        {
             self.open_batch()?;
             let slot_bytes = self.proposals.borrow().sealable_slot_bytes();
             if !slot_bytes.is_some_and(|bytes| self.wal.is_ready_for(bytes)) {
@@ -656,6 +667,15 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             }
             NetEvent::Rejected { remote, reason } => {
                 tracing::warn!(node = %self.config.node, ?remote, %reason, "connection rejected");
+                let Rejection::RefusedByPeer { reason: RejectReason::WrongIncarnation { known }, .. } =
+                    reason
+                else {
+                    return Ok(());
+                };
+                if matches!(self.life, Life::Forming(_)) {
+                    let (node, own) = (self.config.node, self.incarnation);
+                    return Err(FormationError::Replaced { node, known, own }.into());
+                }
                 Ok(())
             }
             NetEvent::Frame { peer, frame, .. } => self.on_frame(peer, frame),
@@ -710,7 +730,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                     return self.refuse(from, "damaged batch image");
                 };
                 let info = view.info();
-                if info.slot_bytes() as u64 > self.config.segment_bytes / 2 {
+                if info.image_bytes as usize > self.config.image_bytes_max() {
                     return self
                         .refuse(from, "a batch too large for this node's segments: make limits equal");
                 }
@@ -829,8 +849,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             &mut self.deliveries,
         );
         match applied.map_err(StopError::Invariant)? {
-            Applied::Fetch(first) => self.wal.read(&mut self.disk, APPLY_READ, first, READ_BYTES),
-            Applied::Current | Applied::More | Applied::Waiting => {}
+            Applied::Fetch(first) if !self.closing => {
+                self.wal.read(&mut self.disk, APPLY_READ, first, READ_BYTES)
+            }
+            Applied::Fetch(_) | Applied::Current | Applied::More | Applied::Waiting => {}
         }
         let wanted = self.wanted_from();
         self.recent.trim(wanted, self.wal.durable_through());
@@ -933,10 +955,6 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Turn for Driver<D, L, S> {
 
 fn run_of(info: &BatchInfo) -> BatchRun {
     BatchRun { first: info.first, last: info.last, term: info.term, bytes: info.image_bytes }
-}
-
-fn raft_config(config: &Config, seed: u64) -> RaftConfig {
-    crate::config::raft_config(config, seed)
 }
 
 fn invariant(holds: bool, what: impl FnOnce() -> String) -> Result<(), StopError> {

@@ -167,7 +167,7 @@ pub enum StopError {
     #[error("no memory for a batch: {0}")]
     Memory(ringraft_wal::disk::DiskError),
     /// The system gave no random numbers.
-    #[error("no random numbers from the system: {0}; set `seed`")]
+    #[error("no random numbers from the system: {0}")]
     Entropy(String),
     /// The consensus thread could not be started.
     #[error("cannot start the consensus thread: {0}")]

@@ -41,11 +41,12 @@ pub enum FormationError {
     },
     /// The members disagree on who the initial members are.
     #[error(
-        "node {peer} formed the cluster with members {theirs:?}, this node is configured with {ours:?}: make `members` equal"
+        "the cluster was formed with members {theirs:?}, as node {source_node} knows; this node is configured with \
+         {ours:?}: make `members` equal"
     )]
     MembersDiffer {
-        /// Who announced the configuration.
-        peer: NodeId,
+        /// Who keeps the formed configuration.
+        source_node: NodeId,
         /// Its members.
         theirs: Vec<NodeId>,
         /// The members configured here.
@@ -136,13 +137,25 @@ impl Formation {
             let (known, own) = (own.incarnation, self.incarnation);
             return Err(FormationError::Replaced { node: self.node, known, own });
         }
-        let theirs: Vec<_> = configuration.members().iter().map(|member| member.id).collect();
-        let ours: Vec<_> = self.members.iter().map(|member| member.id).collect();
-        if theirs != ours {
-            return Err(FormationError::MembersDiffer { peer, theirs, ours });
-        }
+        check_members(peer, &self.members, &configuration)?;
         self.decided = true;
         Ok(Step::Form(configuration))
+    }
+}
+
+/// Whether `formed`, which `source` keeps, has the members that this node is configured with.
+pub(crate) fn check_members(
+    source: NodeId,
+    members: &[MemberConfig],
+    formed: &Configuration,
+) -> Result<(), FormationError> {
+    let theirs: Vec<_> = formed.members().iter().map(|member| member.id).collect();
+    let mut ours: Vec<_> = members.iter().map(|member| member.id).collect();
+    ours.sort();
+    if theirs == ours {
+        Ok(())
+    } else {
+        Err(FormationError::MembersDiffer { source_node: source, theirs, ours })
     }
 }
 

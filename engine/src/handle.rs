@@ -219,7 +219,7 @@ impl Handle {
     /// Waits until `condition` holds of the status, or `timeout` has passed; returns the last status seen and
     /// whether the condition held. Blocks the calling thread.
     pub fn wait_status(&self, timeout: Duration, condition: impl FnMut(&Status) -> bool) -> (Status, bool) {
-        self.shared.status.wait(Some(Instant::now() + timeout), condition)
+        self.shared.status.wait(Instant::now().checked_add(timeout), condition)
     }
 
     /// Asks the node to stop in good order: it takes no more commands, finishes its writes and closes. Returns at
@@ -545,10 +545,10 @@ impl PipelineShared {
     }
 
     fn wait(&self, out: &mut Vec<Completion>, timeout: Duration) {
-        let deadline = Instant::now() + timeout;
+        let started = Instant::now();
         let mut state = lock(&self.state);
         while state.done.is_empty() {
-            let left = deadline.saturating_duration_since(Instant::now());
+            let left = timeout.saturating_sub(started.elapsed());
             if left.is_zero() {
                 break;
             }

@@ -7,7 +7,7 @@ use crate::error::{ProposeError, StopCause};
 use crate::handle::{BatchSlot, Outcome, PipelineShared, ProposalSlot};
 use bytes::Bytes;
 use crossbeam_queue::ArrayQueue;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::{Arc, OnceLock};
 
 /// A command on its way into the core.
@@ -82,7 +82,9 @@ impl Ingress {
     /// Queues `submission`; hands it back when the queue is full.
     pub(crate) fn push(&self, submission: Submission) -> Result<(), Submission> {
         self.queue.push(submission)?;
-        // A core that stopped between the caller's check and the push never looks again.
+        // A core that stopped between the caller's check and the push never looks again. The fence, with the one in
+        // `stop`, lets at least one of the two see the other.
+        fence(Ordering::SeqCst);
         if let Some(cause) = self.stopped.get() {
             self.drain_stopped(cause);
         }
@@ -100,6 +102,7 @@ impl Ingress {
     /// Ends the queue: everything in it, and everything that comes later, is refused.
     pub(crate) fn stop(&self, cause: StopCause) {
         let cause = self.stopped.get_or_init(|| cause);
+        fence(Ordering::SeqCst);
         self.drain_stopped(cause);
     }
 

@@ -46,10 +46,7 @@ impl Node {
         tasks: Vec<LocalTask>,
     ) -> Result<Self, StopCause> {
         config.validate().map_err(StopError::from)?;
-        let seed = match config.seed {
-            Some(seed) => seed,
-            None => entropy().map_err(StopError::Entropy)?,
-        };
+        let seed = entropy().map_err(StopError::Entropy)?;
         let shared = Arc::new(Shared::new(&config, Arc::new(Wakeup::new())));
         let handle = Handle { shared: Arc::clone(&shared) };
         let name = format!("ringraft-{}", config.node);

@@ -27,7 +27,8 @@ pub(crate) trait LocalIngress {
 
 impl<B: BlockBuf> LocalIngress for Rc<RefCell<Proposals<B>>> {
     fn submit(&self, command: &[u8], session: Option<(u64, u64)>, ticket: Ticket) -> Result<(), Refusal> {
-        let mut proposals = self.borrow_mut();
+        // A state machine that proposes while it applies, which runs inside a turn.
+        let Ok(mut proposals) = self.try_borrow_mut() else { return Err(Refusal::Busy) };
         proposals.admit(command.len())?;
         if let Err(ticket) = proposals.push_open(command, session, ticket) {
             let command = Bytes::copy_from_slice(command);
@@ -36,6 +37,10 @@ impl<B: BlockBuf> LocalIngress for Rc<RefCell<Proposals<B>>> {
         Ok(())
     }
 }
+
+/// What a command costs beyond its own bytes while it waits: ticket and table entries. Counted so that a flood of
+/// empty commands is bounded too.
+const COMMAND_OVERHEAD_BYTES: usize = 64;
 
 /// The limits that proposals are admitted by.
 #[derive(Clone, Copy, Debug)]
@@ -58,14 +63,15 @@ pub(crate) struct Proposals<B: BlockBuf> {
     /// Batches in the log, not yet applied, in order.
     sealed: VecDeque<SealedTickets>,
     spare: Vec<Vec<Ticket>>,
-    /// Payload bytes of commands that were admitted and have no outcome yet.
+    /// Bytes of commands that were admitted and have no outcome yet, with an overhead for each.
     uncommitted_bytes: usize,
 }
 
 struct SealedTickets {
     first: LogIndex,
     term: Term,
-    payload_bytes: usize,
+    /// What was counted for its commands when they were admitted.
+    cost: usize,
     tickets: Vec<Ticket>,
 }
 
@@ -119,10 +125,11 @@ impl<B: BlockBuf> Proposals<B> {
             return Err(Refusal::TooLarge { bytes, bytes_max: self.limits.command_bytes_max });
         }
         // One command is always admitted, however large.
-        if self.uncommitted_bytes > 0 && self.uncommitted_bytes + bytes > self.limits.uncommitted_bytes_max {
+        let cost = bytes + COMMAND_OVERHEAD_BYTES;
+        if self.uncommitted_bytes > 0 && self.uncommitted_bytes + cost > self.limits.uncommitted_bytes_max {
             return Err(Refusal::Busy);
         }
-        self.uncommitted_bytes += bytes;
+        self.uncommitted_bytes += cost;
         Ok(())
     }
 
@@ -200,8 +207,8 @@ impl<B: BlockBuf> Proposals<B> {
         let (block, info) = builder.seal(seal);
         let tickets = std::mem::replace(&mut self.open, self.spare.pop().unwrap_or_default());
         debug_assert_eq!(tickets.len() as u64, info.count());
-        let payload_bytes = info.payload_bytes as usize;
-        self.sealed.push_back(SealedTickets { first: info.first, term: info.term, payload_bytes, tickets });
+        let cost = info.payload_bytes as usize + tickets.len() * COMMAND_OVERHEAD_BYTES;
+        self.sealed.push_back(SealedTickets { first: info.first, term: info.term, cost, tickets });
         Some((block, info))
     }
 
@@ -216,13 +223,13 @@ impl<B: BlockBuf> Proposals<B> {
             return;
         }
         let Some(sealed) = self.sealed.pop_front() else { return };
-        let SealedTickets { first, term, payload_bytes, mut tickets } = sealed;
+        let SealedTickets { first, term, cost, mut tickets } = sealed;
         debug_assert_eq!(term, batch.term, "tickets are dropped when the leadership of their term ends");
         for (position, ticket) in tickets.drain(..).enumerate() {
             let index = LogIndex(first.get() + position as u64);
             deliveries.push(ticket, Ok(Committed { index, term, reply: replies.take(position) }));
         }
-        self.uncommitted_bytes -= payload_bytes;
+        self.uncommitted_bytes -= cost;
         self.spare.push(tickets);
     }
 
@@ -406,6 +413,20 @@ mod tests {
         assert_eq!(reason(&rig.propose(vec![0; 30_000])), (Refusal::Busy, 30_000));
         rig.proposals.set_gate(Err(Refusal::NotLeader { leader: None }));
         assert_eq!(reason(&rig.propose(vec![0; 1])), (Refusal::NotLeader { leader: None }, 1));
+    }
+
+    #[test]
+    fn a_flood_of_empty_commands_is_bounded() {
+        let mut rig = Rig::leading();
+        let busy = |slot: Arc<ProposalSlot>| {
+            matches!(outcome(&slot), Some(Err(ProposeError::Refused(Refused { reason: Refusal::Busy, .. }))))
+        };
+        let admitted = (0..10_000).take_while(|_| !busy(rig.propose(Vec::new()))).count();
+        assert!((1..2_000).contains(&admitted), "{admitted} commands were admitted");
+        while let Some((info, _)) = rig.seal() {
+            rig.apply(&info);
+        }
+        assert!(rig.proposals.is_idle());
     }
 
     #[test]

@@ -82,6 +82,8 @@ impl DataDirectory {
             Errno::NOENT => DirectoryError::Missing { path: path.to_owned() },
             error => DirectoryError::Other { path: path.to_owned(), reason: error.to_string() },
         };
+        // What has to be created, the innermost first.
+        let missing: Vec<&Path> = path.ancestors().take_while(|above| create && !above.exists()).collect();
         if create {
             std::fs::create_dir_all(path).map_err(|error| match error.raw_os_error() {
                 // The path, or one above it, is a file.
@@ -105,7 +107,9 @@ impl DataDirectory {
         })?;
         // The names that lead here must survive a power failure as well.
         rustix::fs::fsync(&directory).map_err(failed)?;
-        if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+        for created in missing {
+            let parent =
+                created.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
             let parent =
                 rustix::fs::open(parent, OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
             parent.and_then(rustix::fs::fsync).map_err(failed)?;

@@ -1109,3 +1109,124 @@ fn ids_of_others_are_not_taken_for_the_logs() {
     assert!(!Wal::<TestDisk>::owns(DiskOpId(0x57 << 56)));
     assert!(Wal::<TestDisk>::owns(DiskOpId(0x57 << 56 | 5 << 48 | 9)));
 }
+
+#[test]
+fn what_an_earlier_life_left_in_the_block_never_reaches_the_padding_on_disk() {
+    let mut harness = Harness::fresh();
+    let (mut block, info) = harness.batch(1, 1, 100, 1);
+    let image_end = ENVELOPE_BYTES + info.image_bytes as usize;
+    // As a follower's receive buffer: the image in place, anything behind it.
+    block[image_end..].fill(0x5a);
+    harness.wal.append(&mut harness.disk, block, info);
+    harness.settle();
+    let (name, at) = slot_at(&harness, info.first);
+    let padding = &harness.disk.device.content(&name)[at + image_end..at + info.slot_bytes()];
+    assert!(!padding.is_empty() && padding.iter().all(|byte| *byte == 0));
+}
+
+#[test]
+fn a_batch_that_is_intact_but_continues_another_log_is_damage() {
+    // One seed, so both lives have the same segment identity; only the first command differs.
+    let life = |salt| {
+        let mut harness = Harness::fresh();
+        harness.append_durably(1, 1, 100, salt);
+        harness.append_durably(1, 1, 100, 7);
+        let slot = slot_at(&harness, LogIndex(2));
+        (harness.crash(|| false), slot)
+    };
+    let (mut device, (name, at)) = life(1);
+    let (other, other_slot) = life(2);
+    assert_eq!(other_slot, (name.clone(), at));
+    let foreign = other.content(&name)[at..at + BLOCK_BYTES].to_vec();
+    assert_ne!(device.content(&name)[at..at + BLOCK_BYTES], foreign);
+    device.corrupt(&name, at, |bytes| bytes.copy_from_slice(&foreign), BLOCK_BYTES);
+    let WalError::Damaged(damage) = Harness::start(device).stopped() else { panic!("damage is reported") };
+    assert_eq!((damage.cause, damage.first), (DamageCause::Misplaced, LogIndex(2)));
+}
+
+#[test]
+fn a_read_that_a_truncation_overtakes_hands_out_nothing_void() {
+    let mut harness = Harness::fresh();
+    for salt in 0..3 {
+        harness.append_durably(1, 1, 400, salt);
+    }
+    harness.events.clear();
+    harness.wal.read(&mut harness.disk, 5, LogIndex(1), 64 * 1024);
+    let reads = |harness: &Harness| {
+        let is_read = |(_, op): &(_, DiskOp<_>)| matches!(op, DiskOp::Read { .. });
+        harness.disk.queue.iter().filter(|entry| is_read(entry)).count()
+    };
+    assert_eq!(reads(&harness), 3);
+    // The last batch has been read when it is cut off; the first has not.
+    let last = harness.disk.queue.iter().rposition(|(_, op)| matches!(op, DiskOp::Read { .. })).unwrap();
+    harness.disk.complete(last, Fate::Happen);
+    harness.turn();
+    harness.wal.truncate_after(&mut harness.disk, LogIndex(2));
+    harness.settle();
+    let result = harness.events.iter().find_map(|event| match event {
+        WalEvent::Read { result, .. } => Some(result.as_ref().map(Vec::len)),
+        _ => None,
+    });
+    assert_eq!(result, Some(Err(&ReadError::Truncated)));
+}
+
+#[test]
+fn no_segment_is_removed_before_the_cut_that_voids_it_is_durable() {
+    let mut harness = Harness::fresh();
+    for salt in 0..60 {
+        harness.append_durably(1, 1, 6000, salt);
+    }
+    let before = harness.chains();
+    harness.wal.truncate_after(&mut harness.disk, LogIndex(5));
+    // Everything happens but the save of the cut.
+    let held: Vec<_> = harness.disk.queue.drain(..).collect();
+    assert_eq!(held.len(), 1, "the save is the first operation of a truncation");
+    harness.settle();
+    let harness = recovers(harness.crash(|| false), 60, &before);
+    assert_eq!(harness.chains(), before, "the log is as it was");
+}
+
+#[test]
+fn rot_in_the_first_slot_behind_a_blank_segment_end_is_damage_not_a_torn_tail() {
+    let mut harness = Harness::fresh();
+    let mut salt = 0;
+    // Up to the batch that did not fit and opened the next segment.
+    while harness.wal.stats().rollovers == 0 {
+        harness.append_durably(1, 1, 6000, salt);
+        salt += 1;
+    }
+    let last = harness.wal.last_index();
+    let (name, at) = slot_at(&harness, last);
+    let device = harness.crash(|| false);
+    let content = device.content(&name);
+    assert_eq!(at as u64, slots_start(content.len() as u64), "the first slot of its segment");
+    for (sector, cause) in [(0, DamageCause::EnvelopeRotten), (1, DamageCause::ImageRotten)] {
+        let mut rotten = device.clone();
+        rotten.corrupt(&name, at + sector * SECTOR_BYTES, |bytes| bytes[60] ^= 4, SECTOR_BYTES);
+        let WalError::Damaged(damage) = Harness::start(rotten).stopped() else {
+            panic!("damage is reported")
+        };
+        assert_eq!((damage.cause, damage.first), (cause, last));
+        assert_eq!((damage.segment, damage.offset), (name.clone(), at as u64));
+    }
+}
+
+#[test]
+fn of_two_valid_copies_of_the_hard_state_the_newer_counts() {
+    let mut harness = Harness::fresh();
+    let vote = |term| HardStateUpdate { term: Term(term), vote: Some(NodeId(term)) };
+    harness.wal.save_hard_state(&mut harness.disk, vote(1));
+    harness.settle();
+    let old: Vec<Vec<u8>> =
+        ["hard-a", "hard-b"].iter().map(|name| harness.disk.device.content(name).to_vec()).collect();
+    harness.wal.save_hard_state(&mut harness.disk, vote(2));
+    harness.settle();
+    let device = harness.crash(|| false);
+    // The device lost the second write of one copy, though it had reported it.
+    for (name, content) in ["hard-a", "hard-b"].iter().zip(&old) {
+        let mut lost = device.clone();
+        lost.corrupt(name, 0, |bytes| bytes.copy_from_slice(content), content.len());
+        let state = Harness::start(lost).open().hard_state;
+        assert_eq!((state.term, state.vote), (Term(2), Some(NodeId(2))), "{name} is the older one");
+    }
+}

@@ -3,7 +3,7 @@
 use super::check::Recorder;
 use super::disk::SimDisk;
 use super::link::{SimLink, address_of};
-use super::node::{Answer, Boot, Cluster, ImageLog, LEADER, RefusedAtOnce, SimNode, Tuning, Turned, View};
+use super::node::{Answer, Boot, CANDIDATE, Cluster, ImageLog, LEADER, RefusedAtOnce, SimNode, Tuning, Turned, View};
 use ringraft::config::{Config, MemberConfig};
 use ringraft::driver::Driver;
 use ringraft::error::{LeaderHint, ProposeError, Refusal};
@@ -166,7 +166,7 @@ impl SimNode for EngineNode {
             role: match raft.role() {
                 Role::Follower => 0,
                 Role::PreCandidate => 1,
-                Role::Candidate => 2,
+                Role::Candidate => CANDIDATE,
                 Role::Leader => LEADER,
             },
             term: raft.term().get(),

@@ -12,8 +12,6 @@ use super::rng::Rng;
 pub enum Trouble {
     /// kill -9 of one process.
     Kill,
-    /// kill -9 of one process after some more turns, so that it falls between two effects.
-    KillSoon,
     /// kill -9 of the leader.
     KillLeader,
     /// One machine loses power.
@@ -51,14 +49,13 @@ pub enum Trouble {
 }
 
 /// Kinds with their weights. Failing disks only on request.
-const TROUBLES: [(Trouble, u64); 16] = [
-    (Trouble::Kill, 3),
-    (Trouble::KillSoon, 4),
-    (Trouble::KillLeader, 2),
+const TROUBLES: [(Trouble, u64); 15] = [
+    (Trouble::Kill, 5),
+    (Trouble::KillLeader, 4),
     (Trouble::PowerCut, 3),
     (Trouble::PowerCutOfAll, 2),
     (Trouble::Isolate, 2),
-    (Trouble::IsolateLeader, 3),
+    (Trouble::IsolateLeader, 5),
     (Trouble::Split, 2),
     (Trouble::OneWay, 2),
     (Trouble::Partial, 2),
@@ -88,7 +85,7 @@ impl Nemesis {
     #[must_use]
     pub fn new(mut rng: Rng, tuning: &Tuning, disk_faults: bool) -> Self {
         let election = tuning.election_timeout_ms * MILLISECOND;
-        let pause = election / 10 * [2, 5, 10, 30][rng.index(4)];
+        let pause = election / 10 * [1, 3, 8, 20][rng.index(4)];
         let length = election / 10 * [1, 5, 15, 40][rng.index(4)];
         let mut weights = Vec::new();
         while weights.is_empty() {

@@ -43,6 +43,9 @@ pub struct View {
     pub rollovers: u64,
 }
 
+/// The role of a candidate in [`View::role`].
+pub const CANDIDATE: u8 = 2;
+
 /// The role of a leader in [`View::role`].
 pub const LEADER: u8 = 3;
 

@@ -11,7 +11,7 @@ use super::coverage::{Coverage, Mark};
 use super::disk::{Crash, DiskConfig, DiskFaults, DiskState, SimDisk};
 use super::link::{Fabric, LinkConfig, SimLink};
 use super::nemesis::{Nemesis, Trouble};
-use super::node::{Answer, Boot, Cluster, LEADER, SimNode, Tuning, View};
+use super::node::{Answer, Boot, CANDIDATE, Cluster, LEADER, SimNode, Tuning, View};
 use super::rng::Rng;
 use super::trace::{Trace, What};
 use std::cell::{Cell, RefCell};
@@ -142,11 +142,20 @@ struct Machine<N> {
     /// A client has proposed something since the last turn.
     called: bool,
     view: View,
-    /// Turns until it is killed.
-    doomed: Option<u64>,
+    /// Turns until it ends, and how.
+    doomed: Option<(u64, Doom)>,
     /// Consecutive turns that nothing from outside called for, and when the first of them was.
     idle_turns: u64,
     idle_since: Time,
+    /// When each of the others could last be heard.
+    heard_at: Vec<Time>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Doom {
+    One(Crash),
+    /// All machines lose power with it.
+    All,
 }
 
 /// A node that takes so many turns in [`SPIN_TIME`] with nothing from outside spins.
@@ -161,6 +170,8 @@ struct Client {
     current: Option<CommandId>,
     in_flight: bool,
     think: Time,
+    /// How many election time-outs it waits for an answer.
+    patience: u64,
     padding_max: u64,
     /// First command of the second phase.
     fresh_from: usize,
@@ -176,6 +187,8 @@ enum Plan {
     DialNormal,
     Client { client: usize },
     GiveUp { client: usize, sequence: usize },
+    /// Look whether all nodes have converged.
+    Look,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -242,6 +255,7 @@ impl<'a, C: Cluster> World<'a, C> {
                 doomed: None,
                 idle_turns: 0,
                 idle_since: 0,
+                heard_at: vec![0; nodes],
             }
         };
         let client = |client: usize, rng: &mut Rng| {
@@ -251,7 +265,8 @@ impl<'a, C: Cluster> World<'a, C> {
                 next: 0,
                 current: None,
                 in_flight: false,
-                think: [50 * MICROSECOND, 500 * MICROSECOND, 5 * MILLISECOND][own.index(3)],
+                think: [50 * MICROSECOND, MILLISECOND, 5 * MILLISECOND, 20 * MILLISECOND][own.index(4)],
+                patience: own.between(1, 10),
                 padding_max: [100, 1_000, 5_000, 40_000][own.index(4)],
                 fresh_from: usize::MAX,
                 fresh_acknowledged: false,
@@ -292,7 +307,7 @@ impl<'a, C: Cluster> World<'a, C> {
             let delay = self.rng.below(200 * MILLISECOND);
             self.plan(delay, Plan::Client { client });
         }
-        let quiet_start = self.rng.below(SECOND);
+        let quiet_start = self.rng.below(300 * MILLISECOND);
         self.plan(quiet_start, Plan::Trouble);
         while self.phase != Phase::Over {
             self.step();
@@ -379,6 +394,11 @@ impl<'a, C: Cluster> World<'a, C> {
             }
             Plan::DialNormal => self.fabric.borrow_mut().config_mut().dial_failure_ppm = 0,
             Plan::Client { client } => self.client_acts(client),
+            Plan::Look if self.has_converged() => {
+                self.context.record(0, What::Phase, 3, 0);
+                self.phase = Phase::Over;
+            }
+            Plan::Look => self.plan(5 * MILLISECOND, Plan::Look),
             Plan::GiveUp { client, sequence } => {
                 let id = CommandId { client, sequence };
                 if self.clients[client].in_flight && self.clients[client].current == Some(id) {
@@ -417,12 +437,22 @@ impl<'a, C: Cluster> World<'a, C> {
         machine.busy_until = now;
         machine.paused_until = 0;
         machine.doomed = None;
+        machine.heard_at.fill(now);
     }
 
     fn turn(&mut self, node: usize) {
         let now = self.context.now();
         let machine = &mut self.machines[node];
         let Some(process) = &mut machine.process else { return };
+        // A process that slept may find what was said before.
+        let slept = machine.paused_until > machine.busy_until;
+        let fabric = self.fabric.borrow();
+        for (other, heard_at) in machine.heard_at.iter_mut().enumerate() {
+            if slept || !fabric.is_cut(other, node) {
+                *heard_at = now;
+            }
+        }
+        drop(fabric);
         let called = self.fabric.borrow().has_done(node)
             || machine.disk.borrow().next_due().is_some_and(|due| due <= now)
             || std::mem::take(&mut machine.called);
@@ -468,8 +498,17 @@ impl<'a, C: Cluster> World<'a, C> {
 
         let doomed = &mut self.machines[node].doomed;
         match doomed {
-            Some(0) => self.crash(node, Crash::Kill),
-            Some(left) => *left -= 1,
+            Some((0, Doom::One(how))) => {
+                let how = *how;
+                self.crash(node, how);
+            }
+            Some((0, Doom::All)) => {
+                self.context.cover(Mark::PowerCutOfAll);
+                for node in 0..self.machines.len() {
+                    self.crash(node, Crash::PowerCut);
+                }
+            }
+            Some((left, _)) => *left -= 1,
             None => {}
         }
     }
@@ -479,6 +518,14 @@ impl<'a, C: Cluster> World<'a, C> {
             self.context.record(node, What::Role, u64::from(after.role), after.term);
         }
         self.history.borrow_mut().see(node, before, after);
+        if after.role >= CANDIDATE && before.role < CANDIDATE {
+            // A pre-vote needs a quorum's answers, and lasts two election time-outs at the most.
+            let asked = self.context.now().saturating_sub(4 * self.tuning.election_timeout_ms * MILLISECOND);
+            let heard = self.machines[node].heard_at.iter().filter(|heard_at| **heard_at >= asked).count();
+            if heard * 2 <= self.machines.len() {
+                self.history.borrow_mut().fail(|| format!("node {node} campaigns without a quorum's pre-votes"));
+            }
+        }
         if after.role == LEADER && before.role != LEADER {
             let Some(process) = &self.machines[node].process else { return };
             let start = process.log_start();
@@ -573,7 +620,7 @@ impl<'a, C: Cluster> World<'a, C> {
                 this.in_flight = true;
                 self.machines[node].wake_at = 0;
                 self.machines[node].called = true;
-                let patience = self.tuning.election_timeout_ms * MILLISECOND * 20;
+                let patience = self.tuning.election_timeout_ms * MILLISECOND * this.patience;
                 self.plan(patience, Plan::GiveUp { client, sequence: id.sequence });
             }
             Err(leader) => {
@@ -656,18 +703,10 @@ impl<'a, C: Cluster> World<'a, C> {
         let length = self.nemesis.length();
         let now = self.context.now();
         match trouble {
-            Trouble::Kill => self.crash(node, Crash::Kill),
-            Trouble::KillSoon => {
-                self.machines[node].doomed = Some(self.nemesis.rng().below(40));
-            }
-            Trouble::KillLeader => self.crash(leader, Crash::Kill),
-            Trouble::PowerCut => self.crash(node, Crash::PowerCut),
-            Trouble::PowerCutOfAll => {
-                self.context.cover(Mark::PowerCutOfAll);
-                for node in 0..nodes {
-                    self.crash(node, Crash::PowerCut);
-                }
-            }
+            Trouble::Kill => self.doom(node, Doom::One(Crash::Kill)),
+            Trouble::KillLeader => self.doom(leader, Doom::One(Crash::Kill)),
+            Trouble::PowerCut => self.doom(node, Doom::One(Crash::PowerCut)),
+            Trouble::PowerCutOfAll => self.doom(node, Doom::All),
             Trouble::Isolate => self.cut_where(length, |from, to| (from == node) != (to == node)),
             Trouble::IsolateLeader => self.cut_where(length, |from, to| (from == leader) != (to == leader)),
             Trouble::Split => {
@@ -742,6 +781,13 @@ impl<'a, C: Cluster> World<'a, C> {
         *faults = DiskFaults { late_write_ppm: faults.late_write_ppm, ..DiskFaults::default() };
     }
 
+    /// Ends a node after some more turns: they are close together when there is much going on, so that crashes fall
+    /// between two effects more often than a moment chosen by the clock would.
+    fn doom(&mut self, node: usize, doom: Doom) {
+        let turns = self.nemesis.rng().below(40);
+        self.machines[node].doomed = Some((turns, doom));
+    }
+
     fn cut_where(&mut self, length: Time, cut: impl Fn(usize, usize) -> bool) {
         let nodes = self.machines.len();
         for from in 0..nodes {
@@ -780,10 +826,7 @@ impl<'a, C: Cluster> World<'a, C> {
                 self.context.record(0, What::Phase, 2, 0);
                 self.phase = Phase::Quiet;
                 self.set_phase_end(steps);
-            }
-            Phase::Quiet if steps.is_multiple_of(16) && self.has_converged() => {
-                self.context.record(0, What::Phase, 3, 0);
-                self.phase = Phase::Over;
+                self.plan(0, Plan::Look);
             }
             _ => {}
         }

@@ -358,7 +358,11 @@ impl<B: BlockBuf> BatchBuilder<B> {
     #[must_use]
     pub fn slot_bytes_with(&self, command_bytes: usize, session: bool) -> usize {
         let sessions = self.table.sessions.len() + usize::from(session);
-        slot_bytes(image_bytes_for(self.len() + 1, sessions, self.payload_bytes.saturating_add(command_bytes)))
+        slot_bytes(image_bytes_for(
+            self.len() + 1,
+            sessions,
+            self.payload_bytes.saturating_add(command_bytes),
+        ))
     }
 
     /// Gives the commands of the open batch back, in order, and empties it; its block stays.

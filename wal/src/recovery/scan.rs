@@ -417,3 +417,54 @@ fn judge_image(
     }
     Ok(info)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::{Chain, PriorContent};
+    use ringraft_block::{ClusterId, GroupId, Incarnation, NodeId};
+
+    #[test]
+    fn an_envelope_belongs_only_where_every_part_of_its_place_agrees() {
+        let header = SegmentHeader {
+            cluster: ClusterId(1),
+            node: NodeId(1),
+            incarnation: Incarnation(1),
+            segment_bytes: 1 << 20,
+            nonce: 2,
+            epoch: 3,
+            boot: 4,
+            generation: 5,
+            group: GroupId(6),
+            prior_content: PriorContent::Zeros,
+            origin: SegmentOrigin::Rollover { previous: 4 },
+        };
+        let envelope = Envelope {
+            cluster: ClusterId(1),
+            nonce: 2,
+            generation: 5,
+            group: GroupId(6),
+            offset: 8192,
+            epoch: 3,
+            boot: 4,
+            durable_through: LogIndex(0),
+            term: Term(1),
+            first: LogIndex(1),
+            last: LogIndex(1),
+            chain: Chain::default(),
+            image_bytes: 300,
+        };
+        assert!(belongs(&envelope, &header, 8192));
+        for elsewhere in [
+            Envelope { cluster: ClusterId(2), ..envelope },
+            Envelope { nonce: 9, ..envelope },
+            Envelope { generation: 9, ..envelope },
+            Envelope { group: GroupId(9), ..envelope },
+            Envelope { offset: 12_288, ..envelope },
+            Envelope { epoch: 9, ..envelope },
+            Envelope { boot: 9, ..envelope },
+        ] {
+            assert!(!belongs(&elsewhere, &header, 8192), "{elsewhere:?}");
+        }
+    }
+}
