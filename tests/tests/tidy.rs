@@ -94,8 +94,20 @@ fn the_log_and_the_network_know_neither_each_other_nor_the_engine_nor_an_executo
 
 #[test]
 fn only_the_runtime_knows_the_executor() {
-    for file in ["driver", "apply", "proposals", "ingress", "handle", "outbox", "recent", "wire", "formation"]
-    {
+    for file in [
+        "driver",
+        "driver/log",
+        "driver/peers",
+        "driver/proposing",
+        "apply",
+        "proposals",
+        "ingress",
+        "handle",
+        "outbox",
+        "recent",
+        "wire",
+        "formation",
+    ] {
         let path = root().join(format!("engine/src/{file}.rs"));
         let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         for (number, line) in code_lines(&text) {

@@ -1,0 +1,221 @@
+//! The driver and the log: what became durable, what is to be, and how a node comes to be part of its cluster.
+
+use super::{APPLY_READ, Driver, GROUP, Life, SPACE_RETRY_NS, WITNESS_DELAY_NS, run_of, take_first};
+use crate::config::ConfigError;
+use crate::error::StopError;
+use crate::formation::{self, Formation, FormationError, Step};
+use crate::raft::{BatchRun, Boot, Configuration, Epoch, Event, LogId, Nanos, Raft};
+use crate::state_machine::StateMachine;
+use crate::wire::{self, FormationMessage};
+use ringraft_block::NodeId;
+use ringraft_net::Network;
+use ringraft_net::link::Link;
+use ringraft_wal::disk::Disk;
+use ringraft_wal::{ReadError, Recovered, WalEvent};
+
+impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
+    pub(super) fn on_disk(&mut self) -> Result<bool, StopError> {
+        let mut done = std::mem::take(&mut self.disk_done);
+        let mut events = std::mem::take(&mut self.wal_events);
+        self.disk.poll(&mut done);
+        let mut progressed = !done.is_empty();
+        for completion in done.drain(..) {
+            self.wal.handle(&mut self.disk, completion, &mut events);
+        }
+        self.wal.advance(&mut self.disk, &mut events);
+        progressed |= !events.is_empty();
+        let mut outcome = Ok(());
+        while let Some(event) = events.pop_front() {
+            outcome = outcome.and_then(|()| self.on_log(event));
+        }
+        (self.disk_done, self.wal_events) = (done, events);
+        outcome.map(|()| progressed)
+    }
+
+    fn on_log(&mut self, event: WalEvent<D::Buf>) -> Result<(), StopError> {
+        match event {
+            WalEvent::Opened(recovered) => self.opened(&recovered),
+            WalEvent::Persisted { epoch, last } => {
+                self.witness_at_ns = self.now.monotonic_ns.saturating_add(WITNESS_DELAY_NS);
+                self.step(Event::Persisted { epoch: Epoch(epoch), last })
+            }
+            WalEvent::HardStateSaved { sequence } => self.saved(sequence),
+            WalEvent::Read { token, result } => {
+                let batches = match result {
+                    Ok(batches) => batches,
+                    // Overtaken by a truncation, or too many at once: asked for again if it is still wanted.
+                    Err(
+                        ReadError::NotFound { .. }
+                        | ReadError::Truncated
+                        | ReadError::Busy
+                        | ReadError::Stopped,
+                    ) => Vec::new(),
+                    Err(error) => return Err(StopError::Read(error)),
+                };
+                if token == APPLY_READ {
+                    self.applier.fetched(batches);
+                } else if let Some(peer) = self.peers.get_mut(&NodeId(token)) {
+                    peer.outbox.fetched(batches);
+                }
+                Ok(())
+            }
+            WalEvent::TruncateDone { .. } => Ok(()),
+            WalEvent::Poisoned(error) => Err(error.into()),
+            WalEvent::NoSpace { .. } => {
+                self.no_space = true;
+                self.space_retry_at_ns = self.now.monotonic_ns.saturating_add(SPACE_RETRY_NS);
+                self.set_gate();
+                Ok(())
+            }
+            WalEvent::SpaceAgain => {
+                self.no_space = false;
+                self.space_retry_at_ns = u64::MAX;
+                self.set_gate();
+                Ok(())
+            }
+            WalEvent::Closed => Err(StopError::Requested),
+        }
+    }
+
+    fn opened(&mut self, recovered: &Recovered) -> Result<(), StopError> {
+        if self.closing || recovered.report.damage.is_some() {
+            // `Closed`, or the damage as `Poisoned`, follows.
+            return Ok(());
+        }
+        let state = &recovered.hard_state;
+        self.incarnation = state.incarnation;
+        let listen = self.config.listen_address()?;
+        let network =
+            crate::config::net_config(&self.config, listen, state.incarnation, state.boot, self.seed);
+        let peers = crate::config::net_peers(&self.config);
+        let network =
+            Network::new(network, peers).map_err(|error| ConfigError::Network(error.to_string()))?;
+        self.network = Some(network);
+        if state.configuration.is_empty() {
+            let mut formation = Formation::new(self.config.node, state.incarnation, &self.config.members);
+            let step = formation.step();
+            self.life = Life::Forming(formation);
+            return self.form(step);
+        }
+        let origin = || "this directory".to_owned();
+        let configuration = wire::configuration::decode(&state.configuration)
+            .ok_or_else(|| FormationError::Undecodable { origin: origin() })?;
+        formation::check_members(self.config.node, &self.config.members, &configuration)?;
+        self.start(configuration)
+    }
+
+    /// The batch that was just handed to the core goes to the log.
+    pub(super) fn persist(&mut self, batch: BatchRun) -> Result<(), StopError> {
+        let incoming = self.incoming.take();
+        let Some((block, info)) = incoming.filter(|(_, info)| run_of(info) == batch) else {
+            return Err(StopError::Invariant(format!(
+                "the core persists {batch:?}, which was not handed in"
+            )));
+        };
+        self.pending.push_back((block, info));
+        self.write_pending();
+        Ok(())
+    }
+
+    /// Hands accepted batches to the log, as far as it has room.
+    pub(super) fn write_pending(&mut self) {
+        while let Some((_, info)) = self.pending.front() {
+            if !self.wal.is_ready_for(info.slot_bytes()) {
+                break;
+            }
+            let Some((block, info)) = self.pending.pop_front() else { break };
+            let block = self.wal.append(&mut self.disk, block, info);
+            self.recent.push(info, block);
+        }
+    }
+
+    fn saved(&mut self, save: u64) -> Result<(), StopError> {
+        if let Some((_, configuration)) = self.forming.take_if(|(number, _)| *number <= save) {
+            self.start(configuration)?;
+        }
+        let mut reached = None;
+        while let Some((_, sequence)) = self.saves.front().filter(|(number, _)| *number <= save) {
+            reached = Some(*sequence);
+            self.saves.pop_front();
+        }
+        let Some(reached) = reached else { return Ok(()) };
+        while let Some((_, to, message)) =
+            take_first(&mut self.deferred, |(sequence, ..)| *sequence <= reached)
+        {
+            // A later term has made what an earlier one wanted to say void.
+            if self.raft().is_some_and(|raft| message.term() >= raft.term()) {
+                self.send(to, message)?;
+            }
+        }
+        self.step(Event::HardStateSaved { sequence: reached })
+    }
+
+    /// What the log wants done from time to time.
+    pub(super) fn keep_log(&mut self) {
+        if self.now.monotonic_ns >= self.witness_at_ns {
+            self.witness_at_ns = u64::MAX;
+            self.wal.save_witness(&mut self.disk);
+        }
+        if self.now.monotonic_ns >= self.space_retry_at_ns {
+            self.space_retry_at_ns = self.now.monotonic_ns.saturating_add(SPACE_RETRY_NS);
+            self.wal.retry_space();
+        }
+    }
+
+    pub(super) fn form(&mut self, step: Step) -> Result<(), StopError> {
+        if let Step::Form(configuration) = step {
+            let encoded = wire::configuration::encode(&configuration);
+            let genesis = formation::genesis_chain(self.config.cluster, &encoded);
+            let save = self.wal.form(&mut self.disk, encoded, genesis);
+            self.forming = Some((save, configuration));
+        }
+        Ok(())
+    }
+
+    /// The configuration is durable: from now on this node takes part.
+    fn start(&mut self, configuration: Configuration) -> Result<(), StopError> {
+        for member in configuration.members() {
+            if let Some(network) = self.network.as_mut().filter(|_| member.id != self.config.node) {
+                network.pin(member.id, member.incarnation);
+            }
+        }
+        let log_start = self.wal.log_start();
+        let start = LogId { term: log_start.term, index: log_start.index };
+        let (term, vote) = self.wal.hard_state().map_or((start.term, None), |state| (state.term, state.vote));
+        let runs: Vec<BatchRun> = self.wal.batches().map(|info| run_of(&info)).collect();
+        let boot = Boot {
+            term,
+            vote,
+            start,
+            batches: runs,
+            epoch: Epoch(self.wal.epoch()),
+            commit: start.index,
+            now: Nanos(self.now.monotonic_ns),
+        };
+        self.applier.start_after(log_start.index, log_start.chain);
+        let raft = Raft::new(crate::config::raft_config(&self.config, self.timing_seed), configuration, boot)
+            .map_err(|error| ConfigError::Raft(error.to_string()))?;
+        self.life = Life::Running(Box::new(raft));
+        self.set_gate();
+        let connected: Vec<NodeId> =
+            self.peers.iter().filter(|(_, peer)| peer.session.is_some()).map(|(id, _)| *id).collect();
+        for peer in connected {
+            self.announce(peer);
+            self.step(Event::PeerConnected { peer })?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn announce(&mut self, peer: NodeId) {
+        let formed = matches!(self.life, Life::Running(_));
+        let configuration = self.wal.hard_state().filter(|_| formed).map(|state| state.configuration.clone());
+        let configuration = configuration.unwrap_or_default();
+        let message = FormationMessage { incarnation: self.incarnation, formed, configuration };
+        let Some(network) = &mut self.network else { return };
+        let body = self.encoder.formation(&message);
+        if network.send(peer, wire::kind::FORMATION, GROUP, body, None).is_err() {
+            // The queue of a session that has just begun is empty; one that is full ends by its time-out.
+            tracing::debug!(%peer, "formation message not sent");
+        }
+    }
+}

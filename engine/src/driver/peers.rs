@@ -1,0 +1,235 @@
+//! The driver and the peers: frames that arrive, messages that leave.
+
+use super::{Blocks, Driver, GROUP, Life, READ_BYTES, invariant, run_of};
+use crate::error::StopError;
+use crate::formation::FormationError;
+use crate::outbox::{Head, Outgoing};
+use crate::raft::{AppendOutcome, Event, Message, Raft, Role};
+use crate::state_machine::StateMachine;
+use crate::wire::{self, AckMessage, AckStages, AppendMessage, Body, FormationMessage};
+use ringraft_block::{Block, LogIndex, NodeId};
+use ringraft_net::link::Link;
+use ringraft_net::{Frame, NetEvent, RejectReason, Rejection};
+use ringraft_wal::disk::Disk;
+use ringraft_wal::format::{Chain, ENVELOPE_BYTES, parse_image};
+use std::rc::Rc;
+
+impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
+    pub(super) fn on_network(&mut self) -> Result<bool, StopError> {
+        let Some(network) = &mut self.network else { return Ok(false) };
+        let now = self.now.monotonic_ns;
+        let mut done = std::mem::take(&mut self.link_done);
+        let mut events = std::mem::take(&mut self.net_events);
+        let mut blocks = Blocks { disk: &mut self.disk, pool: &self.pool };
+        self.link.poll(&mut done);
+        let mut progressed = !done.is_empty();
+        for completion in done.drain(..) {
+            network.handle(now, &mut self.link, completion, &mut blocks, &mut events);
+        }
+        network.advance(now, &mut self.link, &mut blocks, &mut events);
+        progressed |= !events.is_empty();
+        let mut outcome = Ok(());
+        while let Some(event) = events.pop_front() {
+            outcome = outcome.and_then(|()| self.on_net_event(event));
+        }
+        (self.link_done, self.net_events) = (done, events);
+        outcome.map(|()| progressed)
+    }
+
+    fn on_net_event(&mut self, event: NetEvent<D::Buf>) -> Result<(), StopError> {
+        match event {
+            NetEvent::Listening { address } => {
+                self.shared.status.publish(|status| status.listening = Some(address));
+                Ok(())
+            }
+            NetEvent::ListenFailed { error } => {
+                Err(StopError::Listen { address: self.config.listen_address()?, error })
+            }
+            NetEvent::PeerConnected { peer, incarnation, .. } => {
+                let Some(state) = self.peers.get_mut(&peer) else { return Ok(()) };
+                state.session = Some(incarnation);
+                state.outbox.clear();
+                tracing::info!(node = %self.config.node, %peer, "session begins");
+                self.announce(peer);
+                self.step(Event::PeerConnected { peer })
+            }
+            NetEvent::PeerDisconnected { peer, cause, .. } => {
+                let Some(state) = self.peers.get_mut(&peer) else { return Ok(()) };
+                state.session = None;
+                state.outbox.clear();
+                tracing::info!(node = %self.config.node, %peer, %cause, "session ended");
+                if let Life::Forming(formation) = &mut self.life {
+                    formation.lost(peer);
+                }
+                self.step(Event::PeerDisconnected { peer })
+            }
+            NetEvent::Rejected { remote, reason } => {
+                tracing::warn!(node = %self.config.node, ?remote, %reason, "connection rejected");
+                let Rejection::RefusedByPeer { reason: RejectReason::WrongIncarnation { known }, .. } =
+                    reason
+                else {
+                    return Ok(());
+                };
+                if matches!(self.life, Life::Forming(_)) {
+                    let (node, own) = (self.config.node, self.incarnation);
+                    return Err(FormationError::Replaced { node, known, own }.into());
+                }
+                Ok(())
+            }
+            NetEvent::Frame { peer, frame, .. } => self.on_frame(peer, frame),
+        }
+    }
+
+    fn on_frame(&mut self, peer: NodeId, frame: Frame<D::Buf>) -> Result<(), StopError> {
+        let Ok(body) = wire::decode(frame.kind, frame.body()) else {
+            return self.refuse(peer, "malformed body");
+        };
+        let attachment = frame.attachment;
+        match body {
+            Body::Formation(message) => self.on_formation(peer, &message),
+            _ if !matches!(self.life, Life::Running(_)) => Ok(()),
+            Body::Append(message) => self.on_append(peer, message, attachment.map(|a| (a.block, a.bytes))),
+            Body::AppendAck(message) => self.on_ack(peer, message),
+            Body::Vote(vote) => self.step(Event::Received { from: peer, message: Message::Vote(vote) }),
+            Body::VoteReply(reply) => {
+                self.step(Event::Received { from: peer, message: Message::VoteReply(reply) })
+            }
+        }
+    }
+
+    fn refuse(&mut self, peer: NodeId, why: &'static str) -> Result<(), StopError> {
+        tracing::error!(node = %self.config.node, %peer, why, "peer disconnected");
+        if let Some(network) = &mut self.network {
+            network.disconnect(peer, &mut self.link);
+        }
+        Ok(())
+    }
+
+    fn on_formation(&mut self, peer: NodeId, message: &FormationMessage) -> Result<(), StopError> {
+        let Some(session) = self.peers.get(&peer).and_then(|peer| peer.session) else { return Ok(()) };
+        let Life::Forming(formation) = &mut self.life else { return Ok(()) };
+        let step = formation.heard(peer, session, message)?;
+        self.form(step)
+    }
+
+    fn on_append(
+        &mut self,
+        from: NodeId,
+        message: AppendMessage,
+        attachment: Option<(Block<D::Buf>, usize)>,
+    ) -> Result<(), StopError> {
+        let AppendMessage { append, previous_chain, chain } = message;
+        // The body promises a batch exactly when one is attached.
+        let incoming = match (append.batch, attachment) {
+            (None, None) => None,
+            (Some(run), Some((block, bytes))) => {
+                let image = block.get(ENVELOPE_BYTES..ENVELOPE_BYTES + bytes);
+                let Some(Ok(view)) = image.map(parse_image) else {
+                    return self.refuse(from, "damaged batch image");
+                };
+                let info = view.info();
+                if info.image_bytes as usize > self.config.image_bytes_max() {
+                    return self
+                        .refuse(from, "a batch too large for this node's segments: make limits equal");
+                }
+                let named = run_of(&info) == run && info.chain == chain && info.group == GROUP;
+                if !named || !view.verify_chain(previous_chain) {
+                    return self.refuse(from, "a batch image that is not the one announced");
+                }
+                Some((block, info))
+            }
+            _ => return self.refuse(from, "an append without its batch image"),
+        };
+        let previous = append.previous;
+        let known = self.raft().is_some_and(|raft| raft.term_at(previous.index) == Some(previous.term));
+        if known && append.term >= self.raft().map_or(append.term, Raft::term) {
+            let own = self.chain_at(previous.index);
+            invariant(own == Some(previous_chain), || {
+                format!(
+                    "node {from}'s log and this one differ at {previous:?}: {previous_chain:?}, here {own:?}"
+                )
+            })?;
+        }
+        self.incoming = incoming;
+        let outcome = self.step(Event::Received { from, message: Message::Append(append) });
+        self.incoming = None;
+        outcome
+    }
+
+    fn on_ack(&mut self, from: NodeId, message: AckMessage) -> Result<(), StopError> {
+        let AckMessage { ack, chain, .. } = message;
+        if let AppendOutcome::Matched { matched } = ack.outcome {
+            let leads =
+                self.raft().is_some_and(|raft| raft.role() == Role::Leader && raft.term() == ack.term);
+            if leads && self.chain_at(matched.index) != Some(chain) {
+                return self.refuse(from, "an ack that names another chain than this leader's log");
+            }
+        }
+        self.step(Event::Received { from, message: Message::AppendAck(ack) })
+    }
+
+    /// Adds what only the driver knows to a message of the core and queues it for the peer.
+    pub(super) fn send(&mut self, to: NodeId, message: Message) -> Result<(), StopError> {
+        let chain_at = |index: LogIndex| {
+            let chain = self.chain_at(index);
+            chain.ok_or_else(|| StopError::Invariant(format!("index {index} is no batch end of this log")))
+        };
+        let outgoing = match message {
+            Message::Append(append) => {
+                let previous_chain = chain_at(append.previous.index)?;
+                let chain = append.batch.map_or(Ok(previous_chain), |batch| chain_at(batch.last))?;
+                Outgoing::Append(AppendMessage { append, previous_chain, chain })
+            }
+            Message::AppendAck(ack) => {
+                let chain = match ack.outcome {
+                    AppendOutcome::Matched { matched } => chain_at(matched.index)?,
+                    _ => Chain::default(),
+                };
+                Outgoing::Ack(AckMessage { ack, chain, stages: AckStages::default() })
+            }
+            Message::Vote(vote) => Outgoing::Vote(vote),
+            Message::VoteReply(reply) => Outgoing::VoteReply(reply),
+        };
+        if let Some(peer) = self.peers.get_mut(&to).filter(|peer| peer.session.is_some()) {
+            peer.outbox.push(outgoing);
+        }
+        Ok(())
+    }
+
+    /// Moves what the outboxes can send to the network, and that to the sockets.
+    pub(super) fn send_queued(&mut self) {
+        let Some(network) = &mut self.network else { return };
+        let durable = self.wal.durable_through();
+        for (id, peer) in &mut self.peers {
+            loop {
+                let (message, batch) = match peer.outbox.head(&self.recent, durable) {
+                    Head::Empty | Head::Waiting => break,
+                    Head::Fetch(first) => {
+                        self.wal.read(&mut self.disk, id.get(), first, READ_BYTES);
+                        break;
+                    }
+                    Head::Ready(message, batch) => (message, batch),
+                };
+                let attachment = batch.map(|batch| {
+                    let image = ENVELOPE_BYTES..ENVELOPE_BYTES + batch.info.image_bytes as usize;
+                    (Rc::clone(&batch.block), image)
+                });
+                let (kind, body) = match message {
+                    Outgoing::Append(message) => (wire::kind::APPEND, self.encoder.append(message)),
+                    Outgoing::Ack(message) => (wire::kind::APPEND_ACK, self.encoder.ack(message)),
+                    Outgoing::Vote(vote) => (wire::kind::VOTE, self.encoder.vote(vote)),
+                    Outgoing::VoteReply(reply) => (wire::kind::VOTE_REPLY, self.encoder.vote_reply(reply)),
+                };
+                match network.send(*id, kind, GROUP, body, attachment) {
+                    Ok(()) => peer.outbox.pop(),
+                    Err(ringraft_net::SendError::Full) => break,
+                    Err(ringraft_net::SendError::NotConnected) => {
+                        peer.outbox.clear();
+                        break;
+                    }
+                }
+            }
+        }
+        network.flush(&mut self.link);
+    }
+}

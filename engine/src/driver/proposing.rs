@@ -1,0 +1,147 @@
+//! The driver and the commands: from the queue into the open batch, sealed, applied, answered.
+
+use super::{APPLY_READ, Driver, GROUP, READ_BYTES, run_of, take_block};
+use crate::apply::Applied;
+use crate::error::{LeaderHint, Refusal, StopError};
+use crate::raft::{Event, Raft, Role};
+use crate::state_machine::StateMachine;
+use ringraft_block::LogIndex;
+use ringraft_net::link::Link;
+use ringraft_wal::disk::Disk;
+use ringraft_wal::format::{BatchBuilder, BatchKind, Chain, Seal};
+
+impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
+    pub(super) fn refusal(&self) -> Refusal {
+        Refusal::NotLeader { leader: self.leader_hint() }
+    }
+
+    pub(super) fn leader_hint(&self) -> Option<LeaderHint> {
+        let id = self.raft()?.leader()?;
+        let own = self.config.members.iter().find(|member| member.id == id).map(|member| member.address);
+        own.map(|address| LeaderHint { id, address })
+    }
+
+    /// Opens or closes the way in for proposals.
+    pub(super) fn set_gate(&mut self) {
+        if self.closing {
+            return;
+        }
+        let leads = self.raft().is_some_and(Raft::can_accept_proposals);
+        let gate = match (leads, self.no_space) {
+            (true, false) => Ok(()),
+            (true, true) => Err(Refusal::NoSpace),
+            (false, _) => Err(self.refusal()),
+        };
+        self.proposals.borrow_mut().set_gate(gate);
+    }
+
+    pub(super) fn take_proposals(&mut self) -> bool {
+        let mut taken = 0;
+        let mut proposals = self.proposals.borrow_mut();
+        while taken < self.config.ingress_capacity && (proposals.has_room() || !proposals.is_gate_open()) {
+            let Some(submission) = self.shared.ingress.pop() else { break };
+            proposals.take(submission, &mut self.deliveries);
+            taken += 1;
+        }
+        taken > 0
+    }
+
+    /// Seals the open batch whenever the log has room for another write: the batch is what arrived meanwhile.
+    pub(super) fn seal(&mut self) -> Result<bool, StopError> {
+        let mut progressed = false;
+        // Without space, what is left is for the engine's own batches.
+        while !self.no_space && self.pending.is_empty() && self.raft().is_some_and(Raft::can_accept_proposals)
+        {
+            self.open_batch()?;
+            let slot_bytes = self.proposals.borrow().sealable_slot_bytes();
+            if !slot_bytes.is_some_and(|bytes| self.wal.is_ready_for(bytes)) {
+                break;
+            }
+            self.propose(BatchKind::Commands)?;
+            progressed = true;
+        }
+        Ok(progressed)
+    }
+
+    /// Makes sure that there is an open batch to copy commands into.
+    fn open_batch(&mut self) -> Result<(), StopError> {
+        let mut proposals = self.proposals.borrow_mut();
+        if let Some(bytes) = proposals.wants_block() {
+            let block = take_block(&self.pool, &mut self.disk, bytes).map_err(StopError::Memory)?;
+            proposals.open(block);
+        }
+        Ok(())
+    }
+
+    pub(super) fn seal_empty(&mut self) -> Result<(), StopError> {
+        self.propose(BatchKind::Empty)?;
+        self.set_gate();
+        Ok(())
+    }
+
+    /// Seals a batch at the core's position and hands it to the core.
+    fn propose(&mut self, kind: BatchKind) -> Result<(), StopError> {
+        let Some((term, first)) = self.raft().and_then(Raft::next_position) else { return Ok(()) };
+        let (previous_chain, previous_time) = self.tail();
+        // The leader's clock, made monotonic along the log.
+        let time_ms = self.now.wall_ms.max(previous_time);
+        let seal = Seal { group: GROUP, term, first, kind, time_ms, previous_chain };
+        let sealed = match kind {
+            BatchKind::Commands => self.proposals.borrow_mut().seal(seal),
+            _ => {
+                let block = take_block(&self.pool, &mut self.disk, ringraft_block::BLOCK_BYTES);
+                Some(BatchBuilder::new(block.map_err(StopError::Memory)?).seal(seal))
+            }
+        };
+        let Some((block, info)) = sealed else { return Ok(()) };
+        self.incoming = Some((block, info));
+        self.step(Event::Proposed { batch: run_of(&info) })
+    }
+
+    /// Chain and time at the end of what the core has accepted.
+    fn tail(&self) -> (Chain, u64) {
+        let last = self.pending.back().map(|(_, info)| *info).or_else(|| self.wal.last_info());
+        last.map_or_else(|| (self.wal.log_end().chain, 0), |info| (info.chain, info.time_ms))
+    }
+
+    /// The chain at `index`, a batch end of what the core has accepted.
+    pub(super) fn chain_at(&self, index: LogIndex) -> Option<Chain> {
+        let pending = self.pending.iter().find(|(_, info)| info.last == index);
+        pending.map(|(_, info)| info.chain).or_else(|| self.wal.chain_at(index))
+    }
+
+    pub(super) fn apply(&mut self) -> Result<bool, StopError> {
+        let Some(commit) = self.raft().map(Raft::commit) else { return Ok(false) };
+        let before = self.applier.applied();
+        let applied = self.applier.advance(
+            commit,
+            self.wal.durable_through(),
+            self.config.apply_bytes_per_turn,
+            &self.recent,
+            &mut self.proposals.borrow_mut(),
+            &mut self.deliveries,
+        );
+        match applied.map_err(StopError::Invariant)? {
+            Applied::Fetch(first) if !self.closing => {
+                self.wal.read(&mut self.disk, APPLY_READ, first, READ_BYTES)
+            }
+            Applied::Fetch(_) | Applied::Current | Applied::More | Applied::Waiting => {}
+        }
+        let wanted = self.wanted_from();
+        self.recent.trim(wanted, self.wal.durable_through());
+        Ok(self.applier.applied() > before)
+    }
+
+    /// The first index that apply or a peer that keeps up will ask for.
+    fn wanted_from(&self) -> LogIndex {
+        let next = self.applier.applied().next();
+        let Some(raft) = self.raft().filter(|raft| raft.role() == Role::Leader) else { return next };
+        let connected = self.peers.iter().filter(|(_, peer)| peer.session.is_some());
+        let unsent = connected.filter_map(|(id, peer)| {
+            // What is in the outbox has been sent as far as the core knows.
+            let queued = if peer.outbox.is_empty() { None } else { Some(LogIndex(0)) };
+            queued.or_else(|| raft.progress(*id).map(|progress| progress.next))
+        });
+        unsent.min().map_or(next, |unsent| unsent.min(next))
+    }
+}
