@@ -66,7 +66,7 @@ fn caught() -> anyhow::Result<()> {
 #[derive(Clone, Debug, Default, clap::Args)]
 #[command(next_help_heading = "Engine")]
 pub(crate) struct EngineArgs {
-    /// What the core does when idle: park, adaptive[:MICROSECONDS] or spin [default: park]
+    /// What the core does when idle: park, adaptive (adaptive:MICROSECONDS) or spin [default: park]
     #[arg(long, value_name = "POLICY", value_parser = idle)]
     pub(crate) idle: Option<IdlePolicy>,
     /// The largest command [default: 1024]

@@ -237,6 +237,21 @@ impl Cluster {
         Ok(())
     }
 
+    /// Kills all running members at once, and takes in what they had said until then.
+    ///
+    /// # Errors
+    /// When one cannot be killed.
+    pub fn kill_all(&mut self) -> Result<()> {
+        for member in self.running.values_mut() {
+            member.child.kill()?;
+        }
+        for mut member in std::mem::take(&mut self.running).into_values() {
+            member.child.wait()?;
+            member.join_reader();
+        }
+        Ok(())
+    }
+
     /// Asks member `id` for its status.
     ///
     /// # Errors

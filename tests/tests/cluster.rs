@@ -56,9 +56,7 @@ fn all_members_killed_at_once_recover_everything_that_was_acknowledged() -> Resu
     for round in 0..3 {
         let _leader = load(&mut cluster, round * 1_000)?;
         cluster.wait_acks(1_500)?;
-        for id in cluster.running() {
-            cluster.kill(id)?;
-        }
+        cluster.kill_all()?;
         for id in 1..=3 {
             cluster.restart(id)?;
         }

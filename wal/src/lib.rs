@@ -27,8 +27,8 @@
 //!    truncated since.
 //! 3. **Torn is not damaged.** A torn tail that was never acknowledged is dropped silently. Damage to what was, or may have been,
 //!    acknowledged is recognised as damage, reported with segment and offset ([`Damage`]), never truncated and never handed
-//!    out. Stated residual: a final acknowledged write that the device lost entirely, with nothing durable after it, looks like a
-//!    write that was never made. The witness in the hard state narrows that window: it is recorded with every save, at a
+//!    out. Stated residual: one of the last `writes_in_flight_max` acknowledged writes that the device lost entirely, with
+//!    nothing later that vouches for it, looks like a write that was never made. The witness in the hard state narrows that window: it is recorded with every save, at a
 //!    start, at [`Wal::close`] and by [`Wal::save_witness`].
 //! 4. **The first failure is the last word.** The first failed or short durable operation poisons the log
 //!    ([`WalEvent::Poisoned`]): nothing is acknowledged afterwards, nothing is retried on that file. Lack of space is judged by operation:

@@ -37,6 +37,8 @@ use std::ops::Range;
 
 /// Segments are read in pieces of so much.
 const READ_BYTES: usize = 1024 * 1024;
+/// The largest segment that a configuration allows.
+const SEGMENT_BYTES_MAX: usize = (1 << 20) * BLOCK_BYTES;
 /// So many pieces are on their way at once.
 const READS_IN_FLIGHT: usize = 4;
 
@@ -466,6 +468,8 @@ impl<B: BlockBuf> Recovery<B> {
         file: FileId,
         length: usize,
     ) -> Result<(), WalError> {
+        // No segment is larger; a file that claims to be must not be believed with memory.
+        let length = length.min(SEGMENT_BYTES_MAX);
         let length = length - length % BLOCK_BYTES;
         if self.buffer.as_ref().is_none_or(|buffer| buffer.bytes().len() < length) {
             self.buffer = Some(AlignedBuf::zeroed(length));

@@ -210,11 +210,22 @@ impl LogScan {
         match self.stop.as_mut() {
             // The stop lies before the cut: what was there had been durable.
             Some(stop) => stop.durable_through = stop.durable_through.max(cut.index),
+            // A later cut may still make this irrelevant: segments behind a cut are removed one after the other.
+            None if end.index < cut.index => {
+                let name = self.segments.last().map_or(SegmentName::default(), |segment| segment.name);
+                self.stop = Some(Stop {
+                    name,
+                    place: Place { generation: cut.generation, offset: cut.offset },
+                    epoch,
+                    slot: None,
+                    segment_missing: true,
+                    durable_through: cut.index,
+                    torn_bytes: 0,
+                });
+            }
             None => {
                 let name = self.segments.last().map_or(SegmentName::default(), |segment| segment.name);
-                let cause =
-                    if end.index < cut.index { DamageCause::SegmentMissing } else { DamageCause::Misplaced };
-                self.damaged(name, cut.generation, cut.offset, cause);
+                self.damaged(name, cut.generation, cut.offset, DamageCause::Misplaced);
             }
         }
     }
