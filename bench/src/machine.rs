@@ -114,6 +114,26 @@ pub(crate) fn cpu_ns(pid: Pid) -> Option<u64> {
     Some(time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64)
 }
 
+/// Processor time of the whole machine.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct MachineTime {
+    /// Spent by any process or by the kernel, in nanoseconds.
+    pub(crate) busy_ns: u64,
+    /// Taken by the hypervisor for others.
+    pub(crate) steal_ns: u64,
+}
+
+/// Reads the machine's processor time, counted in ticks of 10 ms as a rule.
+pub(crate) fn machine_time() -> Option<MachineTime> {
+    let stat = fs::read_to_string("/proc/stat").ok()?;
+    // proc(5): user, nice, system, idle, iowait, irq, softirq, steal.
+    let ticks = stat.lines().next()?.split_whitespace().skip(1).map_while(|word| word.parse::<u64>().ok());
+    let ticks: Vec<u64> = ticks.collect();
+    let tick_ns = 1_000_000_000 / rustix::param::clock_ticks_per_second().max(1);
+    let sum = |fields: &[usize]| fields.iter().filter_map(|field| ticks.get(*field)).sum::<u64>() * tick_ns;
+    Some(MachineTime { busy_ns: sum(&[0, 1, 2, 5, 6]), steal_ns: sum(&[7]) })
+}
+
 /// Bytes that a process caused to be written to storage, by `/proc/PID/io`: right for direct I/O, misleading for
 /// buffered.
 pub(crate) fn process_written_bytes(pid: Pid) -> Option<u64> {
@@ -178,6 +198,7 @@ mod tests {
     #[test]
     fn the_environment_of_this_package_is_readable() {
         let environment = environment(Path::new(env!("CARGO_MANIFEST_DIR"))).unwrap();
+        assert!(machine_time().unwrap().busy_ns > 0);
         assert!(environment.cpus > 0 && environment.memory_mib > 0 && !environment.kernel.is_empty());
     }
 }

@@ -22,6 +22,8 @@ const READY_WITHIN: Duration = Duration::from_secs(120);
 const LEADER_WITHIN: Duration = Duration::from_secs(20);
 /// A node that runs answers at once.
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
+/// Those that tell their status later than this are left out of one look at all.
+const STATUS_WITHIN: Duration = Duration::from_millis(200);
 /// A node that was told to stop finishes its writes.
 const STOP_WITHIN: Duration = Duration::from_secs(10);
 const CAUGHT_UP_WITHIN: Duration = Duration::from_secs(30);
@@ -65,8 +67,8 @@ struct Process {
     pid: Pid,
     orders: Option<ChildStdin>,
     answers: Receiver<Answer>,
-    /// Orders whose answer did not come in time.
-    late: usize,
+    /// Orders whose answer has not come yet.
+    unanswered: usize,
     seen: Usage,
 }
 
@@ -142,13 +144,18 @@ impl Cluster {
         }
     }
 
-    /// What the members that live and answer say. Fails when one ended by itself, not by a signal.
+    /// What the members that live and answer in time say. Fails when one ended by itself, not by a signal.
     pub(crate) fn statuses(&mut self) -> anyhow::Result<Vec<NodeStatus>> {
+        for member in &mut self.members {
+            if member.look()? {
+                member.post(&Order::Status)?;
+            }
+        }
+        // One that was stopped by a signal must not hold up the others.
+        let deadline = Instant::now() + STATUS_WITHIN;
         let mut statuses = Vec::new();
         for member in &mut self.members {
-            if member.look()?
-                && let Some(Answer::Status(status)) = member.ask(&Order::Status)?
-            {
+            if let Some(Answer::Status(status)) = member.await_answer(deadline)? {
                 statuses.push(status);
             }
         }
@@ -253,7 +260,7 @@ impl Member {
             })
             .context("starting a thread")?;
         self.ended = None;
-        self.process = Some(Process { child, pid, orders, answers, late: 0, seen: Usage::default() });
+        self.process = Some(Process { child, pid, orders, answers, unanswered: 0, seen: Usage::default() });
         Ok(())
     }
 
@@ -301,28 +308,44 @@ impl Member {
 
     /// Gives an order and waits for its answer; none if the node is gone or does not answer.
     pub(crate) fn ask(&mut self, order: &Order) -> anyhow::Result<Option<Answer>> {
-        let Some(process) = &mut self.process else { return Ok(None) };
+        self.post(order)?;
+        self.await_answer(Instant::now() + ANSWER_WITHIN)
+    }
+
+    /// Gives an order without waiting for its answer.
+    pub(crate) fn post(&mut self, order: &Order) -> anyhow::Result<()> {
         let line = serde_json::to_string(order)? + "\n";
-        let Some(orders) = &mut process.orders else { return Ok(None) };
-        if orders.write_all(line.as_bytes()).and_then(|()| orders.flush()).is_err() {
-            return Ok(None);
+        if let Some(process) = &mut self.process
+            && let Some(orders) = &mut process.orders
+        {
+            // An error means that the node is gone, which shows elsewhere.
+            let posted = orders.write_all(line.as_bytes()).and_then(|()| orders.flush());
+            process.unanswered += usize::from(posted.is_ok());
         }
-        let deadline = Instant::now() + ANSWER_WITHIN;
-        loop {
+        Ok(())
+    }
+
+    /// The answer to the order given last; none if it does not come by `deadline`.
+    fn await_answer(&mut self, deadline: Instant) -> anyhow::Result<Option<Answer>> {
+        let Some(process) = &mut self.process else { return Ok(None) };
+        while process.unanswered > 0 {
             cleanup::check()?;
-            match process.answers.recv_timeout(LOOK_AGAIN) {
-                // One that runs again after a signal says first that it is up.
+            let left = deadline.saturating_duration_since(Instant::now());
+            match process.answers.recv_timeout(left.min(LOOK_AGAIN)) {
+                // One that was started again says first that it is up.
                 Ok(Answer::Ready { .. }) => {}
-                Ok(_) if process.late > 0 => process.late -= 1,
-                Ok(answer) => return Ok(Some(answer)),
-                Err(RecvTimeoutError::Timeout) if Instant::now() < deadline => {}
-                Err(RecvTimeoutError::Timeout) => {
-                    process.late += 1;
-                    return Ok(None);
+                Ok(answer) => {
+                    process.unanswered -= 1;
+                    // Answers come in the order of the orders: this may be a late one.
+                    if process.unanswered == 0 {
+                        return Ok(Some(answer));
+                    }
                 }
-                Err(RecvTimeoutError::Disconnected) => return Ok(None),
+                Err(RecvTimeoutError::Timeout) if !left.is_zero() => {}
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => return Ok(None),
             }
         }
+        Ok(None)
     }
 
     /// SIGKILL, as an operator would.

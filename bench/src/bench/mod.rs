@@ -16,7 +16,7 @@ use crate::cli::{EngineArgs, duration};
 use crate::exit::{self, Failure};
 use crate::limit::{self, LimitOptions, LimitReport};
 use crate::load::{self, COMMAND_BYTES_MIN};
-use crate::machine::{self, BlockDevice};
+use crate::machine::{self, BlockDevice, MachineTime};
 use crate::node::LoadFrom;
 use anyhow::{Context as _, bail, ensure};
 use cluster::{Cluster, ClusterOptions, Usage};
@@ -24,8 +24,8 @@ use control::{Answer, Order, Plan};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use ledger::{Ending, Figure, Ledger, Phase};
 use report::{
-    Batch, Config, Cpu, Disk, Durable, Engine, Failover, Latency, Leader, Limit, Outcomes, Report, Share,
-    Spread,
+    Batch, Config, Cpu, Disk, Durable, Engine, Failover, Latency, Leader, Limit, Others, Outcomes, Report,
+    Share, Spread,
 };
 use ringraft_block::{ClusterId, NodeId};
 use std::io::Write as _;
@@ -37,7 +37,7 @@ use verify::{NodeDir, RunLedger, Verified};
 const OPEN_LOOP_STREAMS: u32 = 16_384;
 const CLOSED_LOOP_STREAMS: u32 = 256;
 /// The watch looks at the nodes and ledgers this often; so late a failover may be noticed.
-const WATCH_EVERY: Duration = Duration::from_millis(2);
+const WATCH_EVERY: Duration = Duration::from_millis(5);
 /// Usage is sampled, and the rate taken, this often.
 const SLICE_NS: u64 = 100_000_000;
 /// Without an acknowledgement for so long, the watch asks whether another node leads.
@@ -322,8 +322,10 @@ struct Watch<'a> {
 
 /// What was used up to a moment.
 struct Sample {
+    now_ns: u64,
     nodes: Vec<Usage>,
     device_bytes: Option<u64>,
+    machine: Option<MachineTime>,
 }
 
 impl<'a> Watch<'a> {
@@ -448,7 +450,7 @@ impl<'a> Watch<'a> {
         }
         if old_runs && leader.node != node {
             // It may be cut off or stopped, and notice later; its outcomes count until then.
-            cluster.member(node)?.ask(&Order::StopLoad)?;
+            cluster.member(node)?.post(&Order::StopLoad)?;
         }
         self.order(cluster, leader.node, leader.term)
     }
@@ -517,8 +519,12 @@ impl<'a> Watch<'a> {
     }
 
     fn usage(&self, cluster: &mut Cluster) -> Sample {
-        let nodes = cluster.members().iter_mut().map(cluster::Member::sample).collect();
-        Sample { nodes, device_bytes: self.device.as_ref().and_then(BlockDevice::written_bytes) }
+        Sample {
+            now_ns: load::now_ns(),
+            nodes: cluster.members().iter_mut().map(cluster::Member::sample).collect(),
+            device_bytes: self.device.as_ref().and_then(BlockDevice::written_bytes),
+            machine: machine::machine_time(),
+        }
     }
 
     fn show(&self, now_ns: u64, rate: Option<f64>) {
@@ -566,6 +572,16 @@ impl<'a> Watch<'a> {
         let gap_ms = gaps_ms.iter().copied().fold(0.0, f64::max);
         let election_timeouts = gap_ms / (election_timeout.as_secs_f64() * 1e3);
         (!gaps_ms.is_empty()).then_some(Failover { gap_ms, gaps_ms, election_timeouts })
+    }
+
+    /// What else the machine did, `cpu_ns` being what the nodes used.
+    fn others(&self, cpu_ns: u64) -> Option<Others> {
+        let (begin, end) = self.at_begin.as_ref().zip(self.at_end.as_ref())?;
+        let (before, after) = begin.machine.zip(end.machine)?;
+        let window_ns = end.now_ns.saturating_sub(begin.now_ns).max(1) as f64;
+        let busy_ns = after.busy_ns.saturating_sub(before.busy_ns).saturating_sub(cpu_ns);
+        let stolen_ns = after.steal_ns.saturating_sub(before.steal_ns);
+        Some(Others { busy_cores: busy_ns as f64 / window_ns, stolen_cores: stolen_ns as f64 / window_ns })
     }
 
     fn report(
@@ -618,10 +634,30 @@ impl<'a> Watch<'a> {
             latency: limit.commit_us_p50 / latency_us.p50.max(f64::MIN_POSITIVE),
             throughput: payload_bytes_per_s / limit.bytes_per_s.max(f64::MIN_POSITIVE),
         });
+        let others = self.others(cpu_ns.iter().sum());
+        if let Some(others) = others.filter(Others::disturb) {
+            notes.push(format!(
+                "meanwhile other programs used {:.1} of {} cores, and the hypervisor took {:.1}: the figures are those \
+                 of a disturbed machine",
+                others.busy_cores, environment.cpus, others.stolen_cores
+            ));
+        }
         if commits == 0 {
             notes.push("nothing was committed within the window".to_owned());
         }
         let majority = args.nodes / 2 + 1;
+        let durable = Durable {
+            acknowledgement: format!(
+                "durable (O_DIRECT | O_DSYNC) on {majority} of {} nodes and applied on the leader",
+                args.nodes
+            ),
+            nodes: args.nodes,
+            majority,
+            durable_files_seen: self.durable_files.clone(),
+        };
+        if !durable.seen_everywhere() && !self.durable_files.is_empty() {
+            notes.push("not every node was seen with a log file open with O_DIRECT | O_DSYNC".to_owned());
+        }
         let leaders = self.runs.iter().zip(&self.leaders).map(|(run, (node, term))| Leader {
             node: *node,
             term: *term,
@@ -641,15 +677,7 @@ impl<'a> Watch<'a> {
                 cores: args.cores.clone(),
                 engine: Engine::from(config),
             },
-            durable: Durable {
-                acknowledgement: format!(
-                    "durable (O_DIRECT | O_DSYNC) on {majority} of {} nodes and applied on the leader",
-                    args.nodes
-                ),
-                nodes: args.nodes,
-                majority,
-                durable_files_seen: self.durable_files.clone(),
-            },
+            durable,
             commits_per_s: commits as f64 / window_s,
             payload_bytes_per_s,
             latency_us,
@@ -670,6 +698,7 @@ impl<'a> Watch<'a> {
                 generator_us_per_commit: (args.load == LoadFrom::Thread)
                     .then(|| per_commit_us(self.grown(Figure::CpuNsAtBegin, Figure::CpuNs))),
             },
+            others,
             disk: Disk {
                 source: if device_bytes.is_some() { "block device counters" } else { "/proc/PID/io" },
                 device_bytes,

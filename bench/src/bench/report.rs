@@ -39,6 +39,7 @@ pub(crate) struct Report {
     pub(crate) commits: u64,
     pub(crate) window_s: f64,
     pub(crate) cpu: Cpu,
+    pub(crate) others: Option<Others>,
     pub(crate) disk: Disk,
     pub(crate) spread: Spread,
     pub(crate) failover: Option<Failover>,
@@ -110,6 +111,13 @@ pub(crate) struct Durable {
     pub(crate) majority: usize,
     /// Files of each node's log that were seen open with `O_DIRECT | O_DSYNC` during the run.
     pub(crate) durable_files_seen: Vec<usize>,
+}
+
+impl Durable {
+    /// Whether each node was seen to write its log as the acknowledgement says.
+    pub(crate) fn seen_everywhere(&self) -> bool {
+        self.durable_files_seen.len() == self.nodes && !self.durable_files_seen.contains(&0)
+    }
 }
 
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -195,6 +203,22 @@ pub(crate) struct Cpu {
     pub(crate) generator_us_per_commit: Option<f64>,
 }
 
+/// What else the machine did within the window, in processors.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(crate) struct Others {
+    /// Used by other programs and by the kernel on its own account.
+    pub(crate) busy_cores: f64,
+    /// Taken by the hypervisor.
+    pub(crate) stolen_cores: f64,
+}
+
+impl Others {
+    /// So much disturbs the figures.
+    pub(crate) fn disturb(&self) -> bool {
+        self.busy_cores.max(self.stolen_cores) > 0.2
+    }
+}
+
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Disk {
     /// What `disk_bytes_per_payload_byte` was taken from.
@@ -260,7 +284,7 @@ pub(crate) struct Outcomes {
 pub(crate) fn render(report: &Report) -> String {
     let Report { config, latency_us, batch, .. } = report;
     let mut table = Table::new();
-    table.load_preset(presets::UTF8_BORDERS_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
+    table.load_preset(presets::UTF8_BORDERS_ONLY).set_content_arrangement(ContentArrangement::Disabled);
     table.set_header(["", "ringraft", "limit before", "limit after", "share of limit"]);
     let both = |figure: &dyn Fn(&Limit) -> String| {
         [&report.limit_before, &report.limit_after]
@@ -344,7 +368,9 @@ pub(crate) fn render(report: &Report) -> String {
         environment.cpu, environment.cpus, environment.kernel, environment.file_system
     );
     let _ = writeln!(out, "{table}");
-    let _ = writeln!(out, "An acknowledged command is {}.", report.durable.acknowledgement);
+    let seen =
+        if report.durable.seen_everywhere() { " (these flags were seen in /proc on every node)" } else { "" };
+    let _ = writeln!(out, "An acknowledged command is {}{seen}.", report.durable.acknowledgement);
     if let Some(failover) = &report.failover {
         let leaders: Vec<_> = report
             .leaders

@@ -3,7 +3,9 @@
 use super::check::Recorder;
 use super::disk::SimDisk;
 use super::link::{SimLink, address_of};
-use super::node::{Answer, Boot, CANDIDATE, Cluster, ImageLog, LEADER, RefusedAtOnce, SimNode, Tuning, Turned, View};
+use super::node::{
+    Answer, Boot, CANDIDATE, Cluster, ImageLog, LEADER, RefusedAtOnce, SimNode, Tuning, Turned, View,
+};
 use ringraft::config::{Config, MemberConfig};
 use ringraft::driver::Driver;
 use ringraft::error::{LeaderHint, ProposeError, Refusal};

@@ -52,6 +52,11 @@ impl Context {
         self.trace.borrow_mut().record(TraceEvent { time: self.now(), node: node as u16, what, a, b });
     }
 
+    /// Prints what numbers do not say, in a run whose events are printed.
+    pub fn note(&self, text: impl FnOnce() -> String) {
+        self.trace.borrow().note(text);
+    }
+
     /// Counts that the run came by `mark`.
     pub fn cover(&self, mark: Mark) {
         self.coverage.borrow_mut().count(mark, 1);

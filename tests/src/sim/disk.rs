@@ -389,6 +389,7 @@ impl DiskState {
         let kind = kind_of(&op);
         let bytes = bytes_of(&op);
         self.context.record(self.node, What::DiskSubmit, u64::from(kind), bytes as u64);
+        self.context.note(|| self.describe(&op));
         let inode = file_of(&op).and_then(|file| {
             let open = self.files.get_mut(file.0 as usize)?.as_mut()?;
             if matches!(op, DiskOp::Close { .. }) {
@@ -439,6 +440,27 @@ impl DiskState {
             }
         };
         self.queue.push(Reverse((due, sequence, slot)));
+    }
+
+    fn describe(&self, op: &DiskOp<AlignedBuf>) -> String {
+        let name = |file: &FileId| {
+            let open = self.files.get(file.0 as usize).copied().flatten();
+            let inode = open.map_or(usize::MAX, |open| open.inode);
+            let named = self.names.iter().find(|(_, named)| **named == inode);
+            named.map_or_else(|| format!("file {}", file.0), |(name, _)| name.clone())
+        };
+        match op {
+            DiskOp::List => "list".to_owned(),
+            DiskOp::Create { name, bytes, access } => format!("create {name}, {bytes} bytes, {access:?}"),
+            DiskOp::Open { name, access } => format!("open {name}, {access:?}"),
+            DiskOp::Write { file, offset, bytes, .. } => format!("write {} {offset}+{bytes}", name(file)),
+            DiskOp::Read { file, offset, bytes, .. } => format!("read {} {offset}+{bytes}", name(file)),
+            DiskOp::Flush { file } => format!("flush {}", name(file)),
+            DiskOp::Close { file } => format!("close {}", name(file)),
+            DiskOp::Rename { from, to } => format!("rename {from} to {to}"),
+            DiskOp::Remove { name } => format!("remove {name}"),
+            DiskOp::SyncDirectory => "sync directory".to_owned(),
+        }
     }
 
     fn poll(&mut self, done: &mut Vec<DiskDone<AlignedBuf>>) {

@@ -85,7 +85,7 @@ impl Nemesis {
     #[must_use]
     pub fn new(mut rng: Rng, tuning: &Tuning, disk_faults: bool) -> Self {
         let election = tuning.election_timeout_ms * MILLISECOND;
-        let pause = election / 10 * [1, 3, 8, 20][rng.index(4)];
+        let pause = election / 10 * [3, 8, 20, 40][rng.index(4)];
         let length = election / 10 * [1, 5, 15, 40][rng.index(4)];
         let mut weights = Vec::new();
         while weights.is_empty() {

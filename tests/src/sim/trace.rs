@@ -156,6 +156,13 @@ impl Trace {
         }
     }
 
+    /// Prints what numbers do not say, where events are printed. Not part of the trace.
+    pub fn note(&self, text: impl FnOnce() -> String) {
+        if self.print {
+            println!("{:>24}{}", "", text());
+        }
+    }
+
     /// The hash of all events so far.
     #[must_use]
     pub fn hash(&self) -> u64 {

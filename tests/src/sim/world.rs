@@ -30,7 +30,8 @@ pub struct Options {
     pub steps: u64,
     /// Whether every event is printed.
     pub trace: bool,
-    /// One in so many advances of the commit index is checked against recovered disk images; 0 for none.
+    /// About one in so many advances of the commit index is checked against recovered disk images, fewer in a long
+    /// log; 0 for none.
     pub image_check_every: u64,
     /// Disks fail, run full and write short. Nodes may stop for it.
     pub disk_faults: bool,
@@ -181,12 +182,24 @@ struct Client {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Plan {
     Trouble,
-    Restart { node: usize },
-    Heal { from: usize, to: usize },
-    DiskNormal { node: usize },
+    Restart {
+        node: usize,
+    },
+    Heal {
+        from: usize,
+        to: usize,
+    },
+    DiskNormal {
+        node: usize,
+    },
     DialNormal,
-    Client { client: usize },
-    GiveUp { client: usize, sequence: usize },
+    Client {
+        client: usize,
+    },
+    GiveUp {
+        client: usize,
+        sequence: usize,
+    },
     /// Look whether all nodes have converged.
     Look,
 }
@@ -219,6 +232,7 @@ struct World<'a, C: Cluster> {
     phase_ends: Time,
     phase_steps_end: u64,
     commits_seen: u64,
+    image_check_at: u64,
     answers: Vec<(u64, Answer)>,
 }
 
@@ -235,6 +249,8 @@ impl<'a, C: Cluster> World<'a, C> {
         let tuning = Tuning::draw(&mut rng.fork(1));
         let fabric = Fabric::new(&context, nodes, rng.fork(2), LinkConfig::default());
         let clients = 1 + rng.index(8);
+        // Most runs spend their steps on trouble, not on commands.
+        let think = tuning.election_timeout_ms * MILLISECOND / [5_000, 200, 20, 20, 5, 5][rng.index(6)];
         let history = History::new(&context, clients);
         let machine = |node: usize, rng: &mut Rng| {
             let mut own = rng.fork(100 + node as u64);
@@ -265,7 +281,7 @@ impl<'a, C: Cluster> World<'a, C> {
                 next: 0,
                 current: None,
                 in_flight: false,
-                think: [50 * MICROSECOND, MILLISECOND, 5 * MILLISECOND, 20 * MILLISECOND][own.index(4)],
+                think: think * own.between(1, 4),
                 patience: own.between(1, 10),
                 padding_max: [100, 1_000, 5_000, 40_000][own.index(4)],
                 fresh_from: usize::MAX,
@@ -294,6 +310,7 @@ impl<'a, C: Cluster> World<'a, C> {
             phase_ends: Time::MAX,
             phase_steps_end: options.steps,
             commits_seen: 0,
+            image_check_at: seed % options.image_check_every.max(1),
             answers: Vec::new(),
         }
     }
@@ -523,7 +540,9 @@ impl<'a, C: Cluster> World<'a, C> {
             let asked = self.context.now().saturating_sub(4 * self.tuning.election_timeout_ms * MILLISECOND);
             let heard = self.machines[node].heard_at.iter().filter(|heard_at| **heard_at >= asked).count();
             if heard * 2 <= self.machines.len() {
-                self.history.borrow_mut().fail(|| format!("node {node} campaigns without a quorum's pre-votes"));
+                self.history
+                    .borrow_mut()
+                    .fail(|| format!("node {node} campaigns without a quorum's pre-votes"));
             }
         }
         if after.role == LEADER && before.role != LEADER {
@@ -542,8 +561,9 @@ impl<'a, C: Cluster> World<'a, C> {
                 && self.history.borrow_mut().committed(node, after.commit, chain);
             if news {
                 self.commits_seen += 1;
-                let every = self.options.image_check_every;
-                if every > 0 && self.commits_seen.is_multiple_of(every) {
+                if self.options.image_check_every > 0 && self.commits_seen >= self.image_check_at {
+                    // Recovery reads the whole log, so the checks become rarer as it grows.
+                    self.image_check_at += self.options.image_check_every + self.commits_seen / 8;
                     self.check_images(after.commit, chain);
                 }
             }
