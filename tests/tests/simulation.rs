@@ -2,6 +2,7 @@
 
 use ringraft::mutants::{self, Mutant};
 use ringraft_tests::sim::cluster::Engine;
+use ringraft_tests::sim::coverage::Mark;
 use ringraft_tests::sim::range::run_range;
 use ringraft_tests::sim::world::{Options, Report, run};
 
@@ -43,5 +44,17 @@ fn an_acknowledgement_before_durability_is_noticed() {
     };
     let summary = run_range(make, 0..20, &Options::default(), 1, |_| {});
     mutants::set(None);
-    assert!(summary.failure.is_some());
+    let message = &summary.failure.expect("noticed").failure.expect("a failed run").message;
+    let why = ["durable", "acknowledged"];
+    assert!(why.iter().any(|word| message.contains(word)), "noticed for another reason: {message}");
+}
+
+#[test]
+fn failing_disks_and_late_writes_lose_nothing_that_was_acknowledged() {
+    let options = Options { disk_faults: true, late_writes: true, ..Options::default() };
+    let summary = run_range(|| Engine, 0..40, &options, 2, |_| {});
+    if let Some(report) = &summary.failure {
+        panic!("{}", describe(report));
+    }
+    assert!(summary.coverage.of(Mark::DiskFault) > 0, "no disk failed");
 }

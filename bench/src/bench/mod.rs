@@ -306,6 +306,8 @@ struct Watch<'a> {
     runs: Vec<RunLedger>,
     /// Who each of `runs` was ordered from, and the term.
     leaders: Vec<(u64, u64)>,
+    /// The last acknowledgement that there had been when each of `runs` was ordered; 0 for none.
+    acked_before_ns: Vec<u64>,
     device: Option<BlockDevice>,
     at_begin: Option<Sample>,
     at_end: Option<Sample>,
@@ -342,6 +344,7 @@ impl<'a> Watch<'a> {
             end_ns,
             runs: Vec::new(),
             leaders: Vec::new(),
+            acked_before_ns: Vec::new(),
             device: BlockDevice::of(dir),
             at_begin: None,
             at_end: None,
@@ -369,6 +372,8 @@ impl<'a> Watch<'a> {
             begin_ns: self.begin_ns,
             end_ns: self.end_ns,
         };
+        let acked_ns = self.runs.iter().map(|run| run.ledger.get(Figure::LastAckNs));
+        self.acked_before_ns.push(acked_ns.max().unwrap_or(0));
         let answer = cluster.member(node)?.ask(&Order::Run { ledger: path, plan })?;
         // From here on the ledger counts: a node that died over the order may have sent something.
         self.runs.push(RunLedger { run, ledger });
@@ -562,12 +567,15 @@ impl<'a> Watch<'a> {
     }
 
     fn failover(&self, election_timeout: Duration) -> Option<Failover> {
-        let times = self.runs.iter().map(|run| {
-            let ledger = &run.ledger;
-            (ledger.get(Figure::FirstAckNs), ledger.get(Figure::LastAckNs))
+        // A leader that was only stopped may acknowledge something later, after the next one has begun; what it had
+        // acknowledged when that one was ordered counts here.
+        let gaps = self.runs.iter().enumerate().filter_map(|(number, run)| {
+            let first_ns = run.ledger.get(Figure::FirstAckNs);
+            let earlier = self.runs[..number].iter().map(|run| run.ledger.get(Figure::LastAckNs));
+            let known = earlier.chain(self.acked_before_ns.get(number).copied());
+            let last_ns = known.filter(|last_ns| *last_ns > 0 && *last_ns <= first_ns).max()?;
+            Some((first_ns - last_ns) as f64 / 1e6)
         });
-        let times: Vec<_> = times.filter(|(first_ns, _)| *first_ns > 0).collect();
-        let gaps = times.windows(2).map(|pair| pair[1].0.saturating_sub(pair[0].1) as f64 / 1e6);
         let gaps_ms: Vec<f64> = gaps.collect();
         let gap_ms = gaps_ms.iter().copied().fold(0.0, f64::max);
         let election_timeouts = gap_ms / (election_timeout.as_secs_f64() * 1e3);

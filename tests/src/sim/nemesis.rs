@@ -78,6 +78,9 @@ pub struct Nemesis {
     pause: Time,
     /// Typical time that a trouble lasts.
     length: Time,
+    /// How often, in a million, trouble befalls a leader that has just been elected: the entries of several terms
+    /// are then spread over few nodes, as in figure 8 of the Raft paper.
+    regicide_ppm: u32,
 }
 
 impl Nemesis {
@@ -96,7 +99,8 @@ impl Nemesis {
                 }
             }
         }
-        Self { rng, weights, pause, length }
+        let regicide_ppm = [0, 0, 0, 500_000, 900_000][rng.index(5)];
+        Self { rng, weights, pause, length, regicide_ppm }
     }
 
     /// The next trouble.
@@ -110,6 +114,13 @@ impl Nemesis {
             }
         }
         unreachable!("the draw is below the sum of the weights")
+    }
+
+    /// What befalls a leader that has just been elected, and perhaps one other node.
+    pub fn regicide(&mut self) -> Option<(Trouble, bool)> {
+        let struck = self.rng.chance(self.regicide_ppm);
+        let means = [Trouble::KillLeader, Trouble::IsolateLeader, Trouble::PowerCut, Trouble::Kill];
+        struck.then(|| (means[self.rng.index(4)], self.rng.chance(400_000)))
     }
 
     /// How long until the next one.

@@ -157,6 +157,8 @@ enum Doom {
     One(Crash),
     /// All machines lose power with it.
     All,
+    /// It loses all its links.
+    Isolated,
 }
 
 /// A node that takes so many turns in [`SPIN_TIME`] with nothing from outside spins.
@@ -491,6 +493,13 @@ impl<'a, C: Cluster> World<'a, C> {
         if turned.stopped {
             self.context.record(node, What::Stopped, 0, 0);
             let reason = process.stop_reason().unwrap_or_else(|| "for no reason given".to_owned());
+            // Its last answers count like any other: a node that acknowledges while it stops is believed.
+            let mut answers = std::mem::take(&mut self.answers);
+            process.answers(&mut answers);
+            for (tag, answer) in answers.drain(..) {
+                self.answered(node, tag, &answer);
+            }
+            self.answers = answers;
             if self.options.disk_faults {
                 // Whoever runs it mends the disk and starts it again.
                 self.crash(node, Crash::Kill);
@@ -525,6 +534,11 @@ impl<'a, C: Cluster> World<'a, C> {
                     self.crash(node, Crash::PowerCut);
                 }
             }
+            Some((0, Doom::Isolated)) => {
+                *doomed = None;
+                let length = self.nemesis.length();
+                self.cut_where(length, |from, to| (from == node) != (to == node));
+            }
             Some((left, _)) => *left -= 1,
             None => {}
         }
@@ -549,6 +563,15 @@ impl<'a, C: Cluster> World<'a, C> {
             let Some(process) = &self.machines[node].process else { return };
             let start = process.log_start();
             self.history.borrow_mut().elected(node, after, start, |index| process.chain_at(index));
+            if self.phase == Phase::Trouble
+                && let Some((trouble, another)) = self.nemesis.regicide()
+            {
+                self.strike(trouble, node, node);
+                if another {
+                    let other = self.nemesis.rng().index(self.machines.len());
+                    self.strike(Trouble::Kill, other, node);
+                }
+            }
         }
         if before.commit != after.commit {
             self.context.record(node, What::Commit, after.commit, after.term);
@@ -720,6 +743,11 @@ impl<'a, C: Cluster> World<'a, C> {
         let nodes = self.machines.len();
         let node = self.nemesis.rng().index(nodes);
         let leader = self.machines.iter().position(|machine| machine.view.role == LEADER).unwrap_or(node);
+        self.strike(trouble, node, leader);
+    }
+
+    fn strike(&mut self, trouble: Trouble, node: usize, leader: usize) {
+        let nodes = self.machines.len();
         let length = self.nemesis.length();
         let now = self.context.now();
         match trouble {
@@ -728,7 +756,7 @@ impl<'a, C: Cluster> World<'a, C> {
             Trouble::PowerCut => self.doom(node, Doom::One(Crash::PowerCut)),
             Trouble::PowerCutOfAll => self.doom(node, Doom::All),
             Trouble::Isolate => self.cut_where(length, |from, to| (from == node) != (to == node)),
-            Trouble::IsolateLeader => self.cut_where(length, |from, to| (from == leader) != (to == leader)),
+            Trouble::IsolateLeader => self.doom(leader, Doom::Isolated),
             Trouble::Split => {
                 let side = self.nemesis.rng().bits();
                 self.cut_where(length, |from, to| (side >> from & 1) != (side >> to & 1));
