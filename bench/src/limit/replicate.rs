@@ -20,6 +20,8 @@ use super::ring::{Ring, Token};
 use super::socket::{Answer, Command, Control};
 use super::{Measured, Pace, Samples, Shape, Usage};
 
+/// A measurement without a result is made so many times longer at the most.
+const WINDOWS_MAX: u32 = 100;
 /// How many batches fit into memory: as many as are in flight, and these for a follower that is behind.
 const SLOTS_SPARE: usize = 8;
 /// Batches in memory take at most about this much, if two fit and all that are in flight.
@@ -179,12 +181,19 @@ impl<'a> Leader<'a> {
         let mut counted = 0;
         let cpu = pace.usage.cpu_ns();
         let begun = Instant::now();
-        let (counted_from, counted_to) = (begun + pace.warm_up, begun + pace.warm_up + pace.measure);
+        let counted_from = begun + pace.warm_up;
+        // A window in which nothing was committed says nothing: it is made longer, within reason.
+        let mut windows = 1;
+        let mut counted_to = counted_from + pace.measure;
         let mut now = begun;
         for at in 0..self.peers.len() {
             self.receive_acks(at)?;
         }
         loop {
+            if now >= counted_to && counted == 0 && windows < WINDOWS_MAX {
+                windows += 1;
+                counted_to += pace.measure;
+            }
             while !self.last && self.may_begin() {
                 self.last = now >= counted_to || pace.stopped();
                 self.begin(now)?;
@@ -207,7 +216,8 @@ impl<'a> Leader<'a> {
             self.committed = committed;
         }
         let cpu_ns_total = pace.usage.cpu_ns() - cpu;
-        Ok(Run { samples, counted, seconds: pace.measure.as_secs_f64(), count: self.begun, cpu_ns_total })
+        let seconds = pace.measure.as_secs_f64() * f64::from(windows);
+        Ok(Run { samples, counted, seconds, count: self.begun, cpu_ns_total })
     }
 
     /// Whether the window has room, and a slot is free: its batch is written here and sent to all.

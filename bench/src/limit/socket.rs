@@ -165,7 +165,8 @@ pub(super) fn send_messages(
     let (mut count, mut counted) = (0u64, 0u64);
     loop {
         let sent = Instant::now();
-        let last = sent >= counted_to || pace.stopped();
+        // At least one message is counted, however slow the machine.
+        let last = sent >= counted_to && counted > 0 || pace.stopped();
         message[0] = u8::from(last);
         peer.send_all(&message)?;
         if echo {
