@@ -79,6 +79,12 @@ pub enum Fate {
     Unknown,
 }
 
+#[derive(Clone, Copy)]
+struct CommittedEnd {
+    chain: [u8; 16],
+    term: u64,
+}
+
 /// All that was ever seen.
 pub struct History {
     context: Rc<Context>,
@@ -86,8 +92,9 @@ pub struct History {
     /// Where each client's commands were applied.
     applied_at: Vec<Vec<Option<u64>>>,
     fates: Vec<Vec<Fate>>,
-    /// Chains at batch ends that were committed on some node.
-    committed: BTreeMap<u64, [u8; 16]>,
+    /// Batch ends that were committed on some node, with the term that the first node to know it was in then: it was
+    /// committed in that term at the latest.
+    committed: BTreeMap<u64, CommittedEnd>,
     leaders: BTreeMap<u64, usize>,
     last_leader: Option<usize>,
     failure: Option<String>,
@@ -193,18 +200,21 @@ impl History {
         }
     }
 
-    /// A node's commit index has reached `index`, where its chain is `chain`. Whether that was news.
-    pub fn committed(&mut self, node: usize, index: u64, chain: Option<[u8; 16]>) -> bool {
+    /// The commit index of a node in `term` has reached `index`, where its chain is `chain`. Whether that was news.
+    pub fn committed(&mut self, node: usize, term: u64, index: u64, chain: Option<[u8; 16]>) -> bool {
         let Some(chain) = chain else {
             self.fail(|| format!("node {node} committed up to {index}, which is no batch end of its log"));
             return false;
         };
-        match self.committed.get(&index) {
+        match self.committed.get_mut(&index) {
             None => {
-                self.committed.insert(index, chain);
+                self.committed.insert(index, CommittedEnd { chain, term });
                 self.committed.last_key_value().is_some_and(|(last, _)| *last == index)
             }
-            Some(known) if *known == chain => false,
+            Some(known) if known.chain == chain => {
+                known.term = known.term.min(term);
+                false
+            }
             Some(_) => {
                 self.fail(|| format!("two logs are committed at index {index}; the second is node {node}'s"));
                 false
@@ -225,12 +235,13 @@ impl History {
             return;
         }
         let mut held = self.committed.range(start + 1..=end);
-        if let Some((&index, _)) = held.find(|(index, chain)| chain_at(**index) != Some(**chain)) {
+        if let Some((&index, _)) = held.find(|(index, end)| chain_at(**index) != Some(end.chain)) {
             self.fail(|| format!("node {node}'s log differs at the committed index {index}"));
         }
     }
 
-    /// Leader Completeness: what is committed when a leader is elected is in its log.
+    /// Leader Completeness: what was committed in earlier terms is in the log of a leader. (One that wins an old term
+    /// late, having slept, need not have what was committed in later ones.)
     pub fn elected(
         &mut self,
         node: usize,
@@ -238,9 +249,11 @@ impl History {
         start: u64,
         chain_at: impl Fn(u64) -> Option<[u8; 16]>,
     ) {
-        let Some((&index, &chain)) = self.committed.last_key_value() else { return };
+        let Some((&index, end)) = self.committed.iter().rev().find(|(_, end)| end.term < view.term) else {
+            return;
+        };
         let absent = index > view.last;
-        let different = (start + 1..=view.written).contains(&index) && chain_at(index) != Some(chain);
+        let different = (start + 1..=view.written).contains(&index) && chain_at(index) != Some(end.chain);
         if absent || different {
             self.fail(|| format!("node {node} was elected without the committed index {index}"));
         }
@@ -432,9 +445,20 @@ mod tests {
         assert!(failure(&history).contains("both led term 3"));
 
         let history = self::history();
-        assert!(history.borrow_mut().committed(0, 5, Some([1; 16])));
-        assert!(!history.borrow_mut().committed(1, 5, Some([1; 16])));
-        history.borrow_mut().committed(2, 5, Some([2; 16]));
+        assert!(history.borrow_mut().committed(0, 3, 5, Some([1; 16])));
+        assert!(!history.borrow_mut().committed(1, 3, 5, Some([1; 16])));
+        history.borrow_mut().committed(2, 3, 5, Some([2; 16]));
         assert!(failure(&history).contains("two logs"));
+    }
+
+    #[test]
+    fn a_leader_without_what_earlier_terms_committed_is_noticed_and_a_late_one_of_an_old_term_is_not() {
+        let history = history();
+        history.borrow_mut().committed(0, 4, 9, Some([1; 16]));
+        let leader = |term| View { role: LEADER, term, last: 8, written: 8, ..View::default() };
+        history.borrow_mut().elected(1, &leader(4), 0, |_| None);
+        assert_eq!(failure(&history), "");
+        history.borrow_mut().elected(1, &leader(5), 0, |_| None);
+        assert!(failure(&history).contains("committed index 9"));
     }
 }

@@ -15,8 +15,7 @@ use ringraft::runtime::{LocalWakeup, Now, Turn, Wakeup};
 use ringraft::state_machine::{CommittedBatch, Replies, StateMachine};
 use ringraft_block::{AlignedBuf, ClusterId, LogIndex, NodeId, Pool};
 use ringraft_wal::disk::Disk;
-use ringraft_wal::format::ENVELOPE_BYTES;
-use ringraft_wal::{Wal, WalConfig, WalEvent};
+use ringraft_wal::{Wal, WalEvent};
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -97,13 +96,7 @@ impl Cluster for Engine {
         tuning: &Tuning,
         mut image: SimDisk,
     ) -> Result<ImageLog, String> {
-        let config = config(node, nodes, tuning);
-        let config = WalConfig {
-            segment_bytes: config.segment_bytes,
-            segments_ahead: 1,
-            batch_bytes_max: config.slot_bytes_max() - ENVELOPE_BYTES,
-            ..WalConfig::new(config.cluster, config.node, 0)
-        };
+        let config = config(node, nodes, tuning).log_config(0);
         let mut wal: Wal<SimDisk> = Wal::open(config, Pool::<AlignedBuf>::new(1 << 20));
         let (mut done, mut events) = (Vec::new(), VecDeque::new());
         // Without latency, each poll brings all that was submitted before it.

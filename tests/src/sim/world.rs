@@ -581,7 +581,7 @@ impl<'a, C: Cluster> World<'a, C> {
             let Some(process) = &self.machines[node].process else { return };
             let chain = process.chain_at(after.commit);
             let news = after.commit > process.log_start()
-                && self.history.borrow_mut().committed(node, after.commit, chain);
+                && self.history.borrow_mut().committed(node, after.term, after.commit, chain);
             if news {
                 self.commits_seen += 1;
                 if self.options.image_check_every > 0 && self.commits_seen >= self.image_check_at {
