@@ -84,3 +84,8 @@ pub use node::{LocalTask, Node};
 pub use raft::Role;
 pub use ringraft_block::{ClusterId, LogIndex, NodeId, Term};
 pub use state_machine::StateMachine;
+
+/// The example in the README, compiled with the documentation tests.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;
