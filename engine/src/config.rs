@@ -268,6 +268,12 @@ impl Config {
     }
 }
 
+/// The seed of election times and backoff in this boot: `entropy`, or a configured one, which is then another for each
+/// node and boot.
+pub(crate) fn timing_seed(config: &Config, boot: u64, entropy: u64) -> u64 {
+    config.seed.map_or(entropy, |seed| seed ^ config.node.get().rotate_left(32) ^ boot)
+}
+
 /// The core's part. `seed` is another one for each node and boot.
 pub(crate) fn raft_config(config: &Config, seed: u64) -> RaftConfig {
     RaftConfig {
@@ -438,6 +444,18 @@ mod tests {
     #[test]
     fn the_defaults_are_valid() {
         assert_eq!(valid().validate(), Ok(()));
+    }
+
+    #[test]
+    fn a_configured_seed_is_another_for_each_node_and_boot() {
+        let mut config = valid();
+        assert_eq!(timing_seed(&config, 1, 99), 99);
+        config.seed = Some(7);
+        let first = timing_seed(&config, 1, 99);
+        assert_eq!(first, timing_seed(&config, 1, 100), "entropy no longer counts");
+        assert_ne!(first, timing_seed(&config, 2, 99));
+        config.node = NodeId(2);
+        assert_ne!(first, timing_seed(&config, 1, 99));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The driver and the log: what became durable, what is to be, and how a node comes to be part of its cluster.
 
 use super::{APPLY_READ, Driver, GROUP, Life, SPACE_RETRY_NS, WITNESS_DELAY_NS, run_of, take_first};
-use crate::config::ConfigError;
+use crate::config::{self, ConfigError};
 use crate::error::StopError;
 use crate::formation::{self, Formation, FormationError, Step};
 use crate::raft::{BatchRun, Boot, Configuration, Epoch, Event, LogId, Nanos, Raft};
@@ -85,9 +85,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let state = &recovered.hard_state;
         self.incarnation = state.incarnation;
         let listen = self.config.listen_address()?;
+        self.timing_seed = config::timing_seed(&self.config, state.boot, self.seed);
         let network =
-            crate::config::net_config(&self.config, listen, state.incarnation, state.boot, self.seed);
-        let peers = crate::config::net_peers(&self.config);
+            config::net_config(&self.config, listen, state.incarnation, state.boot, self.timing_seed);
+        let peers = config::net_peers(&self.config);
         let network =
             Network::new(network, peers).map_err(|error| ConfigError::Network(error.to_string()))?;
         self.network = Some(network);
@@ -193,7 +194,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             now: Nanos(self.now.monotonic_ns),
         };
         self.applier.start_after(log_start.index, log_start.chain);
-        let raft = Raft::new(crate::config::raft_config(&self.config, self.timing_seed), configuration, boot)
+        let raft = Raft::new(config::raft_config(&self.config, self.timing_seed), configuration, boot)
             .map_err(|error| ConfigError::Raft(error.to_string()))?;
         self.life = Life::Running(Box::new(raft));
         self.set_gate();
