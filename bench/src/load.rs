@@ -5,7 +5,8 @@
 //! to the next sequence when the outcome is known: so acknowledgements of a stream come in order, and a log that
 //! holds a stream's sequences in rising order holds none of them twice. In the closed loop a stream sends at once;
 //! in the open loop a command is due at a fixed time, takes a free stream, and its latency counts from when it was
-//! due, however long it waited for one (no coordinated omission). After a failover the timetable starts anew: what was due in the gap is not counted.
+//! due, however long it waited for one (no coordinated omission). After a failover the timetable
+//! starts anew: what was due in the gap is not counted.
 //!
 //! A refused command is definitely not in the log: it is sent again under the same sequence. One of unknown outcome
 //! is noted as such and the stream goes on. When the node no longer leads, the generator ends and says so.
