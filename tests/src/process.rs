@@ -5,27 +5,37 @@ use ringraft::{ClusterId, MemberConfig, NodeId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpListener};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 /// The settings of a test member that differ from the defaults.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EngineFlags {
     /// Size of a log segment: the smallest that the configuration allows, so that tests roll over.
     pub segment_bytes: u64,
     /// Segments prepared ahead.
     pub segments_ahead: usize,
+    /// The largest batch.
+    pub batch_bytes_max: usize,
+    /// The largest command.
+    pub command_bytes_max: usize,
 }
 
 /// Small logs.
-pub const ENGINE_FLAGS: EngineFlags = EngineFlags { segment_bytes: 48 << 20, segments_ahead: 1 };
+pub const ENGINE_FLAGS: EngineFlags = EngineFlags {
+    segment_bytes: 48 << 20,
+    segments_ahead: 1,
+    batch_bytes_max: 256 << 10,
+    command_bytes_max: 1 << 20,
+};
 
 /// How long a test waits for what should take milliseconds before it gives up: no assertion of speed.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
-/// The command line of a test member: `ID DIR ID=ADDRESS…`.
-#[derive(Clone, Debug)]
+/// The command line of a test member: `ID DIR FLAGS ID=ADDRESS…`.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NodeArgs {
     /// The cluster.
     pub cluster: ClusterId,
@@ -35,6 +45,8 @@ pub struct NodeArgs {
     pub dir: PathBuf,
     /// All members.
     pub members: Vec<MemberConfig>,
+    /// Its settings.
+    pub engine: EngineFlags,
 }
 
 impl NodeArgs {
@@ -43,20 +55,59 @@ impl NodeArgs {
     /// # Errors
     /// When it is not as above.
     pub fn from_env() -> Result<Self> {
-        let mut args = std::env::args().skip(1);
+        Self::parse(std::env::args().skip(1))
+    }
+
+    /// Reads a command line, without the program's name.
+    ///
+    /// # Errors
+    /// When it is not as above.
+    pub fn parse(mut args: impl Iterator<Item = String>) -> Result<Self> {
         let id = NodeId(args.next().context("the id is missing")?.parse()?);
         let dir = PathBuf::from(args.next().context("the directory is missing")?);
+        let engine = EngineFlags::parse(&args.next().context("the flags are missing")?)?;
         let members = args.map(|arg| {
             let (id, address) = arg.split_once('=').context("a member is ID=ADDRESS")?;
             Ok(MemberConfig { id: NodeId(id.parse()?), address: address.parse()? })
         });
-        Ok(Self { cluster: ClusterId(0x7e57), id, dir, members: members.collect::<Result<_>>()? })
+        let members = members.collect::<Result<_>>()?;
+        Ok(Self { cluster: ClusterId(0x7e57), id, dir, members, engine })
     }
 
     fn to_args(&self) -> Vec<String> {
         let members = self.members.iter().map(|member| format!("{}={}", member.id, member.address));
-        [self.id.to_string(), self.dir.display().to_string()].into_iter().chain(members).collect()
+        let head = [self.id.to_string(), self.dir.display().to_string(), self.engine.to_arg()];
+        head.into_iter().chain(members).collect()
     }
+}
+
+impl EngineFlags {
+    fn to_arg(self) -> String {
+        let Self { segment_bytes, segments_ahead, batch_bytes_max, command_bytes_max } = self;
+        format!("{segment_bytes},{segments_ahead},{batch_bytes_max},{command_bytes_max}")
+    }
+
+    fn parse(text: &str) -> Result<Self> {
+        let parts: Vec<&str> = text.split(',').collect();
+        let [segment_bytes, segments_ahead, batch_bytes_max, command_bytes_max] = parts[..] else {
+            bail!("flags are four numbers, not {text:?}")
+        };
+        Ok(Self {
+            segment_bytes: segment_bytes.parse()?,
+            segments_ahead: segments_ahead.parse()?,
+            batch_bytes_max: batch_bytes_max.parse()?,
+            command_bytes_max: command_bytes_max.parse()?,
+        })
+    }
+}
+
+/// What runs members: a program that takes [`NodeArgs`] behind some arguments of its own.
+#[derive(Clone, Debug)]
+pub struct Program {
+    /// The program.
+    pub path: PathBuf,
+    /// Its own arguments.
+    pub leading: Vec<String>,
 }
 
 /// What members have said of the load: which commands are acknowledged, and which may be anywhere.
@@ -96,11 +147,33 @@ pub struct MemberJournal {
     pub commands: Vec<(u64, u64)>,
 }
 
-/// A cluster of processes. Dropping it kills them and removes their directories.
+/// An acknowledged command that a member does not have.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lost {
+    /// The member.
+    pub member: u64,
+    /// How many.
+    pub count: usize,
+    /// The first of them.
+    pub examples: Vec<(u64, u64)>,
+}
+
+impl std::fmt::Display for Lost {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { member, count, examples } = self;
+        write!(f, "member {member} has lost {count} acknowledged commands, such as {examples:?}")
+    }
+}
+
+impl std::error::Error for Lost {}
+
+/// A cluster of processes. Dropping it kills them, and removes their directories if [`Cluster::start`] made them.
 pub struct Cluster {
-    binary: PathBuf,
+    program: Program,
+    engine: EngineFlags,
     members: Vec<MemberConfig>,
-    directory: tempfile::TempDir,
+    directory: PathBuf,
+    _scratch: Option<tempfile::TempDir>,
     running: BTreeMap<u64, Member>,
     ledger: Arc<Mutex<Ledger>>,
 }
@@ -126,19 +199,10 @@ impl Cluster {
     /// # Errors
     /// When a member does not come up.
     pub fn start(binary: &str, parent: &str, count: u64) -> Result<Self> {
-        let directory = tempfile::Builder::new().prefix("cluster-").tempdir_in(parent)?;
-        let members: Vec<MemberConfig> = free_addresses(count)?
-            .into_iter()
-            .zip(1..)
-            .map(|(address, id)| MemberConfig { id: NodeId(id), address })
-            .collect();
-        let mut cluster = Self {
-            binary: binary.into(),
-            members,
-            directory,
-            running: BTreeMap::new(),
-            ledger: Arc::default(),
-        };
+        let scratch = tempfile::Builder::new().prefix("cluster-").tempdir_in(parent)?;
+        let program = Program { path: binary.into(), leading: Vec::new() };
+        let mut cluster = Self::stopped(program, ENGINE_FLAGS, scratch.path(), count)?;
+        cluster._scratch = Some(scratch);
         for id in 1..=count {
             cluster.spawn(id)?;
         }
@@ -146,6 +210,27 @@ impl Cluster {
             cluster.wait_ready(id)?;
         }
         Ok(cluster)
+    }
+
+    /// A cluster of `count` members, none of which runs yet, with their data under `directory`, which may come and go.
+    ///
+    /// # Errors
+    /// When there are no ports for them.
+    pub fn stopped(program: Program, engine: EngineFlags, directory: &Path, count: u64) -> Result<Self> {
+        let members: Vec<MemberConfig> = free_addresses(count)?
+            .into_iter()
+            .zip(1..)
+            .map(|(address, id)| MemberConfig { id: NodeId(id), address })
+            .collect();
+        Ok(Self {
+            program,
+            engine,
+            members,
+            directory: directory.into(),
+            _scratch: None,
+            running: BTreeMap::new(),
+            ledger: Arc::default(),
+        })
     }
 
     /// Starts member `id`, again or for the first time, and waits until it has recovered.
@@ -157,21 +242,28 @@ impl Cluster {
         self.wait_ready(id)
     }
 
-    fn spawn(&mut self, id: u64) -> Result<()> {
+    /// Starts member `id`, and does not wait until it has recovered.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn spawn(&mut self, id: u64) -> Result<()> {
         ensure!(!self.running.contains_key(&id), "member {id} is running");
         let args = NodeArgs {
             cluster: ClusterId(0),
             id: NodeId(id),
             dir: self.data_dir(id),
             members: self.members.clone(),
+            engine: self.engine,
         };
-        let mut child = Command::new(&self.binary)
+        let path = &self.program.path;
+        let mut child = Command::new(path)
+            .args(&self.program.leading)
             .args(args.to_args())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::inherit())
             .spawn()
-            .with_context(|| format!("cannot start {}", self.binary.display()))?;
+            .with_context(|| format!("cannot start {}", path.display()))?;
         let orders = child.stdin.take().context("standard input is piped")?;
         let out = child.stdout.take().context("standard output is piped")?;
         let answers = Arc::new(Answers::default());
@@ -186,7 +278,11 @@ impl Cluster {
         Ok(())
     }
 
-    fn wait_ready(&mut self, id: u64) -> Result<()> {
+    /// Waits until member `id` has recovered.
+    ///
+    /// # Errors
+    /// When it ends, or does not for a very long time.
+    pub fn wait_ready(&mut self, id: u64) -> Result<()> {
         self.member(id)?.answers.wait("ready").with_context(|| format!("member {id} does not come up"))?;
         Ok(())
     }
@@ -194,7 +290,7 @@ impl Cluster {
     /// The data directory of member `id`.
     #[must_use]
     pub fn data_dir(&self, id: u64) -> PathBuf {
-        self.directory.path().join(format!("node-{id}"))
+        self.directory.join(format!("node-{id}"))
     }
 
     /// The running members.
@@ -371,8 +467,11 @@ impl Cluster {
             let journal = self.journal(id)?;
             let present: BTreeSet<_> = journal.commands.iter().copied().collect();
             ensure!(present.len() == journal.commands.len(), "member {id} has applied a command twice");
-            let lost: Vec<_> = ledger.acked.difference(&present).take(5).collect();
-            ensure!(lost.is_empty(), "member {id} has lost acknowledged commands, such as {lost:?}");
+            let lost: Vec<_> = ledger.acked.difference(&present).copied().collect();
+            if !lost.is_empty() {
+                let examples = lost.iter().copied().take(5).collect();
+                return Err(Lost { member: id, count: lost.len(), examples }.into());
+            }
             journals.push(journal);
         }
         ensure!(

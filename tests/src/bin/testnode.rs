@@ -15,7 +15,7 @@ use ringraft::error::{ProposeError, Refusal};
 use ringraft::handle::{Completion, Pipeline};
 use ringraft::state_machine::{CommittedBatch, Replies};
 use ringraft::{Config, Node, StateMachine};
-use ringraft_tests::process::{ENGINE_FLAGS, NodeArgs};
+use ringraft_tests::process::NodeArgs;
 use std::collections::BTreeMap;
 use std::io::{BufRead, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -54,10 +54,16 @@ impl StateMachine for Journal {
 }
 
 fn main() -> Result<()> {
-    let args = NodeArgs::from_env()?;
+    run(&NodeArgs::from_env()?)
+}
+
+/// The member of that command line.
+pub(crate) fn run(args: &NodeArgs) -> Result<()> {
     let mut config = Config::new(args.cluster, args.id, args.members.clone(), &args.dir);
-    config.segment_bytes = ENGINE_FLAGS.segment_bytes;
-    config.segments_ahead = ENGINE_FLAGS.segments_ahead;
+    config.segment_bytes = args.engine.segment_bytes;
+    config.segments_ahead = args.engine.segments_ahead;
+    config.batch_bytes_max = args.engine.batch_bytes_max;
+    config.command_bytes_max = args.engine.command_bytes_max;
     let journal = Journal::default();
     let machine = journal.clone();
     let node = Node::start(config, move || machine).with_context(|| format!("node {}", args.id))?;

@@ -1,0 +1,154 @@
+//! Cuts the power of a cluster again and again, and checks that nothing acknowledged is lost. Needs root.
+
+use anyhow::{Context, Result, bail};
+use clap::Parser;
+use ringraft_tests::powercut::disk::Survived;
+use ringraft_tests::powercut::mounts::{self, FsKind};
+use ringraft_tests::powercut::rig::Rig;
+use ringraft_tests::powercut::server;
+use ringraft_tests::powercut::trial::{self, Fault, Report, Verdict};
+use ringraft_tests::process::{NodeArgs, Program};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+#[path = "testnode.rs"]
+#[expect(dead_code, reason = "its main function; this program is a member when its first argument says so")]
+mod testnode;
+
+/// The first argument of this program as a member.
+const MEMBER: &str = "member";
+
+/// Cuts the power of a three-node cluster under load, lets the kernel replay its journal, starts the nodes again and
+/// checks that nothing acknowledged is lost. Exit status 0 means: no violation, or with --sabotage, that one was seen.
+#[derive(Parser)]
+#[command(name = "powercut")]
+struct Arguments {
+    /// The file system under the nodes
+    #[arg(long, value_enum, default_value = "ext4")]
+    fs: FsKind,
+    /// How many trials
+    #[arg(long, default_value_t = 50)]
+    trials: u64,
+    /// Seed of the first trial; the next has the next
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// What happens to the disk before its power is cut
+    #[arg(long, value_enum, default_value = "none", conflicts_with = "sabotage")]
+    fault: Fault,
+    /// The control: a disk that acknowledges flushes and does nothing. Succeeds if acknowledged commands are lost
+    #[arg(long)]
+    sabotage: bool,
+    /// Only the line of JSON at the end
+    #[arg(long)]
+    json: bool,
+    /// Where mount points are made; a directory of the build by default
+    #[arg(long)]
+    dir: Option<PathBuf>,
+}
+
+fn main() -> Result<ExitCode> {
+    let mut args = std::env::args().skip(1);
+    match args.next().as_deref() {
+        Some(server::SERVE) => server::serve(args).map(|()| ExitCode::SUCCESS),
+        Some(MEMBER) => testnode::run(&NodeArgs::parse(args)?).map(|()| ExitCode::SUCCESS),
+        _ => cut(&Arguments::parse()),
+    }
+}
+
+fn cut(arguments: &Arguments) -> Result<ExitCode> {
+    if let Some(why) = mounts::missing(arguments.fs) {
+        bail!("cannot cut power here: {why}");
+    }
+    let this = std::env::current_exe()?;
+    let beside = this.parent().and_then(|profile| profile.parent()).map(|target| target.join("tmp"));
+    let parent = arguments.dir.clone().or(beside).context("give a directory with --dir")?;
+    let mut rig = Rig::new(&this, arguments.fs, &parent)?;
+    let program = Program { path: this, leading: vec![MEMBER.to_owned()] };
+    let fault = if arguments.sabotage { Fault::Lie } else { arguments.fault };
+    let mut sum = Sum::default();
+    for seed in (arguments.seed..).take(usize::try_from(arguments.trials)?) {
+        let report = trial::run(&mut rig, &program, fault, seed)?;
+        if !arguments.json {
+            print(&report);
+        }
+        sum.add(&report);
+    }
+    drop(rig);
+    println!("{}", sum.json(arguments, fault));
+    Ok(if sum.good(fault) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn print(report: &Report) {
+    let Report { seed, moments, acked, writes, flushes, triggered, survived, verdict, took } = report;
+    let Survived { kept, torn, lost } = survived;
+    println!(
+        "seed {seed}: cut {moments:?}, {acked} acknowledged, {writes} writes, {flushes} flushes, {triggered} faults; \
+         unflushed writes: {kept} kept, {torn} torn, {lost} lost; {:.1} s: {verdict:?}",
+        took.as_secs_f64()
+    );
+}
+
+#[derive(Default)]
+struct Sum {
+    trials: u64,
+    cuts: u64,
+    acked: u64,
+    writes: u64,
+    flushes: u64,
+    survived: Survived,
+    seconds: f64,
+    lost: Vec<String>,
+    broken: Vec<String>,
+    no_file_system: Vec<String>,
+}
+
+impl Sum {
+    fn add(&mut self, report: &Report) {
+        self.trials += 1;
+        self.cuts += report.moments.len() as u64;
+        self.acked += report.acked as u64;
+        self.writes += report.writes;
+        self.flushes += report.flushes;
+        self.survived.kept += report.survived.kept;
+        self.survived.torn += report.survived.torn;
+        self.survived.lost += report.survived.lost;
+        self.seconds += report.took.as_secs_f64();
+        let named = |text: &String| format!("seed {}: {text}", report.seed);
+        match &report.verdict {
+            Verdict::Sound => {}
+            Verdict::Lost(text) => self.lost.push(named(text)),
+            Verdict::Broken(text) => self.broken.push(named(text)),
+            Verdict::NoFileSystem(text) => self.no_file_system.push(named(text)),
+        }
+    }
+
+    fn good(&self, fault: Fault) -> bool {
+        if fault == Fault::Lie {
+            return !self.lost.is_empty();
+        }
+        // A cut after which the kernel had no file system has tried nothing; a run of nothing else proves nothing.
+        self.lost.is_empty()
+            && self.broken.is_empty()
+            && (self.no_file_system.len() as u64) < self.trials.max(1)
+    }
+
+    fn json(&self, arguments: &Arguments, fault: Fault) -> serde_json::Value {
+        let Survived { kept, torn, lost } = self.survived;
+        serde_json::json!({
+            "fs": arguments.fs.name(),
+            "fault": format!("{fault:?}"),
+            "seed": arguments.seed,
+            "trials": self.trials,
+            "violations": self.lost.len() + self.broken.len(),
+            "cuts": self.cuts,
+            "acknowledged": self.acked,
+            "writes": self.writes,
+            "flushes": self.flushes,
+            "unflushed": { "kept": kept, "torn": torn, "lost": lost },
+            "seconds": (self.seconds * 10.0).round() / 10.0,
+            "lost": self.lost,
+            "broken": self.broken,
+            "no_file_system": self.no_file_system,
+        })
+    }
+}

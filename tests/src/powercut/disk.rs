@@ -1,0 +1,343 @@
+//! A disk with a volatile write cache, whose power can be cut and which can be told to fail.
+//!
+//! A write is in the cache when it completes, and durable when a later flush completes. What the cache holds when the
+//! power goes survives in part: of each write any subset of its sectors, so that writes are lost, kept, torn, and kept
+//! although an earlier one to the same place is lost. A sector is atomic.
+
+use super::image::{Image, pieces};
+use crate::sim::rng::Rng;
+use serde::{Deserialize, Serialize};
+
+/// What the disk writes or does not write, but never in part.
+pub const SECTOR_BYTES: usize = 512;
+
+/// The disk.
+#[derive(Debug)]
+pub struct FaultDisk {
+    formatted: Image,
+    durable: Image,
+    /// What reads see: `durable` with all of `cached` on top.
+    current: Image,
+    /// Completed writes that no flush has covered, in order.
+    cached: Vec<CachedWrite>,
+    triggers: Vec<Trigger>,
+    mode: Mode,
+    stats: Stats,
+}
+
+#[derive(Debug)]
+struct CachedWrite {
+    offset: u64,
+    data: Vec<u8>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mode {
+    Good,
+    /// Writes find no space.
+    Full,
+    /// Nothing is ever answered.
+    Hung,
+    /// Flushes are acknowledged and do nothing.
+    Lying,
+    Off,
+}
+
+/// Which operations a trigger counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum On {
+    /// Writes.
+    Write,
+    /// Flushes.
+    Flush,
+    /// Both.
+    Any,
+}
+
+/// What happens to the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Effect {
+    /// The power goes: this operation and everything after it fails, until [`FaultDisk::power_on`].
+    Cut,
+    /// This one operation fails with EIO: a write that does not happen, or a flush after which all that was in the
+    /// cache still is. The next one succeeds.
+    Error,
+    /// From here on writes fail with ENOSPC, as those of a thinly provisioned disk may.
+    Full,
+    /// From here on nothing is answered.
+    Hang,
+    /// From here on flushes are acknowledged, and nothing becomes durable.
+    Lie,
+}
+
+/// An effect that comes with one of the next operations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Trigger {
+    /// What is counted.
+    pub on: On,
+    /// How many of them still pass; 0 hits the next one.
+    pub after: u64,
+    /// What then happens.
+    pub effect: Effect,
+}
+
+/// What survives of the cache when the power is cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Survival {
+    /// Nothing.
+    None,
+    /// A random part.
+    Random,
+}
+
+/// What became of the cached writes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Survived {
+    /// Writes of which all sectors survived.
+    pub kept: u64,
+    /// Writes of which some did.
+    pub torn: u64,
+    /// Writes of which none did.
+    pub lost: u64,
+}
+
+/// What the disk has done since it was last [reset](FaultDisk::reset).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stats {
+    /// Whether the power is on.
+    pub powered: bool,
+    /// Writes.
+    pub writes: u64,
+    /// Bytes of them.
+    pub write_bytes: u64,
+    /// Flushes.
+    pub flushes: u64,
+    /// Flushes that were acknowledged and did nothing.
+    pub lies: u64,
+    /// Triggers that have come to pass.
+    pub triggered: u64,
+    /// Times the power went.
+    pub cuts: u64,
+}
+
+/// Why the disk refuses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DiskError {
+    /// EIO.
+    Io,
+    /// ENOSPC.
+    Full,
+    /// It does not even refuse: there is never an answer.
+    Hung,
+}
+
+impl FaultDisk {
+    /// A disk that is on and holds `formatted`.
+    #[must_use]
+    pub fn new(formatted: Image) -> Self {
+        Self {
+            durable: formatted.clone(),
+            current: formatted.clone(),
+            formatted,
+            cached: Vec::new(),
+            triggers: Vec::new(),
+            mode: Mode::Good,
+            stats: Stats { powered: true, ..Stats::default() },
+        }
+    }
+
+    /// Puts back what it held at first, and forgets all faults.
+    pub fn reset(&mut self) {
+        let cuts = self.stats.cuts;
+        *self = Self::new(std::mem::take(&mut self.formatted));
+        self.stats.cuts = cuts;
+    }
+
+    /// Its size.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.current.bytes()
+    }
+
+    /// How often the power has gone. Who opened the disk before the last time is not connected to it any more.
+    #[must_use]
+    pub fn cuts(&self) -> u64 {
+        self.stats.cuts
+    }
+
+    /// Figures.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        Stats { powered: self.mode != Mode::Off, ..self.stats }
+    }
+
+    /// Adds a fault to come.
+    pub fn arm(&mut self, trigger: Trigger) {
+        self.triggers.push(trigger);
+    }
+
+    /// Lets it happen now.
+    pub fn strike(&mut self, effect: Effect) {
+        self.mode = match effect {
+            Effect::Cut => {
+                if self.mode != Mode::Off {
+                    self.stats.cuts += 1;
+                }
+                Mode::Off
+            }
+            _ if self.mode == Mode::Off => Mode::Off,
+            Effect::Error => self.mode,
+            Effect::Full => Mode::Full,
+            Effect::Hang => Mode::Hung,
+            Effect::Lie => Mode::Lying,
+        };
+    }
+
+    /// Reads into all of `into`.
+    ///
+    /// # Errors
+    /// When the range is beyond the end, and by the faults.
+    pub fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), DiskError> {
+        match self.mode {
+            Mode::Off => return Err(DiskError::Io),
+            Mode::Hung => return Err(DiskError::Hung),
+            Mode::Good | Mode::Full | Mode::Lying => {}
+        }
+        if !self.current.contains(offset, into.len()) {
+            return Err(DiskError::Io);
+        }
+        self.current.read(offset, into);
+        Ok(())
+    }
+
+    /// Writes into the cache.
+    ///
+    /// # Errors
+    /// When the range is beyond the end, and by the faults.
+    pub fn write(&mut self, offset: u64, data: &[u8]) -> Result<(), DiskError> {
+        self.count(On::Write)?;
+        if self.mode == Mode::Full {
+            return Err(DiskError::Full);
+        }
+        if !self.current.contains(offset, data.len()) {
+            return Err(DiskError::Io);
+        }
+        self.stats.writes += 1;
+        self.stats.write_bytes += data.len() as u64;
+        self.current.write(offset, data);
+        self.cached.push(CachedWrite { offset, data: data.to_vec() });
+        Ok(())
+    }
+
+    /// Makes all writes that have completed durable.
+    ///
+    /// # Errors
+    /// By the faults.
+    pub fn flush(&mut self) -> Result<(), DiskError> {
+        self.count(On::Flush)?;
+        self.stats.flushes += 1;
+        if self.mode == Mode::Lying {
+            self.stats.lies += 1;
+            return Ok(());
+        }
+        for write in self.cached.drain(..) {
+            self.durable.write(write.offset, &write.data);
+        }
+        Ok(())
+    }
+
+    /// Lets triggers count an operation; whether it may go on.
+    fn count(&mut self, operation: On) -> Result<(), DiskError> {
+        let mut struck = Vec::new();
+        self.triggers.retain_mut(|trigger| {
+            if trigger.on != On::Any && trigger.on != operation {
+                return true;
+            }
+            if trigger.after == 0 {
+                struck.push(trigger.effect);
+                return false;
+            }
+            trigger.after -= 1;
+            true
+        });
+        self.stats.triggered += struck.len() as u64;
+        for effect in &struck {
+            self.strike(*effect);
+        }
+        match self.mode {
+            Mode::Off => Err(DiskError::Io),
+            Mode::Hung => Err(DiskError::Hung),
+            _ if struck.contains(&Effect::Error) => Err(DiskError::Io),
+            Mode::Good | Mode::Full | Mode::Lying => Ok(()),
+        }
+    }
+
+    /// Cuts the power if it is on, and puts it on again, without any fault: of the cache that survives which `seed`
+    /// and `survival` let.
+    pub fn power_on(&mut self, seed: u64, survival: Survival) -> Survived {
+        self.strike(Effect::Cut);
+        let mut luck = Luck::new(seed, survival);
+        let mut survived = Survived::default();
+        for write in std::mem::take(&mut self.cached) {
+            let sectors: Vec<_> = pieces(write.offset, write.data.len(), SECTOR_BYTES).collect();
+            let kept = luck.sectors(sectors.len());
+            let mut done = 0;
+            for ((_, _, len), kept) in sectors.iter().zip(&kept) {
+                if *kept {
+                    self.durable.write(write.offset + done as u64, &write.data[done..done + len]);
+                }
+                done += len;
+            }
+            match kept.iter().filter(|kept| **kept).count() {
+                0 => survived.lost += 1,
+                count if count == kept.len() => survived.kept += 1,
+                _ => survived.torn += 1,
+            }
+        }
+        self.current = self.durable.clone();
+        self.triggers.clear();
+        self.mode = Mode::Good;
+        survived
+    }
+}
+
+/// Decides what survives. Some cuts lose nearly everything and some nearly nothing: with even odds for each sector, a
+/// cut with many writes would always look the same.
+struct Luck {
+    rng: Rng,
+    lose_ppm: u32,
+    keep_ppm: u32,
+}
+
+impl Luck {
+    fn new(seed: u64, survival: Survival) -> Self {
+        let mut rng = Rng::new(seed);
+        let (lose_ppm, keep_ppm) = match (survival, rng.below(4)) {
+            (Survival::None, _) => (1_000_000, 0),
+            (Survival::Random, 0) => (900_000, 50_000),
+            (Survival::Random, 1) => (50_000, 900_000),
+            (Survival::Random, _) => (300_000, 300_000),
+        };
+        Self { rng, lose_ppm, keep_ppm }
+    }
+
+    fn sectors(&mut self, count: usize) -> Vec<bool> {
+        let draw = self.rng.below(1_000_000) as u32;
+        if draw < self.lose_ppm {
+            vec![false; count]
+        } else if draw - self.lose_ppm < self.keep_ppm {
+            vec![true; count]
+        } else if self.rng.chance(500_000) {
+            let prefix = self.rng.index(count + 1);
+            (0..count).map(|sector| sector < prefix).collect()
+        } else {
+            (0..count).map(|_| self.rng.chance(500_000)).collect()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,267 @@
+//! One trial: a new file system and a new cluster, one or two power cuts, and a check of what was acknowledged.
+
+use super::disk::{Effect, On, Survival, Survived, Trigger};
+use super::rig::{Boot, Rig};
+use crate::process::{Cluster, EngineFlags, Lost, Program};
+use crate::sim::rng::Rng;
+use anyhow::{Result, bail};
+use std::time::{Duration, Instant};
+
+/// As small as the configuration allows with batches of this size: a trial zero-fills less and rolls over more.
+pub const ENGINE_FLAGS: EngineFlags = EngineFlags {
+    segment_bytes: 2 << 20,
+    segments_ahead: 1,
+    batch_bytes_max: 64 << 10,
+    command_bytes_max: 16 << 10,
+};
+
+const MEMBERS: u64 = 3;
+const STREAMS: u64 = 64;
+
+/// Durable operations of the disk between the moment a cut is armed and the cut, at most. Starting three members takes
+/// some hundreds, and a second of load some thousands.
+const CUT_AFTER_STARTING: u64 = 800;
+const CUT_AFTER_LOAD: u64 = 3_000;
+
+/// A cut that is armed and has not come by now is made: a cluster without work writes nothing.
+const CUT_PATIENCE: Duration = Duration::from_secs(3);
+
+/// How long a failed disk is left to the members before its power is cut.
+const FAULT_LASTS: Duration = Duration::from_millis(300);
+
+/// How long a new load is given before its leader is taken to have changed.
+const LOAD_PATIENCE: Duration = Duration::from_secs(10);
+
+/// What else is wrong with the disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Fault {
+    /// Nothing: power cuts only.
+    #[default]
+    None,
+    /// A write fails with EIO, and the power is cut a little later.
+    ErrorWrite,
+    /// A flush fails with EIO, and the power is cut a little later.
+    ErrorFlush,
+    /// The disk is full, and the power is cut a little later.
+    Full,
+    /// The disk never answers again until the power is cut.
+    Hang,
+    /// The control: the disk acknowledges flushes and does nothing from some moment under load on, and keeps nothing
+    /// that it has not written. Acknowledged commands are lost.
+    Lie,
+}
+
+/// When the power is cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Moment {
+    /// While the members start: format or recover, meet, elect.
+    Starting,
+    /// While commands are being acknowledged.
+    UnderLoad,
+}
+
+/// How a trial ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Nothing acknowledged is lost, and all members have the same.
+    Sound,
+    /// Acknowledged commands are lost.
+    Lost(String),
+    /// The members do not recover, or disagree.
+    Broken(String),
+    /// The kernel refuses its own file system after the cut: nothing was tried.
+    NoFileSystem(String),
+}
+
+/// What happened in a trial.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// Its seed. It decides the moments of the cuts and what survives of the cache, but the members' timing is their
+    /// own: the same seed is a similar trial, not the same.
+    pub seed: u64,
+    /// The cuts.
+    pub moments: Vec<Moment>,
+    /// Acknowledged commands.
+    pub acked: usize,
+    /// Writes to the disk.
+    pub writes: u64,
+    /// Flushes of the disk.
+    pub flushes: u64,
+    /// Faults that came to pass, cuts included.
+    pub triggered: u64,
+    /// What became of the writes in its cache, in all cuts.
+    pub survived: Survived,
+    /// The end of it.
+    pub verdict: Verdict,
+    /// How long it took.
+    pub took: Duration,
+}
+
+/// Runs the trial of `seed`, with members run by `program`.
+///
+/// # Errors
+/// When the rig does not work. What is wrong with the members is in the report.
+pub fn run(rig: &mut Rig, program: &Program, fault: Fault, seed: u64) -> Result<Report> {
+    let started = Instant::now();
+    rig.reset()?;
+    if let Boot::Refused(error) = rig.mount()? {
+        bail!("the kernel refuses a new file system: {error}");
+    }
+    let mut rng = Rng::new(seed);
+    let moments = moments(&mut rng, fault);
+    let cluster = Cluster::stopped(program.clone(), ENGINE_FLAGS, rig.directory(), MEMBERS)?;
+    let mut trial =
+        Trial { rig, rng, fault, cluster, streams: 0, survived: Survived::default(), triggered: 0 };
+    let verdict = trial.outcome(&moments)?;
+    trial.cluster.kill_all()?;
+    let acked = trial.cluster.ledger().acked.len();
+    let stats = trial.rig.disk().stats()?;
+    Ok(Report {
+        seed,
+        moments,
+        acked,
+        writes: stats.writes,
+        flushes: stats.flushes,
+        triggered: stats.triggered,
+        survived: trial.survived,
+        verdict,
+        took: started.elapsed(),
+    })
+}
+
+fn moments(rng: &mut Rng, fault: Fault) -> Vec<Moment> {
+    match (fault, rng.below(4)) {
+        (Fault::None, 0) => vec![Moment::Starting, Moment::UnderLoad],
+        (Fault::None, 1) => vec![Moment::UnderLoad, Moment::Starting],
+        _ => vec![Moment::UnderLoad],
+    }
+}
+
+struct Trial<'a> {
+    rig: &'a mut Rig,
+    rng: Rng,
+    fault: Fault,
+    cluster: Cluster,
+    /// Streams used so far: each load has its own.
+    streams: u64,
+    survived: Survived,
+    triggered: u64,
+}
+
+impl Trial<'_> {
+    fn outcome(&mut self, moments: &[Moment]) -> Result<Verdict> {
+        for moment in moments {
+            match moment {
+                Moment::Starting => self.cut_while_starting()?,
+                Moment::UnderLoad => {
+                    if let Err(error) = self.start_and_load() {
+                        return Ok(Verdict::Broken(format!("{error:#}")));
+                    }
+                    self.cut_under_load()?;
+                }
+            }
+            if let Boot::Refused(error) = self.power_returns()? {
+                return Ok(Verdict::NoFileSystem(error.to_string()));
+            }
+        }
+        let checked = self.start_and_load().and_then(|leader| {
+            self.cluster.stop_load(leader)?;
+            self.cluster.verify()
+        });
+        Ok(match checked {
+            Ok(()) => Verdict::Sound,
+            Err(error) if error.is::<Lost>() => Verdict::Lost(error.to_string()),
+            Err(error) => Verdict::Broken(format!("{error:#}")),
+        })
+    }
+
+    fn cut_while_starting(&mut self) -> Result<()> {
+        let after = self.rng.below(CUT_AFTER_STARTING);
+        self.rig.disk().arm(Trigger { on: On::Any, after, effect: Effect::Cut })?;
+        for id in 1..=MEMBERS {
+            self.cluster.spawn(id)?;
+        }
+        self.wait_cut()
+    }
+
+    /// Starts all members, and returns the leader once it acknowledges a new load.
+    fn start_and_load(&mut self) -> Result<u64> {
+        for id in 1..=MEMBERS {
+            self.cluster.spawn(id)?;
+        }
+        for id in 1..=MEMBERS {
+            self.cluster.wait_ready(id)?;
+        }
+        let wanted = self.cluster.ledger().acked.len() + self.rng.between(50, 500) as usize;
+        for _ in 0..10 {
+            let leader = self.cluster.wait_leader()?;
+            self.cluster.order(leader, &format!("load {} {STREAMS}", self.streams))?;
+            self.streams += STREAMS;
+            if self.acked(wanted) {
+                return Ok(leader);
+            }
+            self.cluster.stop_load(leader)?;
+        }
+        bail!("{} acknowledged, {wanted} wanted", self.cluster.ledger().acked.len())
+    }
+
+    fn acked(&self, wanted: usize) -> bool {
+        let deadline = Instant::now() + LOAD_PATIENCE;
+        while self.cluster.ledger().acked.len() < wanted {
+            if Instant::now() > deadline {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        true
+    }
+
+    fn cut_under_load(&mut self) -> Result<()> {
+        let after = self.rng.below(CUT_AFTER_LOAD);
+        let (on, effect) = match self.fault {
+            Fault::None => (On::Any, Effect::Cut),
+            Fault::ErrorWrite => (On::Write, Effect::Error),
+            Fault::ErrorFlush => (On::Flush, Effect::Error),
+            Fault::Full => (On::Write, Effect::Full),
+            Fault::Hang => (On::Any, Effect::Hang),
+            Fault::Lie => {
+                self.rig.disk().strike(Effect::Lie)?;
+                let wanted = self.cluster.ledger().acked.len() + 200;
+                self.acked(wanted);
+                (On::Any, Effect::Cut)
+            }
+        };
+        self.rig.disk().arm(Trigger { on, after, effect })?;
+        self.wait_cut()
+    }
+
+    /// Waits for the trigger that is armed, cuts the power in any case, and kills the members.
+    fn wait_cut(&mut self) -> Result<()> {
+        let deadline = Instant::now() + CUT_PATIENCE;
+        loop {
+            let stats = self.rig.disk().stats()?;
+            if stats.triggered > self.triggered {
+                self.triggered = stats.triggered;
+                if stats.powered {
+                    std::thread::sleep(FAULT_LASTS);
+                }
+                break;
+            }
+            if Instant::now() > deadline {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        self.rig.disk().strike(Effect::Cut)?;
+        self.cluster.kill_all()
+    }
+
+    fn power_returns(&mut self) -> Result<Boot> {
+        let survival = if self.fault == Fault::Lie { Survival::None } else { Survival::Random };
+        let survived = self.rig.power_on(self.rng.bits(), survival)?;
+        self.survived.kept += survived.kept;
+        self.survived.torn += survived.torn;
+        self.survived.lost += survived.lost;
+        self.rig.mount()
+    }
+}
