@@ -4,18 +4,18 @@
 //! ```text
 //! load FIRST COUNT   begins a closed loop of COUNT streams, from stream FIRST on; answers `ack STREAM SEQUENCE`
 //!                    for each acknowledged command, and `unknown STREAM SEQUENCE` or `lost` where one is not
-//! stop               ends the load; answers `stopped`
+//! stop               ends the load; answers `stopped`, once its status shows all that it acknowledged as applied
 //! status             answers `status ROLE TERM LEADER COMMIT APPLIED CHAIN`
 //! applied            answers `applied INDEX CHAIN COUNT` and that many lines `at STREAM SEQUENCE`, in log order
 //! quit               stops in good order; answers `quit`
 //! ```
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use ringraft::error::{ProposeError, Refusal};
 use ringraft::handle::{Completion, Pipeline};
 use ringraft::state_machine::{CommittedBatch, Replies};
 use ringraft::{Config, Node, StateMachine};
-use ringraft_tests::process::NodeArgs;
+use ringraft_tests::process::{NodeArgs, PATIENCE};
 use std::collections::BTreeMap;
 use std::io::{BufRead, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -84,7 +84,10 @@ pub(crate) fn run(args: &NodeArgs) -> Result<()> {
             ["stop"] => {
                 stop_load.store(true, Ordering::Relaxed);
                 if let Some(load) = load.take() {
-                    load.join().expect("the load does not panic");
+                    // Acknowledgements leave before the status tells of them.
+                    let last: u64 = load.join().expect("the load does not panic");
+                    let (status, shown) = handle.wait_status(PATIENCE, |status| status.applied.get() >= last);
+                    ensure!(shown, "acknowledged up to {last}, applied up to {}", status.applied);
                 }
                 say("stopped");
             }
@@ -118,11 +121,13 @@ pub(crate) fn run(args: &NodeArgs) -> Result<()> {
     Ok(())
 }
 
-/// Every stream has one command under way; the next sequence follows when its outcome is known.
-fn run_load(mut pipeline: Pipeline, first: u64, count: u64, stop: &AtomicBool) {
+/// Every stream has one command under way; the next sequence follows when its outcome is known. Returns the index of the
+/// last that was acknowledged.
+fn run_load(mut pipeline: Pipeline, first: u64, count: u64, stop: &AtomicBool) -> u64 {
     let mut next: BTreeMap<u64, u64> = (first..first + count).map(|stream| (stream, 0)).collect();
     let mut idle: Vec<u64> = next.keys().copied().collect();
     let mut under_way = 0_u64;
+    let mut last = 0;
     let mut done = Vec::new();
     loop {
         if !stop.load(Ordering::Relaxed) {
@@ -134,11 +139,14 @@ fn run_load(mut pipeline: Pipeline, first: u64, count: u64, stop: &AtomicBool) {
                 match pipeline.submit(stream, command) {
                     Ok(()) => under_way += 1,
                     Err(refused) if refused.reason == Refusal::Busy => idle.push(stream),
-                    Err(_) => return say("lost"),
+                    Err(_) => {
+                        say("lost");
+                        return last;
+                    }
                 }
             }
         } else if under_way == 0 {
-            return;
+            return last;
         }
         pipeline.wait(&mut done, Duration::from_millis(100));
         let mut text = Vec::new();
@@ -146,11 +154,15 @@ fn run_load(mut pipeline: Pipeline, first: u64, count: u64, stop: &AtomicBool) {
             under_way -= 1;
             let sequence = next.entry(stream).or_default();
             match outcome {
-                Ok(_) => text.push(format!("ack {stream} {sequence}")),
+                Ok(committed) => {
+                    last = last.max(committed.index.get());
+                    text.push(format!("ack {stream} {sequence}"));
+                }
                 Err(ProposeError::Unknown(_)) => text.push(format!("unknown {stream} {sequence}")),
                 Err(ProposeError::Refused(refused)) => {
                     if !matches!(refused.reason, Refusal::Busy) {
-                        return say("lost");
+                        say("lost");
+                        return last;
                     }
                     idle.push(stream);
                     continue;

@@ -2,7 +2,8 @@
 //!
 //! A write is in the cache when it completes, and durable when a later flush completes. What the cache holds when the
 //! power goes survives in part: of each write any subset of its sectors, so that writes are lost, kept, torn, and kept
-//! although an earlier one to the same place is lost. A sector is atomic.
+//! although an earlier one to the same place is lost. So does a write that is under way at that moment. A sector is
+//! atomic.
 
 use super::image::{Image, pieces};
 use crate::sim::rng::Rng;
@@ -59,7 +60,8 @@ pub enum On {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Effect {
-    /// The power goes: this operation and everything after it fails, until [`FaultDisk::power_on`].
+    /// The power goes: this operation and everything after it fails, until [`FaultDisk::power_on`]. A write is under
+    /// way then, and counts as cached.
     Cut,
     /// This one operation fails with EIO: a write that does not happen, or a flush after which all that was in the
     /// cache still is. The next one succeeds.
@@ -218,12 +220,17 @@ impl FaultDisk {
     /// # Errors
     /// When the range is beyond the end, and by the faults.
     pub fn write(&mut self, offset: u64, data: &[u8]) -> Result<(), DiskError> {
-        self.count(On::Write)?;
-        if self.mode == Mode::Full {
-            return Err(DiskError::Full);
-        }
+        let powered = self.mode != Mode::Off;
+        let outcome = self.count(On::Write);
         if !self.current.contains(offset, data.len()) {
             return Err(DiskError::Io);
+        }
+        if powered && self.mode == Mode::Off {
+            self.cached.push(CachedWrite { offset, data: data.to_vec() });
+        }
+        outcome?;
+        if self.mode == Mode::Full {
+            return Err(DiskError::Full);
         }
         self.stats.writes += 1;
         self.stats.write_bytes += data.len() as u64;

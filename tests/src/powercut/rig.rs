@@ -47,8 +47,6 @@ impl Rig {
         std::fs::create_dir(&lower)?;
         std::fs::create_dir(&upper)?;
         let server = Server::start(program, &image, &lower, &upper)?;
-        // The server has read it.
-        std::fs::remove_file(&image)?;
         Ok(Self { kind, server, mounted: false, lower, upper, _scratch: scratch })
     }
 

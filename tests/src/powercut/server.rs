@@ -13,6 +13,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::Duration;
 
 /// The first argument of a program that is to [`serve`].
 pub const SERVE: &str = "serve-disk";
@@ -49,8 +50,8 @@ enum Answer {
     Stats(Stats),
 }
 
-/// The main function of the server: `IMAGE MOUNT UPPER` serves the contents of the file `IMAGE` on the directory
-/// `MOUNT`; `UPPER` is where others mount a file system that lies on it.
+/// The main function of the server: `IMAGE MOUNT UPPER` serves the contents of the file `IMAGE`, which it removes, on
+/// the directory `MOUNT`; `UPPER` is where others mount a file system that lies on it. All three are in one directory.
 ///
 /// # Errors
 /// When it cannot be mounted, or the orders are not understood.
@@ -58,20 +59,35 @@ pub fn serve(mut args: impl Iterator<Item = String>) -> Result<()> {
     let mut path = || args.next().map(PathBuf::from).context("serve-disk IMAGE MOUNT UPPER");
     let (image, mount, upper) = (path()?, path()?, path()?);
     let disk = SharedDisk::new(FaultDisk::new(Image::load(&image)?));
+    std::fs::remove_file(&image)?;
     let mut config = fuser::Config::default();
     config.mount_options = vec![fuser::MountOption::FSName("powercut".to_owned())];
     let session = fuser::Session::new(DiskFs::new(disk.clone()), &mount, &config)
         .with_context(|| format!("cannot mount the disk on {}", mount.display()))?;
     let session = session.spawn()?;
     let orderly = obey(&disk);
-    if !matches!(orderly, Ok(true)) {
+    if matches!(orderly, Ok(true)) {
+        mounts::detach(&mount);
+    } else {
         disk.cut();
         mounts::detach(&upper);
+        mounts::detach(&mount);
+        if let Some(scratch) = image.parent() {
+            remove(scratch);
+        }
     }
-    mounts::detach(&mount);
     // Ends as this process does: whoever still has the file open must not be waited for.
     drop(session);
     orderly.map(|_| ())
+}
+
+/// Removes the directory in which nothing is mounted any more. Members that were about to start may still make theirs
+/// in it, until they notice that their parent is gone.
+fn remove(scratch: &Path) {
+    for _ in 0..20 {
+        let _ = std::fs::remove_dir_all(scratch);
+        std::thread::sleep(Duration::from_millis(100));
+    }
 }
 
 /// Obeys until the end, and says whether that was ordered.

@@ -9,22 +9,23 @@ use std::time::{Duration, Instant};
 
 /// As small as the configuration allows with batches of this size: a trial zero-fills less and rolls over more.
 pub const ENGINE_FLAGS: EngineFlags = EngineFlags {
-    segment_bytes: 2 << 20,
+    segment_bytes: 1 << 20,
     segments_ahead: 1,
-    batch_bytes_max: 64 << 10,
+    batch_bytes_max: 32 << 10,
     command_bytes_max: 16 << 10,
 };
 
 const MEMBERS: u64 = 3;
 const STREAMS: u64 = 64;
 
-/// Durable operations of the disk between the moment a cut is armed and the cut, at most. Starting three members takes
-/// some hundreds, and a second of load some thousands.
-const CUT_AFTER_STARTING: u64 = 800;
-const CUT_AFTER_LOAD: u64 = 3_000;
+/// Writes and flushes of the disk between the moment a cut is armed and the cut, at most. Three members form with some
+/// 200, and a second of load makes some 2,500.
+const CUT_AFTER_STARTING: u64 = 200;
+const CUT_AFTER_LOAD: u64 = 2_500;
+const CUT_AFTER_FAULT: u64 = 20;
 
 /// A cut that is armed and has not come by now is made: a cluster without work writes nothing.
-const CUT_PATIENCE: Duration = Duration::from_secs(3);
+const CUT_PATIENCE: Duration = Duration::from_secs(2);
 
 /// How long a failed disk is left to the members before its power is cut.
 const FAULT_LASTS: Duration = Duration::from_millis(300);
@@ -218,42 +219,49 @@ impl Trial<'_> {
 
     fn cut_under_load(&mut self) -> Result<()> {
         let after = self.rng.below(CUT_AFTER_LOAD);
-        let (on, effect) = match self.fault {
-            Fault::None => (On::Any, Effect::Cut),
-            Fault::ErrorWrite => (On::Write, Effect::Error),
-            Fault::ErrorFlush => (On::Flush, Effect::Error),
-            Fault::Full => (On::Write, Effect::Full),
-            Fault::Hang => (On::Any, Effect::Hang),
-            Fault::Lie => {
-                self.rig.disk().strike(Effect::Lie)?;
-                let wanted = self.cluster.ledger().acked.len() + 200;
-                self.acked(wanted);
-                (On::Any, Effect::Cut)
-            }
+        if self.fault == Fault::Lie {
+            self.rig.disk().strike(Effect::Lie)?;
+            let wanted = self.cluster.ledger().acked.len() + 200;
+            self.acked(wanted);
+        }
+        let first = match self.fault {
+            Fault::None | Fault::Lie => None,
+            Fault::ErrorWrite => Some((On::Write, Effect::Error)),
+            Fault::ErrorFlush => Some((On::Flush, Effect::Error)),
+            Fault::Full => Some((On::Write, Effect::Full)),
+            Fault::Hang => Some((On::Any, Effect::Hang)),
         };
-        self.rig.disk().arm(Trigger { on, after, effect })?;
+        if let Some((on, effect)) = first {
+            self.rig.disk().arm(Trigger { on, after, effect })?;
+            self.triggered(CUT_PATIENCE)?;
+            std::thread::sleep(FAULT_LASTS);
+        }
+        let after = if first.is_some() { self.rng.below(CUT_AFTER_FAULT) } else { after };
+        self.rig.disk().arm(Trigger { on: On::Any, after, effect: Effect::Cut })?;
         self.wait_cut()
     }
 
-    /// Waits for the trigger that is armed, cuts the power in any case, and kills the members.
+    /// Waits for the cut that is armed, makes it in any case, and kills the members.
     fn wait_cut(&mut self) -> Result<()> {
-        let deadline = Instant::now() + CUT_PATIENCE;
+        self.triggered(CUT_PATIENCE)?;
+        self.rig.disk().strike(Effect::Cut)?;
+        self.cluster.kill_all()
+    }
+
+    /// Whether one more trigger comes to pass in that time.
+    fn triggered(&mut self, patience: Duration) -> Result<bool> {
+        let deadline = Instant::now() + patience;
         loop {
-            let stats = self.rig.disk().stats()?;
-            if stats.triggered > self.triggered {
-                self.triggered = stats.triggered;
-                if stats.powered {
-                    std::thread::sleep(FAULT_LASTS);
-                }
-                break;
+            let triggered = self.rig.disk().stats()?.triggered;
+            if triggered > self.triggered {
+                self.triggered = triggered;
+                return Ok(true);
             }
             if Instant::now() > deadline {
-                break;
+                return Ok(false);
             }
             std::thread::sleep(Duration::from_millis(2));
         }
-        self.rig.disk().strike(Effect::Cut)?;
-        self.cluster.kill_all()
     }
 
     fn power_returns(&mut self) -> Result<Boot> {

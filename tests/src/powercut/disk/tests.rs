@@ -110,6 +110,22 @@ fn once_the_power_is_cut_nothing_is_accepted() {
 }
 
 #[test]
+fn a_write_that_the_cut_meets_fails_and_survives_in_part() {
+    let mut seen = [false; 3];
+    for seed in 0..50 {
+        let mut disk = disk();
+        disk.arm(trigger(On::Write, 0, Effect::Cut));
+        assert_eq!(fill(&mut disk, 0, 8, 2), Err(DiskError::Io));
+        assert_eq!(fill(&mut disk, 8, 8, 2), Err(DiskError::Io));
+        disk.power_on(seed, Survival::Random);
+        assert_eq!(values(&disk, 8, 8), [1; 8], "that one came too late");
+        let new = values(&disk, 0, 8).iter().filter(|value| **value == 2).count();
+        seen[usize::from(new > 0) + usize::from(new == 8)] = true;
+    }
+    assert_eq!(seen, [true; 3], "none, some and all of it");
+}
+
+#[test]
 fn a_lying_disk_acknowledges_flushes_and_keeps_only_what_was_durable_before() {
     let mut disk = disk();
     fill(&mut disk, 0, 1, 2).unwrap();
