@@ -104,7 +104,7 @@ fn once_the_power_is_cut_nothing_is_accepted() {
     disk.strike(Effect::Lie);
     assert_eq!(disk.flush(), Err(DiskError::Io), "no other fault brings the power back");
     let before = disk.cuts();
-    disk.power_on(1, Survival::Random);
+    disk.power_on(1, Survival::None);
     assert_eq!(disk.cuts(), before, "it was off already");
     assert_eq!(values(&disk, 0, 2), [2, 1]);
 }
