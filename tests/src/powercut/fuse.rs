@@ -55,15 +55,21 @@ impl SharedDisk {
     /// Cuts the power; a hung disk's requests fail.
     pub fn cut(&self) {
         self.lock().strike(Effect::Cut);
-        self.hold(None);
+        self.held().clear();
     }
 
-    fn hold(&self, request: Option<Held>) {
-        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        match request {
-            Some(request) => held.push(request),
-            None => held.clear(),
+    /// Leaves a request without an answer, until the power is cut.
+    fn hold(&self, request: Held) {
+        let mut held = self.held();
+        held.push(request);
+        // The power may have gone since the disk was asked. If it goes after this, `cut` finds the request.
+        if !self.lock().stats().powered {
+            held.clear();
         }
+    }
+
+    fn held(&self) -> MutexGuard<'_, Vec<Held>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The disk, if it was opened since the power last went.
@@ -176,7 +182,7 @@ impl Filesystem for DiskFs {
         let outcome = self.disk.connected(handle).and_then(|disk| disk.read(offset, &mut bytes));
         match outcome {
             Ok(()) => reply.data(&bytes),
-            Err(DiskError::Hung) => self.disk.hold(Some(Held::Read(reply))),
+            Err(DiskError::Hung) => self.disk.hold(Held::Read(reply)),
             Err(error) => reply.error(errno(error)),
         }
     }
@@ -196,7 +202,7 @@ impl Filesystem for DiskFs {
         let outcome = self.disk.connected(handle).and_then(|mut disk| disk.write(offset, data));
         match outcome {
             Ok(()) => reply.written(data.len() as u32),
-            Err(DiskError::Hung) => self.disk.hold(Some(Held::Write(reply))),
+            Err(DiskError::Hung) => self.disk.hold(Held::Write(reply)),
             Err(error) => reply.error(errno(error)),
         }
     }
@@ -211,7 +217,7 @@ impl Filesystem for DiskFs {
         let outcome = self.disk.connected(handle).and_then(|mut disk| disk.flush());
         match outcome {
             Ok(()) => reply.ok(),
-            Err(DiskError::Hung) => self.disk.hold(Some(Held::Flush(reply))),
+            Err(DiskError::Hung) => self.disk.hold(Held::Flush(reply)),
             Err(error) => reply.error(errno(error)),
         }
     }

@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use rustix::mount::{MountFlags, UnmountFlags};
+use rustix::thread::CapabilitySet;
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd;
@@ -78,6 +79,10 @@ impl FsKind {
 pub fn missing(kind: FsKind) -> Option<String> {
     if !rustix::process::geteuid().is_root() {
         return Some("needs root, for mount(2)".to_owned());
+    }
+    let capable = rustix::thread::capabilities(None);
+    if !capable.is_ok_and(|sets| sets.effective.contains(CapabilitySet::SYS_ADMIN)) {
+        return Some("root may not mount here: CAP_SYS_ADMIN is missing".to_owned());
     }
     for device in ["/dev/fuse", LOOP_CONTROL] {
         if let Err(error) = OpenOptions::new().read(true).write(true).open(device) {

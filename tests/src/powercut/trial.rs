@@ -273,3 +273,10 @@ impl Trial<'_> {
         self.rig.mount()
     }
 }
+
+impl Drop for Trial<'_> {
+    fn drop(&mut self) {
+        // The members are killed next. One that waits for a hung disk would not end before its power is cut.
+        let _ = self.rig.disk().strike(Effect::Cut);
+    }
+}
