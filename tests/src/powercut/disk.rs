@@ -81,6 +81,9 @@ pub struct Trigger {
     pub on: On,
     /// How many of them still pass; 0 hits the next one.
     pub after: u64,
+    /// It then still waits until the cache holds so many writes: most flushes follow their write at once, and a cut at
+    /// any moment finds hardly more than one.
+    pub cached_min: u64,
     /// What then happens.
     pub effect: Effect,
 }
@@ -263,11 +266,11 @@ impl FaultDisk {
             if trigger.on != On::Any && trigger.on != operation {
                 return true;
             }
-            if trigger.after == 0 {
+            if trigger.after == 0 && self.cached.len() as u64 >= trigger.cached_min {
                 struck.push(trigger.effect);
                 return false;
             }
-            trigger.after -= 1;
+            trigger.after = trigger.after.saturating_sub(1);
             true
         });
         self.stats.triggered += struck.len() as u64;
@@ -324,9 +327,9 @@ impl Luck {
         let mut rng = Rng::new(seed);
         let (lose_ppm, keep_ppm) = match (survival, rng.below(4)) {
             (Survival::None, _) => (1_000_000, 0),
-            (Survival::Random, 0) => (900_000, 50_000),
-            (Survival::Random, 1) => (50_000, 900_000),
-            (Survival::Random, _) => (300_000, 300_000),
+            (Survival::Random, 0) => (850_000, 50_000),
+            (Survival::Random, 1) => (50_000, 850_000),
+            (Survival::Random, _) => (150_000, 150_000),
         };
         Self { rng, lose_ppm, keep_ppm }
     }

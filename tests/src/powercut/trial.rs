@@ -24,6 +24,9 @@ const CUT_AFTER_STARTING: u64 = 200;
 const CUT_AFTER_LOAD: u64 = 2_500;
 const CUT_AFTER_FAULT: u64 = 20;
 
+/// A cut waits until the cache holds a number of writes below this.
+const CACHED_AT_CUT: u64 = 6;
+
 /// A cut that is armed and has not come by now is made: a cluster without work writes nothing.
 const CUT_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -178,7 +181,7 @@ impl Trial<'_> {
 
     fn cut_while_starting(&mut self) -> Result<()> {
         let after = self.rng.below(CUT_AFTER_STARTING);
-        self.rig.disk().arm(Trigger { on: On::Any, after, effect: Effect::Cut })?;
+        self.arm_cut(after)?;
         for id in 1..=MEMBERS {
             self.cluster.spawn(id)?;
         }
@@ -232,13 +235,18 @@ impl Trial<'_> {
             Fault::Hang => Some((On::Any, Effect::Hang)),
         };
         if let Some((on, effect)) = first {
-            self.rig.disk().arm(Trigger { on, after, effect })?;
+            self.rig.disk().arm(Trigger { on, after, cached_min: 0, effect })?;
             self.triggered(CUT_PATIENCE)?;
             std::thread::sleep(FAULT_LASTS);
         }
         let after = if first.is_some() { self.rng.below(CUT_AFTER_FAULT) } else { after };
-        self.rig.disk().arm(Trigger { on: On::Any, after, effect: Effect::Cut })?;
+        self.arm_cut(after)?;
         self.wait_cut()
+    }
+
+    fn arm_cut(&mut self, after: u64) -> Result<()> {
+        let cached_min = self.rng.below(CACHED_AT_CUT);
+        self.rig.disk().arm(Trigger { on: On::Any, after, cached_min, effect: Effect::Cut })
     }
 
     /// Waits for the cut that is armed, makes it in any case, and kills the members.

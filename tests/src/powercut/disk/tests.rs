@@ -30,7 +30,7 @@ fn values(disk: &FaultDisk, sector: u64, count: usize) -> Vec<u8> {
 }
 
 fn trigger(on: On, after: u64, effect: Effect) -> Trigger {
-    Trigger { on, after, effect }
+    Trigger { on, after, cached_min: 0, effect }
 }
 
 #[test]
@@ -107,6 +107,21 @@ fn once_the_power_is_cut_nothing_is_accepted() {
     disk.power_on(1, Survival::None);
     assert_eq!(disk.cuts(), before, "it was off already");
     assert_eq!(values(&disk, 0, 2), [2, 1]);
+}
+
+#[test]
+fn a_cut_waits_for_as_many_cached_writes_as_it_is_told() {
+    let mut disk = disk();
+    disk.arm(Trigger { cached_min: 2, ..trigger(On::Any, 1, Effect::Cut) });
+    for write in 0..3 {
+        fill(&mut disk, write, 1, 2).unwrap();
+        disk.flush().unwrap();
+    }
+    fill(&mut disk, 3, 1, 2).unwrap();
+    fill(&mut disk, 4, 1, 2).unwrap();
+    assert_eq!(disk.flush(), Err(DiskError::Io));
+    let Survived { kept, torn, lost } = disk.power_on(1, Survival::None);
+    assert_eq!((kept, torn, lost), (0, 0, 2));
 }
 
 #[test]
