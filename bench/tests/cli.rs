@@ -232,6 +232,9 @@ fn when_the_leader_is_killed_another_goes_on_and_the_logs_verify() {
         assert_eq!(leaders[0]["ended"], "killed", "{leaders:?}");
         assert!(leaders[1]["acked"].as_u64() > Some(0), "{leaders:?}");
         assert!(report["failover"]["gap_ms"].as_f64() > Some(0.0), "{report}");
+        // More than the leader's first, empty batch: what the killed one reported while it lived is kept, too.
+        let nodes = report["verified"]["nodes"].as_array().unwrap();
+        assert!(nodes.len() == 3 && nodes.iter().all(|node| node["kept"].as_u64() > Some(1)), "{nodes:?}");
         nothing_is_left(dir.path());
     }
 }

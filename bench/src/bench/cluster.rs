@@ -56,6 +56,8 @@ pub(crate) struct Member {
     arguments: Vec<std::ffi::OsString>,
     messages: PathBuf,
     process: Option<Process>,
+    /// The highest [`NodeStatus::kept`] that any of its processes reported.
+    kept: u64,
     /// What its former processes spent and wrote.
     spent: Usage,
     /// How its latest process ended, once it has.
@@ -105,8 +107,16 @@ impl Cluster {
             }
             arguments.extend(options.engine.to_args());
             let messages = options.dir.join(format!("node-{id}.log"));
-            let member =
-                Member { id, dir, arguments, messages, process: None, spent: Usage::default(), ended: None };
+            let member = Member {
+                id,
+                dir,
+                arguments,
+                messages,
+                process: None,
+                kept: 0,
+                spent: Usage::default(),
+                ended: None,
+            };
             started.members.push(member);
         }
         for member in &mut started.members {
@@ -230,6 +240,19 @@ fn free_ports(count: usize) -> anyhow::Result<Vec<u16>> {
     listeners.iter().map(port).collect()
 }
 
+impl Process {
+    /// Notes an answer.
+    fn take(&mut self, answer: &Answer, kept: &mut u64) {
+        match answer {
+            // One that was started again says first, unasked, that it is up.
+            Answer::Ready { .. } => return,
+            Answer::Status(status) => *kept = (*kept).max(status.kept()),
+            Answer::Taken | Answer::Failed { .. } => {}
+        }
+        self.unanswered = self.unanswered.saturating_sub(1);
+    }
+}
+
 impl Member {
     /// Starts a process for this member, the first or another one on the same directory.
     pub(crate) fn spawn(&mut self) -> anyhow::Result<()> {
@@ -286,6 +309,9 @@ impl Member {
         let Some(status) = process.child.try_wait().context("looking at a node")? else { return Ok(true) };
         self.spent.cpu_ns += process.seen.cpu_ns;
         self.spent.written_bytes += process.seen.written_bytes;
+        while let Ok(answer) = process.answers.try_recv() {
+            process.take(&answer, &mut self.kept);
+        }
         self.process = None;
         self.ended = Some(status);
         match status.code() {
@@ -332,10 +358,8 @@ impl Member {
             cleanup::check()?;
             let left = deadline.saturating_duration_since(Instant::now());
             match process.answers.recv_timeout(left.min(LOOK_AGAIN)) {
-                // One that was started again says first that it is up.
-                Ok(Answer::Ready { .. }) => {}
                 Ok(answer) => {
-                    process.unanswered -= 1;
+                    process.take(&answer, &mut self.kept);
                     // Answers come in the order of the orders: this may be a late one.
                     if process.unanswered == 0 {
                         return Ok(Some(answer));
@@ -346,6 +370,24 @@ impl Member {
             }
         }
         Ok(None)
+    }
+
+    /// Takes the answers that have come, without waiting, and asks for the status again when none is owed. So what a
+    /// killed node had reported is at most as old as the last two calls.
+    pub(crate) fn glance(&mut self) -> anyhow::Result<()> {
+        let Some(process) = &mut self.process else { return Ok(()) };
+        while let Ok(answer) = process.answers.try_recv() {
+            process.take(&answer, &mut self.kept);
+        }
+        if process.unanswered == 0 {
+            self.post(&Order::Status)?;
+        }
+        Ok(())
+    }
+
+    /// The end of what its disk must hold, by all that its processes reported.
+    pub(crate) fn kept(&self) -> u64 {
+        self.kept
     }
 
     /// SIGKILL, as an operator would.

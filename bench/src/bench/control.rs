@@ -76,6 +76,19 @@ pub(crate) struct NodeStatus {
     pub(crate) applied_chain: String,
 }
 
+impl NodeStatus {
+    /// The end of what the node's disk holds from now on, whatever happens to the node, as long as the disk keeps what
+    /// it reported as durable.
+    ///
+    /// Not all of `durable`: a new leader may truncate what is durable here and not committed. Not all of `commit`: a
+    /// leader commits what a majority of others holds before its own disk does. Both are taken from one moment of the
+    /// node, and what is committed is never truncated, so the lower of the two is a bound for ever: a later process on
+    /// the directory may report less for a while, and a killed one reports nothing, but the disk must hold it still.
+    pub(crate) fn kept(&self) -> u64 {
+        self.durable.min(self.commit)
+    }
+}
+
 impl From<Status> for NodeStatus {
     fn from(status: Status) -> Self {
         Self {

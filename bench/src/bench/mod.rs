@@ -210,6 +210,7 @@ pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<()> {
                 node: member.id,
                 dir: member.dir.clone(),
                 committed: status.map(|status| status.commit),
+                kept: member.kept(),
             }
         })
         .collect();
@@ -393,7 +394,7 @@ impl<'a> Watch<'a> {
             cleanup::sleep(WATCH_EVERY)?;
             let now_ns = load::now_ns();
             self.look_at_members(cluster, now_ns)?;
-            self.sample(cluster, now_ns);
+            self.sample(cluster, now_ns)?;
             self.kill_leader_when_due(cluster, now_ns)?;
             let (node, _) = self.leaders.last().copied().context("a generator was ordered")?;
             let alive = cluster.member(node)?.is_alive();
@@ -427,7 +428,7 @@ impl<'a> Watch<'a> {
             }
         }
         // The last slice, and what a killed process could not say.
-        self.sample(cluster, load::now_ns());
+        self.sample(cluster, load::now_ns())?;
         self.progress.finish_and_clear();
         Ok(())
     }
@@ -498,7 +499,7 @@ impl<'a> Watch<'a> {
     }
 
     /// Takes what is to be taken at the window's begin and end and at each slice of it.
-    fn sample(&mut self, cluster: &mut Cluster, now_ns: u64) {
+    fn sample(&mut self, cluster: &mut Cluster, now_ns: u64) -> anyhow::Result<()> {
         if self.at_begin.is_none() && now_ns >= self.begin_ns {
             self.at_begin = Some(self.usage(cluster));
             self.slice = (now_ns, self.measured());
@@ -508,7 +509,7 @@ impl<'a> Watch<'a> {
         }
         if now_ns < self.begin_ns || now_ns > self.end_ns || now_ns < self.slice.0 + SLICE_NS {
             self.show(now_ns, None);
-            return;
+            return Ok(());
         }
         let measured = self.measured();
         let rate = (measured - self.slice.1) as f64 * 1e9 / (now_ns - self.slice.0) as f64;
@@ -516,11 +517,13 @@ impl<'a> Watch<'a> {
         self.slice = (now_ns, measured);
         for member in cluster.members() {
             member.sample();
+            member.glance()?;
         }
         if self.durable_files.is_empty() {
             self.durable_files = cluster.members().iter().map(|member| member.durable_files()).collect();
         }
         self.show(now_ns, Some(rate));
+        Ok(())
     }
 
     fn usage(&self, cluster: &mut Cluster) -> Sample {

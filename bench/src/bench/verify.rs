@@ -47,6 +47,8 @@ pub(crate) struct Verified {
     pub(crate) chains_equal: bool,
     /// A majority of the nodes holds everything that is committed.
     pub(crate) on_majority: bool,
+    /// Every node's disk holds all that the node ever reported as durable and committed, also of a minority.
+    pub(crate) complete: bool,
     /// The end of what is committed.
     pub(crate) committed: u64,
     pub(crate) nodes: Vec<VerifiedNode>,
@@ -63,6 +65,8 @@ pub(crate) struct VerifiedNode {
     pub(crate) batches: usize,
     /// The last index on its disk.
     pub(crate) last: u64,
+    /// The last index that it reported as durable and committed.
+    pub(crate) kept: u64,
 }
 
 impl fmt::Display for Verified {
@@ -75,7 +79,7 @@ impl fmt::Display for Verified {
             return write!(
                 f,
                 "Verified from disk: all {} acknowledged commands are in the log once{unknown}; the logs of {} nodes are \
-                 equal by chain.",
+                 equal by chain, and hold what each node reported as durable and committed.",
                 self.acked,
                 self.nodes.len()
             );
@@ -98,6 +102,8 @@ pub(crate) struct NodeDir {
     pub(crate) dir: PathBuf,
     /// The end of what the node knew to be committed when it stopped in good order.
     pub(crate) committed: Option<u64>,
+    /// What its disk must hold at the least; see [`NodeStatus::kept`](super::control::NodeStatus::kept).
+    pub(crate) kept: u64,
 }
 
 /// What a generator did.
@@ -118,11 +124,21 @@ pub(crate) fn verify(
         read.into_iter().map(|thread| thread.join().expect("reading a log does not panic")).collect()
     });
     let logs: Vec<Log> = logs.into_iter().collect::<Result<_, _>>()?;
-    let mut verified = Verified { chains_equal: true, on_majority: true, ..Verified::default() };
+    let mut verified =
+        Verified { chains_equal: true, on_majority: true, complete: true, ..Verified::default() };
     for (node, log) in nodes.iter().zip(&logs) {
         let (batches, last) = (log.batches.len(), log.last().get());
-        verified.nodes.push(VerifiedNode { node: node.node, batches, last });
+        verified.nodes.push(VerifiedNode { node: node.node, batches, last, kept: node.kept });
         verified.problems.extend(log.problems.iter().map(|problem| format!("node {}: {problem}", node.node)));
+        if last < node.kept {
+            verified.complete = false;
+            verified.problems.push(format!(
+                "node {}: it reported {} as durable and committed, but the log in {} ends at {last}",
+                node.node,
+                node.kept,
+                node.dir.display()
+            ));
+        }
     }
 
     // What is committed: as the nodes said, or else as far as a majority's disks go.
@@ -281,6 +297,14 @@ impl RunCheck<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ringraft_block::{AlignedBuf, ClusterId, GroupId, Incarnation, NodeId, Pool, Term};
+    use ringraft_wal::format::{
+        BatchBuilder, Chain, Cut, Envelope, HARD_STATE_FILE_BYTES, HardState, LogStart, PriorContent, Seal,
+        SegmentHeader, SegmentOrigin, slots_start, write_envelope, write_hard_state, write_segment_header,
+    };
+    use std::convert::Infallible;
+    use std::os::unix::fs::FileExt as _;
+    use std::path::Path;
 
     const PAYLOAD_BYTES: usize = 24;
 
@@ -356,6 +380,167 @@ mod tests {
             let verified = check([(1, 1), (0, 0)], &[], &[(A, 1), stranger]);
             assert_eq!((verified.never_sent, verified.present), (1, 1), "{stranger:?}");
         }
+    }
+
+    /// Index `n` of the test log is the `n`th command of stream A.
+    const BATCHES: u64 = 6;
+    const SEGMENT_BYTES: u64 = 64 << 10;
+
+    /// A data directory as a node leaves it: a hard state, a segment with `BATCHES` batches of one command each, and
+    /// one made ready. Says where each slot begins.
+    fn data_directory(dir: &Path) -> Vec<u64> {
+        let (cluster, node, incarnation, group) = (ClusterId(1), NodeId(1), Incarnation(3), GroupId(0));
+        let start = LogStart { index: LogIndex(0), term: Term(0), chain: Chain([7; 16]) };
+        let mut block = vec![0; HARD_STATE_FILE_BYTES];
+        write_hard_state(
+            &mut block,
+            &HardState {
+                cluster,
+                node,
+                incarnation,
+                boot: 1,
+                sequence: 1,
+                group,
+                term: Term(1),
+                vote: None,
+                epoch: 1,
+                cut: Cut::default(),
+                generation: 0,
+                start,
+                witness: LogIndex(0),
+                configuration: Vec::new(),
+            },
+        );
+        std::fs::write(dir.join("hard-a"), block).unwrap();
+
+        let mut segment = vec![0; SEGMENT_BYTES as usize];
+        let (nonce, epoch, boot, generation) = (5, 1, 1, 1);
+        let origin = SegmentOrigin::Cut { cut: Cut::default(), after: start };
+        write_segment_header(
+            &mut segment,
+            &SegmentHeader {
+                cluster,
+                node,
+                incarnation,
+                segment_bytes: SEGMENT_BYTES,
+                nonce,
+                epoch,
+                boot,
+                generation,
+                group,
+                prior_content: PriorContent::Zeros,
+                origin,
+            },
+        );
+        let pool = Pool::new(0);
+        let (mut offset, mut chain, mut offsets) = (slots_start(SEGMENT_BYTES), start.chain, Vec::new());
+        for index in 1..=BATCHES {
+            let block = pool.take(8192, |bytes| Ok::<_, Infallible>(AlignedBuf::zeroed(bytes))).unwrap();
+            let mut builder = BatchBuilder::new(block);
+            builder.push(&command(A, index), None).unwrap();
+            let (mut block, info) = builder.seal(Seal {
+                group,
+                term: Term(1),
+                first: LogIndex(index),
+                kind: BatchKind::Commands,
+                time_ms: 0,
+                previous_chain: chain,
+            });
+            write_envelope(
+                &mut block,
+                &Envelope {
+                    cluster,
+                    nonce,
+                    generation,
+                    group,
+                    offset,
+                    epoch,
+                    boot,
+                    durable_through: LogIndex(index - 1),
+                    term: Term(1),
+                    first: info.first,
+                    last: info.last,
+                    chain: info.chain,
+                    image_bytes: info.image_bytes,
+                },
+            );
+            let slot = info.slot_bytes();
+            segment[offset as usize..][..slot].copy_from_slice(&block[..slot]);
+            offsets.push(offset);
+            (offset, chain) = (offset + slot as u64, info.chain);
+        }
+        std::fs::write(dir.join("segment-00000001.wal"), segment).unwrap();
+        std::fs::write(dir.join("segment-00000002.wal"), vec![0; SEGMENT_BYTES as usize]).unwrap();
+        offsets
+    }
+
+    /// Three nodes that acknowledged everything and said so when they stopped; `change` is done to the third's
+    /// directory.
+    fn verify_three(kept: u64, change: impl FnOnce(&Path, &[u64])) -> Verified {
+        let dir = tempfile::tempdir().unwrap();
+        let nodes: Vec<NodeDir> = (1..=3)
+            .map(|node| {
+                let dir = dir.path().join(node.to_string());
+                std::fs::create_dir(&dir).unwrap();
+                NodeDir { node, dir, committed: Some(BATCHES), kept: BATCHES }
+            })
+            .collect();
+        let offsets: Vec<_> = nodes.iter().map(|node| data_directory(&node.dir)).collect();
+        change(&nodes[2].dir, &offsets[2]);
+        let mut nodes = nodes;
+        nodes[2].kept = kept;
+        let ledger = Ledger::private(1).unwrap();
+        ledger.set_sent(0, BATCHES);
+        ledger.set_settled(0, BATCHES);
+        verify(&nodes, &[RunLedger { run: 1, ledger }], PAYLOAD_BYTES).unwrap()
+    }
+
+    fn overwrite(file: &Path, offset: u64, bytes: &[u8]) {
+        let file = std::fs::OpenOptions::new().write(true).open(file).unwrap();
+        file.write_all_at(bytes, offset).unwrap();
+    }
+
+    #[test]
+    fn three_equal_directories_are_good() {
+        let verified = verify_three(BATCHES, |_, _| {});
+        assert!(verified.ok && verified.complete && verified.chains_equal, "{verified:?}");
+        assert_eq!((verified.acked, verified.present, verified.committed), (BATCHES, BATCHES, BATCHES));
+    }
+
+    #[test]
+    fn a_minority_node_that_lost_batches_it_reported_as_durable_is_found() {
+        let lost = |dir: &Path, slots: &[u64]| {
+            overwrite(&dir.join("segment-00000001.wal"), slots[4], &[0; 4096]);
+        };
+        let verified = verify_three(BATCHES, lost);
+        assert!(!verified.ok && !verified.complete, "{verified:?}");
+        assert!(verified.chains_equal && verified.on_majority && verified.missing == 0, "{verified:?}");
+        let [problem] = &verified.problems[..] else { panic!("{verified:?}") };
+        for said in ["node 3", "reported 6 as durable", "ends at 4"] {
+            assert!(problem.contains(said), "{said}: {problem}");
+        }
+        // What it had never reported, it may lack.
+        let verified = verify_three(4, lost);
+        assert!(verified.ok && verified.complete, "{verified:?}");
+    }
+
+    #[test]
+    fn a_segment_whose_header_cannot_be_read_is_found_also_where_nothing_in_it_is_missed() {
+        for (bytes, said) in [(&[0xff; 64][..], "magic"), (&[0; 512], "blank, but its slots are not")] {
+            let verified = verify_three(0, |dir, _| overwrite(&dir.join("segment-00000001.wal"), 0, bytes));
+            assert!(!verified.ok && verified.complete, "{verified:?}");
+            let [problem] = &verified.problems[..] else { panic!("{verified:?}") };
+            assert!(problem.contains("node 3: ") && problem.contains("segment-00000001.wal"), "{problem}");
+            assert!(problem.contains(said), "{said}: {problem}");
+        }
+        let verified = verify_three(BATCHES, |dir, _| {
+            overwrite(&dir.join("segment-00000002.wal"), 100, &[1]);
+        });
+        assert!(!verified.ok && verified.problems[0].contains("segment-00000002.wal"), "{verified:?}");
+        let verified = verify_three(BATCHES, |dir, _| {
+            overwrite(&dir.join("segment-00000001.wal"), SEGMENT_BYTES, &[0; 4096]);
+        });
+        assert!(!verified.ok && verified.problems[0].contains("65536 bytes"), "{verified:?}");
     }
 
     #[test]

@@ -3,8 +3,9 @@
 use anyhow::{Context as _, ensure};
 use ringraft_block::{BLOCK_BYTES, LogIndex, Term, round_up_to_block};
 use ringraft_wal::format::{
-    BatchInfo, BatchKind, Chain, ENVELOPE_BYTES, HardState, SegmentHeader, SegmentOrigin, parse_image,
-    read_envelope, read_hard_state, read_segment_header, slot_bytes, slots_start,
+    BatchInfo, BatchKind, Chain, ENVELOPE_BYTES, HARD_STATE_FILE_BYTES, HardState, SegmentHeader,
+    SegmentHeaderError, SegmentOrigin, parse_image, read_envelope, read_hard_state, read_segment_header,
+    slot_bytes, slots_start,
 };
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
@@ -12,6 +13,8 @@ use std::path::{Path, PathBuf};
 
 /// A segment is read in pieces of this size.
 const READ_BYTES: usize = 8 << 20;
+/// What the name of a segment in service ends with.
+const IN_SERVICE: &str = "wal";
 
 /// A batch and where it is.
 #[derive(Clone, Copy)]
@@ -36,20 +39,16 @@ struct Segment {
 
 impl Log {
     pub(super) fn read(dir: &Path) -> anyhow::Result<Self> {
-        let (mut segments, mut hard_state) = (Vec::new(), None);
+        let (mut segments, mut hard_state, mut problems) = (Vec::new(), None, Vec::new());
         for entry in std::fs::read_dir(dir).with_context(|| format!("reading {}", dir.display()))? {
             let path = entry?.path();
             if path.is_file() {
-                look_into(path, &mut segments, &mut hard_state)?;
+                look_into(path, &mut segments, &mut hard_state, &mut problems)?;
             }
         }
         segments.sort_by_key(|segment| segment.header.generation);
-        let mut log = Self {
-            segments,
-            start: (LogIndex(0), Term(0), Chain::default()),
-            batches: Vec::new(),
-            problems: Vec::new(),
-        };
+        let mut log =
+            Self { segments, start: (LogIndex(0), Term(0), Chain::default()), batches: Vec::new(), problems };
         let Some(hard_state) = hard_state else {
             log.problems.push("there is no valid hard state".to_owned());
             return Ok(log);
@@ -165,22 +164,44 @@ impl Log {
     }
 }
 
-/// Sorts a file: a segment in service, a copy of the hard state, or something else.
+/// Sorts a file: a segment in service, a copy of the hard state, or something else. What a segment's name promises and
+/// its content does not keep is a problem: the batches in it are not read.
 fn look_into(
     path: PathBuf,
     segments: &mut Vec<Segment>,
     hard_state: &mut Option<HardState>,
+    problems: &mut Vec<String>,
 ) -> anyhow::Result<()> {
     let file = File::open(&path).with_context(|| format!("opening {}", path.display()))?;
-    let bytes = read_at(&file, 0, ringraft_wal::format::HARD_STATE_FILE_BYTES)
-        .with_context(|| format!("reading {}", path.display()))?;
-    if let Ok(header) = read_segment_header(&bytes) {
-        segments.push(Segment { path, header });
-    } else if let Ok(read) = read_hard_state(&bytes)
-        && hard_state.as_ref().is_none_or(|known| known.sequence < read.sequence)
-    {
-        *hard_state = Some(read);
+    let read =
+        |offset, bytes| read_at(&file, offset, bytes).with_context(|| format!("reading {}", path.display()));
+    let bytes = read(0, HARD_STATE_FILE_BYTES)?;
+    if path.extension().is_none_or(|extension| extension != IN_SERVICE) {
+        if let Ok(read) = read_hard_state(&bytes)
+            && hard_state.as_ref().is_none_or(|known| known.sequence < read.sequence)
+        {
+            *hard_state = Some(read);
+        }
+        return Ok(());
     }
+    let length = file.metadata().with_context(|| format!("looking at {}", path.display()))?.len();
+    let problem = match read_segment_header(&bytes) {
+        Ok(header) if header.segment_bytes == length => {
+            segments.push(Segment { path, header });
+            return Ok(());
+        }
+        Ok(header) => format!("its header speaks of {} bytes, but it has {length}", header.segment_bytes),
+        // Taken into service, its header not yet written. Slots come after the header, never before.
+        Err(SegmentHeaderError::Blank) => {
+            let slot = read(slots_start(length), BLOCK_BYTES)?;
+            if slot.iter().all(|byte| *byte == 0) {
+                return Ok(());
+            }
+            "its header is blank, but its slots are not".to_owned()
+        }
+        Err(error) => error.to_string(),
+    };
+    problems.push(format!("{}: {problem}", path.display()));
     Ok(())
 }
 
