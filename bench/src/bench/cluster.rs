@@ -4,6 +4,7 @@
 use super::control::{Answer, NodeStatus, Order};
 use crate::cli::EngineArgs;
 use crate::exit::{self, Failure};
+use crate::machine::LogFiles;
 use crate::node::LoadFrom;
 use crate::{cleanup, machine};
 use anyhow::{Context as _, bail};
@@ -189,6 +190,20 @@ impl Cluster {
             }
             cleanup::sleep(LOOK_AGAIN)?;
         }
+    }
+
+    /// The segments that each live member has open for writing; none where `/proc` does not show them.
+    pub(crate) fn log_files(&mut self) -> anyhow::Result<Vec<(u64, Option<LogFiles>)>> {
+        let mut seen = Vec::new();
+        for member in &mut self.members {
+            let Some(pid) = member.process.as_ref().map(|process| process.pid) else { continue };
+            let files = machine::log_files(pid, &member.dir);
+            // One that has just been killed has nothing open.
+            if member.look()? {
+                seen.push((member.id, files));
+            }
+        }
+        Ok(seen)
     }
 
     /// Stops the live members in good order. Those that do not are killed; says how many had to be.
@@ -420,11 +435,6 @@ impl Member {
             total.written_bytes += process.seen.written_bytes;
         }
         total
-    }
-
-    /// Files of its directory that it writes durably: open with `O_DIRECT | O_DSYNC`.
-    pub(crate) fn durable_files(&self) -> usize {
-        self.process.as_ref().map_or(0, |process| machine::durable_files(process.pid, &self.dir))
     }
 
     /// The end of what it said: its error, if it gave one.

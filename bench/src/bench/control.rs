@@ -36,6 +36,10 @@ pub(crate) struct Plan {
     pub(crate) payload_bytes: usize,
     /// Commands per second in an open loop; without it the loop is closed.
     pub(crate) rate: Option<f64>,
+    /// The open loop's first command is due at this time: for the first leader when the load begins, for the next one
+    /// the time up to which the timetable has been served, so that what fell due without a leader is sent late and its
+    /// latency counts from when it was due.
+    pub(crate) due_from_ns: u64,
     /// The measured window.
     pub(crate) begin_ns: u64,
     pub(crate) end_ns: u64,
@@ -111,8 +115,15 @@ mod tests {
 
     #[test]
     fn orders_and_answers_survive_the_line() {
-        let plan =
-            Plan { run: 1, streams: 256, payload_bytes: 128, rate: Some(1e5), begin_ns: 1, end_ns: u64::MAX };
+        let plan = Plan {
+            run: 1,
+            streams: 256,
+            payload_bytes: 128,
+            rate: Some(1e5),
+            due_from_ns: 1,
+            begin_ns: 1,
+            end_ns: u64::MAX,
+        };
         for order in [
             Order::Status,
             Order::Run { ledger: "a b/ledger-1".into(), plan },
