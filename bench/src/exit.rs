@@ -122,3 +122,23 @@ fn code_of_runtime(error: &RuntimeError) -> u8 {
         _ => FAILURE,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_refusal_of_io_uring_has_the_code_that_the_help_names() {
+        for (refusal, code, said) in [
+            (IoUringRefusal::Sysctl(1), IO_URING_SYSCTL, "kernel.io_uring_disabled is 1"),
+            (IoUringRefusal::Sysctl(2), IO_URING_SYSCTL, "kernel.io_uring_disabled is 2"),
+            (IoUringRefusal::Policy, IO_URING_POLICY, "seccomp filter"),
+            (IoUringRefusal::Missing, IO_URING_MISSING, "ENOSYS"),
+            (IoUringRefusal::TooOld, IO_URING_MISSING, "Linux 5.11"),
+        ] {
+            let error = StopCause::from(StopError::Runtime(RuntimeError::IoUringRefused(refusal)));
+            assert!(error.to_string().contains(said), "{error}");
+            assert_eq!(code_of(&error.into()), code, "{refusal:?}");
+        }
+    }
+}

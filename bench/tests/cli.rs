@@ -2,6 +2,7 @@
 //! exit code. Nothing here depends on how fast the machine is.
 
 use serde_json::Value;
+use std::ffi::CString;
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
@@ -460,6 +461,51 @@ fn a_refused_io_uring_is_named_with_the_cure() {
         let mut command = bench(dir.path(), &["--in-flight", "8"]);
         without_io_uring(&mut command, number);
         fails(command, code, &["io_uring", said]);
+    }
+}
+
+/// Shows the sysctl kernel.io_uring_disabled with the content of `file` to `command` and those it starts: in a mount
+/// namespace of their own, so that the machine's own value stays what it is.
+fn with_sysctl(command: &mut Command, file: &Path) {
+    let file = CString::new(file.as_os_str().as_encoded_bytes()).unwrap();
+    let checked = |returned: i32| match returned {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    };
+    // SAFETY: only system calls are made between fork and exec; the strings live across them.
+    unsafe {
+        command.pre_exec(move || {
+            let none = std::ptr::null();
+            checked(libc::unshare(libc::CLONE_NEWNS))
+                .or_else(|_| checked(libc::unshare(libc::CLONE_NEWUSER | libc::CLONE_NEWNS)))?;
+            let private = libc::MS_REC | libc::MS_PRIVATE;
+            checked(libc::mount(none, c"/".as_ptr(), none, private, none.cast()))?;
+            let sysctl = c"/proc/sys/kernel/io_uring_disabled".as_ptr();
+            checked(libc::mount(file.as_ptr(), sysctl, none, libc::MS_BIND, none.cast()))
+        });
+    }
+}
+
+#[test]
+fn an_io_uring_that_the_sysctl_disables_is_told_from_one_that_a_filter_refuses() {
+    let dir = on_disk();
+    let sysctl = dir.path().join("io_uring_disabled");
+    for value in ["1", "2"] {
+        std::fs::write(&sysctl, format!("{value}\n")).unwrap();
+        let mut may = ringraft();
+        with_sysctl(may.arg("--version").stdout(Stdio::null()), &sysctl);
+        if let Err(error) = may.status() {
+            return eprintln!("skipped: no mount namespace with another sysctl: {error}");
+        }
+        let said = format!("the sysctl kernel.io_uring_disabled is {value}");
+        let mut node = node(&dir.path().join(value), 1, free_port());
+        let mut bench = bench(dir.path(), &["--in-flight", "8"]);
+        for command in [&mut node, &mut bench] {
+            with_sysctl(command, &sysctl);
+            without_io_uring(command, libc::EPERM);
+        }
+        fails(node, 16, &["io_uring", &said, "Set it to 0"]);
+        fails(bench, 16, &["io_uring", &said, "Set it to 0"]);
     }
 }
 
