@@ -197,7 +197,7 @@ pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<()> {
     if !caught_up {
         notes.push("not all nodes had caught up when they were stopped".to_owned());
     }
-    let durable = Durable::of(args.nodes, cluster.log_files()?)?;
+    let durable = Durable::of(args.nodes, &cluster.log_files()?)?;
     let killed = cluster.stop()?;
     if killed > 0 {
         notes.push(format!("{killed} nodes did not stop in good order and were killed"));

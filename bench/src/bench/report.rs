@@ -113,15 +113,15 @@ pub(crate) struct Durable {
     /// Every live node was seen to write its segments with `O_DIRECT | O_DSYNC`, and none otherwise. False when `/proc`
     /// did not show it; a node that was seen to do otherwise fails the run.
     pub(crate) seen: bool,
-    /// Segments of each live node that were seen open with these flags at the end of the run.
+    /// Segments of each node's log that were seen open with these flags at the end of the run; 0 for one that had ended.
     pub(crate) durable_files_seen: Vec<usize>,
 }
 
 impl Durable {
     /// Judges by the segments that each live node had open for writing; none where `/proc` did not show them. Fails
     /// when a node was seen to do anything else than an acknowledgement promises.
-    pub(crate) fn of(nodes: usize, live: Vec<(u64, Option<LogFiles>)>) -> anyhow::Result<Self> {
-        for (node, files) in &live {
+    pub(crate) fn of(nodes: usize, live: &[(u64, Option<LogFiles>)]) -> anyhow::Result<Self> {
+        for (node, files) in live {
             let Some(LogFiles { durable, others }) = files else { continue };
             ensure!(
                 *others == 0,
@@ -136,6 +136,10 @@ impl Durable {
         }
         let majority = nodes / 2 + 1;
         let seen = !live.is_empty() && live.iter().all(|(_, files)| files.is_some());
+        let durable_of = |node: u64| {
+            let files = live.iter().find(|(id, _)| *id == node).and_then(|(_, files)| *files);
+            files.map_or(0, |files| files.durable)
+        };
         let how = if seen { "durable" } else { "meant to be durable" };
         Ok(Self {
             acknowledgement: format!(
@@ -144,10 +148,7 @@ impl Durable {
             nodes,
             majority,
             seen,
-            durable_files_seen: live
-                .iter()
-                .map(|(_, files)| files.map_or(0, |files| files.durable))
-                .collect(),
+            durable_files_seen: (1..=nodes as u64).map(durable_of).collect(),
         })
     }
 }
@@ -542,14 +543,15 @@ mod tests {
     #[test]
     fn durable_is_said_only_when_every_live_node_was_seen_to_be() {
         let files = |durable, others| Some(LogFiles { durable, others });
-        let good = Durable::of(3, vec![(1, files(2, 0)), (3, files(1, 0))]).unwrap();
+        let good = Durable::of(3, &[(1, files(2, 0)), (3, files(1, 0))]).unwrap();
+        assert_eq!(good.durable_files_seen, [2, 0, 1]);
         assert!(good.seen && good.acknowledgement.starts_with("durable"), "{good:?}");
-        for unseen in [vec![], vec![(1, files(2, 0)), (2, None)]] {
+        for unseen in [&[][..], &[(1, files(2, 0)), (2, None)]] {
             let unseen = Durable::of(3, unseen).unwrap();
             assert!(!unseen.seen && unseen.acknowledgement.starts_with("meant to be"), "{unseen:?}");
         }
         for (files, said) in [(files(0, 0), "was not seen"), (files(2, 1), "is not durable")] {
-            let error = Durable::of(3, vec![(1, None), (2, files)]).unwrap_err().to_string();
+            let error = Durable::of(3, &[(1, None), (2, files)]).unwrap_err().to_string();
             assert!(error.starts_with("node 2 ") && error.contains(said), "{error}");
         }
     }
