@@ -3,7 +3,8 @@
 use crate::bench::BenchArgs;
 use crate::limit::{FollowerArgs, LimitArgs};
 use crate::node::NodeArgs;
-use crate::{bench, cleanup, exit, limit, node};
+use crate::wal::WalArgs;
+use crate::{bench, cleanup, exit, limit, node, wal};
 use clap::{Parser, Subcommand};
 use ringraft::Config;
 use ringraft::runtime::IdlePolicy;
@@ -26,6 +27,7 @@ enum Command {
     Bench(BenchArgs),
     Limit(LimitArgs),
     Node(NodeArgs),
+    Wal(WalArgs),
     /// A follower of `limit`
     #[command(name = limit::FOLLOWER_COMMAND, hide = true)]
     LimitFollower(FollowerArgs),
@@ -43,6 +45,7 @@ pub fn main() -> ExitCode {
         // It leaves nothing behind when a signal ends it: its files have no names, its followers die with it.
         Command::Limit(args) => limit::run(args),
         Command::Node(args) => caught().and_then(|()| node::run(args)),
+        Command::Wal(args) => wal::run(args),
         Command::LimitFollower(args) => limit::follower_main(args),
     };
     match outcome {
