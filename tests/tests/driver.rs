@@ -55,7 +55,8 @@ struct Rig {
     context: Rc<Context>,
     fabric: Rc<RefCell<Fabric>>,
     machines: Vec<Machine>,
-    boots: u64,
+    /// Of the next process.
+    seed: u64,
 }
 
 fn config(node: usize, nodes: usize) -> Config {
@@ -75,15 +76,20 @@ fn config(node: usize, nodes: usize) -> Config {
 
 impl Rig {
     fn new(machines: usize) -> Self {
+        Self::seeded(machines, 0)
+    }
+
+    fn seeded(machines: usize, seed: u64) -> Self {
         let context = Context::new(Trace::new(false));
-        let fabric = Fabric::new(&context, machines, Rng::new(1), LinkConfig::default());
+        let seed = seed << 32;
+        let fabric = Fabric::new(&context, machines, Rng::new(seed), LinkConfig::default());
         let machine = |node| Machine {
-            disk: DiskState::new(&context, node, Rng::new(100 + node as u64), DiskConfig::default()),
+            disk: DiskState::new(&context, node, Rng::new(seed + 100 + node as u64), DiskConfig::default()),
             process: None,
             ended: None,
         };
         let machines = (0..machines).map(machine).collect();
-        Self { context, fabric, machines, boots: 0 }
+        Self { context, fabric, machines, seed }
     }
 
     /// A cluster with a leader that can propose: its position.
@@ -98,13 +104,13 @@ impl Rig {
 
     fn boot(&mut self, config: Config) {
         let node = config.node.get() as usize - 1;
-        self.boots += 1;
+        self.seed += 1;
         self.fabric.borrow_mut().boot(node);
         let machine = &mut self.machines[node];
         assert!(machine.process.is_none(), "one process on a machine");
         let (disk, link) = (SimDisk::new(&machine.disk), SimLink::new(&self.fabric, node));
         let wakeup = Arc::new(Wakeup::new());
-        let (driver, handle) = Driver::with_backend(config, self.boots, wakeup, disk, link, Counter(0))
+        let (driver, handle) = Driver::with_backend(config, self.seed, wakeup, disk, link, Counter(0))
             .unwrap_or_else(|error| panic!("{error}"));
         let pipeline = handle.pipeline();
         machine.process = Some(Process { driver, handle, pipeline, wake_at: 0, turns: 0 });
@@ -150,10 +156,14 @@ impl Rig {
         if outcome.stop {
             machine.ended = Some(process.handle.status());
             assert_eq!(machine.disk.borrow().writes_in_flight(), 0, "a node that has stopped writes nothing");
-            machine.process = None;
-            machine.disk.borrow_mut().crash(Crash::Kill);
-            self.fabric.borrow_mut().crash(node, Crash::Kill);
+            self.kill(node);
         }
+    }
+
+    fn kill(&mut self, node: usize) {
+        self.machines[node].process = None;
+        self.machines[node].disk.borrow_mut().crash(Crash::Kill);
+        self.fabric.borrow_mut().crash(node, Crash::Kill);
     }
 
     /// Lets things happen until `condition` holds.
@@ -271,6 +281,44 @@ fn a_leader_sees_how_long_a_followers_disk_took_and_how_long_a_batch_waited_for_
     let told = told.expect("it has reported");
     assert!(told.durable_us > 0 && u64::from(told.durable_us) < stall / MICROSECOND, "{told:?}");
     assert_eq!(rig.status(slow).peers, [], "only a leader knows its peers");
+}
+
+// ---- Elections
+
+/// From the death of a leader to when the next one takes commands, in virtual time. Two followers that draw waits
+/// within an election's time of one another split the vote and wait again: that must be rare.
+#[test]
+fn a_dead_leader_is_replaced_within_two_election_time_outs_unless_votes_split_which_is_rare() {
+    const RUNS: u64 = 200;
+    for nodes in [3, 5] {
+        let mut gaps = Vec::new();
+        for seed in 0..RUNS {
+            let mut rig = Rig::seeded(nodes, seed);
+            for node in 0..nodes {
+                rig.boot(config(node, nodes));
+            }
+            let leader = rig.run_until_led();
+            rig.commit(leader, 100);
+            // Anywhere between two heartbeats.
+            rig.run_for(SECOND + seed * 50 * MILLISECOND / RUNS);
+            assert_eq!(rig.leader(), Some(leader), "nobody disturbs a healthy leader");
+            rig.kill(leader);
+            let died = rig.context.now();
+            rig.run_until_led();
+            gaps.push(rig.context.now() - died);
+        }
+        gaps.sort_unstable();
+        let timeout = config(0, nodes).election_timeout.as_nanos() as Time;
+        let late = gaps.iter().filter(|gap| **gap > 2 * timeout).count() as u64;
+        let told: Vec<_> = [0, RUNS / 2, RUNS * 9 / 10, RUNS - 1]
+            .map(|position| gaps[position as usize] as f64 / timeout as f64)
+            .into();
+        println!(
+            "{nodes} nodes: {late} of {RUNS} later than two time-outs; least, median, 90 %, most: {told:.2?}"
+        );
+        assert!(late * 100 <= 2 * RUNS, "{nodes} nodes: {late} of {RUNS}: {told:.2?}");
+        assert!(gaps[0] > timeout - 50 * MILLISECOND, "nobody campaigns while others stick to the leader");
+    }
 }
 
 // ---- Peers with other limits
