@@ -247,7 +247,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.send_queued();
         self.deliveries.flush();
         self.keep_log();
-        self.close_if_asked();
+        progressed |= self.close_if_asked();
         Ok(progressed)
     }
 
@@ -320,8 +320,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
 
     // ---- The end
 
-    fn close_if_asked(&mut self) {
-        if !self.closing && self.shared.ingress.shutdown_requested() {
+    /// True when it begins to close: a log with nothing in flight closes in the next turn, which no completion calls for.
+    fn close_if_asked(&mut self) -> bool {
+        let begins = !self.closing && self.shared.ingress.shutdown_requested();
+        if begins {
             self.closing = true;
             let stopped = Refusal::Stopped(StopError::Requested.into());
             self.proposals.borrow_mut().set_gate(Err(stopped));
@@ -330,6 +332,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             }
             self.wal.close(&mut self.disk);
         }
+        begins
     }
 
     fn stop(&mut self, error: StopError) {
