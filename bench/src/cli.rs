@@ -99,7 +99,7 @@ pub(crate) struct EngineArgs {
     /// Segments kept ready ahead [default: 4]
     #[arg(long, value_name = "N")]
     pub(crate) segments_ahead: Option<usize>,
-    /// A follower that hears no leader for this long, up to twice as long, campaigns [default: 500ms]
+    /// A follower that hears no leader for this long, and a heartbeat interval, up to half as long again, campaigns [default: 500ms]
     #[arg(long, value_name = "TIME", value_parser = duration)]
     pub(crate) election_timeout: Option<Duration>,
     /// An idle leader reminds its followers this often [default: 50ms]
