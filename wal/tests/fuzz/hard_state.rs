@@ -45,11 +45,7 @@ impl Parts {
             term: Term(self.term),
             vote: (self.vote != 0).then_some(NodeId(self.vote)),
             epoch: self.epoch,
-            cut: Cut {
-                index: LogIndex(cut_index),
-                generation: cut_generation.min(self.generation),
-                offset,
-            },
+            cut: Cut { index: LogIndex(cut_index), generation: cut_generation.min(self.generation), offset },
             generation: self.generation,
             start: LogStart {
                 index: LogIndex(start_index),

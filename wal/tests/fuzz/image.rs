@@ -7,8 +7,9 @@ use crate::sweep::{corpus, sweep, sweep_bytes};
 use bolero::TypeGenerator;
 use ringraft_block::{AlignedBuf, BlockBuf, GroupId, LogIndex, Pool, SECTOR_BYTES, Term};
 use ringraft_wal::format::{
-    BatchBuilder, BatchFull, BatchInfo, BatchKind, BatchView, COUNT_MAX, Chain, ENVELOPE_BYTES, IMAGE_BYTES_MIN,
-    IMAGE_HEADER_BYTES, ImageError, Seal, SectorChecksums, SessionRef, image_bytes_for, parse_image,
+    BatchBuilder, BatchFull, BatchInfo, BatchKind, BatchView, COUNT_MAX, Chain, ENVELOPE_BYTES,
+    IMAGE_BYTES_MIN, IMAGE_HEADER_BYTES, ImageError, Seal, SectorChecksums, SessionRef, image_bytes_for,
+    parse_image,
 };
 use std::convert::Infallible;
 
@@ -22,7 +23,7 @@ struct CommandParts {
 impl CommandParts {
     /// Mostly short, sometimes several sectors.
     fn command(&self) -> Vec<u8> {
-        let bytes = if self.bytes % 8 == 0 { self.bytes / 8 } else { self.bytes % 100 };
+        let bytes = if self.bytes.is_multiple_of(8) { self.bytes / 8 } else { self.bytes % 100 };
         (0..bytes).map(|at| self.fill.wrapping_add(at as u8)).collect()
     }
 
@@ -47,7 +48,8 @@ struct Parts {
 
 impl Parts {
     fn seal(&self) -> Seal {
-        let kinds = [BatchKind::Commands, BatchKind::Membership, BatchKind::SessionControl, BatchKind::Barrier];
+        let kinds =
+            [BatchKind::Commands, BatchKind::Membership, BatchKind::SessionControl, BatchKind::Barrier];
         let kind = kinds[usize::from(self.kind) % kinds.len()];
         Seal {
             group: GroupId(self.group),
@@ -91,7 +93,8 @@ fn aligned(bytes: &[u8]) -> AlignedBuf {
 
 fn round_trip(parts: &Parts) {
     let seal = parts.seal();
-    let commands: Vec<Pushed> = parts.commands.iter().map(|parts| (parts.command(), parts.session())).collect();
+    let commands: Vec<Pushed> =
+        parts.commands.iter().map(|parts| (parts.command(), parts.session())).collect();
     let (mut buffer, info) = sealed(&commands, seal);
     let length = info.image_bytes as usize;
     {
@@ -159,7 +162,9 @@ fn sensible(bytes: &[u8]) {
             assert!((1..=COUNT_MAX).contains(&view.len()));
             for at in 0..=view.len() {
                 let command = view.command(at);
-                assert!(command.is_none_or(|command| command.bytes.len() <= view.info().payload_bytes as usize));
+                assert!(
+                    command.is_none_or(|command| command.bytes.len() <= view.info().payload_bytes as usize)
+                );
                 assert!(at < view.len() || command.is_none());
             }
             assert!(view.commands().count() <= view.len());
@@ -319,7 +324,10 @@ fn every_altered_byte_of_an_image_is_refused() {
         for at in 0..image.len() {
             for by in [0x01, 0x80, 0xff] {
                 buffer.bytes_mut()[at] ^= by;
-                assert!(parse_image(&buffer.bytes()[..image.len()]).is_err(), "{name}: byte {at} altered by {by:#x}");
+                assert!(
+                    parse_image(&buffer.bytes()[..image.len()]).is_err(),
+                    "{name}: byte {at} altered by {by:#x}"
+                );
                 buffer.bytes_mut()[at] ^= by;
             }
         }

@@ -6,8 +6,8 @@ use crate::sweep::{corpus, sweep, sweep_bytes};
 use bolero::TypeGenerator;
 use ringraft_block::{ClusterId, GroupId, Incarnation, LogIndex, NodeId, Term};
 use ringraft_wal::format::{
-    Chain, Cut, LogStart, PriorContent, SEGMENT_HEADER_BYTES, SegmentHeader, SegmentOrigin, read_segment_header,
-    write_segment_header,
+    Chain, Cut, LogStart, PriorContent, SEGMENT_HEADER_BYTES, SegmentHeader, SegmentOrigin,
+    read_segment_header, write_segment_header,
 };
 
 #[derive(Debug, TypeGenerator)]

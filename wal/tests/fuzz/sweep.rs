@@ -34,18 +34,27 @@ pub(crate) fn input(number: u64) -> Vec<u8> {
 }
 
 /// The value that an engine would make of `bytes`.
-pub(crate) fn decode<T: TypeGenerator>(bytes: &[u8]) -> Option<T> {
+fn decode<T: TypeGenerator>(bytes: &[u8]) -> Option<T> {
     T::generate(&mut ByteSliceDriver::new(bytes, &Options::default()))
 }
 
 /// Tries `property` on the first `inputs` values.
 pub(crate) fn sweep<T: TypeGenerator + Debug>(inputs: u64, property: impl Fn(&T)) {
     for number in 0..inputs {
-        let Some(value) = decode::<T>(&input(number)) else { continue };
-        let told = Tell(number, &value);
-        property(&value);
-        drop(told);
+        sweep_one(number, &property);
     }
+}
+
+/// Tries `property` on one of the values.
+pub(crate) fn sweep_one<T: TypeGenerator + Debug, R>(
+    number: u64,
+    property: impl FnOnce(&T) -> R,
+) -> Option<R> {
+    let value = decode::<T>(&input(number))?;
+    let told = Tell(number, &value);
+    let result = property(&value);
+    drop(told);
+    Some(result)
 }
 
 /// Tries `property` on alterations of `valid` encodings: some bytes changed, or the end cut off, and in half of them the checksums made to
@@ -98,7 +107,8 @@ impl<T: Debug> Drop for Tell<'_, T> {
 /// engine has found, are left alone. That the engine replays the directory is the engine's contract; this pins that
 /// it is where the engine looks, and not stale.
 pub(crate) fn corpus(target: &str, files: &[(String, Vec<u8>)]) {
-    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/__fuzz__").join(target).join("corpus");
+    let directory =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/__fuzz__").join(target).join("corpus");
     for (name, bytes) in files {
         let path = directory.join(name);
         if std::env::var_os("UPDATE_CORPUS").is_some() {
