@@ -6,10 +6,9 @@
 //!
 //! ```text
 //! cargo install cargo-bolero
-//! cargo bolero list -p ringraft-wal
-//! cargo bolero test -p ringraft-wal scan::recovery_of_a_mutated_directory -T 1h     # libFuzzer, needs a nightly compiler
-//! cargo bolero test -p ringraft-wal scan::recovery_of_a_mutated_directory -T 1h -E random -s NONE      # stable compiler
-//! BOLERO_RANDOM_ITERATIONS=1000000 cargo test --release -p ringraft-wal --test fuzz scan           # neither
+//! cargo bolero list --package ringraft-wal --profile release --sanitizer NONE
+//! cargo bolero test --package ringraft-wal --profile release --sanitizer NONE --time 1h scan::recovery_of_a_mutated_directory
+//! BOLERO_RANDOM_ITERATIONS=1000000 cargo test --release -p ringraft-wal --test fuzz scan     # without that tool, and without coverage
 //! ```
 //!
 //! What an engine finds goes to `__fuzz__/<target>/crashes`, from where it is replayed; keep it in `corpus` with the fix.

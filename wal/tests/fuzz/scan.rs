@@ -449,17 +449,13 @@ fn recovery_of_a_mutated_directory() {
     });
     // The first input of each outcome is a part of the corpus.
     let mut found = BTreeMap::new();
-    let inputs = std::env::var("N").ok().and_then(|n| n.parse().ok()).unwrap_or(INPUTS);
-    for number in 0..inputs {
+    for number in 0..INPUTS {
         if let Some(outcome) = sweep_one(number, tampered) {
-            found.entry(outcome).or_insert_with(Vec::new).push(number);
+            found.entry(outcome).or_insert(number);
         }
-    }
-    for (outcome, numbers) in &found {
-        println!("{outcome}: {}", numbers.len());
     }
     let reached: Vec<_> = found.keys().map(String::as_str).collect();
     assert_eq!(reached, OUTCOMES, "the inputs reach every outcome");
-    let files: Vec<_> = found.into_iter().map(|(outcome, numbers)| (outcome, input(numbers[0]))).collect();
+    let files: Vec<_> = found.into_iter().map(|(outcome, number)| (outcome, input(number))).collect();
     corpus(target, &files);
 }
