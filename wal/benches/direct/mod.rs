@@ -57,11 +57,25 @@ impl DirectDisk {
     /// Performs the durable writes that wait, and nothing else: what the log prepares in the background stays where it is.
     #[allow(dead_code, reason = "not every benchmark appends")]
     pub(crate) fn poll_durable_writes(&mut self, done: &mut Vec<DiskDone<AlignedBuf>>) {
+        self.poll_some(done, |disk, op| matches!(op, DiskOp::Write { file, .. } if disk.is_durable(*file)));
+    }
+
+    /// Performs everything that waits but the filling of new segments, which a real backend does beside it.
+    pub(crate) fn poll_foreground(&mut self, done: &mut Vec<DiskDone<AlignedBuf>>) {
+        self.poll_some(done, |disk, op| !matches!(op, DiskOp::Write { file, .. } if !disk.is_durable(*file)));
+    }
+
+    fn poll_some(
+        &mut self,
+        done: &mut Vec<DiskDone<AlignedBuf>>,
+        wanted: impl Fn(&Self, &DiskOp<AlignedBuf>) -> bool,
+    ) {
         for _ in 0..self.queue.len() {
             let Some((id, op)) = self.queue.pop_front() else { break };
-            match &op {
-                DiskOp::Write { file, .. } if self.is_durable(*file) => self.perform(id, op, done),
-                _ => self.queue.push_back((id, op)),
+            if wanted(self, &op) {
+                self.perform(id, op, done);
+            } else {
+                self.queue.push_back((id, op));
             }
         }
     }
@@ -203,7 +217,7 @@ impl Log {
             _directory: directory,
         };
         loop {
-            log.turn();
+            log.turn(DirectDisk::poll_foreground);
             match log.events.pop_front() {
                 Some(WalEvent::Opened(_)) => return log,
                 Some(other) => panic!("the log does not open: {other:?}"),
@@ -212,9 +226,9 @@ impl Log {
         }
     }
 
-    fn turn(&mut self) -> bool {
+    fn turn(&mut self, poll: impl Fn(&mut DirectDisk, &mut Vec<DiskDone<AlignedBuf>>)) -> bool {
         self.wal.advance(&mut self.disk, &mut self.events);
-        self.disk.poll(&mut self.done);
+        poll(&mut self.disk, &mut self.done);
         let progress = !self.done.is_empty();
         for done in self.done.drain(..) {
             self.wal.handle(&mut self.disk, done, &mut self.events);
@@ -225,7 +239,7 @@ impl Log {
     /// Lets everything happen that waits.
     #[allow(dead_code, reason = "not every benchmark appends")]
     pub(crate) fn settle(&mut self) {
-        while self.turn() {}
+        while self.turn(DirectDisk::poll) {}
         self.events.clear();
         assert_eq!(self.wal.poisoned(), None);
     }
