@@ -16,22 +16,26 @@ const SEGMENT_BYTES: u64 = 64 << 20;
 /// What recovery reads at once.
 const PIECE_BYTES: usize = 1 << 20;
 
-/// Elapsed time, and how much of it this thread was on a processor.
+/// Elapsed time, and how much of it this thread was on a processor, or was waiting for one that others had.
 #[derive(Clone, Copy, Default)]
 struct Took {
     elapsed: Duration,
     processor: Duration,
+    waiting: Duration,
 }
 
 fn took<T>(work: impl FnOnce() -> T) -> (T, Took) {
-    // Nanoseconds on a processor are the first number; 0 where the kernel does not count them.
-    let processor = || {
+    // Nanoseconds on a processor and waiting for one are the first numbers; 0 where the kernel does not count them.
+    let scheduled = || {
         let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
-        Duration::from_nanos(text.split(' ').next().and_then(|number| number.parse().ok()).unwrap_or(0))
+        let mut numbers = text.split(' ').map(|number| number.parse().unwrap_or(0));
+        [numbers.next(), numbers.next()].map(|number| Duration::from_nanos(number.unwrap_or(0)))
     };
-    let (started, processor_before) = (Instant::now(), processor());
+    let (started, before) = (Instant::now(), scheduled());
     let result = work();
-    (result, Took { elapsed: started.elapsed(), processor: processor() - processor_before })
+    let (elapsed, after) = (started.elapsed(), scheduled());
+    let [processor, waiting] = [0, 1].map(|at| after[at].saturating_sub(before[at]));
+    (result, Took { elapsed, processor, waiting })
 }
 
 fn read_segments(path: &Path, piece: &mut AlignedBuf) -> u64 {
@@ -106,8 +110,11 @@ fn main() {
     let (raw, recovery) = (median(&mut raw), median(&mut recovery));
     let line = |what: &str, took: Took| {
         let rate = total as f64 / took.elapsed.as_secs_f64() / 1e6;
-        let (elapsed, processor) = (took.elapsed.as_secs_f64(), took.processor.as_secs_f64());
-        println!("{what}: {elapsed:.3} s, {rate:.0} MB/s, of which on the processor {processor:.3} s");
+        let [elapsed, processor, waiting] =
+            [took.elapsed, took.processor, took.waiting].map(|time| time.as_secs_f64());
+        println!(
+            "{what}: {elapsed:.3} s, {rate:.0} MB/s; {processor:.3} s on a processor, {waiting:.3} s waiting for one"
+        );
     };
     println!(
         "{batches} batches of {count} commands of {} bytes, {total} bytes of segments, median of {rounds} rounds",
@@ -115,5 +122,11 @@ fn main() {
     );
     line("sequential read", raw);
     line("recovery       ", recovery);
-    println!("ratio {:.2}", recovery.elapsed.as_secs_f64() / raw.elapsed.as_secs_f64());
+    let ratio = |time: fn(Took) -> Duration| time(recovery).as_secs_f64() / time(raw).as_secs_f64();
+    let undisturbed = |took: Took| took.elapsed.saturating_sub(took.waiting);
+    println!(
+        "ratio {:.2}, without the waiting for others {:.2}",
+        ratio(|took| took.elapsed),
+        ratio(undisturbed)
+    );
 }
