@@ -86,6 +86,12 @@ marks! {
     StalledDisk = "stalled_disks", true;
     /// A disk operation failed by request of the fault schedule.
     DiskFault = "disk_faults", false;
+    /// A write was reported and never arrived.
+    LostWrite = "lost_writes", false;
+    /// An operation went to another place.
+    Misdirected = "misdirected_operations", false;
+    /// Content at rest was damaged.
+    Rot = "rot", false;
     /// A log went on in another segment.
     Rollover = "rollovers", false;
     /// A command was acknowledged.
