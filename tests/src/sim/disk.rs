@@ -130,6 +130,7 @@ pub struct DiskState {
     late: Vec<Late>,
     /// Operations that a fault has struck.
     struck: u64,
+    first_struck: Option<String>,
 
     /// Of the present process. File ids are positions in `files`, and not used again.
     life: u32,
@@ -235,6 +236,7 @@ impl DiskState {
             completed: 0,
             late: Vec::new(),
             struck: 0,
+            first_struck: None,
             life: 0,
             files: Vec::new(),
             in_flight: Vec::new(),

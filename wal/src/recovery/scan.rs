@@ -210,8 +210,10 @@ impl LogScan {
         match self.stop.as_mut() {
             // The stop lies before the cut: what was there had been durable.
             Some(stop) => stop.durable_through = stop.durable_through.max(cut.index),
-            // A later cut may still make this irrelevant: segments behind a cut are removed one after the other.
-            None if end.index < cut.index => {
+            // The log ends before the cut, or what lies before it is another log: a segment is missing. A later cut may still
+            // make this irrelevant, since segments behind a cut are removed in any order. Among them may be the one that began
+            // with an earlier cut, and then a suffix that was void reappears.
+            None => {
                 let name = self.segments.last().map_or(SegmentName::default(), |segment| segment.name);
                 self.stop = Some(Stop {
                     name,
@@ -222,10 +224,6 @@ impl LogScan {
                     durable_through: cut.index,
                     torn_bytes: 0,
                 });
-            }
-            None => {
-                let name = self.segments.last().map_or(SegmentName::default(), |segment| segment.name);
-                self.damaged(name, cut.generation, cut.offset, DamageCause::Misplaced);
             }
         }
     }

@@ -135,6 +135,12 @@ impl DiskState {
         self.struck
     }
 
+    /// The first of them: what it was to do.
+    #[must_use]
+    pub fn first_struck(&self) -> Option<&str> {
+        self.first_struck.as_deref()
+    }
+
     /// What happens to an operation that is submitted now. Draws nothing at random unless a fault that does is on.
     pub(super) fn fault_of(&mut self, op: &DiskOp<AlignedBuf>) -> Option<Fault> {
         let mut fault = None;
@@ -174,6 +180,9 @@ impl DiskState {
             fault = fault.or(Some(Fault::Misdirected));
         }
         let fault = fault.filter(|fault| fault.strikes(op))?;
+        if self.struck == 0 {
+            self.first_struck = Some(self.describe(op));
+        }
         self.struck += 1;
         self.context.cover(match fault {
             Fault::Lost => Mark::LostWrite,

@@ -67,17 +67,27 @@ impl DiskState {
         image
     }
 
-    /// The same disk once more, between two processes: with its luck, its clock's `context` and without its faults.
-    /// Shares pages.
+    /// The same disk once more, between two processes: with its luck, at its time and without its faults. Shares pages.
     ///
     /// # Panics
     /// When a process has operations in flight.
     #[must_use]
     pub fn fork(&self, context: &Rc<Context>) -> Rc<RefCell<Self>> {
-        assert!(self.queue.is_empty() && self.done.is_empty(), "a disk is forked at rest");
-        let fork = Self::new(context, self.node, self.rng.clone(), self.config.clone());
+        let fork = self.with_config(context, self.rng.clone(), self.config.clone());
+        fork.borrow_mut().lanes = self.lanes.clone();
+        fork
+    }
+
+    /// The same content on a disk of other speed and luck.
+    ///
+    /// # Panics
+    /// When a process has operations in flight.
+    #[must_use]
+    pub fn with_config(&self, context: &Rc<Context>, rng: Rng, config: DiskConfig) -> Rc<RefCell<Self>> {
+        assert!(self.is_idle(), "a disk is copied at rest");
+        let copy = Self::new(context, self.node, rng, config);
         {
-            let mut state = fork.borrow_mut();
+            let mut state = copy.borrow_mut();
             state.faults = DiskFaults { late_write_ppm: self.faults.late_write_ppm, ..DiskFaults::default() };
             state.inodes.clone_from(&self.inodes);
             state.names.clone_from(&self.names);
@@ -85,9 +95,8 @@ impl DiskState {
             state.unsynced.clone_from(&self.unsynced);
             state.completed = self.completed;
             state.late.clone_from(&self.late);
-            state.lanes = self.lanes.clone();
         }
-        fork
+        copy
     }
 
     /// All that a power cut at this moment may take or leave, in the order in which it was asked for.
