@@ -2,7 +2,7 @@
 
 use clap::{Parser, Subcommand};
 use ringraft_tests::faults::threads::{Tally, VIOLATIONS_TOLD_MAX};
-use ringraft_tests::faults::{errors, images};
+use ringraft_tests::faults::{damage, errors, images};
 use std::ops::Range;
 use std::process::ExitCode;
 use std::time::Instant;
@@ -47,6 +47,21 @@ enum Mode {
         #[arg(long, value_parser = parse_pair)]
         only: Option<(u64, u64)>,
     },
+    /// Random damage to the disks of a cluster of three
+    Damage {
+        /// Patterns, the second number exclusive
+        #[arg(long, value_parser = parse_range, conflicts_with_all = ["seed", "count"])]
+        seeds: Option<Range<u64>>,
+        /// So many patterns
+        #[arg(long, default_value_t = 20_000, conflicts_with = "seed")]
+        count: u64,
+        /// One pattern
+        #[arg(long)]
+        seed: Option<u64>,
+        /// Print every event
+        #[arg(long, requires = "seed")]
+        trace: bool,
+    },
 }
 
 fn parse_range(text: &str) -> Result<Range<u64>, String> {
@@ -73,6 +88,20 @@ fn main() -> ExitCode {
             let report = errors::run(&options);
             eprintln!("{} operations of runs without faults", report.operations);
             ("injected", report.tally)
+        }
+        Mode::Damage { seeds, count, seed, trace } => {
+            let seeds = match seed {
+                Some(seed) => seed..seed + 1,
+                None => seeds.unwrap_or(0..count),
+            };
+            let options = damage::Options { seeds, trace, threads: if trace { 1 } else { threads } };
+            let report = damage::run(&options, |bases| {
+                if bases.is_multiple_of(50) {
+                    eprintln!("{bases} histories");
+                }
+            });
+            eprintln!("in {} of the patterns some batch had no copy left", report.gone);
+            ("patterns", report.tally)
         }
     };
     for violation in tally.violations.iter().take(VIOLATIONS_TOLD_MAX) {

@@ -3,6 +3,7 @@
 //! [`images`] and [`errors`] work on the log alone, [`damage`] on a simulated cluster. The binary `faults` runs them in
 //! full, `tests/faults.rs` in part.
 
+pub mod damage;
 pub mod errors;
 pub mod images;
 pub mod log;

@@ -225,6 +225,13 @@ impl DiskState {
         Some(content)
     }
 
+    /// Whether the device can read all of a range of a file.
+    #[must_use]
+    pub fn can_read(&self, name: &str, offset: u64, bytes: usize) -> bool {
+        let inode = self.names.get(name).and_then(|inode| self.inodes[*inode].as_ref());
+        inode.is_some_and(|inode| inode.is_readable(offset, bytes))
+    }
+
     /// Whether nothing is in flight and nothing waits to be polled.
     #[must_use]
     pub fn is_idle(&self) -> bool {
