@@ -79,9 +79,12 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     }
 
     fn opened(&mut self, recovered: &Recovered) -> Result<(), StopError> {
-        if self.closing || !recovered.report.damage.is_empty() {
-            // `Closed`, or the damage as `Poisoned`, follows.
+        if self.closing {
+            // `Closed` follows.
             return Ok(());
+        }
+        if let Some(damage) = recovered.report.damage.first() {
+            return Err(ringraft_wal::WalError::Damaged(damage.clone()).into());
         }
         let state = &recovered.hard_state;
         self.incarnation = state.incarnation;
