@@ -73,14 +73,18 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 self.set_gate();
                 Ok(())
             }
+            WalEvent::DamageFound(_) | WalEvent::Repaired { .. } => Ok(()),
             WalEvent::Closed => Err(StopError::Requested),
         }
     }
 
     fn opened(&mut self, recovered: &Recovered) -> Result<(), StopError> {
-        if self.closing || recovered.report.damage.is_some() {
-            // `Closed`, or the damage as `Poisoned`, follows.
+        if self.closing {
+            // `Closed` follows.
             return Ok(());
+        }
+        if let Some(damage) = recovered.report.damage.first() {
+            return Err(ringraft_wal::WalError::Damaged(damage.clone()).into());
         }
         let state = &recovered.hard_state;
         self.incarnation = state.incarnation;
