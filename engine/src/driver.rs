@@ -290,6 +290,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 Ok(())
             }
             Action::SealEmpty => self.seal_empty(),
+            Action::ReleaseClaim => Ok(()),
             Action::Stop { violation } => Err(StopError::Invariant(violation.to_string())),
         }
     }

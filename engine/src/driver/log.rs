@@ -191,6 +191,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             batches: runs,
             epoch: Epoch(self.wal.epoch()),
             commit: start.index,
+            damaged_from: None,
+            claim: None,
             now: Nanos(self.now.monotonic_ns),
         };
         self.applier.start_after(log_start.index, log_start.chain);

@@ -181,6 +181,8 @@ impl Simulation {
             batches: node.disk.log.clone(),
             epoch: node.disk.epoch,
             commit: LogIndex(0),
+            damaged_from: None,
+            claim: None,
             now: self.now,
         };
         let raft =
@@ -280,6 +282,7 @@ impl Simulation {
                 }
             }
             Action::SealEmpty => self.propose(at, 1, 0)?,
+            Action::ReleaseClaim => {}
             Action::Stop { violation } => return Err(format!("node {id}: {violation}")),
         }
         Ok(())
