@@ -57,8 +57,9 @@ pub struct RecoveryReport {
     pub hard_state_repaired: bool,
     /// Half-made and unused files that were removed.
     pub removed_files: usize,
-    /// Acknowledged batches are damaged or missing; the log refuses to go on.
-    pub damage: Option<Damage>,
+    /// Damage to what was, or may have been, acknowledged, in the order of the log: batches that are known and
+    /// await repair, and the places where the log was cut since nobody can tell what they held.
+    pub damage: Vec<Damage>,
 }
 
 /// All that the log needs to open.
@@ -349,6 +350,8 @@ impl<B: BlockBuf> Recovery<B> {
             generation: 0,
             start: LogStart::default(),
             witness: Default::default(),
+            claim: None,
+            claim_epoch: 0,
             configuration: Vec::new(),
         }
     }
@@ -589,7 +592,7 @@ impl<B: BlockBuf> Recovery<B> {
         let mut report = std::mem::take(&mut self.report);
         report.torn_bytes = outcome.torn_bytes;
         report.segments = outcome.segments.len();
-        report.damage = self.damage.take();
+        report.damage = self.damage.take().into_iter().collect();
         Some(Found {
             hard_state,
             fresh: self.fresh,

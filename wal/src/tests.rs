@@ -688,7 +688,7 @@ fn rot_in_an_acknowledged_batch_is_reported_and_nothing_is_changed() {
                 assert_eq!(damage.cause, expected, "batch {ordinal}, sector {sector}");
                 assert_eq!(damage.identity.is_some(), sector > 0);
                 assert!(
-                    matches!(harness.events.front(), Some(WalEvent::Opened(recovered)) if recovered.report.damage.is_some())
+                    matches!(harness.events.front(), Some(WalEvent::Opened(recovered)) if !recovered.report.damage.is_empty())
                 );
                 assert!(harness.disk.device.image() == image, "nothing was changed");
                 // The next start says the same.

@@ -73,12 +73,13 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 self.set_gate();
                 Ok(())
             }
+            WalEvent::DamageFound(_) | WalEvent::Repaired { .. } => Ok(()),
             WalEvent::Closed => Err(StopError::Requested),
         }
     }
 
     fn opened(&mut self, recovered: &Recovered) -> Result<(), StopError> {
-        if self.closing || recovered.report.damage.is_some() {
+        if self.closing || !recovered.report.damage.is_empty() {
             // `Closed`, or the damage as `Poisoned`, follows.
             return Ok(());
         }

@@ -1,0 +1,1 @@
+//! Salvage: intact batches behind damage.
