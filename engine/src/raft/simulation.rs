@@ -124,6 +124,8 @@ struct Simulation {
     lost: BTreeSet<(NodeId, LogId)>,
     /// A node has stopped: a quorum had what nobody can read any more.
     halted: bool,
+    /// Nodes that miss several batches in a row, and hear of some that may or may not be the first of them.
+    waiting: BTreeSet<NodeId>,
 }
 
 type Outcome = Result<(), String>;
@@ -176,6 +178,7 @@ impl Simulation {
             talk: Vec::new(),
             lost: BTreeSet::new(),
             halted: false,
+            waiting: BTreeSet::new(),
         };
         for at in 0..simulation.nodes.len() {
             simulation.boot(at);
@@ -371,7 +374,9 @@ impl Simulation {
                         .iter()
                         .filter(|node| {
                             // A leader may count what was acknowledged and lost since.
-                            node.disk.holds(batch.end()) || self.lost.contains(&(node.id, batch.end()))
+                            node.disk.holds(batch.end())
+                                || node.disk.has_intact(batch.end())
+                                || self.lost.contains(&(node.id, batch.end()))
                         })
                         .map(|node| node.id)
                         .collect();
@@ -401,7 +406,8 @@ impl Simulation {
             let Some((peer, Some(other))) = peer.map(|peer| (peer, &peer.life)) else { continue };
             let term = life.raft.term_at(view.matched).unwrap_or_default();
             let position = LogId { index: view.matched, term };
-            let lost = self.lost.contains(&(view.id, position));
+            let kept = peer.disk.kept.iter().any(|(_, batch)| batch.end() == position);
+            let lost = kept || self.lost.contains(&(view.id, position));
             if other.raft.term() == life.raft.term() && !peer.disk.holds(position) && !lost {
                 return Err(format!("node {} takes {position:?} for durable at {}", life.raft.id(), view.id));
             }
@@ -645,6 +651,7 @@ impl Simulation {
             }
         }
         let damage = std::mem::take(&mut self.damage);
+        self.waiting.clear();
         if damage > 0 {
             (0..self.nodes.len()).try_for_each(|at| self.reconnect(at))?;
         }
@@ -653,7 +660,7 @@ impl Simulation {
             (0..self.nodes.len()).try_for_each(|at| self.reconnect(at))?;
         }
         let mut proposed = None;
-        let end = self.now.plus(Nanos(ELECTION_TIMEOUT.0 * 30));
+        let end = self.now.plus(Nanos(ELECTION_TIMEOUT.0 * if damage > 0 { 100 } else { 30 }));
         while self.now < end {
             let quiet = self.settle()?;
             if damage > 0 {
@@ -662,6 +669,7 @@ impl Simulation {
                     self.hear(from, to, talk)?;
                 }
                 if self.halted {
+                    self.cover.mark("halted");
                     return Ok(());
                 }
             }
@@ -686,7 +694,9 @@ impl Simulation {
             if quiet {
                 let deadlines = self.nodes.iter().filter_map(|node| node.life.as_ref());
                 let next = deadlines.map(|life| life.raft.next_deadline()).min().unwrap_or(end);
-                self.now = self.now.max(next.min(end));
+                // Those who are busy with damage have timers of their own.
+                let step = if damage > 0 { ELECTION_TIMEOUT.0 / 10 } else { u64::MAX };
+                self.now = self.now.max(next.min(end).min(self.now.plus(Nanos(step))));
                 for at in 0..self.nodes.len() {
                     if self.nodes[at].life.as_ref().is_some_and(|life| life.raft.next_deadline() <= self.now)
                     {
@@ -695,8 +705,18 @@ impl Simulation {
                 }
             }
         }
+        if !self.waiting.is_empty() {
+            self.cover.mark("waits");
+            return Ok(());
+        }
         let states: Vec<_> = self.nodes.iter().filter_map(|node| node.life.as_ref()).collect();
-        let states: Vec<_> = states.iter().map(|life| life.raft.status()).collect();
+        let states: Vec<_> = states
+            .iter()
+            .map(|life| {
+                let (status, restraint) = (life.raft.status(), life.raft.restraint());
+                format!("{status:?} {restraint:?} {:?}", life.search)
+            })
+            .collect();
         Err(format!("no progress after healing: {states:#?}"))
     }
 

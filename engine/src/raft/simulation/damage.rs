@@ -36,6 +36,7 @@ pub(super) enum Talk {
 }
 
 /// What the driver of a damaged node is busy with.
+#[derive(Debug)]
 pub(super) struct Search {
     token: u64,
     previous: LogId,
@@ -45,7 +46,7 @@ pub(super) struct Search {
 }
 
 impl Disk {
-    fn has_intact(&self, end: LogId) -> bool {
+    pub(super) fn has_intact(&self, end: LogId) -> bool {
         let in_log = self.log.iter().any(|batch| batch.end() == end && !self.damaged.contains(&batch.first));
         in_log || self.kept.iter().any(|(_, batch)| batch.end() == end)
     }
@@ -241,6 +242,9 @@ impl Simulation {
             }
             Some(Verdict::Unproved { highest }) if want.is_none() => {
                 self.cover.mark("all asked");
+                if proof.is_some() {
+                    self.waiting.insert(id);
+                }
                 self.feed(at, Event::AllAsked { highest })
             }
             Some(Verdict::AllCopiesGone) => {
@@ -314,7 +318,10 @@ impl Simulation {
                     life.search = None;
                     return self.feed(at, Event::Adopt { batch });
                 }
-                answer = Answer::Other;
+                // What cannot precede the next batch that was kept is certainly another one.
+                let next = node.disk.kept.iter().map(|(_, kept)| kept).find(|kept| kept.first > previous.index);
+                let other = next.is_some_and(|kept| batch.last.next() >= kept.first || batch.term > kept.term);
+                answer = if other { Answer::None } else { Answer::Other };
             }
             _ => {}
         }
