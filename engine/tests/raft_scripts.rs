@@ -31,8 +31,8 @@
 //! | `quiet <command>` | without its trace |
 
 use ringraft::raft::{
-    Action, AppendOutcome, BatchRun, Boot, Claim, Configuration, Epoch, Event, LogId, Member, MemberRole, Message,
-    Nanos, Raft, RaftConfig, ReplicationState, Role,
+    Action, AppendOutcome, BatchRun, Boot, Claim, Configuration, Epoch, Event, LogId, Member, MemberRole,
+    Message, Nanos, Raft, RaftConfig, ReplicationState, Role,
 };
 use ringraft_block::{Incarnation, LogIndex, NodeId, Term};
 use std::collections::{BTreeMap, VecDeque};
@@ -551,7 +551,8 @@ impl Cluster {
         let stalled = restraint.stalled.then(|| "stalled".to_owned());
         let restraints: Vec<String> = [damage, claim, stalled].into_iter().flatten().collect();
         if !restraints.is_empty() {
-            let bar = restraint.vote_bar.map_or("nobody".to_owned(), |bar| format!("from {}", show_position(bar)));
+            let bar =
+                restraint.vote_bar.map_or("nobody".to_owned(), |bar| format!("from {}", show_position(bar)));
             let _ = writeln!(self.trace, "    {}; votes for {bar}", restraints.join(", "));
         }
         for peer in status.peers {
@@ -635,16 +636,22 @@ fn show_event(event: &Event) -> String {
         Event::PeerConnected { peer } => format!("connected to {peer}"),
         Event::PeerDisconnected { peer } => format!("disconnected from {peer}"),
         Event::DamageChanged { from, clamp } => {
-            let at = |index: &Option<LogIndex>| index.map_or("nothing".to_owned(), |index| format!("from {index}"));
+            let at = |index: &Option<LogIndex>| {
+                index.map_or("nothing".to_owned(), |index| format!("from {index}"))
+            };
             format!("damaged {}, not acknowledged {}", at(from), at(clamp))
         }
         Event::Adopt { batch } => format!("adopts {}", show_batch(batch)),
         Event::LeaderHolds { leader, term, last } => {
             format!("leader {leader} of t{term} holds {}", show_position(*last))
         }
-        Event::AllAsked { highest } => format!("everybody ends at {} at the highest", show_position(*highest)),
+        Event::AllAsked { highest } => {
+            format!("everybody ends at {} at the highest", show_position(*highest))
+        }
         Event::NothingBehind { after } => format!("nobody has anything behind {after}"),
-        Event::DiskStalled { stalled } => format!("the disk {}", if *stalled { "stalls" } else { "answers again" }),
+        Event::DiskStalled { stalled } => {
+            format!("the disk {}", if *stalled { "stalls" } else { "answers again" })
+        }
     }
 }
 

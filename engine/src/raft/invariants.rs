@@ -126,7 +126,12 @@ pub fn check(raft: &Raft) -> Result<(), Broken> {
     let clamped = raft.repair.clamped(acked) == acked;
     ensure!(clamped, "what this life found damaged is not acknowledged", "{acked}, {:?}", raft.repair);
     let leads = matches!(raft.role, RoleState::Leader(_));
-    ensure!(!leads || raft.repair.claim().is_none(), "who forgot something does not lead", "{:?}", raft.repair);
+    ensure!(
+        !leads || raft.repair.claim().is_none(),
+        "who forgot something does not lead",
+        "{:?}",
+        raft.repair
+    );
     match &raft.role {
         RoleState::Follower => ensure!(leader != Some(id), "only a leader follows itself", "a follower does"),
         RoleState::PreCandidate(_) | RoleState::Candidate { .. } => {

@@ -145,7 +145,9 @@ impl Raft {
     fn restraint_changed(&mut self, was_whole: bool, actions: &mut Vec<Action>) {
         match (was_whole, self.repair.is_whole()) {
             (false, true) if !matches!(self.role, RoleState::Leader(_)) => self.restart_election_timer(),
-            (true, false) if matches!(self.role, RoleState::PreCandidate(_) | RoleState::Candidate { .. }) => {
+            (true, false)
+                if matches!(self.role, RoleState::PreCandidate(_) | RoleState::Candidate { .. }) =>
+            {
                 self.become_follower(self.hard.term(), None, actions);
             }
             _ => {}
@@ -184,7 +186,11 @@ impl Raft {
 
     /// Every voter has been asked twice, and none holds a batch behind `after`, the last good batch of this log: what
     /// was there was not committed.
-    pub(super) fn nothing_behind(&mut self, after: LogIndex, actions: &mut Vec<Action>) -> Result<(), Violation> {
+    pub(super) fn nothing_behind(
+        &mut self,
+        after: LogIndex,
+        actions: &mut Vec<Action>,
+    ) -> Result<(), Violation> {
         let idle = matches!(self.role, RoleState::Follower) && self.leader.is_none();
         let damaged = self.repair.damaged_from.is_some_and(|from| from.previous() == after);
         let at_end = after == self.log.last().index && self.repair.claim.is_some();

@@ -11,8 +11,8 @@ use super::invariants::{self, State};
 use super::random::Random;
 use super::*;
 use crate::mutants::{self, Mutant};
-use ringraft_block::Incarnation;
 use damage::{Kept, Search, Talk};
+use ringraft_block::Incarnation;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// What survives a crash.
@@ -297,6 +297,7 @@ impl Simulation {
             }
             Action::Truncate { after, epoch } => {
                 self.cover.mark("truncate");
+                life.clamped.retain(|first| *first <= after);
                 life.writes.push_back(Write::Truncate { after, epoch });
             }
             Action::SaveHardState { sequence, term, vote } => life.saves.push_back((sequence, term, vote)),

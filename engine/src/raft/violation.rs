@@ -69,7 +69,9 @@ pub enum Violation {
         end: LogIndex,
     },
     /// The log reported damage where it has no batch, or takes back what was acknowledged.
-    #[error("damage is reported from {from:?}, of the start from {clamp:?}, where no batch begins or none was reported")]
+    #[error(
+        "damage is reported from {from:?}, of the start from {clamp:?}, where no batch begins or none was reported"
+    )]
     DamageUnknown {
         /// First index of the first damaged batch.
         from: Option<LogIndex>,

@@ -133,7 +133,8 @@ impl Simulation {
             _ => {
                 let first = disk.log[position].first;
                 let proved = first.get() + self.random.below(disk.last().index.get() + 1 - first.get());
-                let before = disk.claim.filter(|claim| !claim.certain).map_or(LogIndex(0), |claim| claim.last);
+                let before =
+                    disk.claim.filter(|claim| !claim.certain).map_or(LogIndex(0), |claim| claim.last);
                 Claim { term, last: LogIndex(proved).max(before), certain: false }
             }
         };
@@ -175,7 +176,11 @@ impl Simulation {
         let node = &mut self.nodes[at];
         let Some(life) = &mut node.life else { return Ok(()) };
         let log = life.raft.log();
-        let there = |first: &&LogIndex| log.batch_starting_at(**first).is_some();
+        // The disk may not have been told yet of what was cut off.
+        let there = |first: &&LogIndex| {
+            let damaged = node.disk.log.iter().find(|batch| batch.first == **first);
+            damaged.is_some() && log.batch_starting_at(**first).as_ref() == damaged
+        };
         let from = node.disk.damaged.iter().find(there).copied();
         life.clamped.retain(|first| node.disk.damaged.contains(first) && there(&first));
         let clamp = life.clamped.first().copied();
@@ -285,9 +290,9 @@ impl Simulation {
             Some(batch) => (Some(batch), false),
             None => (kept, raft.last() == previous && raft.restraint().claim.is_some()),
         };
-        let proves = question.proof.is_some_and(|end| {
-            raft.log().batch_end_at(end.index) == Some(end) || node.disk.has_intact(end)
-        });
+        let proves = question
+            .proof
+            .is_some_and(|end| raft.log().batch_end_at(end.index) == Some(end) || node.disk.has_intact(end));
         let leads = (raft.role() == Role::Leader).then(|| (raft.term(), raft.last()));
         let highest = node.disk.highest(raft.last());
         Some(Reply { question, batch, had, proves, leads, highest })
@@ -319,8 +324,10 @@ impl Simulation {
                     return self.feed(at, Event::Adopt { batch });
                 }
                 // What cannot precede the next batch that was kept is certainly another one.
-                let next = node.disk.kept.iter().map(|(_, kept)| kept).find(|kept| kept.first > previous.index);
-                let other = next.is_some_and(|kept| batch.last.next() >= kept.first || batch.term > kept.term);
+                let next =
+                    node.disk.kept.iter().map(|(_, kept)| kept).find(|kept| kept.first > previous.index);
+                let other =
+                    next.is_some_and(|kept| batch.last.next() >= kept.first || batch.term > kept.term);
                 answer = if other { Answer::None } else { Answer::Other };
             }
             _ => {}
