@@ -102,6 +102,8 @@
 //! [`Damage`].
 
 mod commit;
+#[cfg(test)]
+mod damage_tests;
 pub mod directory;
 pub mod disk;
 mod error;

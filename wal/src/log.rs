@@ -8,7 +8,7 @@
 
 use crate::commit::Window;
 use crate::disk::{Disk, DiskDone, DiskOp, DiskOpId, DiskOutput, FileId};
-use crate::error::{ConfigError, ReadError, RepairError, WalError};
+use crate::error::{ConfigError, DamageCause, ReadError, RepairError, WalError};
 use crate::format::{
     BatchInfo, BatchView, Chain, Claim, Cut, ENVELOPE_BYTES, Envelope, HardState, IMAGE_BYTES_MAX,
     IMAGE_BYTES_MIN, LogStart, PriorContent, SegmentHeader, SegmentOrigin, slot_bytes, slots_start,
@@ -21,8 +21,9 @@ use crate::read::{REQUESTS_MAX, Reads, StoredBatch, close};
 use crate::recovery::{Found, Recovery, RecoveryReport};
 use crate::repair::DamagedBatch;
 use crate::reserve::{Maker, Standby};
+use crate::salvage::Salvage;
 use crate::scrub::ScrubStatus;
-use crate::segment::{Descriptor, Segment, SegmentTable};
+use crate::segment::{Descriptor, Segment, SegmentName, SegmentTable};
 use ringraft_block::{
     BLOCK_BYTES, Block, BlockBuf, ClusterId, GroupId, LogIndex, NodeId, Pool, SharedBlock, Term,
 };
@@ -278,6 +279,8 @@ struct Active {
 #[derive(Default)]
 struct Removal {
     segments: VecDeque<Segment>,
+    /// Files that never were segments of this log.
+    files: Vec<SegmentName>,
     operation: Option<DiskOpId>,
     /// Something was removed since the directory was synced.
     dirty: bool,
@@ -303,6 +306,7 @@ pub struct Wal<D: Disk> {
     index: Index,
     segments: SegmentTable,
     removal: Removal,
+    salvage: Salvage,
     maker: Option<Maker<D::Buf>>,
     standby: Standby,
     active: Option<Active>,
@@ -341,6 +345,7 @@ impl<D: Disk> Wal<D> {
             forming: None,
             segments: SegmentTable::default(),
             removal: Removal::default(),
+            salvage: Salvage::default(),
             maker: None,
             standby: Standby::new(),
             active: None,
@@ -465,13 +470,38 @@ impl<D: Disk> Wal<D> {
 
     /// The damaged batches of the log, by index. The log goes on behind them; each awaits [`Self::repair`].
     pub fn damaged(&self) -> impl Iterator<Item = DamagedBatch> + '_ {
-        std::iter::empty()
+        self.index.damaged().filter_map(|(first, cause)| self.damaged_batch(first, cause))
     }
 
     /// The first index of the first damaged batch.
     #[must_use]
     pub fn first_damaged(&self) -> Option<LogIndex> {
-        None
+        self.index.damaged().next().map(|(first, _)| first)
+    }
+
+    /// A read has found a batch damaged that was intact when the log was opened, or written since.
+    fn found_damaged(&mut self, first: LogIndex, events: &mut VecDeque<WalEvent<D::Buf>>) {
+        let cause = DamageCause::ImageRotten;
+        if self.index.damage(first, cause)
+            && let Some(batch) = self.damaged_batch(first, cause)
+        {
+            let DamagedBatch { segment, offset, .. } = &batch;
+            tracing::warn!(%first, segment, offset, "a batch is damaged on disk");
+            events.push_back(WalEvent::DamageFound(batch));
+        }
+    }
+
+    fn damaged_batch(&self, first: LogIndex, cause: DamageCause) -> Option<DamagedBatch> {
+        let (info, place) = self.index.containing(first)?;
+        let segment = self.segments.get(place.generation).map(|segment| segment.name);
+        Some(DamagedBatch {
+            info,
+            previous: self.index.chain_at(first.previous())?,
+            segment: segment.unwrap_or_default().to_string(),
+            generation: place.generation,
+            offset: place.offset,
+            cause,
+        })
     }
 
     /// Takes the image of a damaged batch, at byte 512 of `block`, verifies it against the index, and queues it to be written
@@ -487,14 +517,21 @@ impl<D: Disk> Wal<D> {
     /// Intact batches behind the place where damage cut the log, by first index and term: the log held them before, and some may
     /// belong to it again. Empty without a claim.
     pub fn salvage(&self) -> impl Iterator<Item = BatchInfo> + '_ {
-        std::iter::empty()
+        self.salvage.iter()
     }
 
     /// Asks for the batch of the salvage that begins at `first` and continues a log whose chain is `previous`. The answer comes
     /// as [`WalEvent::Read`]; [`ReadError::NotFound`] when there is none.
     pub fn read_salvage(&mut self, disk: &mut D, token: u64, first: LogIndex, previous: Chain) {
-        let _ = (disk, previous);
-        self.reads.refuse(token, ReadError::NotFound { first });
+        if self.stage != Stage::Open || self.poison.is_some() {
+            self.reads.refuse(token, ReadError::Stopped);
+        } else if self.reads.len() >= REQUESTS_MAX {
+            self.reads.refuse(token, ReadError::Busy);
+        } else {
+            self.reads.request_salvage(self.salvage.starting_at(first), token, first, previous);
+            let active = self.active.map(|active| active.generation);
+            self.reads.advance(disk, &mut self.ops, &self.pool, &mut self.segments, active);
+        }
     }
 
     /// Ends the claim. Returns the number that [`WalEvent::HardStateSaved`] will reach; then the segments that hold nothing but
@@ -506,7 +543,9 @@ impl<D: Disk> Wal<D> {
         let state = &mut self.open_hard_state().state;
         state.claim = None;
         state.claim_epoch = 0;
-        self.ask_save(disk)
+        let sequence = self.ask_save(disk);
+        self.salvage.release(sequence);
+        sequence
     }
 
     /// Lets the scrubber read about `budget_bytes` of closed segments.
@@ -608,7 +647,9 @@ impl<D: Disk> Wal<D> {
             generation: place.generation,
             offset: place.offset,
         });
-        self.removal.segments.extend(self.segments.take_after(cut.generation));
+        for segment in self.segments.take_after(cut.generation) {
+            self.let_go(segment);
+        }
         // A cut that is still on its way is contained in this one.
         let (phase, after) = (CutPhase::Draining, self.index.end());
         self.cut = Some(PendingCut { phase, cut, after, announce: Announce::TruncateDone });
@@ -680,7 +721,14 @@ impl<D: Disk> Wal<D> {
         } else if self.reads.len() >= REQUESTS_MAX {
             self.reads.refuse(token, ReadError::Busy);
         } else {
-            self.reads.request(&self.index, self.window.durable_through(), token, first, bytes_max);
+            self.reads.request(
+                &self.index,
+                &self.segments,
+                self.window.durable_through(),
+                token,
+                first,
+                bytes_max,
+            );
             let active = self.active.map(|active| active.generation);
             self.reads.advance(disk, &mut self.ops, &self.pool, &mut self.segments, active);
         }
@@ -757,6 +805,7 @@ impl<D: Disk> Wal<D> {
             events.push_back(WalEvent::Persisted { epoch: self.epoch, last: durable_through });
         }
         self.tell_saves(events);
+        self.end_claim();
         self.advance_cut(disk, events)?;
         self.advance_hard_state(disk)?;
         self.advance_segments(disk, events)?;
@@ -779,7 +828,7 @@ impl<D: Disk> Wal<D> {
                 let Some(recovery) = self.recovery.as_mut() else { return Err(stray) };
                 if let Some(found) = recovery.handle(disk, &mut self.ops, &mut self.random, done)? {
                     self.recovery = None;
-                    self.take_over(found, events)?;
+                    self.take_over(found)?;
                 }
             }
             Owner::HardState => {
@@ -811,6 +860,9 @@ impl<D: Disk> Wal<D> {
                     return Err(stray);
                 };
                 self.release(generation);
+                for first in self.reads.take_damaged() {
+                    self.found_damaged(first, events);
+                }
             }
             Owner::Descriptor => self.descriptor_done(done)?,
             Owner::Repair | Owner::Scrub => return Err(stray),
@@ -831,25 +883,48 @@ impl<D: Disk> Wal<D> {
 
     /// Recovery is through: what it found becomes the log, and the cut that separates it from what this process will
     /// write is begun.
-    fn take_over(&mut self, found: Found, events: &mut VecDeque<WalEvent<D::Buf>>) -> Result<(), WalError> {
-        let Found { mut hard_state, fresh, index, segments, free, next_serial, report } = found;
+    fn take_over(&mut self, found: Found) -> Result<(), WalError> {
+        let Found {
+            mut hard_state,
+            fresh,
+            index,
+            claim,
+            salvage,
+            unplaced,
+            segments,
+            free,
+            next_serial,
+            report,
+        } = found;
         self.index = index;
-        if let Some(damage) = report.damage.first().cloned() {
-            let claim = hard_state.claim;
-            events.push_back(WalEvent::Opened(Recovered { hard_state, fresh, report, claim }));
-            return Err(WalError::Damaged(damage));
+        self.epoch = hard_state.epoch + 1;
+        self.boot = hard_state.boot + 1;
+        // The claim becomes durable with the cut, before anyone learns that the log is open.
+        hard_state.claim = claim;
+        if claim.is_some() && hard_state.claim_epoch == 0 {
+            hard_state.claim_epoch = self.epoch;
+        }
+        self.salvage = Salvage::new(salvage, unplaced, hard_state.claim_epoch);
+        for damage in &report.damage {
+            tracing::warn!(%damage, "the log is damaged");
         }
         let end = self.index.end();
         let place = self.index.end_place();
         let generation = place.map_or(0, |place| place.generation);
         let newest = segments.last().map_or(0, |segment| segment.header.generation);
         let newest = newest.max(hard_state.generation);
-        let mut holding = self.index.iter().map(|(_, place)| place.generation).peekable();
         for segment in segments {
-            // A segment without a batch of the log is never needed again: its cut, if it began with one, is contained in
-            // the new one.
-            while holding.next_if(|holding| *holding < segment.header.generation).is_some() {}
-            let holds = holding.peek() == Some(&segment.header.generation);
+            let generation = segment.header.generation;
+            let twin = self
+                .segments
+                .iter()
+                .chain(&self.removal.segments)
+                .any(|other| other.generation() == generation);
+            if twin {
+                // Recovery has doubted it and taken nothing from it.
+                self.salvage.keep_file(segment.name);
+                continue;
+            }
             let segment = Segment {
                 name: segment.name,
                 header: segment.header,
@@ -857,35 +932,44 @@ impl<D: Disk> Wal<D> {
                 operations: 0,
                 used: 0,
             };
-            if holds {
+            // A segment without a batch of the log is never needed again: its cut, if it began with one, is contained in
+            // the new one.
+            if self.index.uses(generation) {
                 self.segments.push(segment);
             } else {
-                self.removal.segments.push_back(segment);
+                self.let_go(segment);
             }
         }
 
-        self.epoch = hard_state.epoch + 1;
-        self.boot = hard_state.boot + 1;
         self.next_generation = newest.checked_add(1).ok_or(WalError::GenerationsExhausted)?;
         self.random.stir(self.boot);
         self.random.stir(self.epoch);
         self.random.stir(hard_state.incarnation.0 as u64);
         self.window.set_durable_through(end.index);
         self.persisted_told = end.index;
-        if end.term > hard_state.term {
+        let term = end.term.max(claim.map_or(Term(0), |claim| claim.term));
+        if term > hard_state.term {
             // A batch of a term is proof of the term, though not of a vote in it.
-            hard_state.term = end.term;
+            hard_state.term = term;
             hard_state.vote = None;
         }
         let offset = place.map_or(0, |place| place.offset);
         let cut = Cut { index: end.index, generation, offset };
         self.maker = Some(Maker::new(self.config.segment_bytes, next_serial, free));
-        let claim = hard_state.claim;
         let recovered = Recovered { hard_state: hard_state.clone(), fresh, report, claim };
         self.hard_state = Some(HardStateStore::new(hard_state));
         let announce = Announce::Opened(Box::new(recovered));
         self.cut = Some(PendingCut { phase: CutPhase::Draining, cut, after: end, announce });
         Ok(())
+    }
+
+    /// The log no longer needs a segment: it is removed, or kept for what it holds under a claim.
+    fn let_go(&mut self, segment: Segment) {
+        if self.salvage.keeps(&segment) {
+            self.segments.push(segment);
+        } else {
+            self.removal.segments.push_back(segment);
+        }
     }
 
     // Cutting.
@@ -984,6 +1068,19 @@ impl<D: Disk> Wal<D> {
             self.saves_asked.drain(..answered);
             events.push_back(WalEvent::HardStateSaved { sequence: durable });
         }
+    }
+
+    /// Once the release of the claim is durable, what was kept under it goes.
+    fn end_claim(&mut self) {
+        let Some(store) = self.hard_state.as_ref() else { return };
+        let Some(unplaced) = self.salvage.released(store.durable_sequence()) else { return };
+        self.removal.files.extend(unplaced);
+        let active = self.active.map(|active| active.generation);
+        let index = &self.index;
+        let unused = self
+            .segments
+            .take_if(|segment| Some(segment.generation()) != active && !index.uses(segment.generation()));
+        self.removal.segments.extend(unused);
     }
 
     // The segments.
@@ -1159,6 +1256,12 @@ impl<D: Disk> Wal<D> {
     fn advance_removal(&mut self, disk: &mut D) {
         let durable = matches!(self.cut, None | Some(PendingCut { phase: CutPhase::Fresh, .. }));
         if !durable || self.removal.operation.is_some() || self.stage != Stage::Open {
+            return;
+        }
+        if let Some(name) = self.removal.files.pop() {
+            self.removal.dirty = true;
+            let op = DiskOp::Remove { name: name.to_string() };
+            self.removal.operation = Some(self.ops.submit(disk, Owner::Removal, op));
             return;
         }
         match self.removal.segments.front_mut() {

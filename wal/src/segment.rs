@@ -136,6 +136,13 @@ impl SegmentTable {
         self.segments.split_off(kept)
     }
 
+    /// Takes out the segments that `leaves` says.
+    pub(crate) fn take_if(&mut self, mut leaves: impl FnMut(&Segment) -> bool) -> VecDeque<Segment> {
+        let (left, kept) = self.segments.drain(..).partition(|segment| leaves(segment));
+        self.segments = kept;
+        left
+    }
+
     fn position(&self, generation: u32) -> Option<usize> {
         self.segments.binary_search_by_key(&generation, Segment::generation).ok()
     }
