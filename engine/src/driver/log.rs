@@ -40,6 +40,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 self.step(Event::Persisted { epoch: Epoch(epoch), last })
             }
             WalEvent::HardStateSaved { sequence } => self.saved(sequence),
+            WalEvent::Read { token, result } if self.repair.reads(token) => {
+                self.read_for_repair(token, result)
+            }
             WalEvent::Read { token, result } => {
                 let batches = match result {
                     Ok(batches) => batches,
@@ -50,6 +53,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                         | ReadError::Busy
                         | ReadError::Stopped,
                     ) => Vec::new(),
+                    // The log has told of it, and it is waited for.
+                    Err(ReadError::Damaged { .. }) => Vec::new(),
                     Err(error) => return Err(StopError::Read(error)),
                 };
                 if token == APPLY_READ {
@@ -73,18 +78,17 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 self.set_gate();
                 Ok(())
             }
-            WalEvent::DamageFound(_) | WalEvent::Repaired { .. } => Ok(()),
+            WalEvent::DamageFound(batch) => self.damage_found(&batch),
+            WalEvent::Repaired { first, last } => self.repaired(first, last),
             WalEvent::Closed => Err(StopError::Requested),
         }
     }
 
     fn opened(&mut self, recovered: &Recovered) -> Result<(), StopError> {
+        self.repair.found_at_start(&recovered.report.damage);
         if self.closing {
             // `Closed` follows.
             return Ok(());
-        }
-        if let Some(damage) = recovered.report.damage.first() {
-            return Err(ringraft_wal::WalError::Damaged(damage.clone()).into());
         }
         let state = &recovered.hard_state;
         self.incarnation = state.incarnation;
@@ -195,12 +199,15 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             batches: runs,
             epoch: Epoch(self.wal.epoch()),
             commit: start.index,
+            damaged_from: self.wal.first_damaged(),
+            claim: self.claim(),
             now: Nanos(self.now.monotonic_ns),
         };
         self.applier.start_after(log_start.index, log_start.chain);
         let raft = Raft::new(config::raft_config(&self.config, self.timing_seed), configuration, boot)
             .map_err(|error| ConfigError::Raft(error.to_string()))?;
         self.life = Life::Running(Box::new(raft));
+        self.repair.start(self.wal.damaged().map(|batch| batch.info.first), self.now.monotonic_ns);
         self.set_gate();
         let connected: Vec<NodeId> =
             self.peers.iter().filter(|(_, peer)| peer.session.is_some()).map(|(id, _)| *id).collect();
