@@ -336,6 +336,10 @@ impl<'a> Injector<'a> {
             if let Some(wrong) = run.violation {
                 return Err(format!("with {survivors} survivors: {wrong}"));
             }
+            if run.damaged {
+                // It was given a header that could not be read, and has cut itself off from what it keeps aside.
+                continue;
+            }
             let term = run.wal.hard_state().map_or(1, |state| state.term.get()) + 1;
             run.save(term, Some(1));
             for salt in 0..2 {

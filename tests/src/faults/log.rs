@@ -97,6 +97,16 @@ impl Model {
         Ok(())
     }
 
+    /// Whether all that was acknowledged is in a log that was cut, or was kept aside, and the former is a prefix.
+    fn is_there(&self, log: &[BatchInfo], aside: &[BatchInfo]) -> bool {
+        self.before.iter().chain([&self.log]).any(|promise| {
+            let prefix = log.len() <= promise.batches.len()
+                && log.iter().zip(&promise.batches).all(|(found, appended)| *found == appended.info);
+            let owed = promise.batches.iter().filter(|batch| batch.info.last <= promise.acknowledged);
+            prefix && owed.skip(log.len()).all(|batch| aside.contains(&batch.info))
+        })
+    }
+
     /// The model after a start that found `recovered`: it is what counts from now on.
     pub fn restarted(&mut self, recovered: &[BatchInfo], hard_state: &HardState) {
         let known = self.before.iter().chain([&self.log]).find(|promise| promise.keeps(recovered));
@@ -137,6 +147,8 @@ pub struct LogRun {
     pub read: (u64, u64),
     reads_waiting: u64,
     configuration: Option<(u64, usize)>,
+    /// The start found damage, or a claim of an earlier start. The model is as it was before.
+    pub damaged: bool,
     /// The first thing that went wrong.
     pub violation: Option<String>,
 }
@@ -168,6 +180,7 @@ impl LogRun {
             read: (0, 0),
             reads_waiting: 0,
             configuration: None,
+            damaged: false,
             violation: None,
         }
     }
@@ -199,11 +212,19 @@ impl LogRun {
         match event {
             WalEvent::Opened(recovered) => {
                 let found: Vec<_> = self.wal.batches().collect();
-                if recovered.report.damage.is_none() {
+                let claim = self.wal.hard_state().and_then(|state| state.claim);
+                if recovered.report.damage.is_empty() && claim.is_none() {
                     if let Err(wrong) = self.model.judge(&found, &recovered.hard_state) {
                         self.violate(|| wrong);
                     }
                     self.model.restarted(&found, &recovered.hard_state);
+                } else {
+                    // What is not in the log was kept aside.
+                    self.damaged = true;
+                    let aside: Vec<_> = self.wal.salvage().collect();
+                    if !self.model.is_there(&found, &aside) {
+                        self.violate(|| format!("acknowledged batches are neither in {found:?} nor in {aside:?}"));
+                    }
                 }
                 self.opened = Some(recovered);
             }
@@ -251,6 +272,8 @@ impl LogRun {
             WalEvent::NoSpace { .. } => self.short_of_space = true,
             WalEvent::SpaceAgain => self.short_of_space = false,
             WalEvent::Closed => self.closed = true,
+            WalEvent::DamageFound(batch) => self.violate(|| format!("found damage where there is none: {batch:?}")),
+            WalEvent::Repaired { first, .. } => self.violate(|| format!("repaired {first}, which nobody asked for")),
         }
     }
 
@@ -282,7 +305,7 @@ impl LogRun {
     /// Whether the log takes orders.
     #[must_use]
     pub fn is_open(&self) -> bool {
-        self.opened.is_some() && self.poisoned.is_none() && !self.closed
+        self.opened.is_some() && self.poisoned.is_none() && !self.closed && !self.damaged
     }
 
     /// Appends a batch of one command that fills `slot` bytes, if the log is ready for it. Whether it was.
@@ -413,6 +436,9 @@ pub fn recover(
     run.step_until(|run| run.opened.is_some() || run.poisoned.is_some());
     if let Some(error) = &run.poisoned {
         return Err(format!("the log did not open: {error}"));
+    }
+    if run.damaged {
+        return Err(format!("the log takes the crash for damage: {:?}", run.opened.map(|opened| opened.report)));
     }
     let Some(opened) = &run.opened else { return Err("recovery does not end".to_owned()) };
     let state = &opened.hard_state;

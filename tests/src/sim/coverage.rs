@@ -46,6 +46,10 @@ marks! {
     PowerCut = "power_cuts", true;
     /// All machines lost power at once.
     PowerCutOfAll = "power_cuts_of_all", true;
+    /// A node was asked to stop, and did so in good order.
+    OrderlyStop = "orderly_stops", true;
+    /// A node that was to stop in good order crashed first.
+    CrashWhileClosing = "crashes_while_closing", false;
     /// A node was started again.
     Restart = "restarts", true;
     /// A crash met writes in flight.
@@ -92,6 +96,8 @@ marks! {
     Misdirected = "misdirected_operations", false;
     /// Content at rest was damaged.
     Rot = "rot", false;
+    /// A node had more to apply than it may in one turn.
+    ApplyPaused = "apply_pauses", true;
     /// A log went on in another segment.
     Rollover = "rollovers", false;
     /// A command was acknowledged.

@@ -218,9 +218,7 @@ impl Base {
                     return Ok(Kind::Bound);
                 }
                 Verdict::Gone(gone) if want_gone => {
-                    let first = gone[0];
-                    let last_good = first.checked_sub(1).map_or(0, |before| self.committed[before].0);
-                    self.halt(&context, &mut rng, disks, last_good)?;
+                    self.halt(&context, &mut rng, disks, &gone)?;
                     return Ok(Kind::Gone);
                 }
                 _ => {}
@@ -264,6 +262,7 @@ impl Base {
             }
         }
         let mut proposed = 0;
+        cluster.acknowledged = 0;
         let healed = cluster.run_until(PATIENCE, |cluster| {
             if cluster.machines.iter().any(|machine| machine.stopped.is_some()) {
                 return true;
@@ -314,14 +313,16 @@ impl Base {
         Ok(())
     }
 
-    /// Starts all nodes; none may get past `last_good`, and none may be silent about it.
+    /// Starts all nodes; none may get past the first batch that is gone, and none that had it may be silent about it.
     fn halt(
         &self,
         context: &Rc<Context>,
         rng: &mut Rng,
         disks: Vec<Rc<RefCell<DiskState>>>,
-        last_good: u64,
+        gone: &[usize],
     ) -> Result<(), String> {
+        let last_good = gone[0].checked_sub(1).map_or(0, |before| self.committed[before].0);
+        let held: Vec<_> = self.surveys.iter().map(|survey| survey.holds(&self.committed[gone[0]].1)).collect();
         let mut cluster = self.cluster(context, rng, disks);
         for node in 0..NODES {
             cluster.run_for(rng.below(50) * MILLISECOND);
@@ -352,7 +353,8 @@ impl Base {
             if machine.view.applied > last_good {
                 return Err(format!("node {node} applied beyond {last_good}{}", cluster.describe()));
             }
-            if machine.stopped.is_none() && lacks(&cluster, node).is_none() {
+            // One that never had it waits for the others.
+            if held[node] && machine.stopped.is_none() && lacks(&cluster, node).is_none() {
                 return Err(format!("node {node} is silent about it{}", cluster.describe()));
             }
         }
@@ -362,8 +364,13 @@ impl Base {
 
 /// What a running node says it lacks.
 fn lacks(cluster: &Cluster, node: usize) -> Option<String> {
-    let _ = cluster.status(node)?;
-    None
+    let status = cluster.status(node)?;
+    let wal = cluster.wal(node)?;
+    let (damaged, aside) = (wal.damaged().count(), wal.salvage().count());
+    let claim = wal.hard_state().and_then(|state| state.claim);
+    let told = status.damage.batches > 0 || status.damage.claim.is_some();
+    (told || damaged > 0 || aside > 0 || claim.is_some())
+        .then(|| format!("{:?}, {damaged} damaged, {aside} aside, {claim:?}", status.damage))
 }
 
 /// The batches up to the last one that is known to be committed.
@@ -393,6 +400,9 @@ fn stored_log(node: usize, mut image: SimDisk) -> Result<Vec<(u64, [u8; 16])>, S
         }
         while let Some(event) = events.pop_front() {
             match event {
+                WalEvent::Opened(opened) if !opened.report.damage.is_empty() => {
+                    return Err(format!("the disk of node {node}: {:?}", opened.report.damage));
+                }
                 WalEvent::Opened(_) => {
                     return Ok(wal.batches().map(|info| (info.last.get(), info.chain.0)).collect());
                 }
