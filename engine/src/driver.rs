@@ -414,8 +414,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Turn for Driver<D, L, S> {
                 let core = raft.map_or(u64::MAX, |raft| raft.next_deadline().0);
                 let network = self.network.as_ref().map_or(u64::MAX, Network::next_deadline);
                 let log = self.witness_at_ns.min(self.space_retry_at_ns);
-                let disk = self.repair.next_deadline().min(self.stall_deadline());
-                let log = log.min(disk);
+                let repair = if self.closing { u64::MAX } else { self.repair.next_deadline() };
+                let log = log.min(repair).min(self.stall_deadline());
                 TurnOutcome { progressed, next_deadline_ns: core.min(network).min(log), stop: false }
             }
             Err(error) => {

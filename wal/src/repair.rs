@@ -8,9 +8,9 @@
 //! A crash before the rename leaves a `.new` file, removed by the next start, and the damage as it was; one after it leaves either
 //! file under the name. The old file goes only with the rename, when all that could be read of it is durable in the new one.
 //!
-//! Failures: a block of the old file that cannot be read and holds no batch of the log, or only damaged ones, becomes zeros, under
-//! an envelope made anew where a damaged batch begins; when it holds a batch that was thought intact, the rebuild is given up and that
-//! batch is damaged too. No space gives up the rebuild until somebody asks to try again. Any other failed write stops the log.
+//! Failures: a block of the old file that cannot be read and holds no batch of the log becomes zeros. When it holds a batch that is not
+//! among the repaired ones, that batch is damaged too, and the rebuild is given up until it has come: it may be readable another
+//! time. Only when there are more of these than may wait in memory, their blocks become zeros under an envelope made anew. No space gives up the rebuild until somebody asks to try again. Any other failed write stops the log.
 //! A segment that leaves the log is not rebuilt any further.
 
 use crate::disk::{Access, Disk, DiskDone, DiskError, DiskErrorKind, DiskOp, DiskOpId, DiskOutput, FileId};
@@ -23,7 +23,7 @@ use crate::index::{Index, Place};
 use crate::ops::{Ops, Owner, take};
 use crate::segment::{Segment, SegmentName, SegmentTable, Stage};
 use ringraft_block::{BLOCK_BYTES, Block, BlockBuf, LogIndex, Pool};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::rc::Rc;
 
@@ -70,6 +70,10 @@ pub(crate) struct Repairs<B: BlockBuf> {
     work: Option<Rebuild>,
     /// No space, or the segment could not be opened: not before somebody asks again.
     blocked: bool,
+    /// Batches without which a segment is not rebuilt, since they could not be read: its generation, and their first index.
+    missing: BTreeSet<(u32, LogIndex)>,
+    /// More have come than may wait: what is here is written first.
+    is_full: bool,
 }
 
 /// A segment being rebuilt.
@@ -138,7 +142,14 @@ impl<D: Disk> Tools<'_, D> {
 
 impl<B: BlockBuf> Repairs<B> {
     pub(crate) fn new() -> Self {
-        Self { fixes: BTreeMap::new(), bytes: 0, work: None, blocked: false }
+        Self {
+            fixes: BTreeMap::new(),
+            bytes: 0,
+            work: None,
+            blocked: false,
+            missing: BTreeSet::new(),
+            is_full: false,
+        }
     }
 
     /// Verifies the image of a damaged batch and queues its slot.
@@ -160,6 +171,7 @@ impl<B: BlockBuf> Repairs<B> {
         }
         let bytes = known.slot_bytes();
         if !self.fixes.is_empty() && self.bytes + bytes > QUEUED_BYTES_MAX {
+            self.is_full = true;
             return Err(RepairError::Busy);
         }
         let other = RepairError::Other { first };
@@ -177,6 +189,7 @@ impl<B: BlockBuf> Repairs<B> {
         block[image_end..bytes].fill(0);
         self.drop_fix(first);
         self.bytes += bytes;
+        self.missing.remove(&(place.generation, first));
         self.fixes.insert(first, Fix { info, place, block });
         self.blocked = false;
         Ok(())
@@ -210,7 +223,11 @@ impl<B: BlockBuf> Repairs<B> {
         if self.work.is_some() || self.blocked {
             return None;
         }
-        self.fixes.values().map(|fix| fix.place.generation).min()
+        let waits = |generation: &u32| {
+            let missing = (*generation, LogIndex(0))..=(*generation, LogIndex(u64::MAX));
+            !self.is_full && self.missing.range(missing).next().is_some()
+        };
+        self.fixes.values().map(|fix| fix.place.generation).filter(|generation| !waits(generation)).min()
     }
 
     /// The descriptors, to be closed at the end.
@@ -230,6 +247,7 @@ impl<B: BlockBuf> Repairs<B> {
         for first in void {
             self.drop_fix(first);
         }
+        self.missing.retain(|(_, first)| index.damage_of(*first).is_some());
     }
 
     /// Begins to rebuild a segment that nothing is appended to any more. The caller holds it until [`Progress::ended`].
@@ -352,6 +370,7 @@ impl<B: BlockBuf> Repairs<B> {
                         self.drop_fix(*first);
                     }
                 }
+                self.is_full = false;
             }
             (Step::Removing, result) => {
                 match result {
@@ -420,9 +439,12 @@ impl<B: BlockBuf> Repairs<B> {
                 return Ok(());
             }
             Ok(DiskOutput::Read { .. }) | Err(_) => {
-                let lost = self.lost_batch(tools.index, work, range.start);
-                if let Some(first) = lost {
+                let lost = Self::lost_batch(tools.index, work, range.start);
+                if let Some(first) = lost.filter(|first| {
+                    !work.firsts.contains(first) && !(self.is_full && tools.index.damage_of(*first).is_some())
+                }) {
                     progress.found.push(first);
+                    self.missing.insert((work.generation, first));
                     work.given_up = true;
                     return Ok(());
                 }
@@ -440,12 +462,12 @@ impl<B: BlockBuf> Repairs<B> {
         Ok(())
     }
 
-    /// The batch that an unreadable block holds a part of, when it was thought intact.
-    fn lost_batch(&self, index: &Index, work: &Rebuild, at: u64) -> Option<LogIndex> {
+    /// The batch of the log that an unreadable block holds a part of.
+    fn lost_batch(index: &Index, work: &Rebuild, at: u64) -> Option<LogIndex> {
         let behind = Place { generation: work.generation, offset: at + 1 };
         let (info, place) = index.at(index.ordinal_at_place(behind).checked_sub(1)?)?;
         let overlaps = place.generation == work.generation && place.offset + info.slot_bytes() as u64 > at;
-        (overlaps && index.damage_of(info.first).is_none()).then_some(info.first)
+        overlaps.then_some(info.first)
     }
 
     /// Puts the repaired slots, and the envelopes of batches that are still damaged, into a piece.

@@ -12,7 +12,7 @@
 //! Everything is bounded: one question per member under way, one read per member that asks, a few searches at a time.
 //! Whoever does not answer within an election time-out is asked again, and named in the status.
 
-use super::{Driver, GROUP, Life, invariant, run_of, take_block};
+use super::{Driver, GROUP, invariant, run_of, take_block};
 use crate::config::Config;
 use crate::error::{LostExtent, StopError};
 use crate::raft::{Answer, Claim, Event, Inquiry, LogId, Raft, Role, Verdict};
@@ -114,11 +114,10 @@ enum ReadFor {
 impl<B: BlockBuf> Repairer<B> {
     pub(super) fn new(config: &Config) -> Self {
         let patience_ns = u64::try_from(config.election_timeout.max(Duration::from_millis(1)).as_nanos());
-        let scrubs = config.scrub_bytes_per_second > 0;
         Self {
             patience_ns: patience_ns.unwrap_or(u64::MAX),
             scrub_bytes_per_second: config.scrub_bytes_per_second,
-            scrub_at_ns: if scrubs { 0 } else { u64::MAX },
+            scrub_at_ns: u64::MAX,
             clamped: BTreeSet::new(),
             report: Vec::new(),
             offered: BTreeSet::new(),
@@ -147,6 +146,9 @@ impl<B: BlockBuf> Repairer<B> {
     pub(super) fn start(&mut self, damaged: impl Iterator<Item = LogIndex>, now_ns: u64) {
         self.clamped = damaged.collect();
         self.due_at_ns = now_ns;
+        if self.scrub_bytes_per_second > 0 {
+            self.scrub_at_ns = now_ns.saturating_add(SCRUB_INTERVAL_NS);
+        }
     }
 
     pub(super) fn truncate_after(&mut self, after: LogIndex) {
@@ -283,7 +285,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// Does what is due for the repair of this node, and lets the scrubber read its share.
     pub(super) fn mend(&mut self) -> Result<(), StopError> {
         let now = self.now.monotonic_ns;
-        if now >= self.repair.scrub_at_ns && matches!(self.life, Life::Running(_)) && !self.closing {
+        if now >= self.repair.scrub_at_ns && !self.closing {
             self.repair.scrub_at_ns = now.saturating_add(SCRUB_INTERVAL_NS);
             let share = self.repair.scrub_bytes_per_second / (1_000_000_000 / SCRUB_INTERVAL_NS);
             self.wal.scrub_step(&mut self.disk, share.max(1));

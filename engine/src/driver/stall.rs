@@ -2,7 +2,7 @@
 //! merely slow looks the same for a while: so there are two limits, one after which this node stands aside and one
 //! after which it stops.
 
-use super::{Driver, Life};
+use super::Driver;
 use crate::error::StopError;
 use crate::raft::Event;
 use crate::state_machine::StateMachine;
@@ -47,7 +47,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             return Err(StopError::DiskStalled { millis: age / 1_000_000 });
         }
         let stalled = operation.is_some() && age >= nanos(self.config.disk_stall_timeout());
-        if stalled != self.stall.stalled && matches!(self.life, Life::Running(_)) {
+        if stalled != self.stall.stalled {
             self.stall.stalled = stalled;
             if stalled {
                 tracing::warn!(node = %self.config.node, millis = age / 1_000_000, "the disk does not answer");
