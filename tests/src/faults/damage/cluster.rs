@@ -81,7 +81,13 @@ pub struct Machine {
     pub view: View,
     /// Why its node stopped by itself.
     pub stopped: Option<String>,
+    /// Consecutive turns that nothing from outside called for, and when the first of them was.
+    idle: (u64, Time),
 }
+
+/// A node that takes so many turns in [`SPIN_TIME`] with nothing from outside spins.
+const SPIN_TURNS: u64 = 1_000;
+const SPIN_TIME: Time = 100 * MILLISECOND;
 
 /// The machines, their network and one client.
 pub struct Cluster {
@@ -127,6 +133,7 @@ impl Cluster {
                 wake_at: Time::MAX,
                 view: View::default(),
                 stopped: None,
+                idle: (0, 0),
             }
         };
         let machines = disks.into_iter().enumerate().map(machine).collect();
@@ -275,6 +282,8 @@ impl Cluster {
     fn turn(&mut self, node: usize) {
         let now = self.context.now();
         let machine = &mut self.machines[node];
+        let called =
+            self.fabric.borrow().has_done(node) || machine.disk.borrow().next_due().is_some_and(|due| due <= now);
         let Some(process) = machine.process.as_mut() else { return };
         let monotonic_ns = machine.clock.monotonic_ns(now);
         let wall_ms = machine.clock.wall_ms(now);
@@ -282,6 +291,13 @@ impl Cluster {
         machine.busy_until = now + machine.rng.around(2 * MICROSECOND);
         machine.wake_at = if turned.progressed { 0 } else { machine.clock.time_of(turned.next_deadline_ns) };
         self.context.record(node, What::Turn, u64::from(turned.progressed), machine.wake_at);
+        machine.idle = if called { (0, now) } else { (machine.idle.0 + 1, machine.idle.1) };
+        if machine.idle.0 == SPIN_TURNS && now - machine.idle.1 < SPIN_TIME {
+            let (progressed, wake_at) = (turned.progressed, machine.wake_at);
+            self.history.borrow_mut().fail(|| {
+                format!("node {node} spins at {now}: progressed {progressed}, to wake at {wake_at}")
+            });
+        }
 
         process.local.completions(&mut process.completions);
         for completion in process.completions.drain(..) {
