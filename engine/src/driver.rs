@@ -10,6 +10,8 @@
 mod log;
 mod peers;
 mod proposing;
+mod repair;
+mod stall;
 mod stages;
 
 use crate::apply::Applier;
@@ -86,6 +88,8 @@ pub struct Driver<D: Disk, L: Link<Buf = D::Buf>, S> {
     no_space: bool,
     space_retry_at_ns: u64,
     witness_at_ns: u64,
+    repair: repair::Repairer<D::Buf>,
+    stall: stall::StallWatch,
     closing: bool,
 
     encoder: Encoder,
@@ -196,6 +200,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             no_space: false,
             space_retry_at_ns: u64::MAX,
             witness_at_ns: u64::MAX,
+            repair: repair::Repairer::new(&config),
+            stall: stall::StallWatch::default(),
             closing: false,
             encoder: Encoder::default(),
             actions: Vec::new(),
@@ -239,6 +245,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     fn run_turn(&mut self) -> Result<bool, StopError> {
         let mut progressed = self.on_disk()?;
         progressed |= self.on_network()?;
+        self.watch_disk()?;
+        self.mend()?;
         progressed |= self.take_proposals();
         self.step(Event::Tick)?;
         self.write_pending();
@@ -277,6 +285,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 self.stages.truncate_after(after);
                 self.recent.truncate_after(after);
                 self.applier.truncate_after(after);
+                self.repair.truncate_after(after);
                 let after = after.min(self.wal.last_index());
                 let log_epoch = self.wal.truncate_after(&mut self.disk, after);
                 invariant(Epoch(log_epoch) == epoch, || {
@@ -300,6 +309,11 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 Ok(())
             }
             Action::SealEmpty => self.seal_empty(),
+            Action::ReleaseClaim => {
+                tracing::info!(node = %self.config.node, "the log lacks nothing any more that this node may have acknowledged");
+                self.wal.release_claim(&mut self.disk);
+                Ok(())
+            }
             Action::Stop { violation } => Err(StopError::Invariant(violation.to_string())),
         }
     }
@@ -366,6 +380,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let Some(raft) = self.raft() else { return };
         let (applied, chain) = self.applied();
         let leader = self.leader_hint();
+        let damage = self.damage_status(raft);
         let peers = self.peers.iter().filter_map(|(id, peer)| {
             let matched = raft.progress(*id)?.matched;
             Some(PeerStatus { id: *id, connected: peer.session.is_some(), matched, stages: peer.stages })
@@ -380,6 +395,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             status.commit = raft.commit();
             status.applied = applied;
             status.applied_chain = chain.0;
+            status.damage = damage;
             status.peers.clear();
             status.peers.extend(peers);
         });
@@ -398,6 +414,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Turn for Driver<D, L, S> {
                 let core = raft.map_or(u64::MAX, |raft| raft.next_deadline().0);
                 let network = self.network.as_ref().map_or(u64::MAX, Network::next_deadline);
                 let log = self.witness_at_ns.min(self.space_retry_at_ns);
+                let repair = if self.closing { u64::MAX } else { self.repair.next_deadline() };
+                let log = log.min(repair).min(self.stall_deadline());
                 TurnOutcome { progressed, next_deadline_ns: core.min(network).min(log), stop: false }
             }
             Err(error) => {

@@ -131,6 +131,24 @@ impl std::error::Error for StopCause {
     }
 }
 
+/// How far the lost part of a log reaches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LostExtent {
+    /// The batch ends there; what follows it can be read.
+    Batch(LogIndex),
+    /// At least up to there.
+    AtLeast(LogIndex),
+}
+
+impl fmt::Display for LostExtent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Batch(last) => write!(f, "the batch ends at index {last}"),
+            Self::AtLeast(last) => write!(f, "the log reached at least index {last}"),
+        }
+    }
+}
+
 /// What ended a node, or kept it from starting.
 #[derive(Debug, thiserror::Error)]
 pub enum StopError {
@@ -160,6 +178,32 @@ pub enum StopError {
     /// The cluster exists and does not know this data directory.
     #[error("formation: {0}")]
     Formation(#[from] crate::formation::FormationError),
+    /// A committed batch, or one that may have been committed, cannot be read here, and every voter has been asked and
+    /// holds no readable copy.
+    #[error(
+        "every copy of the log from index {first} is gone: here it is unreadable ({segment} at offset {offset}), and no voter \
+         has it; {known}. Nothing was changed. Restore the directory of one member from before the damage, or give the data \
+         from there up by forming a new cluster"
+    )]
+    CopiesGone {
+        /// The first index that nobody can read.
+        first: LogIndex,
+        /// What is known of its end.
+        known: LostExtent,
+        /// The segment file here.
+        segment: String,
+        /// Where in it.
+        offset: u64,
+    },
+    /// The disk has left a durable operation unanswered for longer than `disk_stall_stop`.
+    #[error(
+        "the disk has not answered a write for {millis} ms, more than disk_stall_stop: check the device, then restart this \
+         node"
+    )]
+    DiskStalled {
+        /// For how long.
+        millis: u64,
+    },
     /// The log could not be read back.
     #[error("log: {0}")]
     Read(ringraft_wal::ReadError),

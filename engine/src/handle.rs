@@ -11,7 +11,7 @@ use crate::config::Config;
 use crate::error::{LeaderHint, ProposeError, Refusal, Refused, StopCause};
 use crate::ingress::{Ingress, Submission, Ticket};
 use crate::proposals::LocalIngress;
-use crate::raft::Role;
+use crate::raft::{Claim, Role};
 use crate::runtime::{LocalWakeup, Wakeup};
 pub use crate::wire::AckStages;
 use bytes::Bytes;
@@ -61,12 +61,32 @@ pub struct Status {
     pub applied: LogIndex,
     /// The chain of the log at `applied`.
     pub applied_chain: [u8; 16],
+    /// What is wrong with its disk or its log, and what it waits for.
+    pub damage: DamageStatus,
     /// What a leader knows of the other members, by id; empty while this node does not lead.
     pub peers: Vec<PeerStatus>,
     /// The address that it listens on, once it does.
     pub listening: Option<SocketAddr>,
     /// Why the node has stopped, if it has.
     pub stopped: Option<StopCause>,
+}
+
+/// What is wrong with a node's disk or log, and what it waits for. All of it is empty on a healthy node.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DamageStatus {
+    /// Batches of the log that cannot be read and are being fetched from the others.
+    pub batches: usize,
+    /// The first index of the first of them: nothing from there on is applied here.
+    pub first: Option<LogIndex>,
+    /// More was in the log than can be read: until that is settled the node does not lead, and may not vote.
+    pub claim: Option<Claim>,
+    /// Members that have been asked for what is missing and have not answered for a while. Without a leader nothing
+    /// goes on before they do: bring them back.
+    pub waiting_for: Vec<NodeId>,
+    /// Batches repaired since the start.
+    pub repaired: u64,
+    /// For how many milliseconds the oldest write has been under way, once the disk counts as stalled.
+    pub disk_stalled_ms: Option<u64>,
 }
 
 /// What a leader knows of another member.
@@ -96,6 +116,7 @@ impl Status {
             commit: LogIndex(0),
             applied: LogIndex(0),
             applied_chain: [0; 16],
+            damage: DamageStatus::default(),
             peers: Vec::new(),
             listening: None,
             stopped: None,

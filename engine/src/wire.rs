@@ -20,6 +20,8 @@ pub(crate) mod kind {
     pub(crate) const VOTE: u16 = 18;
     pub(crate) const VOTE_REPLY: u16 = 19;
     pub(crate) const FORMATION: u16 = 20;
+    pub(crate) const FETCH: u16 = 21;
+    pub(crate) const FETCH_REPLY: u16 = 22;
 }
 
 /// The largest body: a formation message with a full configuration.
@@ -34,9 +36,11 @@ pub(crate) const FINGERPRINT: u64 = {
         size_of::<ArchivedVoteReplyBody>(),
         size_of::<ArchivedFormationBody>(),
         align_of::<ArchivedFormationBody>(),
+        size_of::<ArchivedFetchBody>(),
+        size_of::<ArchivedFetchReplyBody>(),
         size_of::<rkyv::primitive::ArchivedUsize>(),
     ];
-    let version = 1;
+    let version = 2;
     let mut hash: u64 = 0xcbf2_9ce4_8422_2325 ^ version;
     let mut at = 0;
     while at < sizes.len() {
@@ -51,6 +55,8 @@ const _: () = {
     assert!(size_of::<ArchivedAppendAckBody>() == 72);
     assert!(size_of::<ArchivedVoteBody>() == 32);
     assert!(size_of::<ArchivedVoteReplyBody>() == 16);
+    assert!(size_of::<ArchivedFetchBody>() == 64);
+    assert!(size_of::<ArchivedFetchReplyBody>() == 72);
     assert!(align_of::<ArchivedAppendBody>() <= 16);
     assert!(
         size_of::<rkyv::primitive::ArchivedUsize>() == 4,
@@ -124,6 +130,45 @@ struct FormationBody {
     configuration: Vec<u8>,
 }
 
+/// A question of a member whose log is damaged.
+#[derive(Archive, Serialize)]
+struct FetchBody {
+    previous_chain: [u8; 16],
+    proof_chain: [u8; 16],
+    token: u64_le,
+    first: u64_le,
+    /// 0: no proof is asked for.
+    proof_last: u64_le,
+    flags: u32_le,
+    reserved: u32_le,
+}
+
+const FETCH_IMAGE: u32 = 1;
+const FETCH_ONLY_PROVED: u32 = 2;
+
+/// The answer. With the batch beside it, if the outcome is that.
+#[derive(Archive, Serialize)]
+struct FetchReplyBody {
+    chain: [u8; 16],
+    token: u64_le,
+    term: u64_le,
+    end_term: u64_le,
+    end_index: u64_le,
+    batch_last: u64_le,
+    batch_term: u64_le,
+    outcome: u32_le,
+    flags: u32_le,
+}
+
+const FETCHED_BATCH: u32 = 1;
+const FETCHED_NOT_SENT: u32 = 2;
+const FETCHED_HAD: u32 = 3;
+const FETCHED_NONE: u32 = 4;
+const FETCHED_BUSY: u32 = 5;
+
+const FETCHED_PROVES: u32 = 1;
+const FETCHED_LEADS: u32 = 2;
+
 /// An append as the driver handles it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct AppendMessage {
@@ -161,6 +206,53 @@ pub(crate) struct FormationMessage {
     pub(crate) configuration: Vec<u8>,
 }
 
+/// Asks for the batch behind a position, from the log or from what was kept aside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct FetchMessage {
+    /// Repeated in the answer.
+    pub(crate) token: u64,
+    /// The first index of the batch.
+    pub(crate) first: LogIndex,
+    /// The chain before it.
+    pub(crate) previous_chain: Chain,
+    /// The end of a batch that the asker has: who has that one too has the same log before it.
+    pub(crate) proof: Option<(LogIndex, Chain)>,
+    /// Whether the batch itself is wanted.
+    pub(crate) image: bool,
+    /// Whether a batch counts only if the proof holds.
+    pub(crate) only_proved: bool,
+}
+
+/// The answer to a [`FetchMessage`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct FetchReplyMessage {
+    pub(crate) token: u64,
+    pub(crate) outcome: Fetched,
+    /// Whether the sender has what the proof names.
+    pub(crate) proves: bool,
+    /// The sender's term.
+    pub(crate) term: Term,
+    /// Whether it leads that term.
+    pub(crate) leads: bool,
+    /// The end of all that it holds; of a leader, the end of its log.
+    pub(crate) end: LogId,
+}
+
+/// What a member holds behind the position.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fetched {
+    /// The batch that ends so, beside the message.
+    Batch { end: LogId, chain: Chain },
+    /// It holds one, and was not asked to send it.
+    NotSent,
+    /// It had one that it cannot read.
+    Had,
+    /// None.
+    None,
+    /// It cannot tell at the moment.
+    Busy,
+}
+
 /// A decoded body.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Body {
@@ -169,6 +261,8 @@ pub(crate) enum Body {
     Vote(Vote),
     VoteReply(VoteReply),
     Formation(FormationMessage),
+    Fetch(FetchMessage),
+    FetchReply(FetchReplyMessage),
 }
 
 /// A body that is not what its frame type promises: the peer runs other code, or there is a bug.
@@ -256,6 +350,44 @@ impl Encoder {
         })
     }
 
+    pub(crate) fn fetch(&mut self, message: &FetchMessage) -> &[u8] {
+        let (proof_last, proof_chain) = message.proof.unwrap_or_default();
+        let image = if message.image { FETCH_IMAGE } else { 0 };
+        let only_proved = if message.only_proved { FETCH_ONLY_PROVED } else { 0 };
+        self.encode(&FetchBody {
+            previous_chain: message.previous_chain.0,
+            proof_chain: proof_chain.0,
+            token: message.token.into(),
+            first: message.first.get().into(),
+            proof_last: proof_last.get().into(),
+            flags: (image | only_proved).into(),
+            reserved: 0.into(),
+        })
+    }
+
+    pub(crate) fn fetch_reply(&mut self, message: &FetchReplyMessage) -> &[u8] {
+        let (outcome, end, chain) = match message.outcome {
+            Fetched::Batch { end, chain } => (FETCHED_BATCH, end, chain),
+            Fetched::NotSent => (FETCHED_NOT_SENT, LogId::default(), Chain::default()),
+            Fetched::Had => (FETCHED_HAD, LogId::default(), Chain::default()),
+            Fetched::None => (FETCHED_NONE, LogId::default(), Chain::default()),
+            Fetched::Busy => (FETCHED_BUSY, LogId::default(), Chain::default()),
+        };
+        let proves = if message.proves { FETCHED_PROVES } else { 0 };
+        let leads = if message.leads { FETCHED_LEADS } else { 0 };
+        self.encode(&FetchReplyBody {
+            chain: chain.0,
+            token: message.token.into(),
+            term: message.term.get().into(),
+            end_term: message.end.term.get().into(),
+            end_index: message.end.index.get().into(),
+            batch_last: end.index.get().into(),
+            batch_term: end.term.get().into(),
+            outcome: outcome.into(),
+            flags: (proves | leads).into(),
+        })
+    }
+
     fn encode<T>(&mut self, body: &T) -> &[u8]
     where
         T: for<'a> Serialize<
@@ -306,6 +438,14 @@ pub(crate) fn decode(kind: u16, body: &[u8]) -> Result<Body, MalformedBody> {
                 formed: flag(body.formed).ok_or(malformed)?,
                 configuration: body.configuration.to_vec(),
             }))
+        }
+        kind::FETCH => {
+            let body = access::<ArchivedFetchBody>(body).ok_or(malformed)?;
+            decode_fetch(body).map(Body::Fetch).ok_or(malformed)
+        }
+        kind::FETCH_REPLY => {
+            let body = access::<ArchivedFetchReplyBody>(body).ok_or(malformed)?;
+            decode_fetch_reply(body).map(Body::FetchReply).ok_or(malformed)
         }
         _ => Err(malformed),
     }
@@ -376,6 +516,49 @@ fn decode_ack(body: &ArchivedAppendAckBody) -> Option<AckMessage> {
         ack: AppendAck { term: Term(body.term.to_native()), round: Round(body.round.to_native()), outcome },
         chain: Chain(body.chain),
         stages: AckStages { durable_us: body.durable_us.to_native(), queued_us: body.queued_us.to_native() },
+    })
+}
+
+fn decode_fetch(body: &ArchivedFetchBody) -> Option<FetchMessage> {
+    let flags = body.flags.to_native();
+    let first = LogIndex(body.first.to_native());
+    if flags & !(FETCH_IMAGE | FETCH_ONLY_PROVED) != 0 || first.get() == 0 {
+        return None;
+    }
+    let proof_last = LogIndex(body.proof_last.to_native());
+    Some(FetchMessage {
+        token: body.token.to_native(),
+        first,
+        previous_chain: Chain(body.previous_chain),
+        proof: (proof_last.get() > 0).then_some((proof_last, Chain(body.proof_chain))),
+        image: flags & FETCH_IMAGE != 0,
+        only_proved: flags & FETCH_ONLY_PROVED != 0,
+    })
+}
+
+fn decode_fetch_reply(body: &ArchivedFetchReplyBody) -> Option<FetchReplyMessage> {
+    let flags = body.flags.to_native();
+    let end = log_id(body.end_term, body.end_index);
+    if flags & !(FETCHED_PROVES | FETCHED_LEADS) != 0 {
+        return None;
+    }
+    let outcome = match body.outcome.to_native() {
+        FETCHED_BATCH => {
+            Fetched::Batch { end: log_id(body.batch_term, body.batch_last), chain: Chain(body.chain) }
+        }
+        FETCHED_NOT_SENT => Fetched::NotSent,
+        FETCHED_HAD => Fetched::Had,
+        FETCHED_NONE => Fetched::None,
+        FETCHED_BUSY => Fetched::Busy,
+        _ => return None,
+    };
+    Some(FetchReplyMessage {
+        token: body.token.to_native(),
+        outcome,
+        proves: flags & FETCHED_PROVES != 0,
+        term: Term(body.term.to_native()),
+        leads: flags & FETCHED_LEADS != 0,
+        end,
     })
 }
 
@@ -490,6 +673,31 @@ mod tests {
         assert_eq!(round_trip(kind::VOTE, encoder.vote(&vote)), Body::Vote(vote));
         let reply = VoteReply { term: Term(2), granted: true, pre: false };
         assert_eq!(round_trip(kind::VOTE_REPLY, encoder.vote_reply(&reply)), Body::VoteReply(reply));
+        for (proof, image, only_proved) in
+            [(None, true, false), (Some((LogIndex(7), Chain([7; 16]))), false, true)]
+        {
+            let fetch = FetchMessage {
+                token: 3,
+                first: LogIndex(5),
+                previous_chain: Chain([4; 16]),
+                proof,
+                image,
+                only_proved,
+            };
+            assert_eq!(round_trip(kind::FETCH, encoder.fetch(&fetch)), Body::Fetch(fetch));
+        }
+        let end = LogId { term: Term(2), index: LogIndex(6) };
+        for outcome in [
+            Fetched::Batch { end, chain: Chain([6; 16]) },
+            Fetched::NotSent,
+            Fetched::Had,
+            Fetched::None,
+            Fetched::Busy,
+        ] {
+            let (proves, leads) = (outcome == Fetched::NotSent, outcome == Fetched::None);
+            let reply = FetchReplyMessage { token: 9, outcome, proves, term: Term(8), leads, end };
+            assert_eq!(round_trip(kind::FETCH_REPLY, encoder.fetch_reply(&reply)), Body::FetchReply(reply));
+        }
         let formation =
             FormationMessage { incarnation: Incarnation(77), formed: true, configuration: vec![1, 2, 3] };
         assert_eq!(round_trip(kind::FORMATION, encoder.formation(&formation)), Body::Formation(formation));

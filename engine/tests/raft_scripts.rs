@@ -10,6 +10,7 @@
 //! |---|---|
 //! | `nodes 3 [learners=4,5] [window=2] [window_bytes=1000]` | a cluster of empty nodes |
 //! | `node 1 term=3 [vote=2] [log=1,1,2*3] [commit=1]` | node 1 boots with that disk: a term per batch, `*3` of three entries |
+//! | `node 1 ... [damaged=3] [claim=20@5] [uncertain=20@5]` | and it found a batch damaged, or its log cut before damage |
 //! | `tick 2 [150ms]` | node 2 ticks after that time; without a time at its deadline |
 //! | `wait 150ms` | time passes, nobody ticks |
 //! | `propose 1 [count=2] [bytes=100] [times=3]` | the driver of node 1 seals batches |
@@ -17,6 +18,10 @@
 //! | `duplicate 1->2`, `drop 1->2` | as deliver: arrive and stay under way, or do not arrive |
 //! | `save 2`, `persist 2` | hard state, or log, of node 2 is durable, and reports it |
 //! | `write 2`, `complete 2` | the halves of `persist`: it is durable; it is reported, in one completion per epoch |
+//! | `damage 1 [from=3] [clamp=3]` | the batches of node 1 that cannot be read are these now |
+//! | `adopt 1 7@2`, `nowhere 1 6`, `asked 1 20@5` | what node 1's driver found out: a batch of its own, that there is none, how far all logs reach |
+//! | `ask 1` | node 1's driver asks the driver of the node that it follows how far that one's log reaches |
+//! | `stall 1`, `unstall 1` | the disk of node 1 does not answer, or answers again |
 //! | `disconnect 1 2`, `connect 1 2` | the session ends, what is under way is lost; a session begins |
 //! | `crash 3`, `restart 3` | node 3 loses what is not durable |
 //! | `settle` | everything under way arrives, everything written is durable, until nothing is left; no time passes |
@@ -26,8 +31,8 @@
 //! | `quiet <command>` | without its trace |
 
 use ringraft::raft::{
-    Action, AppendOutcome, BatchRun, Boot, Configuration, Epoch, Event, LogId, Member, MemberRole, Message,
-    Nanos, Raft, RaftConfig, ReplicationState, Role,
+    Action, AppendOutcome, BatchRun, Boot, Claim, Configuration, Epoch, Event, LogId, Member, MemberRole,
+    Message, Nanos, Raft, RaftConfig, ReplicationState, Role,
 };
 use ringraft_block::{Incarnation, LogIndex, NodeId, Term};
 use std::collections::{BTreeMap, VecDeque};
@@ -107,6 +112,8 @@ struct Disk {
     log: Vec<BatchRun>,
     epoch: Epoch,
     commit: LogIndex,
+    damaged_from: Option<LogIndex>,
+    claim: Option<Claim>,
 }
 
 struct Life {
@@ -149,6 +156,16 @@ fn count(words: &[&str], name: &str, default: u64) -> u64 {
 
 fn id(word: &str) -> NodeId {
     NodeId(number(word))
+}
+
+/// `index@term`.
+fn position(word: &str) -> LogId {
+    let (index, term) = word.split_once('@').unwrap_or_else(|| panic!("{word:?} is no position"));
+    LogId { term: Term(number(term)), index: LogIndex(number(index)) }
+}
+
+fn index(words: &[&str], name: &str) -> Option<LogIndex> {
+    option(words, name).map(|word| LogIndex(number(word)))
 }
 
 fn millis(word: &str) -> Nanos {
@@ -202,6 +219,33 @@ impl Cluster {
             ["connect", one, other] => {
                 self.feed(id(one), Event::PeerConnected { peer: id(other) });
                 self.feed(id(other), Event::PeerConnected { peer: id(one) });
+            }
+            ["damage", node, ..] => {
+                let (from, clamp) = (index(&words, "from"), index(&words, "clamp"));
+                self.node(id(node)).disk.damaged_from = from;
+                self.feed(id(node), Event::DamageChanged { from, clamp });
+            }
+            ["adopt", node, at] => {
+                let LogId { term, index } = position(at);
+                let batch = BatchRun { first: index, last: index, term, bytes: 100 };
+                self.feed(id(node), Event::Adopt { batch });
+            }
+            ["nowhere", node, after] => {
+                let after = LogIndex(number(after));
+                self.feed(id(node), Event::NothingBehind { after });
+            }
+            ["asked", node, highest] => {
+                self.feed(id(node), Event::AllAsked { highest: position(highest) });
+            }
+            ["ask", node] => {
+                let Some(leader) = self.raft(id(node)).leader() else {
+                    return self.fail(&format!("node {node} follows nobody"));
+                };
+                let (term, last) = (self.raft(leader).term(), self.raft(leader).last());
+                self.feed(id(node), Event::LeaderHolds { leader, term, last });
+            }
+            [what @ ("stall" | "unstall"), node] => {
+                self.feed(id(node), Event::DiskStalled { stalled: *what == "stall" });
             }
             ["crash", node] => self.node(id(node)).life = None,
             ["restart", node] => {
@@ -266,6 +310,11 @@ impl Cluster {
             log,
             epoch: Epoch(0),
             commit: LogIndex(count(words, "commit", 0)),
+            damaged_from: index(words, "damaged"),
+            claim: ["claim", "uncertain"].into_iter().find_map(|name| {
+                let LogId { term, index } = position(option(words, name)?);
+                Some(Claim { term, last: index, certain: name == "claim" })
+            }),
         };
         self.boot(id);
         self.describe(id);
@@ -301,6 +350,8 @@ impl Cluster {
             batches: node.disk.log.clone(),
             epoch: node.disk.epoch,
             commit: node.disk.commit,
+            damaged_from: node.disk.damaged_from,
+            claim: node.disk.claim,
             now,
         };
         node.life = Some(Life {
@@ -317,7 +368,7 @@ impl Cluster {
         let _ = writeln!(self.trace, "{id}: {}", show_event(&event));
         let mut actions = Vec::new();
         life.raft.handle(self.now, event, &mut actions);
-        let mut seal = false;
+        let (mut seal, mut claim_released) = (false, false);
         for action in actions {
             let _ = writeln!(self.trace, "    {}", show_action(&action));
             match action {
@@ -331,8 +382,12 @@ impl Cluster {
                     life.deferred.push_back((sequence, to, message));
                 }
                 Action::SealEmpty => seal = true,
+                Action::ReleaseClaim => claim_released = true,
                 Action::Commit { .. } | Action::Become { .. } | Action::Stop { .. } => {}
             }
+        }
+        if claim_released {
+            self.node(id).disk.claim = None;
         }
         if seal {
             self.propose(id, 1, 0);
@@ -487,6 +542,19 @@ impl Cluster {
             status.epoch.0,
             if batches.is_empty() { "empty".to_owned() } else { batches.join(" ") },
         );
+        let restraint = life.raft.restraint();
+        let claim = restraint.claim.map(|claim| {
+            let position = LogId { term: claim.term, index: claim.last };
+            format!("{} {}", if claim.certain { "claim" } else { "uncertain" }, show_position(position))
+        });
+        let damage = restraint.damaged_from.map(|from| format!("damaged from {from}"));
+        let stalled = restraint.stalled.then(|| "stalled".to_owned());
+        let restraints: Vec<String> = [damage, claim, stalled].into_iter().flatten().collect();
+        if !restraints.is_empty() {
+            let bar =
+                restraint.vote_bar.map_or("nobody".to_owned(), |bar| format!("from {}", show_position(bar)));
+            let _ = writeln!(self.trace, "    {}; votes for {bar}", restraints.join(", "));
+        }
         for peer in status.peers {
             let state = match peer.state {
                 ReplicationState::Probe => "probe",
@@ -567,6 +635,23 @@ fn show_event(event: &Event) -> String {
         Event::HardStateSaved { sequence } => format!("saved #{sequence}"),
         Event::PeerConnected { peer } => format!("connected to {peer}"),
         Event::PeerDisconnected { peer } => format!("disconnected from {peer}"),
+        Event::DamageChanged { from, clamp } => {
+            let at = |index: &Option<LogIndex>| {
+                index.map_or("nothing".to_owned(), |index| format!("from {index}"))
+            };
+            format!("damaged {}, not acknowledged {}", at(from), at(clamp))
+        }
+        Event::Adopt { batch } => format!("adopts {}", show_batch(batch)),
+        Event::LeaderHolds { leader, term, last } => {
+            format!("leader {leader} of t{term} holds {}", show_position(*last))
+        }
+        Event::AllAsked { highest } => {
+            format!("everybody ends at {} at the highest", show_position(*highest))
+        }
+        Event::NothingBehind { after } => format!("nobody has anything behind {after}"),
+        Event::DiskStalled { stalled } => {
+            format!("the disk {}", if *stalled { "stalls" } else { "answers again" })
+        }
     }
 }
 
@@ -589,6 +674,7 @@ fn show_action(action: &Action) -> String {
             format!("become {}{leader} in t{term}", show_role(*role))
         }
         Action::SealEmpty => "seal an empty batch".to_owned(),
+        Action::ReleaseClaim => "release the claim".to_owned(),
         Action::Stop { violation } => format!("STOP: {violation}"),
     }
 }

@@ -1,7 +1,7 @@
 //! What can go wrong, and what whoever meets it can do.
 
 use crate::disk::DiskError;
-use crate::format::{HardStateError, IMAGE_BYTES_MAX, IMAGE_BYTES_MIN, SegmentHeaderError};
+use crate::format::{HardStateError, IMAGE_BYTES_MAX, IMAGE_BYTES_MIN, ImageError, SegmentHeaderError};
 use ringraft_block::{ClusterId, LogIndex, NodeId, Term};
 use std::fmt;
 
@@ -194,6 +194,37 @@ impl fmt::Display for Damage {
         let Self { segment, offset, first, .. } = self;
         write!(f, "the log is damaged from index {first} ({segment} at offset {offset}): {cause}")
     }
+}
+
+/// Why a block is not taken for the repair of a batch.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RepairError {
+    /// No damaged batch begins at the index: it is repaired already, or was cut off.
+    #[error("no damaged batch begins at index {first}")]
+    NotDamaged {
+        /// The index that was given.
+        first: LogIndex,
+    },
+    /// The image is not intact. Fetch it again, or from another peer.
+    #[error("the image that was to repair the batch at index {first} is not intact: {error}")]
+    Image {
+        /// The batch's first index.
+        first: LogIndex,
+        /// What is wrong with it.
+        error: ImageError,
+    },
+    /// The image is intact, but it is another batch, or it does not continue the log. Ask another peer.
+    #[error("the image that was to repair the batch at index {first} is that of another batch")]
+    Other {
+        /// The batch's first index.
+        first: LogIndex,
+    },
+    /// As many bytes wait to be written as the log takes. Offer the batch again after [`crate::WalEvent::Repaired`].
+    #[error("too many repaired batches are waiting to be written")]
+    Busy,
+    /// The log has stopped or is closing.
+    #[error("the log has stopped")]
+    Stopped,
 }
 
 /// Why batches could not be read.

@@ -46,7 +46,7 @@ mod tests;
 pub use envelope::{ENVELOPE_BYTES, Envelope, EnvelopeError, read_envelope, write_envelope};
 pub use fields::FieldAt;
 pub use hard_state_file::{
-    CONFIGURATION_BYTES_MAX, Cut, HARD_STATE_FILE_BYTES, HardState, HardStateError, LogStart,
+    CONFIGURATION_BYTES_MAX, Claim, Cut, HARD_STATE_FILE_BYTES, HardState, HardStateError, LogStart,
     read_hard_state, write_hard_state,
 };
 pub use image::{

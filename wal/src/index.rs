@@ -4,9 +4,10 @@
 //! stored. The table grows in chunks of fixed capacity: appending never moves what is there, so a log of a million
 //! batches costs the append after it no more than the first.
 
+use crate::error::DamageCause;
 use crate::format::{BatchInfo, BatchKind, Chain, LogStart, slot_bytes};
 use ringraft_block::{BLOCK_BYTES, GroupId, LogIndex, Term};
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 /// 56 KiB per chunk.
 const CHUNK: usize = 1024;
@@ -45,12 +46,14 @@ pub(crate) struct Index {
     /// All but the last are full.
     chunks: VecDeque<Vec<Row>>,
     last: LogIndex,
+    /// The batches whose image is not intact on disk, by first index.
+    damaged: BTreeMap<LogIndex, DamageCause>,
 }
 
 impl Index {
     /// An empty log that begins after `start`.
     pub(crate) fn new(group: GroupId, start: LogStart) -> Self {
-        Self { group, start, chunks: VecDeque::new(), last: start.index }
+        Self { group, start, chunks: VecDeque::new(), last: start.index, damaged: BTreeMap::new() }
     }
 
     pub(crate) fn start(&self) -> LogStart {
@@ -101,6 +104,64 @@ impl Index {
         self.last = info.last;
     }
 
+    /// Notes that the image of the batch that begins at `first` is not intact. False when that is known already, or there is no such
+    /// batch.
+    pub(crate) fn damage(&mut self, first: LogIndex, cause: DamageCause) -> bool {
+        if self.damaged.contains_key(&first) || self.ordinal_starting_at(first).is_none() {
+            return false;
+        }
+        self.damaged.insert(first, cause);
+        true
+    }
+
+    /// Notes that the batch is intact again; its image tells what its envelope did not.
+    pub(crate) fn repaired(&mut self, info: &BatchInfo) {
+        if self.damaged.remove(&info.first).is_some()
+            && let Some(ordinal) = self.ordinal_starting_at(info.first)
+            && let Some(row) =
+                self.chunks.get_mut(ordinal / CHUNK).and_then(|rows| rows.get_mut(ordinal % CHUNK))
+        {
+            row.kind_and_bytes = (info.kind as u32) << 24 | info.image_bytes;
+            row.time_ms = info.time_ms;
+            row.payload_bytes = info.payload_bytes;
+        }
+    }
+
+    /// The batches that are not intact, by first index.
+    pub(crate) fn damaged(&self) -> impl Iterator<Item = (LogIndex, DamageCause)> + '_ {
+        self.damaged.iter().map(|(first, cause)| (*first, *cause))
+    }
+
+    pub(crate) fn damage_of(&self, first: LogIndex) -> Option<DamageCause> {
+        self.damaged.get(&first).copied()
+    }
+
+    /// Whether a batch of the log lies in the segment.
+    pub(crate) fn uses(&self, generation: u32) -> bool {
+        let at = self.partition(|row| row.generation < generation);
+        self.row(at).is_some_and(|row| row.generation == generation)
+    }
+
+    /// The ordinal of the first batch that ends behind `index`.
+    pub(crate) fn ordinal_behind(&self, index: LogIndex) -> usize {
+        let after = self.partition(|row| row.first <= index);
+        match after.checked_sub(1).and_then(|at| self.at(at)) {
+            Some((info, _)) if info.last > index => after - 1,
+            _ => after,
+        }
+    }
+
+    /// The last index before the segment.
+    pub(crate) fn end_before(&self, generation: u32) -> LogIndex {
+        let at = self.partition(|row| row.generation < generation);
+        self.row(at).map_or(self.last, |row| row.first.previous())
+    }
+
+    /// The ordinal of the first batch whose slot begins at `place` or later in the order of the segments.
+    pub(crate) fn ordinal_at_place(&self, place: Place) -> usize {
+        self.partition(|row| row.place() < place)
+    }
+
     /// Drops every batch after `index`, which is the end of a batch or the log's start.
     pub(crate) fn truncate_after(&mut self, index: LogIndex) {
         let kept = self.partition(|row| row.first <= index);
@@ -117,6 +178,7 @@ impl Index {
     fn truncate(&mut self, kept: usize) {
         let Some(next) = self.row(kept).copied() else { return };
         self.last = next.first.previous();
+        self.damaged.split_off(&next.first);
         self.chunks.truncate(kept.div_ceil(CHUNK));
         let full = self.chunks.len().saturating_sub(1) * CHUNK;
         if let Some(last) = self.chunks.back_mut() {

@@ -102,6 +102,8 @@
 //! [`Damage`].
 
 mod commit;
+#[cfg(test)]
+mod damage_tests;
 pub mod directory;
 pub mod disk;
 mod error;
@@ -112,7 +114,10 @@ mod log;
 mod ops;
 mod read;
 mod recovery;
+mod repair;
 mod reserve;
+mod salvage;
+mod scrub;
 mod segment;
 #[cfg(test)]
 mod testing;
@@ -120,7 +125,9 @@ mod testing;
 mod tests;
 
 pub use directory::{DataDirectory, DirectoryError};
-pub use error::{ConfigError, CopyState, Damage, DamageCause, ReadError, WalError};
+pub use error::{ConfigError, CopyState, Damage, DamageCause, ReadError, RepairError, WalError};
 pub use log::{HardStateUpdate, Recovered, Wal, WalConfig, WalEvent, WalStats};
 pub use read::StoredBatch;
 pub use recovery::RecoveryReport;
+pub use repair::DamagedBatch;
+pub use scrub::ScrubStatus;

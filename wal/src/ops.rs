@@ -21,11 +21,13 @@ pub(crate) enum Owner {
     Descriptor = 7,
     /// Removing segments behind a cut.
     Removal = 8,
+    /// Writing repaired batches into a new copy of their segment.
+    Repair = 9,
 }
 
 impl Owner {
     fn of(id: DiskOpId) -> Option<Self> {
-        const ALL: [Owner; 8] = [
+        const ALL: [Owner; 9] = [
             Owner::Recovery,
             Owner::HardState,
             Owner::Maker,
@@ -34,6 +36,7 @@ impl Owner {
             Owner::Read,
             Owner::Descriptor,
             Owner::Removal,
+            Owner::Repair,
         ];
         ALL.into_iter().find(|owner| *owner as u64 == id.0 >> 48 & 0xff)
     }
@@ -49,6 +52,8 @@ pub(crate) fn owner_of(id: DiskOpId) -> Option<Owner> {
 pub(crate) struct Ops {
     next: u64,
     pub(crate) in_flight: usize,
+    /// Appends and saves of the hard state in flight, oldest first.
+    durable: Vec<DiskOpId>,
 }
 
 impl Ops {
@@ -57,8 +62,23 @@ impl Ops {
         let id = DiskOpId(TAG << 56 | (owner as u64) << 48 | (self.next & 0xffff_ffff_ffff));
         self.next = self.next.wrapping_add(1);
         self.in_flight += 1;
+        if matches!(owner, Owner::Append | Owner::HardState) {
+            self.durable.push(id);
+        }
         disk.submit(id, op);
         id
+    }
+
+    /// An operation has ended, well or not.
+    pub(crate) fn ended(&mut self, id: DiskOpId) {
+        self.in_flight = self.in_flight.saturating_sub(1);
+        // A handful at most.
+        self.durable.retain(|durable| *durable != id);
+    }
+
+    /// Names the oldest append or save in flight.
+    pub(crate) fn oldest_durable(&self) -> Option<u64> {
+        self.durable.first().map(|id| id.0)
     }
 }
 

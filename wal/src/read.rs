@@ -5,20 +5,21 @@
 //!
 //! Failures are values of the request. A batch that is damaged on disk can be fetched from a peer; the log goes on.
 
-use crate::disk::{Access, Disk, DiskDone, DiskOp, DiskOpId, DiskOutput, FileId};
+use crate::disk::{Access, Disk, DiskDone, DiskErrorKind, DiskOp, DiskOpId, DiskOutput, FileId};
 use crate::error::ReadError;
 use crate::format::{BatchInfo, Chain, ENVELOPE_BYTES, parse_image, read_envelope};
 use crate::index::{Index, Place};
 use crate::ops::{Ops, Owner, take};
 use crate::recovery::belongs;
+use crate::salvage::Salvaged;
 use crate::segment::{Descriptor, Segment, SegmentTable};
 use ringraft_block::{BlockBuf, LogIndex, Pool, SharedBlock};
 use std::collections::VecDeque;
 use std::fmt;
 use std::rc::Rc;
 
-/// So many reads of batches are on their way at once.
-const READS_IN_FLIGHT: usize = 8;
+/// So many reads of batches are on their way at once for the log's user.
+pub(crate) const READS_IN_FLIGHT: usize = 8;
 /// So many requests may wait.
 pub(crate) const REQUESTS_MAX: usize = 64;
 /// A request returns at most so many batches.
@@ -65,11 +66,16 @@ enum ItemState<B: BlockBuf> {
     Waiting,
     Reading(DiskOpId),
     Here(SharedBlock<B>),
+    /// It is not what was asked for. Only of salvage, where several may be tried.
+    Failed,
 }
 
 struct Request<B: BlockBuf> {
     token: u64,
     items: Vec<Item<B>>,
+    /// The items are not of the log, so what happens to the log does not concern them: all begin at this index, and one at most
+    /// is the answer.
+    salvage: Option<LogIndex>,
     /// The first failure; nothing more is started, and what is in flight is awaited.
     error: Option<ReadError>,
 }
@@ -77,7 +83,8 @@ struct Request<B: BlockBuf> {
 impl<B: BlockBuf> Request<B> {
     fn is_finished(&self) -> bool {
         let reading = self.items.iter().any(|item| matches!(item.state, ItemState::Reading(_)));
-        let whole = self.items.iter().all(|item| matches!(item.state, ItemState::Here(_)));
+        let done = |item: &Item<B>| matches!(item.state, ItemState::Here(_) | ItemState::Failed);
+        let whole = self.items.iter().all(done);
         whole || self.error.is_some() && !reading
     }
 
@@ -89,6 +96,10 @@ impl<B: BlockBuf> Request<B> {
             ItemState::Here(block) => Some(StoredBatch { info: item.info, block }),
             _ => None,
         });
+        if let Some(first) = self.salvage {
+            let batches: Vec<_> = blocks.take(1).collect();
+            return if batches.is_empty() { Err(ReadError::NotFound { first }) } else { Ok(batches) };
+        }
         Ok(blocks.collect())
     }
 }
@@ -100,32 +111,56 @@ pub(crate) type ReadResult<B> = (u64, Result<Vec<StoredBatch<B>>, ReadError>);
 pub(crate) struct Reads<B: BlockBuf> {
     requests: VecDeque<Request<B>>,
     in_flight: usize,
+    in_flight_max: usize,
     /// Segments being opened.
     opening: Vec<(DiskOpId, u32)>,
     /// Counts up with every use of a segment.
     clock: u64,
+    /// Batches of the log that were found damaged, to be taken note of.
+    damaged: Vec<LogIndex>,
 }
 
 impl<B: BlockBuf> Reads<B> {
-    pub(crate) fn new() -> Self {
-        Self { requests: VecDeque::new(), in_flight: 0, opening: Vec::new(), clock: 0 }
+    pub(crate) fn new(in_flight_max: usize) -> Self {
+        Self {
+            requests: VecDeque::new(),
+            in_flight: 0,
+            in_flight_max,
+            opening: Vec::new(),
+            clock: 0,
+            damaged: Vec::new(),
+        }
+    }
+
+    pub(crate) fn is_reading(&self, id: DiskOpId) -> bool {
+        let reads = |item: &Item<B>| matches!(item.state, ItemState::Reading(other) if other == id);
+        self.requests.iter().any(|request| request.items.iter().any(reads))
+    }
+
+    /// The first indices of the batches that were found damaged since the last call.
+    pub(crate) fn take_damaged(&mut self) -> Vec<LogIndex> {
+        std::mem::take(&mut self.damaged)
     }
 
     pub(crate) fn len(&self) -> usize {
         self.requests.len()
     }
 
-    /// Queues a request for the durable batches from `first` on, as many as fit `bytes_max`, at least one.
+    /// Queues a request for the durable batches from `first` on, as many as fit `bytes_max`, at least one. It ends before a batch
+    /// that is known to be damaged. Returns the bytes that will be read.
     pub(crate) fn request(
         &mut self,
         index: &Index,
+        segments: &SegmentTable,
         durable_through: LogIndex,
         token: u64,
         first: LogIndex,
         bytes_max: usize,
-    ) {
+    ) -> usize {
         let mut items = Vec::new();
+        let mut damaged = None;
         let mut bytes = 0usize;
+        let mut asked = 0;
         let mut ordinal = index.ordinal_starting_at(first);
         while let Some((info, place)) = ordinal.and_then(|ordinal| index.at(ordinal)) {
             bytes = bytes.saturating_add(info.slot_bytes());
@@ -134,22 +169,49 @@ impl<B: BlockBuf> Reads<B> {
             if enough || info.last > durable_through {
                 break;
             }
+            if index.damage_of(info.first).is_some() {
+                let segment = segments.get(place.generation).map(|segment| segment.name).unwrap_or_default();
+                let (first, offset) = (info.first, place.offset);
+                damaged = Some(ReadError::Damaged { first, segment: segment.to_string(), offset });
+                break;
+            }
+            asked = bytes;
             items.push(Item { info, place, previous, state: ItemState::Waiting });
             ordinal = ordinal.map(|ordinal| ordinal + 1);
         }
-        let error = items.is_empty().then_some(ReadError::NotFound { first });
-        self.requests.push_back(Request { token, items, error });
+        let error = items.is_empty().then(|| damaged.unwrap_or(ReadError::NotFound { first }));
+        self.requests.push_back(Request { token, items, salvage: None, error });
+        asked
+    }
+
+    /// Queues a request for the one of the `candidates`, which begin at `first` and are not of the log, whose chain continues
+    /// `previous`.
+    pub(crate) fn request_salvage<'a>(
+        &mut self,
+        candidates: impl Iterator<Item = &'a Salvaged>,
+        token: u64,
+        first: LogIndex,
+        previous: Chain,
+    ) {
+        let item = |batch: &Salvaged| Item {
+            info: batch.info,
+            place: batch.place,
+            previous,
+            state: ItemState::Waiting,
+        };
+        let items = candidates.map(item).collect();
+        self.requests.push_back(Request { token, items, salvage: Some(first), error: None });
     }
 
     /// Answers a request at once.
     pub(crate) fn refuse(&mut self, token: u64, error: ReadError) {
-        self.requests.push_back(Request { token, items: Vec::new(), error: Some(error) });
+        self.requests.push_back(Request { token, items: Vec::new(), salvage: None, error: Some(error) });
     }
 
     /// The log is cut after `index`: a request that reaches behind it would answer with what is void.
     pub(crate) fn cut_after(&mut self, index: LogIndex) {
         for request in &mut self.requests {
-            if request.items.last().is_some_and(|item| item.info.last > index) {
+            if request.salvage.is_none() && request.items.last().is_some_and(|item| item.info.last > index) {
                 request.error.get_or_insert(ReadError::Truncated);
             }
         }
@@ -183,7 +245,7 @@ impl<B: BlockBuf> Reads<B> {
         let mut requests = std::mem::take(&mut self.requests);
         for request in &mut requests {
             for item in &mut request.items {
-                if request.error.is_some() || self.in_flight == READS_IN_FLIGHT {
+                if request.error.is_some() || self.in_flight == self.in_flight_max {
                     break;
                 }
                 if !matches!(item.state, ItemState::Waiting) {
@@ -191,10 +253,22 @@ impl<B: BlockBuf> Reads<B> {
                 }
                 self.clock += 1;
                 let Some(segment) = segments.get_mut(item.place.generation) else {
+                    if request.salvage.is_some() {
+                        item.state = ItemState::Failed;
+                        continue;
+                    }
                     request.error = Some(ReadError::Truncated);
                     break;
                 };
                 segment.used = self.clock;
+                // The segment was rebuilt: its name means another file than the one that is open.
+                segment.is_replaced &= segment.descriptor != Descriptor::Closed;
+                if segment.is_replaced {
+                    if segment.operations == 0 && close(disk, ops, segment).is_some() {
+                        segment.is_replaced = false;
+                    }
+                    break;
+                }
                 let Some(file) = segment.file() else {
                     if segment.descriptor == Descriptor::Closed {
                         self.open(disk, ops, segment);
@@ -251,36 +325,50 @@ impl<B: BlockBuf> Reads<B> {
         segments: &SegmentTable,
         done: DiskDone<B>,
     ) -> Option<u32> {
-        let (item, error) = self.requests.iter_mut().find_map(|request| {
+        let (item, error, is_salvage) = self.requests.iter_mut().find_map(|request| {
             let is_it = |item: &&mut Item<B>| matches!(item.state, ItemState::Reading(id) if id == done.id);
-            Some((request.items.iter_mut().find(is_it)?, &mut request.error))
+            Some((request.items.iter_mut().find(is_it)?, &mut request.error, request.salvage.is_some()))
         })?;
         self.in_flight -= 1;
         let generation = item.place.generation;
         item.state = ItemState::Waiting;
         let outcome = match done.result {
             // The log may have been cut while the read was under way, and its place written anew.
-            _ if index.chain_at(item.info.last) != Some(item.info.chain) => Err(ReadError::Truncated),
+            _ if !is_salvage && index.chain_at(item.info.last) != Some(item.info.chain) => {
+                Err(ReadError::Truncated)
+            }
             Ok(DiskOutput::Read { block, bytes }) => match segments.get(generation) {
                 Some(segment) if bytes == item.info.slot_bytes() && verify(item, segment, &block) => {
                     Ok(block)
                 }
-                Some(segment) => Err(ReadError::Damaged {
-                    first: item.info.first,
-                    segment: segment.name.to_string(),
-                    offset: item.place.offset,
-                }),
+                Some(segment) => Err(damaged(item, segment)),
                 None => Err(ReadError::Truncated),
             },
             Ok(_) => Err(ReadError::Stopped),
+            // A sector that cannot be read is as good as a rotten one.
+            Err(error) if error.kind == DiskErrorKind::Io => match segments.get(generation) {
+                Some(segment) => Err(damaged(item, segment)),
+                None => Err(ReadError::Truncated),
+            },
             Err(error) => Err(ReadError::Disk(error)),
         };
+        if let (Err(ReadError::Damaged { .. }), false) = (&outcome, is_salvage) {
+            self.damaged.push(item.info.first);
+        }
         match outcome {
+            Err(ReadError::Damaged { .. } | ReadError::Truncated) if is_salvage => {
+                item.state = ItemState::Failed
+            }
             Ok(block) => item.state = ItemState::Here(Rc::new(block)),
             Err(failure) => *error = error.take().or(Some(failure)),
         }
         Some(generation)
     }
+}
+
+fn damaged<B: BlockBuf>(item: &Item<B>, segment: &Segment) -> ReadError {
+    let (first, offset) = (item.info.first, item.place.offset);
+    ReadError::Damaged { first, segment: segment.name.to_string(), offset }
 }
 
 fn verify<B: BlockBuf>(item: &Item<B>, segment: &Segment, block: &[u8]) -> bool {

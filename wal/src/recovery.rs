@@ -8,7 +8,8 @@
 //!
 //! Failures: a directory of another node, a hard state of which no copy is usable, or one older than the log, stop the
 //! start with an error that names the cure. A sector that cannot be read is evidence, not an error. Damage is part of the
-//! result, and the log refuses to go on with it.
+//! result: batches that are known but for their bytes, and a claim where more than that is lost. No file that may hold
+//! a batch is removed here.
 
 mod scan;
 mod table;
@@ -19,14 +20,15 @@ use crate::WalConfig;
 use crate::disk::{
     Access, DirectoryEntry, Disk, DiskDone, DiskError, DiskErrorKind, DiskOp, DiskOpId, DiskOutput, FileId,
 };
-use crate::error::{CopyState, Damage, DamageCause, WalError};
+use crate::error::{CopyState, Damage, WalError};
 use crate::format::{
-    Cut, HARD_STATE_FILE_BYTES, HardState, LogStart, SegmentHeader, SegmentHeaderError, read_hard_state,
-    read_segment_header,
+    Claim, Cut, HARD_STATE_FILE_BYTES, HardState, LogStart, SegmentHeader, SegmentHeaderError,
+    read_hard_state, read_segment_header,
 };
 use crate::hard_state::{COPY_NAMES, COPY_NAMES_NEW};
 use crate::index::Index;
 use crate::ops::{Ops, Owner, Random, take};
+use crate::salvage::Salvaged;
 use crate::segment::{SegmentName, Stage};
 use ringraft_block::{AlignedBuf, BLOCK_BYTES, Block, BlockBuf, Incarnation, Pool};
 use scan::{LogScan, ScanOutcome, SegmentBytes};
@@ -57,8 +59,9 @@ pub struct RecoveryReport {
     pub hard_state_repaired: bool,
     /// Half-made and unused files that were removed.
     pub removed_files: usize,
-    /// Acknowledged batches are damaged or missing; the log refuses to go on.
-    pub damage: Option<Damage>,
+    /// Damage to what was, or may have been, acknowledged, in the order of the log: batches that are known and
+    /// await repair, and the places where the log was cut since nobody can tell what they held.
+    pub damage: Vec<Damage>,
 }
 
 /// All that the log needs to open.
@@ -66,6 +69,11 @@ pub(crate) struct Found {
     pub(crate) hard_state: HardState,
     pub(crate) fresh: bool,
     pub(crate) index: Index,
+    /// The claim that is in force from this start on.
+    pub(crate) claim: Option<Claim>,
+    pub(crate) salvage: Vec<Salvaged>,
+    /// Files that may hold batches, though nobody can tell which.
+    pub(crate) unplaced: Vec<SegmentName>,
     /// Segments in service in order of generation.
     pub(crate) segments: Vec<Scanned>,
     /// Free segments of the configured size, by serial number.
@@ -90,16 +98,27 @@ pub(crate) struct Recovery<B: BlockBuf> {
     unread: VecDeque<(SegmentName, u64)>,
     free: VecDeque<SegmentName>,
     headed: Vec<(Scanned, u64)>,
-    /// In service with a blank header: unused if all of it is blank.
-    blank: Vec<(SegmentName, u64)>,
+    /// Files whose header does not say what they are, with the intact header if it says too much. They are read first: one that is
+    /// blank was never used, and the envelopes in the others say where they belong.
+    suspects: Vec<Suspect>,
+    next_suspect: usize,
+    /// Suspects that nothing can place. They are kept until the claim is released.
+    unplaced: Vec<SegmentName>,
     scan: Option<LogScan>,
     outcome: Option<ScanOutcome>,
-    /// Position in `headed`, then in `blank`.
+    /// Position in `headed`.
     next_scan: usize,
     buffer: Option<AlignedBuf>,
-    damage: Option<Damage>,
     next_serial: u32,
     report: RecoveryReport,
+}
+
+/// A file in service, or that should be unused, without a header that can be believed.
+struct Suspect {
+    name: SegmentName,
+    length: u64,
+    /// Intact, but another file has the same.
+    header: Option<SegmentHeader>,
 }
 
 /// Where recovery stands; each variant names the operation that is awaited.
@@ -146,12 +165,13 @@ impl<B: BlockBuf> Recovery<B> {
             unread: VecDeque::new(),
             free: VecDeque::new(),
             headed: Vec::new(),
-            blank: Vec::new(),
+            suspects: Vec::new(),
+            next_suspect: 0,
+            unplaced: Vec::new(),
             scan: None,
             outcome: None,
             next_scan: 0,
             buffer: None,
-            damage: None,
             next_serial: 0,
             report: RecoveryReport::default(),
         }
@@ -235,7 +255,11 @@ impl<B: BlockBuf> Recovery<B> {
                 self.phase = Phase::CloseSegment;
             }
             (Phase::CloseSegment, Ok(DiskOutput::Done)) => {
-                self.next_scan += 1;
+                if self.next_suspect < self.suspects.len() {
+                    self.next_suspect += 1;
+                } else {
+                    self.next_scan += 1;
+                }
                 self.next_segment(disk, ops)?;
             }
 
@@ -349,6 +373,8 @@ impl<B: BlockBuf> Recovery<B> {
             generation: 0,
             start: LogStart::default(),
             witness: Default::default(),
+            claim: None,
+            claim_epoch: 0,
             configuration: Vec::new(),
         }
     }
@@ -378,13 +404,33 @@ impl<B: BlockBuf> Recovery<B> {
             self.phase = Phase::OpenHeader(name, length);
             return Ok(());
         }
+        self.suspect_twins();
+        self.next_segment(disk, ops)
+    }
+
+    /// Two files with one generation: a header was written over another's. Their envelopes say whose it is.
+    fn suspect_twins(&mut self) {
+        self.headed.sort_by_key(|(segment, _)| (segment.header.generation, segment.name.serial));
+        let generations: Vec<u32> =
+            self.headed.iter().map(|(segment, _)| segment.header.generation).collect();
+        let is_twin = |generation| generations.iter().filter(|other| **other == generation).nth(1).is_some();
+        let twins = self.headed.extract_if(.., |(segment, _)| is_twin(segment.header.generation));
+        self.suspects.extend(twins.map(|(Scanned { name, header, .. }, length)| Suspect {
+            name,
+            length,
+            header: Some(header),
+        }));
+    }
+
+    /// All headers are known as far as they can be.
+    fn judge_epochs(&mut self) -> Result<(), WalError> {
         self.headed.sort_by_key(|(segment, _)| (segment.header.generation, segment.name.serial));
         let hard_state_epoch = self.hard_state.as_ref().map_or(0, |state| state.epoch);
         let log_epoch = self.newest_epoch();
         if log_epoch > hard_state_epoch {
             return Err(WalError::HardStateBehind { log_epoch, hard_state_epoch });
         }
-        self.next_segment(disk, ops)
+        Ok(())
     }
 
     fn newest_epoch(&self) -> u64 {
@@ -399,16 +445,14 @@ impl<B: BlockBuf> Recovery<B> {
     ) -> Result<(), WalError> {
         match (name.stage, header) {
             (Stage::Free, Some(Err(SegmentHeaderError::Blank))) => self.free.push_back(name),
-            (_, Some(Err(SegmentHeaderError::Blank))) => self.blank.push((name, length)),
             (_, Some(Err(error @ (SegmentHeaderError::Version(_) | SegmentHeaderError::Fingerprint(_))))) => {
                 return Err(WalError::SegmentForeign { file: name.to_string(), error });
             }
             // A free segment is renamed, durably, before its header is written.
             (Stage::InService, Some(Ok(header))) if self.is_ours(&header, length) => {
-                self.headed.push((Scanned { name, header }, length));
+                self.headed.push((Scanned { name, header, header_lost: false }, length));
             }
-            (_, Some(Ok(header))) => self.header_damaged(name, header.generation),
-            (_, Some(Err(_)) | None) => self.header_damaged(name, 0),
+            _ => self.suspects.push(Suspect { name, length, header: None }),
         }
         Ok(())
     }
@@ -424,39 +468,22 @@ impl<B: BlockBuf> Recovery<B> {
         })
     }
 
-    fn header_damaged(&mut self, name: SegmentName, generation: u32) {
-        let state = self.hard_state.as_ref();
-        self.damage.get_or_insert(Damage {
-            cause: DamageCause::SegmentHeader,
-            segment: name.to_string(),
-            generation,
-            offset: 0,
-            // Which batches it held is not known, so all are suspect.
-            first: state.map_or_else(Default::default, |state| state.start.index.next()),
-            identity: None,
-            durable_through: state.map_or_else(Default::default, |state| state.witness.max(state.cut.index)),
-        });
-    }
-
     // The segments.
 
-    fn scanned_name(&self) -> Option<SegmentName> {
-        let headed = self.headed.get(self.next_scan).map(|(segment, _)| segment.name);
-        let blank = || self.blank.get(self.next_scan - self.headed.len()).map(|(name, _)| *name);
-        if self.next_scan < self.headed.len() { headed } else { blank() }
-    }
-
     fn next_segment<D: Disk<Buf = B>>(&mut self, disk: &mut D, ops: &mut Ops) -> Result<(), WalError> {
-        if let Some(name) = self.scanned_name() {
+        if self.next_suspect == self.suspects.len() && self.next_scan == 0 {
+            self.judge_epochs()?;
+        }
+        let suspect = self.suspects.get(self.next_suspect).map(|suspect| suspect.name);
+        let headed = self.headed.get(self.next_scan).map(|(segment, _)| segment.name);
+        if let Some(name) = suspect.or(headed) {
             // With write access, since the newest are flushed.
             self.submit(disk, ops, DiskOp::Open { name: name.to_string(), access: Access::Write });
             self.phase = Phase::OpenSegment;
             return Ok(());
         }
         self.buffer = None;
-        let outcome = self.scan.take().map(LogScan::finish);
-        self.damage = self.damage.take().or_else(|| outcome.as_ref()?.damage.clone());
-        self.outcome = outcome;
+        self.outcome = self.scan.take().map(LogScan::finish);
         self.remove(disk, ops, 0);
         Ok(())
     }
@@ -533,7 +560,8 @@ impl<B: BlockBuf> Recovery<B> {
         let file = reading.file;
         self.scan_segment(&reading);
         let newest = self.newest_epoch();
-        if self.headed.get(self.next_scan).is_some_and(|(segment, _)| segment.header.epoch == newest) {
+        let scanned = self.headed.get(self.next_scan).filter(|_| self.next_suspect == self.suspects.len());
+        if scanned.is_some_and(|(segment, _)| segment.header.epoch == newest) {
             self.submit(disk, ops, DiskOp::Flush { file });
             self.phase = Phase::FlushSegment(file);
         } else {
@@ -546,34 +574,59 @@ impl<B: BlockBuf> Recovery<B> {
     fn scan_segment(&mut self, reading: &Reading) {
         let Some(buffer) = self.buffer.take() else { return };
         let bytes = buffer.bytes().get(..reading.length).unwrap_or_default();
-        match self.headed.get(self.next_scan) {
-            Some((segment, _)) => {
-                let bytes = SegmentBytes { bytes, unreadable: &reading.unreadable };
-                if let Some(scan) = self.scan.as_mut() {
-                    scan.segment(segment.name, segment.header, &bytes);
-                }
-            }
-            None => {
-                let name = self.scanned_name();
-                let unused = reading.unreadable.is_empty() && scan::is_prior(bytes);
-                match name {
-                    Some(name) if unused => self.leftovers.push(name.to_string()),
-                    Some(name) => self.header_damaged(name, 0),
-                    None => {}
-                }
-            }
+        let bytes = SegmentBytes { bytes, unreadable: &reading.unreadable };
+        if let Some(Suspect { name, length, header }) = self.suspects.get(self.next_suspect) {
+            self.place(*name, *length, *header, &bytes);
+        } else if let Some((segment, _)) = self.headed.get(self.next_scan)
+            && let Some(scan) = self.scan.as_mut()
+        {
+            scan.segment(*segment, &bytes);
         }
         self.buffer = Some(buffer);
     }
 
+    /// Says what a suspect is: unused, a segment of the log, or unknown.
+    fn place(
+        &mut self,
+        name: SegmentName,
+        length: u64,
+        header: Option<SegmentHeader>,
+        bytes: &SegmentBytes<'_>,
+    ) {
+        let Some(hard_state) = self.hard_state.as_ref() else { return };
+        let slots = bytes.bytes.get(BLOCK_BYTES..).unwrap_or_default();
+        if bytes.unreadable.iter().all(|lost| lost.end <= BLOCK_BYTES)
+            && !slots.is_empty()
+            && scan::is_prior(slots)
+        {
+            // Whatever its header was, no batch was ever written here.
+            self.leftovers.push(name.to_string());
+            return;
+        }
+        let taken = |generation| self.headed.iter().any(|(other, _)| other.header.generation == generation);
+        let found = scan::header_from_envelopes(bytes, hard_state, taken);
+        let same = |header: &SegmentHeader| {
+            found
+                .as_ref()
+                .is_some_and(|found| found.nonce == header.nonce && found.generation == header.generation)
+        };
+        match (header.filter(same), found) {
+            (Some(header), _) => self.headed.push((Scanned { name, header, header_lost: false }, length)),
+            (None, Some(header)) => self.headed.push((Scanned { name, header, header_lost: true }, length)),
+            (None, None) => {
+                self.unplaced.push(name);
+                if let Some(scan) = self.scan.as_mut() {
+                    scan.unplaced(name, header.map_or(0, |header| header.generation));
+                }
+            }
+        }
+    }
+
     // The end.
 
-    /// Removes what never entered service, one file after the other, and makes the removals durable. Damage leaves
-    /// everything as it was found.
+    /// Removes what never entered service, one file after the other, and makes the removals durable.
     fn remove<D: Disk<Buf = B>>(&mut self, disk: &mut D, ops: &mut Ops, at: usize) {
-        if self.damage.is_none()
-            && let Some(name) = self.leftovers.get(at).cloned()
-        {
+        if let Some(name) = self.leftovers.get(at).cloned() {
             self.submit(disk, ops, DiskOp::Remove { name });
             self.phase = Phase::Remove(at);
             return;
@@ -589,11 +642,14 @@ impl<B: BlockBuf> Recovery<B> {
         let mut report = std::mem::take(&mut self.report);
         report.torn_bytes = outcome.torn_bytes;
         report.segments = outcome.segments.len();
-        report.damage = self.damage.take();
+        report.damage = outcome.damage;
         Some(Found {
             hard_state,
             fresh: self.fresh,
             index: outcome.index,
+            claim: outcome.claim,
+            salvage: outcome.salvage,
+            unplaced: std::mem::take(&mut self.unplaced),
             segments: outcome.segments,
             free: std::mem::take(&mut self.free),
             next_serial: self.next_serial,

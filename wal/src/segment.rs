@@ -71,6 +71,8 @@ pub(crate) struct Segment {
     pub(crate) operations: u32,
     /// The turn of the log's use counter when it was last read.
     pub(crate) used: u64,
+    /// The name means another file than the descriptor: it is closed before the next read.
+    pub(crate) is_replaced: bool,
 }
 
 /// The state of a segment's open file.
@@ -134,6 +136,13 @@ impl SegmentTable {
     pub(crate) fn take_after(&mut self, generation: u32) -> VecDeque<Segment> {
         let kept = self.segments.partition_point(|segment| segment.generation() <= generation);
         self.segments.split_off(kept)
+    }
+
+    /// Takes out the segments that `leaves` says.
+    pub(crate) fn take_if(&mut self, mut leaves: impl FnMut(&Segment) -> bool) -> VecDeque<Segment> {
+        let (left, kept) = self.segments.drain(..).partition(|segment| leaves(segment));
+        self.segments = kept;
+        left
     }
 
     fn position(&self, generation: u32) -> Option<usize> {

@@ -8,7 +8,7 @@ use crate::disk::{
     Access, DirectoryEntry, Disk, DiskDone, DiskError, DiskErrorKind, DiskOp, DiskOpId, DiskOutput, FileId,
 };
 use crate::format::{BatchBuilder, BatchInfo, BatchKind, Chain, LogStart, Seal, image_bytes_for};
-use crate::{Recovered, StoredBatch, Wal, WalConfig, WalError, WalEvent};
+use crate::{ReadError, Recovered, StoredBatch, Wal, WalConfig, WalError, WalEvent};
 use ringraft_block::{
     AlignedBuf, BLOCK_BYTES, Block, BlockBuf, ClusterId, GroupId, LogIndex, NodeId, Pool, SECTOR_BYTES, Term,
 };
@@ -127,6 +127,13 @@ impl Device {
 
     pub(crate) fn content(&self, name: &str) -> &[u8] {
         &self.cached[self.names[name]]
+    }
+
+    /// Cuts a file to so many bytes.
+    pub(crate) fn shorten(&mut self, name: &str, bytes: usize) {
+        let inode = self.names[name];
+        self.inodes[inode].truncate(bytes);
+        self.cached[inode].truncate(bytes);
     }
 
     pub(crate) fn remove(&mut self, name: &str) {
@@ -383,7 +390,7 @@ impl TestDisk {
     }
 }
 
-fn describe(op: &DiskOp<AlignedBuf>) -> String {
+pub(crate) fn describe(op: &DiskOp<AlignedBuf>) -> String {
     match op {
         DiskOp::List => "list".to_owned(),
         DiskOp::Create { name, .. } => format!("create {name}"),
@@ -567,6 +574,15 @@ impl Harness {
 
     pub(crate) fn chains(&self) -> Vec<Chain> {
         self.wal.batches().map(|batch| batch.chain).collect()
+    }
+
+    /// The oldest answer to a read.
+    pub(crate) fn take_read(&mut self) -> Result<Vec<StoredBatch<AlignedBuf>>, ReadError> {
+        let at = self.events.iter().position(|event| matches!(event, WalEvent::Read { .. })).unwrap();
+        match self.events.remove(at) {
+            Some(WalEvent::Read { result, .. }) => result,
+            other => panic!("{other:?}"),
+        }
     }
 
     /// Reads the whole log back.

@@ -3,7 +3,7 @@
 use crate::disk::{DiskErrorKind, DiskOp};
 use crate::format::{Chain, ENVELOPE_BYTES, SectorChecksums, read_envelope, read_hard_state, slots_start};
 use crate::testing::{Device, Fate, Harness, Rng, config};
-use crate::{CopyState, DamageCause, HardStateUpdate, ReadError, Wal, WalConfig, WalError, WalEvent};
+use crate::{CopyState, HardStateUpdate, ReadError, Wal, WalConfig, WalError, WalEvent};
 use ringraft_block::{BLOCK_BYTES, ClusterId, GroupId, LogIndex, NodeId, SECTOR_BYTES, Term};
 
 /// Opens what survived; everything up to `acknowledged` must be there, and the log a prefix of `appended`.
@@ -20,7 +20,7 @@ fn recovers(device: Device, acknowledged: usize, appended: &[Chain]) -> Harness 
 }
 
 /// The bytes of the segment file that holds the end of the log, by name.
-fn last_segment(harness: &Harness) -> String {
+pub(crate) fn last_segment(harness: &Harness) -> String {
     let mut names = harness.disk.device.names();
     names.retain(|name| name.ends_with(".wal"));
     let written = |name: &&String| {
@@ -31,7 +31,7 @@ fn last_segment(harness: &Harness) -> String {
     names.iter().rfind(written).cloned().expect("a segment holds batches")
 }
 
-fn slot_at(harness: &Harness, index: LogIndex) -> (String, usize) {
+pub(crate) fn slot_at(harness: &Harness, index: LogIndex) -> (String, usize) {
     let mut names = harness.disk.device.names();
     names.retain(|name| name.ends_with(".wal"));
     for name in names {
@@ -646,115 +646,13 @@ fn a_full_disk_at_start_opens_the_log_without_a_place_to_append() {
 }
 
 /// Four batches, acknowledged one by one; the witness knows them only if the log was closed in good order.
-fn four_batches(closed: bool) -> (Device, Vec<(String, usize)>) {
+pub(crate) fn four_batches(closed: bool) -> (Device, Vec<(String, usize)>) {
     let mut harness = Harness::fresh();
     for salt in 0..4 {
         harness.append_durably(1, 2, 400, salt);
     }
     let slots = (0..4).map(|at| slot_at(&harness, LogIndex(at * 2 + 1))).collect();
     (if closed { harness.shut_down() } else { harness.crash(|| false) }, slots)
-}
-
-#[test]
-fn rot_in_an_acknowledged_batch_is_reported_and_nothing_is_changed() {
-    for closed in [true, false] {
-        let (device, slots) = four_batches(closed);
-        for (ordinal, (name, at)) in slots.iter().enumerate() {
-            // Envelope, image header, payload, checksum table's sector; a flipped bit, or a lost sector in the middle.
-            for (sector, zeroed) in [(0, false), (1, false), (2, false), (2, true), (0, true)] {
-                let mut damaged = device.clone();
-                let change = |bytes: &mut [u8]| if zeroed { bytes.fill(0) } else { bytes[100] ^= 0x10 };
-                damaged.corrupt(name, at + sector * SECTOR_BYTES, change, SECTOR_BYTES);
-                let image = damaged.image();
-                let mut harness = Harness::start(damaged.clone());
-                let known = closed || ordinal < 3;
-                if zeroed && !known {
-                    // The residual that the contract states: the last write, lost by the device, nothing behind it.
-                    harness.open();
-                    assert_eq!(harness.chains().len(), ordinal);
-                    continue;
-                }
-                let WalError::Damaged(damage) = harness.stopped() else { panic!("damage is reported") };
-                assert_eq!(damage.first, LogIndex(ordinal as u64 * 2 + 1));
-                assert_eq!((&damage.segment, damage.offset), (name, *at as u64));
-                // The last batch has nothing behind it that proves it complete, so what it looks like decides.
-                let acknowledged = closed || ordinal < 3;
-                let expected = match (acknowledged, sector) {
-                    (true, _) => DamageCause::Lost,
-                    (false, 0) => DamageCause::EnvelopeRotten,
-                    (false, _) => DamageCause::ImageRotten,
-                };
-                // A batch's successor was written before or after it was known to be durable: here after.
-                assert_eq!(damage.cause, expected, "batch {ordinal}, sector {sector}");
-                assert_eq!(damage.identity.is_some(), sector > 0);
-                assert!(
-                    matches!(harness.events.front(), Some(WalEvent::Opened(recovered)) if recovered.report.damage.is_some())
-                );
-                assert!(harness.disk.device.image() == image, "nothing was changed");
-                // The next start says the same.
-                let WalError::Damaged(again) = Harness::start(damaged).stopped() else { panic!() };
-                assert_eq!(again, damage);
-            }
-        }
-    }
-}
-
-#[test]
-fn an_unreadable_sector_in_an_acknowledged_batch_is_damage() {
-    let (device, slots) = four_batches(true);
-    for (ordinal, (name, at)) in slots.iter().enumerate() {
-        let mut harness = Harness::start(device.clone());
-        harness.disk.unreadable.push((name.clone(), *at as u64));
-        let WalError::Damaged(damage) = harness.stopped() else { panic!("damage is reported") };
-        assert_eq!(damage.first, LogIndex(ordinal as u64 * 2 + 1));
-    }
-    let (device, slots) = four_batches(false);
-    let mut harness = Harness::start(device);
-    harness.disk.unreadable.push((slots[3].0.clone(), slots[3].1 as u64));
-    let WalError::Damaged(damage) = harness.stopped() else { panic!("damage is reported") };
-    assert_eq!(damage.cause, DamageCause::EnvelopeRotten);
-}
-
-#[test]
-fn a_missing_segment_and_a_rotten_segment_header_are_damage() {
-    let mut harness = Harness::fresh();
-    for salt in 0..60 {
-        harness.append_durably(1, 1, 6000, salt);
-    }
-    let mut names = harness.disk.device.names();
-    names.retain(|name| name.ends_with(".wal"));
-    let written = names.iter().position(|name| *name == last_segment(&harness)).unwrap() + 1;
-    assert!(written >= 4);
-    let device = harness.crash(|| false);
-    for name in &names[..written] {
-        let mut missing = device.clone();
-        missing.remove(name);
-        let is_last = *name == names[written - 1];
-        let mut harness = Harness::start(missing);
-        harness.settle();
-        match harness.wal.poisoned() {
-            Some(WalError::Damaged(damage)) => assert!(damage.first.get() <= 60, "{damage}"),
-            other => panic!("{name}: {other:?} {is_last}"),
-        }
-        for zeroed in [false, true] {
-            let mut rotten = device.clone();
-            rotten.corrupt(name, 0, |bytes| if zeroed { bytes.fill(0) } else { bytes[9] ^= 1 }, SECTOR_BYTES);
-            let error = Harness::start(rotten).stopped();
-            assert!(matches!(error, WalError::Damaged(_)), "{error}");
-        }
-    }
-}
-
-#[test]
-fn a_misdirected_write_over_an_acknowledged_batch_is_damage() {
-    let (device, slots) = four_batches(true);
-    let (from, to) = (&slots[1], &slots[2]);
-    let mut damaged = device.clone();
-    let slot = device.content(&from.0)[from.1..from.1 + BLOCK_BYTES].to_vec();
-    damaged.corrupt(&to.0, to.1, |bytes| bytes.copy_from_slice(&slot), BLOCK_BYTES);
-    let WalError::Damaged(damage) = Harness::start(damaged).stopped() else { panic!("damage is reported") };
-    assert_eq!(damage.first, LogIndex(5));
-    assert_eq!(damage.identity, None);
 }
 
 #[test]
@@ -1125,26 +1023,6 @@ fn what_an_earlier_life_left_in_the_block_never_reaches_the_padding_on_disk() {
 }
 
 #[test]
-fn a_batch_that_is_intact_but_continues_another_log_is_damage() {
-    // One seed, so both lives have the same segment identity; only the first command differs.
-    let life = |salt| {
-        let mut harness = Harness::fresh();
-        harness.append_durably(1, 1, 100, salt);
-        harness.append_durably(1, 1, 100, 7);
-        let slot = slot_at(&harness, LogIndex(2));
-        (harness.crash(|| false), slot)
-    };
-    let (mut device, (name, at)) = life(1);
-    let (other, other_slot) = life(2);
-    assert_eq!(other_slot, (name.clone(), at));
-    let foreign = other.content(&name)[at..at + BLOCK_BYTES].to_vec();
-    assert_ne!(device.content(&name)[at..at + BLOCK_BYTES], foreign);
-    device.corrupt(&name, at, |bytes| bytes.copy_from_slice(&foreign), BLOCK_BYTES);
-    let WalError::Damaged(damage) = Harness::start(device).stopped() else { panic!("damage is reported") };
-    assert_eq!((damage.cause, damage.first), (DamageCause::Misplaced, LogIndex(2)));
-}
-
-#[test]
 fn a_read_that_a_truncation_overtakes_hands_out_nothing_void() {
     let mut harness = Harness::fresh();
     for salt in 0..3 {
@@ -1184,31 +1062,6 @@ fn no_segment_is_removed_before_the_cut_that_voids_it_is_durable() {
     harness.settle();
     let harness = recovers(harness.crash(|| false), 60, &before);
     assert_eq!(harness.chains(), before, "the log is as it was");
-}
-
-#[test]
-fn rot_in_the_first_slot_behind_a_blank_segment_end_is_damage_not_a_torn_tail() {
-    let mut harness = Harness::fresh();
-    let mut salt = 0;
-    // Up to the batch that did not fit and opened the next segment.
-    while harness.wal.stats().rollovers == 0 {
-        harness.append_durably(1, 1, 6000, salt);
-        salt += 1;
-    }
-    let last = harness.wal.last_index();
-    let (name, at) = slot_at(&harness, last);
-    let device = harness.crash(|| false);
-    let content = device.content(&name);
-    assert_eq!(at as u64, slots_start(content.len() as u64), "the first slot of its segment");
-    for (sector, cause) in [(0, DamageCause::EnvelopeRotten), (1, DamageCause::ImageRotten)] {
-        let mut rotten = device.clone();
-        rotten.corrupt(&name, at + sector * SECTOR_BYTES, |bytes| bytes[60] ^= 4, SECTOR_BYTES);
-        let WalError::Damaged(damage) = Harness::start(rotten).stopped() else {
-            panic!("damage is reported")
-        };
-        assert_eq!((damage.cause, damage.first), (cause, last));
-        assert_eq!((damage.segment, damage.offset), (name.clone(), at as u64));
-    }
 }
 
 #[test]

@@ -42,6 +42,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 self.step(Event::Persisted { epoch: Epoch(epoch), last })
             }
             WalEvent::HardStateSaved { sequence } => self.saved(sequence),
+            WalEvent::Read { token, result } if self.repair.reads(token) => {
+                self.read_for_repair(token, result)
+            }
             WalEvent::Read { token, result } => {
                 let batches = match result {
                     Ok(batches) => batches,
@@ -52,6 +55,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                         | ReadError::Busy
                         | ReadError::Stopped,
                     ) => Vec::new(),
+                    // The log has told of it, and it is waited for.
+                    Err(ReadError::Damaged { .. }) => Vec::new(),
                     Err(error) => return Err(StopError::Read(error)),
                 };
                 if token == APPLY_READ {
@@ -75,13 +80,16 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 self.set_gate();
                 Ok(())
             }
+            WalEvent::DamageFound(batch) => self.damage_found(&batch),
+            WalEvent::Repaired { first, last } => self.repaired(first, last),
             WalEvent::Closed => Err(StopError::Requested),
         }
     }
 
     fn opened(&mut self, recovered: &Recovered) -> Result<(), StopError> {
-        if self.closing || recovered.report.damage.is_some() {
-            // `Closed`, or the damage as `Poisoned`, follows.
+        self.repair.found_at_start(&recovered.report.damage);
+        if self.closing {
+            // `Closed` follows.
             return Ok(());
         }
         let state = &recovered.hard_state;
@@ -197,12 +205,15 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             batches: runs,
             epoch: Epoch(self.wal.epoch()),
             commit: start.index,
+            damaged_from: self.wal.first_damaged(),
+            claim: self.claim(),
             now: Nanos(self.now.monotonic_ns),
         };
         self.applier.start_after(log_start.index, log_start.chain);
         let raft = Raft::new(config::raft_config(&self.config, self.timing_seed), configuration, boot)
             .map_err(|error| ConfigError::Raft(error.to_string()))?;
         self.life = Life::Running(Box::new(raft));
+        self.repair.start(self.wal.damaged().map(|batch| batch.info.first), self.now.monotonic_ns);
         self.set_gate();
         let connected: Vec<NodeId> =
             self.peers.iter().filter(|(_, peer)| peer.session.is_some()).map(|(id, _)| *id).collect();

@@ -49,6 +49,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 let Some(state) = self.peers.get_mut(&peer) else { return Ok(()) };
                 state.session = Some(incarnation);
                 state.outbox.clear();
+                self.repair.session_changed(peer);
                 tracing::info!(node = %self.config.node, %peer, "session begins");
                 self.announce(peer);
                 self.step(Event::PeerConnected { peer })
@@ -57,6 +58,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 let Some(state) = self.peers.get_mut(&peer) else { return Ok(()) };
                 (state.session, state.stages) = (None, None);
                 state.outbox.clear();
+                self.repair.session_changed(peer);
                 tracing::info!(node = %self.config.node, %peer, %cause, "session ended");
                 if let Life::Forming(formation) = &mut self.life {
                     formation.lost(peer);
@@ -90,6 +92,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             _ if !matches!(self.life, Life::Running(_)) => Ok(()),
             Body::Append(message) => self.on_append(peer, message, attachment.map(|a| (a.block, a.bytes))),
             Body::AppendAck(message) => self.on_ack(peer, message),
+            Body::Fetch(message) => self.on_fetch(peer, message),
+            Body::FetchReply(message) => {
+                self.on_fetch_reply(peer, message, attachment.map(|a| (a.block, a.bytes)))
+            }
             Body::Vote(vote) => self.step(Event::Received { from: peer, message: Message::Vote(vote) }),
             Body::VoteReply(reply) => {
                 self.step(Event::Received { from: peer, message: Message::VoteReply(reply) })
@@ -97,7 +103,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         }
     }
 
-    fn refuse(&mut self, peer: NodeId, why: &'static str) -> Result<(), StopError> {
+    pub(super) fn refuse(&mut self, peer: NodeId, why: &'static str) -> Result<(), StopError> {
         tracing::error!(node = %self.config.node, %peer, why, "peer disconnected");
         if let Some(network) = &mut self.network {
             network.disconnect(peer, &mut self.link);
@@ -152,7 +158,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         }
         self.incoming = incoming;
         let outcome = self.step(Event::Received { from, message: Message::Append(append) });
-        self.incoming = None;
+        if let Some((block, info)) = self.incoming.take() {
+            // It was here already. A resend of what cannot be read is a repair.
+            self.offer_repair(info, block);
+        }
         outcome
     }
 
@@ -203,10 +212,17 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     pub(super) fn send_queued(&mut self) {
         let Some(network) = &mut self.network else { return };
         let durable = self.wal.durable_through();
+        // Few at a time, if any: what cannot be read is waited for.
+        let unreadable: Vec<LogIndex> = self.wal.damaged().map(|batch| batch.info.first).collect();
+        let damaged = |first: LogIndex| unreadable.contains(&first);
         for (id, peer) in &mut self.peers {
             loop {
                 let (message, batch) = match peer.outbox.head(&self.recent, durable) {
                     Head::Empty | Head::Waiting => break,
+                    Head::Fetch(first) if damaged(first) => {
+                        peer.outbox.fetched(Vec::new());
+                        break;
+                    }
                     Head::Fetch(first) => {
                         self.wal.read(&mut self.disk, id.get(), first, READ_BYTES);
                         break;
@@ -233,6 +249,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 }
             }
         }
+        self.repair.send(network, &mut self.encoder);
         network.flush(&mut self.link);
     }
 }

@@ -63,6 +63,8 @@ pub enum Action {
     /// command: a new leader's first (Raft, section 8: a leader commits an entry of its own term before it knows
     /// what is committed).
     SealEmpty,
+    /// Nothing is left of what the claim stands for: clear it durably. Nothing waits for that.
+    ReleaseClaim,
     /// An invariant between honest nodes is broken: carry out nothing more, close the node with this error. The
     /// event that showed it has no other action.
     Stop {

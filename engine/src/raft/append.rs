@@ -165,7 +165,7 @@ impl Raft {
         let own = if mutants::active(Mutant::AckBeforeDurable) {
             self.log.last().index
         } else {
-            self.durable.last()
+            self.repair.clamped(self.durable.last())
         };
         let id = self.config.id;
         let agreed = self.quorum.agreed(|voter| {
@@ -226,6 +226,12 @@ impl Raft {
         if !self.durable.advance(last) {
             return Ok(());
         }
+        self.acknowledge_news(actions);
+        Ok(())
+    }
+
+    /// More of the log can be counted than before.
+    pub(super) fn acknowledge_news(&mut self, actions: &mut Vec<Action>) {
         match (&self.role, self.leader) {
             (RoleState::Leader(_), _) => self.advance_commit(actions),
             (RoleState::Follower, Some(leader)) if self.acknowledged().index > self.hearing.acked => {
@@ -233,7 +239,6 @@ impl Raft {
             }
             _ => {}
         }
-        Ok(())
     }
 }
 
@@ -357,9 +362,7 @@ impl Raft {
         if after < self.hearing.matched {
             return Err(self.leader_rewrote(self.hard.term(), batch.end()));
         }
-        self.log.truncate_after(after);
-        let epoch = self.durable.truncate(after);
-        actions.push(Action::Truncate { after, epoch });
+        self.cut(after, actions);
         Ok(())
     }
 
@@ -378,7 +381,7 @@ impl Raft {
         let index = if mutants::active(Mutant::AckBeforeDurable) {
             self.hearing.matched
         } else {
-            self.durable.last().min(self.hearing.matched)
+            self.repair.clamped(self.durable.last().min(self.hearing.matched))
         };
         // Both are batch ends of this log.
         self.log.batch_end_at(index).unwrap_or(self.log.start())

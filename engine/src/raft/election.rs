@@ -27,9 +27,14 @@ impl ElectionTimer {
 }
 
 impl Raft {
-    /// Whether this node may lead: a voter of the configuration.
+    /// Whether this node may lead: a voter of the configuration whose log lacks nothing.
     pub(super) fn may_campaign(&self) -> bool {
-        self.configuration.is_voter(self.config.id)
+        self.configuration.is_voter(self.config.id) && self.repair.is_whole()
+    }
+
+    /// Whether this node could only notice that its leader is silent, not take its place.
+    pub(super) fn leader_may_be_lost(&self) -> bool {
+        self.leader.is_some() && !self.repair.is_whole() && matches!(self.role, RoleState::Follower)
     }
 
     /// Waits anew, for a newly drawn time.
@@ -65,6 +70,10 @@ impl Raft {
                 return self.campaign(actions);
             }
             self.ask_for_pre_votes(actions);
+        } else if self.leader_may_be_lost() && self.now >= self.timer.deadline() {
+            self.leader = None;
+            self.restart_election_timer();
+            self.announce(actions);
         }
     }
 
@@ -165,7 +174,9 @@ impl Raft {
             || (vote.term == self.hard.term()
                 && self.leader.is_none()
                 && self.hard.vote().is_none_or(|candidate| candidate == from));
-        let granted = !sticks && vote_is_free && vote.last >= self.log.last();
+        // What this node may have acknowledged counts, not only what its log still shows.
+        let long_enough = self.repair.vote_bar(self.log.last()).is_some_and(|bar| vote.last >= bar);
+        let granted = !sticks && vote_is_free && long_enough;
         if granted && !vote.pre {
             self.become_follower(vote.term, None, actions);
             if !mutants::active(Mutant::VoteForgotten) {

@@ -46,6 +46,44 @@ pub enum Event {
         /// The member.
         peer: NodeId,
     },
+    /// The batches of the log that cannot be read have changed: one was found, one is durable again.
+    DamageChanged {
+        /// First index of the first one.
+        from: Option<LogIndex>,
+        /// The same among those that were known when this life began: from there on nothing is acknowledged.
+        clamp: Option<LogIndex>,
+    },
+    /// This batch, which continues the log, is proved to have been in it before the damage. Only while a claim is in force
+    /// and no leader is known.
+    Adopt {
+        /// The batch.
+        batch: BatchRun,
+    },
+    /// The leader of `term`, asked in this life, held a log that ends there.
+    LeaderHolds {
+        /// Who.
+        leader: NodeId,
+        /// The term in which it leads.
+        term: Term,
+        /// The end of its log, durable or not.
+        last: LogId,
+    },
+    /// Every voter has said how far all that it holds reaches ([`Inquiry`](super::Inquiry)).
+    AllAsked {
+        /// The highest end.
+        highest: LogId,
+    },
+    /// Every voter has been asked for the batch behind `after`, where this log can no longer be read, and none holds one
+    /// ([`Inquiry`](super::Inquiry)).
+    NothingBehind {
+        /// The end of the last batch before the damage.
+        after: LogIndex,
+    },
+    /// The disk has not answered for too long, or answers again.
+    DiskStalled {
+        /// Which of the two.
+        stalled: bool,
+    },
 }
 
 /// What members say to each other. Every message carries the sender's term.

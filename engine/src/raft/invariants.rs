@@ -4,7 +4,7 @@
 //! safety, log matching, leader completeness, commit on a durable quorum) only a simulator can see.
 
 use super::role::RoleState;
-use super::{Epoch, LogId, Nanos, Raft, Role, Round};
+use super::{Epoch, LogId, Nanos, Raft, Restraint, Role, Round};
 use ringraft_block::{LogIndex, NodeId, Term};
 use std::fmt;
 
@@ -56,6 +56,8 @@ pub struct State {
     pub saves: (u64, u64),
     /// What a leader knows its peers to hold, by id.
     pub matches: Vec<(NodeId, LogIndex)>,
+    /// What damage, or a disk that does not answer, keeps the node from.
+    pub restraint: Restraint,
 }
 
 impl State {
@@ -84,6 +86,7 @@ impl State {
             alone: raft.quorum.is_only(raft.config.id),
             saves: (raft.hard.asked(), raft.hard.saved()),
             matches,
+            restraint: raft.restraint(),
         }
     }
 }
@@ -119,6 +122,16 @@ pub fn check(raft: &Raft) -> Result<(), Broken> {
         ensure!(ends_batch, "positions are batch ends", "{what} {index} in {:?}", log.batch_at(index));
     }
     ensure!(saves.1 <= saves.0, "only what was asked for is saved", "{saves:?}");
+    let acked = raft.hearing.acked;
+    let clamped = raft.repair.clamped(acked) == acked;
+    ensure!(clamped, "what this life found damaged is not acknowledged", "{acked}, {:?}", raft.repair);
+    let leads = matches!(raft.role, RoleState::Leader(_));
+    ensure!(
+        !leads || raft.repair.claim().is_none(),
+        "who forgot something does not lead",
+        "{:?}",
+        raft.repair
+    );
     match &raft.role {
         RoleState::Follower => ensure!(leader != Some(id), "only a leader follows itself", "a follower does"),
         RoleState::PreCandidate(_) | RoleState::Candidate { .. } => {
@@ -176,6 +189,14 @@ pub fn check_step(before: &State, after: &State) -> Result<(), Broken> {
     ensure!(to >= from, "terms do not go back", "{to} after {from}");
     let same_vote = before.vote.is_none() || before.vote == after.vote;
     ensure!(to > from || same_vote, "one vote per term", "{:?} after {:?}", after.vote, before.vote);
+    let votes = after.vote.is_some() && (to > from || before.vote != after.vote);
+    let may_vote = before.restraint.vote_bar.is_some();
+    ensure!(!votes || may_vote, "no vote while what was lost is unknown", "{:?}", before.restraint);
+    let damage = before.restraint.damaged_from.is_some() || before.restraint.claim.is_some();
+    let campaigns = after.role == Role::Candidate && before.role != Role::Candidate;
+    ensure!(!(campaigns && damage), "no campaign while the log is damaged", "{:?}", before.restraint);
+    let (old, new) = (before.restraint.claim, after.restraint.claim);
+    ensure!(new.is_none() || new == old, "a claim only ends", "{new:?} after {old:?}");
     let (old, new) = (before.leader, after.leader);
     let same_leader = old.is_none() || new.is_none() || old == new;
     ensure!(to > from || same_leader, "one leader per term", "{new:?} after {old:?} in term {to}");
@@ -218,7 +239,9 @@ pub fn check_step(before: &State, after: &State) -> Result<(), Broken> {
             "{commit:?} in term {term}"
         );
         for ((id, old), (_, new)) in before.matches.iter().zip(&after.matches) {
-            ensure!(new >= old, "a match does not go back within a term", "{new} after {old} of {id}");
+            // A new session begins with no match.
+            let kept = new >= old || *new == LogIndex(0);
+            ensure!(kept, "a match does not go back within a session", "{new} after {old} of {id}");
         }
     }
     Ok(())

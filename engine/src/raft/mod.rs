@@ -6,7 +6,8 @@
 //! It assumes no order between connections: messages may be late, repeated or lost. It also assumes none between
 //! completions and what was asked since: saves are numbered, and completions of the log carry its epoch.
 //!
-//! One verb, one file: `election` decides who leads, `append` replicates and commits. Each piece of state has
+//! One verb, one file: `election` decides who leads, `append` replicates and commits, `repair` says what a node may
+//! do that has lost a part of its log. Each piece of state has
 //! an owner that keeps its rule: `hard_state` that nothing leaves before term and vote are durable, `durable`
 //! that late completions do not count, `progress` what may be sent to a peer, `rounds` who was following when.
 //!
@@ -26,6 +27,7 @@ mod members;
 mod progress;
 mod quorum;
 mod random;
+mod repair;
 mod role;
 mod rounds;
 #[cfg(test)]
@@ -42,12 +44,14 @@ pub use log_ids::LogIds;
 pub use members::{Configuration, ConfigurationError, Member, MemberRole};
 pub use progress::{ProgressView, ReplicationState};
 pub use quorum::Quorum;
+pub use repair::{Answer, Claim, Inquiry, Restraint, Verdict};
 pub use violation::Violation;
 
 use durable::Durable;
 use election::ElectionTimer;
 use hard_state::HardState;
 use random::Random;
+use repair::Repair;
 use ringraft_block::{LogIndex, NodeId, Term};
 use role::{Announced, Hearing, RoleState};
 
@@ -70,6 +74,7 @@ pub struct Raft {
     announced: Announced,
     hearing: Hearing,
     timer: ElectionTimer,
+    repair: Repair,
     ignored: u64,
     violation: Option<Violation>,
 }
@@ -93,6 +98,10 @@ pub struct Boot<I> {
     pub epoch: Epoch,
     /// What is known to be committed: a batch end, the log's start at least.
     pub commit: LogIndex,
+    /// First index of the first batch whose bytes cannot be read, though all else of it is known.
+    pub damaged_from: Option<LogIndex>,
+    /// More was in the log than is.
+    pub claim: Option<Claim>,
     /// The time.
     pub now: Nanos,
 }
@@ -124,6 +133,12 @@ pub enum BootError {
     Commit {
         /// The commit index given.
         commit: LogIndex,
+    },
+    /// The damage does not begin with a batch of the log.
+    #[error("no batch of the log begins at {from}, where it is said to be damaged")]
+    Damage {
+        /// The index given.
+        from: LogIndex,
     },
 }
 
@@ -176,24 +191,31 @@ impl Raft {
             }
             log.push(batch);
         }
+        // A claim is durable, and so is the term in it.
+        let term = boot.term.max(boot.claim.map_or(Term(0), |claim| claim.term));
+        let vote = boot.vote.filter(|_| term == boot.term);
         if log.last().term > boot.term {
             return Err(BootError::Term { last: log.last(), term: boot.term });
         }
         if log.batch_end_at(boot.commit).is_none() {
             return Err(BootError::Commit { commit: boot.commit });
         }
+        if let Some(from) = boot.damaged_from.filter(|from| log.batch_starting_at(*from).is_none()) {
+            return Err(BootError::Damage { from });
+        }
         let quorum = Quorum::of(&configuration);
         let mut raft = Self {
             random: Random::new(config.seed),
             now: boot.now,
-            hard: HardState::recovered(boot.term, boot.vote),
+            hard: HardState::recovered(term, vote),
             durable: Durable::recovered(log.last().index, boot.epoch),
             commit: boot.commit,
             role: RoleState::Follower,
             leader: None,
-            announced: Announced { role: Role::Follower, term: boot.term, leader: None },
+            announced: Announced { role: Role::Follower, term, leader: None },
             hearing: Hearing::starting_at(boot.commit),
             timer: ElectionTimer { from: boot.now, wait: Nanos(0) },
+            repair: Repair::new(boot.damaged_from, boot.claim),
             ignored: 0,
             violation: None,
             config,
@@ -262,7 +284,14 @@ impl Raft {
             }
             Event::PeerConnected { peer } => self.session_changed(peer, true, actions),
             Event::PeerDisconnected { peer } => self.session_changed(peer, false, actions),
+            Event::DamageChanged { from, clamp } => self.damage_changed(from, clamp, actions)?,
+            Event::Adopt { batch } => self.adopt(batch, actions)?,
+            Event::LeaderHolds { leader, term, last } => self.leader_holds(leader, term, last),
+            Event::AllAsked { highest } => self.all_asked(highest),
+            Event::NothingBehind { after } => self.nothing_behind(after, actions)?,
+            Event::DiskStalled { stalled } => self.stalled(stalled, actions),
         }
+        self.release_if_due(actions);
         Ok(())
     }
 
@@ -280,7 +309,7 @@ impl Raft {
         match self.role {
             _ if self.violation.is_some() => Nanos::NEVER,
             RoleState::Leader(_) => self.leader_deadline(),
-            _ if self.may_campaign() => self.timer.deadline(),
+            _ if self.may_campaign() || self.leader_may_be_lost() => self.timer.deadline(),
             _ => Nanos::NEVER,
         }
     }
@@ -424,6 +453,23 @@ impl Raft {
         }
     }
 
+    /// The voters.
+    #[must_use]
+    pub fn quorum(&self) -> &Quorum {
+        &self.quorum
+    }
+
+    /// What restrains this node, if anything does.
+    #[must_use]
+    pub fn restraint(&self) -> Restraint {
+        Restraint {
+            damaged_from: self.repair.damaged_from(),
+            claim: self.repair.claim(),
+            vote_bar: self.repair.vote_bar(self.log.last()),
+            stalled: self.repair.is_stalled(),
+        }
+    }
+
     /// Why this node has stopped, if it has.
     #[must_use]
     pub fn violation(&self) -> Option<Violation> {
@@ -564,6 +610,8 @@ mod tests {
             batches: batches.to_vec(),
             epoch: Epoch(4),
             commit: LogIndex(commit),
+            damaged_from: None,
+            claim: None,
             now: Nanos(5),
         };
         Raft::new(RaftConfig::new(NodeId(1), 7), three(), boot)
@@ -595,7 +643,9 @@ mod tests {
             let config = RaftConfig { priority, ..RaftConfig::new(NodeId(1), seed) };
             let (start, commit, batches) = (LogId::default(), LogIndex(0), []);
             let (term, now) = (Term(0), Nanos(0));
-            let boot = Boot { term, vote: None, start, batches, epoch: Epoch(0), commit, now };
+            let (damaged_from, claim) = (None, None);
+            let boot =
+                Boot { term, vote: None, start, batches, epoch: Epoch(0), commit, damaged_from, claim, now };
             Raft::new(config, three(), boot).expect("consistent").next_deadline().0 / 1_000_000
         };
         let plain: Vec<u64> = (0..200).map(|seed| draw(seed, None)).collect();

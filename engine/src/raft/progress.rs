@@ -10,7 +10,7 @@
 //! Invariants, checked by [`Progress::check`] after every event in debug builds:
 //!
 //! 1. `next > matched`: what is acknowledged is never sent again in earnest.
-//! 2. `matched` is a batch end of the leader's log, durable at the peer, and never falls within a term.
+//! 2. `matched` is a batch end of the leader's log, durable at the peer, and never falls within a session.
 //! 3. Probe: at most one batch is in flight, and it starts at `next`.
 //! 4. Replicate: the batches in flight end at `next - 1` and lie above `matched`; their number and bytes are
 //!    within the window, but that one batch is always let through.
@@ -276,7 +276,8 @@ impl Progress {
     }
 
     /// The session began anew, or ended: what was in flight is lost. Until there is a session again nothing but
-    /// heartbeats is tried.
+    /// heartbeats is tried. What was matched has to be said again: the peer may have restarted, and damage to its log may
+    /// have taken what it had.
     pub(super) fn new_session(&mut self, connected: bool) {
         self.clear_inflight();
         self.notice_due = None;
@@ -287,6 +288,7 @@ impl Progress {
             self.probe_after(position);
             self.waiting = !connected;
         }
+        self.matched = LogIndex(0);
     }
 
     /// The leader's log no longer begins at `next`.

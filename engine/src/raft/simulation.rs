@@ -5,10 +5,13 @@
 //! later, a crash loses what is queued. Saves of the hard state have a queue of their own. Messages are delivered in
 //! any order, late, twice or never, with and without the session being told.
 
+mod damage;
+
 use super::invariants::{self, State};
 use super::random::Random;
 use super::*;
 use crate::mutants::{self, Mutant};
+use damage::{Kept, Search, Talk};
 use ringraft_block::Incarnation;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -19,6 +22,12 @@ struct Disk {
     vote: Option<NodeId>,
     log: Vec<BatchRun>,
     epoch: Epoch,
+    /// First indexes of batches of the log that cannot be read.
+    damaged: BTreeSet<LogIndex>,
+    claim: Option<Claim>,
+    /// Where the log was cut when the claim arose, and what was readable behind.
+    cut_at: LogIndex,
+    kept: Vec<Kept>,
 }
 
 impl Disk {
@@ -49,6 +58,9 @@ struct Life {
     completions: VecDeque<Event>,
     saves: VecDeque<(u64, Term, Option<NodeId>)>,
     deferred: VecDeque<(u64, NodeId, Message)>,
+    /// Batches that this life began with and could not read.
+    clamped: BTreeSet<LogIndex>,
+    search: Option<Search>,
 }
 
 struct Node {
@@ -105,6 +117,15 @@ struct Simulation {
     trace: Option<Vec<String>>,
     /// Whether one node's invariants are checked too, or only what clients and other nodes could notice.
     strict: bool,
+    /// How often a restart finds damage, in per mille.
+    damage: u64,
+    talk: Vec<(NodeId, NodeId, Talk)>,
+    /// Who has lost what to damage.
+    lost: BTreeSet<(NodeId, LogId)>,
+    /// A node has stopped: a quorum had what nobody can read any more.
+    halted: bool,
+    /// Nodes that miss several batches in a row, and hear of some that may or may not be the first of them.
+    waiting: BTreeSet<NodeId>,
 }
 
 type Outcome = Result<(), String>;
@@ -153,6 +174,11 @@ impl Simulation {
             cover: Cover::default(),
             trace: std::env::var("TRACE").is_ok().then(Vec::new),
             strict: true,
+            damage: 0,
+            talk: Vec::new(),
+            lost: BTreeSet::new(),
+            halted: false,
+            waiting: BTreeSet::new(),
         };
         for at in 0..simulation.nodes.len() {
             simulation.boot(at);
@@ -161,6 +187,9 @@ impl Simulation {
     }
 
     fn boot(&mut self, at: usize) {
+        if self.damage > 0 && self.random.below(1_000) < self.damage {
+            self.inflict(at);
+        }
         let seed = self.random.next();
         let node = &mut self.nodes[at];
         node.boots += 1;
@@ -181,6 +210,8 @@ impl Simulation {
             batches: node.disk.log.clone(),
             epoch: node.disk.epoch,
             commit: LogIndex(0),
+            damaged_from: node.disk.damaged.first().copied(),
+            claim: node.disk.claim,
             now: self.now,
         };
         let raft =
@@ -191,6 +222,8 @@ impl Simulation {
             completions: VecDeque::new(),
             saves: VecDeque::new(),
             deferred: VecDeque::new(),
+            clamped: node.disk.damaged.clone(),
+            search: None,
         });
     }
 
@@ -264,6 +297,7 @@ impl Simulation {
             }
             Action::Truncate { after, epoch } => {
                 self.cover.mark("truncate");
+                life.clamped.retain(|first| *first <= after);
                 life.writes.push_back(Write::Truncate { after, epoch });
             }
             Action::SaveHardState { sequence, term, vote } => life.saves.push_back((sequence, term, vote)),
@@ -280,6 +314,11 @@ impl Simulation {
                 }
             }
             Action::SealEmpty => self.propose(at, 1, 0)?,
+            Action::ReleaseClaim => {
+                self.cover.mark("released");
+                node.disk.claim = None;
+                node.disk.kept.clear();
+            }
             Action::Stop { violation } => return Err(format!("node {id}: {violation}")),
         }
         Ok(())
@@ -334,7 +373,12 @@ impl Simulation {
                     let holders: BTreeSet<NodeId> = self
                         .nodes
                         .iter()
-                        .filter(|node| node.disk.holds(batch.end()))
+                        .filter(|node| {
+                            // A leader may count what was acknowledged and lost since.
+                            node.disk.holds(batch.end())
+                                || node.disk.has_intact(batch.end())
+                                || self.lost.contains(&(node.id, batch.end()))
+                        })
                         .map(|node| node.id)
                         .collect();
                     if !Quorum::of(&self.configuration).reached(|id| holders.contains(&id)) {
@@ -363,7 +407,9 @@ impl Simulation {
             let Some((peer, Some(other))) = peer.map(|peer| (peer, &peer.life)) else { continue };
             let term = life.raft.term_at(view.matched).unwrap_or_default();
             let position = LogId { index: view.matched, term };
-            if other.raft.term() == life.raft.term() && !peer.disk.holds(position) {
+            let kept = peer.disk.kept.iter().any(|(_, batch)| batch.end() == position);
+            let lost = kept || self.lost.contains(&(view.id, position));
+            if other.raft.term() == life.raft.term() && !peer.disk.holds(position) && !lost {
                 return Err(format!("node {} takes {position:?} for durable at {}", life.raft.id(), view.id));
             }
         }
@@ -416,6 +462,14 @@ impl Simulation {
         self.now = self.now.plus(Nanos(self.random.below(1_000_000)));
         let at = self.random.below(self.nodes.len() as u64) as usize;
         let dice = self.random.below(1_000);
+        if self.damage > 0 {
+            match self.random.below(40) {
+                0..6 => return self.some_talk(),
+                6..9 => return self.search(at),
+                9 if self.random.below(40) == 0 => return self.find_damage(at),
+                _ => {}
+            }
+        }
         let weather = self.weather;
         let mut bound = weather.drop;
         if dice < bound {
@@ -445,7 +499,7 @@ impl Simulation {
         if dice < bound {
             if self.nodes[at].life.is_none() {
                 self.boot(at);
-                if self.random.below(2) == 0 {
+                if self.damage > 0 || self.random.below(2) == 0 {
                     self.reconnect(at)?;
                 }
             }
@@ -520,6 +574,7 @@ impl Simulation {
             }
             Some(Write::Truncate { after, epoch }) => {
                 node.disk.log.retain(|batch| batch.last <= after);
+                node.disk.damaged.retain(|first| *first <= after);
                 node.disk.epoch = epoch;
             }
             None => {}
@@ -568,7 +623,7 @@ impl Simulation {
     fn break_session(&mut self, at: usize, peer: usize) -> Outcome {
         self.cover.mark("session");
         let (id, other) = (self.nodes[at].id, self.nodes[peer].id);
-        if self.random.below(4) > 0 {
+        if self.damage > 0 || self.random.below(4) > 0 {
             self.network.retain(|(from, to, _)| (*from, *to) != (id, other) && (*from, *to) != (other, id));
         }
         self.feed(at, Event::PeerDisconnected { peer: other })?;
@@ -596,14 +651,29 @@ impl Simulation {
                 self.boot(at);
             }
         }
+        let damage = std::mem::take(&mut self.damage);
+        self.waiting.clear();
+        if damage > 0 {
+            (0..self.nodes.len()).try_for_each(|at| self.reconnect(at))?;
+        }
         // Lost messages must not need the news of a lost session to be sent again.
         if self.random.below(2) == 0 {
             (0..self.nodes.len()).try_for_each(|at| self.reconnect(at))?;
         }
         let mut proposed = None;
-        let end = self.now.plus(Nanos(ELECTION_TIMEOUT.0 * 30));
+        let end = self.now.plus(Nanos(ELECTION_TIMEOUT.0 * if damage > 0 { 100 } else { 30 }));
         while self.now < end {
             let quiet = self.settle()?;
+            if damage > 0 {
+                (0..self.nodes.len()).try_for_each(|at| self.search(at))?;
+                for (from, to, talk) in std::mem::take(&mut self.talk) {
+                    self.hear(from, to, talk)?;
+                }
+                if self.halted {
+                    self.cover.mark("halted");
+                    return Ok(());
+                }
+            }
             let leads = |node: &Node| node.life.as_ref().is_some_and(|life| life.raft.can_accept_proposals());
             let leaders: Vec<usize> = (0..self.nodes.len()).filter(|at| leads(&self.nodes[*at])).collect();
             if let [leader] = leaders[..] {
@@ -625,7 +695,9 @@ impl Simulation {
             if quiet {
                 let deadlines = self.nodes.iter().filter_map(|node| node.life.as_ref());
                 let next = deadlines.map(|life| life.raft.next_deadline()).min().unwrap_or(end);
-                self.now = self.now.max(next.min(end));
+                // Those who are busy with damage have timers of their own.
+                let step = if damage > 0 { ELECTION_TIMEOUT.0 / 10 } else { u64::MAX };
+                self.now = self.now.max(next.min(end).min(self.now.plus(Nanos(step))));
                 for at in 0..self.nodes.len() {
                     if self.nodes[at].life.as_ref().is_some_and(|life| life.raft.next_deadline() <= self.now)
                     {
@@ -634,8 +706,18 @@ impl Simulation {
                 }
             }
         }
+        if !self.waiting.is_empty() {
+            self.cover.mark("waits");
+            return Ok(());
+        }
         let states: Vec<_> = self.nodes.iter().filter_map(|node| node.life.as_ref()).collect();
-        let states: Vec<_> = states.iter().map(|life| life.raft.status()).collect();
+        let states: Vec<_> = states
+            .iter()
+            .map(|life| {
+                let (status, restraint) = (life.raft.status(), life.raft.restraint());
+                format!("{status:?} {restraint:?} {:?}", life.search)
+            })
+            .collect();
         Err(format!("no progress after healing: {states:#?}"))
     }
 

@@ -68,6 +68,24 @@ pub enum Violation {
         /// The log's end.
         end: LogIndex,
     },
+    /// The log reported damage where it has no batch, or takes back what was acknowledged.
+    #[error(
+        "damage is reported from {from:?}, of the start from {clamp:?}, where no batch begins or none was reported"
+    )]
+    DamageUnknown {
+        /// First index of the first damaged batch.
+        from: Option<LogIndex>,
+        /// The same among those found at the start.
+        clamp: Option<LogIndex>,
+    },
+    /// The driver adopted what does not follow, or where there is nothing to be adopted.
+    #[error("{batch:?} was adopted behind {last:?}")]
+    AdoptedElsewhere {
+        /// The batch.
+        batch: BatchRun,
+        /// The end of the log.
+        last: LogId,
+    },
     /// A hard state was reported as saved that was never given.
     #[error("hard state {sequence} was saved, but {asked} is the last one asked for")]
     SavedUnknown {

@@ -86,6 +86,7 @@ struct CommittedEnd {
 }
 
 /// All that was ever seen.
+#[derive(Clone)]
 pub struct History {
     context: Rc<Context>,
     entries: Vec<Entry>,
@@ -114,6 +115,18 @@ impl History {
             last_leader: None,
             failure: None,
         }))
+    }
+
+    /// What was seen so far, to go on from it in another world.
+    #[must_use]
+    pub fn fork(&self, context: &Rc<Context>) -> Rc<RefCell<Self>> {
+        Rc::new(RefCell::new(Self { context: Rc::clone(context), ..self.clone() }))
+    }
+
+    /// The last batch end that was committed on some node, with its chain.
+    #[must_use]
+    pub fn last_committed(&self) -> Option<(u64, [u8; 16])> {
+        self.committed.last_key_value().map(|(index, end)| (*index, end.chain))
     }
 
     /// Notes a failure; the first one stays.

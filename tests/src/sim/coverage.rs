@@ -90,6 +90,12 @@ marks! {
     StalledDisk = "stalled_disks", true;
     /// A disk operation failed by request of the fault schedule.
     DiskFault = "disk_faults", false;
+    /// A write was reported and never arrived.
+    LostWrite = "lost_writes", false;
+    /// An operation went to another place.
+    Misdirected = "misdirected_operations", false;
+    /// Content at rest was damaged.
+    Rot = "rot", false;
     /// A node had more to apply than it may in one turn.
     ApplyPaused = "apply_pauses", true;
     /// A log went on in another segment.

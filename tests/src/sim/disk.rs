@@ -15,13 +15,29 @@
 //!   durable, for a later power cut to take. Of each write in flight any subset of the sectors arrives, and what
 //!   arrived is not durable either.
 //!
+//! On request it does wrong what disks do wrong ([`DiskFaults`], [`DiskState::damage`]): operations fail, stop short, run out
+//! of space or stall, writes are lost or go elsewhere, content rots. Nothing is drawn at random for a fault that is off.
+//!
 //! Content is kept in pages of 4 KiB, shared copy-on-write with images taken of the disk; pages of zeros are not
 //! kept at all.
+
+mod crash;
+mod faults;
+mod file;
+mod image;
+
+pub use crash::Crash;
+pub use faults::{DiskFaults, Fault, On, Rot, Scheduled};
+pub use image::{Pending, PendingName};
+
+pub(in crate::sim) use faults::name_of_kind;
 
 use super::context::{Context, MICROSECOND, Time};
 use super::coverage::Mark;
 use super::rng::Rng;
 use super::trace::What;
+use crash::Late;
+use file::Inode;
 use ringraft_block::{AlignedBuf, BLOCK_BYTES, SECTOR_BYTES};
 use ringraft_wal::disk::{
     Access, DirectoryEntry, Disk, DiskDone, DiskError, DiskErrorKind, DiskOp, DiskOpId, DiskOutput, FileId,
@@ -72,69 +88,6 @@ impl DiskConfig {
     }
 }
 
-/// What a disk does wrong. All off by default.
-#[derive(Clone, Debug)]
-pub struct DiskFaults {
-    /// Operations submitted from now until one fails with EIO; 0 is the next one.
-    pub fail_after_ops: Option<u64>,
-    /// Once an operation has failed, all do.
-    pub fail_for_ever: bool,
-    /// How often, in a million, a write of more than one block stops short after some whole blocks.
-    pub short_write_ppm: u32,
-    /// Every operation that needs space fails with ENOSPC.
-    pub no_space: bool,
-    /// Latencies are multiplied by it.
-    pub slow_factor: u64,
-    /// Nothing completes before this time.
-    pub stalled_until: Time,
-    /// How often, in a million, a write that is in flight at a kill arrives later, at its own time, whole, when
-    /// the next process may be running already.
-    pub late_write_ppm: u32,
-}
-
-impl Default for DiskFaults {
-    fn default() -> Self {
-        Self {
-            fail_after_ops: None,
-            fail_for_ever: false,
-            short_write_ppm: 0,
-            no_space: false,
-            slow_factor: 1,
-            stalled_until: 0,
-            late_write_ppm: 0,
-        }
-    }
-}
-
-/// How a process ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Crash {
-    /// kill -9: the machine goes on.
-    Kill,
-    /// The machine loses power.
-    PowerCut,
-}
-
-type Page = [u8; BLOCK_BYTES];
-
-#[derive(Clone)]
-struct Inode {
-    bytes: u64,
-    /// The size that a power cut leaves.
-    durable_bytes: u64,
-    /// By position; absent pages are zeros.
-    pages: Vec<Option<Rc<Page>>>,
-    /// Completed, not flushed, in the order of completion.
-    unflushed: Vec<Unflushed>,
-}
-
-#[derive(Clone)]
-struct Unflushed {
-    sequence: u64,
-    offset: u64,
-    data: Vec<u8>,
-}
-
 #[derive(Clone)]
 enum DirectoryOp {
     Create { name: String, inode: usize },
@@ -156,16 +109,8 @@ struct InFlight {
     inode: Option<usize>,
     /// Of a flush or a directory sync: what had completed when it was submitted.
     covers: u64,
-    fail: bool,
+    fault: Option<Fault>,
     sequence: u64,
-}
-
-/// A late write of a process that was killed.
-struct Late {
-    due: Time,
-    inode: usize,
-    offset: u64,
-    data: Vec<u8>,
 }
 
 /// One machine's disk.
@@ -183,6 +128,9 @@ pub struct DiskState {
     /// Numbers completed writes and directory operations.
     completed: u64,
     late: Vec<Late>,
+    /// Operations that a fault has struck.
+    struck: u64,
+    first_struck: Option<String>,
 
     /// Of the present process. File ids are positions in `files`, and not used again.
     life: u32,
@@ -232,11 +180,6 @@ impl Disk for SimDisk {
 
 const KINDS: [&str; 10] =
     ["list", "create", "open", "write", "read", "flush", "close", "rename", "remove", "sync directory"];
-
-/// The name of an operation's kind, as traced. The outcome is in the bits above the lowest four.
-pub(super) fn name_of_kind(kind: u64) -> &'static str {
-    KINDS.get((kind & 15) as usize).copied().unwrap_or("unknown")
-}
 
 fn kind_of(op: &DiskOp<AlignedBuf>) -> u8 {
     match op {
@@ -292,6 +235,8 @@ impl DiskState {
             unsynced: Vec::new(),
             completed: 0,
             late: Vec::new(),
+            struck: 0,
+            first_struck: None,
             life: 0,
             files: Vec::new(),
             in_flight: Vec::new(),
@@ -324,39 +269,6 @@ impl DiskState {
         self.in_flight.iter().flatten().filter(|op| matches!(op.op, DiskOp::Write { .. })).count()
     }
 
-    /// A disk that holds exactly what is durable now, without latency or faults: what the least lucky power cut
-    /// would leave. Shares its pages with this one until either writes. It counts and traces into `context`.
-    #[must_use]
-    pub fn durable_image(&self, context: &Rc<Context>) -> Rc<RefCell<Self>> {
-        let image = Self::new(context, self.node, Rng::new(0), DiskConfig::instant());
-        {
-            let mut state = image.borrow_mut();
-            for (name, inode) in &self.durable_names {
-                let original = self.inodes[*inode].as_ref().expect("a durable name has its inode");
-                let copy = Inode { unflushed: Vec::new(), bytes: original.durable_bytes, ..original.clone() };
-                state.inodes.push(Some(copy));
-                let position = state.inodes.len() - 1;
-                state.names.insert(name.clone(), position);
-                state.durable_names.insert(name.clone(), position);
-            }
-        }
-        image
-    }
-
-    /// Flips one bit of a file where it is durable: rot.
-    ///
-    /// # Panics
-    /// When there is no such file.
-    pub fn flip_bit(&mut self, name: &str, offset: u64, bit: u8) {
-        let inode = self.durable_names[name];
-        let mut sector = [0; SECTOR_BYTES];
-        let start = offset - offset % SECTOR_BYTES as u64;
-        let file = self.inodes[inode].as_mut().expect("a durable name has its inode");
-        file.read_durable(start, &mut sector);
-        sector[(offset - start) as usize] ^= 1 << (bit & 7);
-        file.write_durable(start, &sector);
-    }
-
     /// The names and sizes that a process sees.
     #[must_use]
     pub fn listing(&self) -> Vec<DirectoryEntry> {
@@ -365,24 +277,6 @@ impl DiskState {
             bytes: self.inodes[*inode].as_ref().map_or(0, |inode| inode.bytes),
         };
         self.names.iter().map(entry).collect()
-    }
-
-    /// A hash over everything durable, to compare images by.
-    #[must_use]
-    pub fn durable_hash(&self) -> u64 {
-        let mut hasher = xxhash_rust::xxh3::Xxh3::new();
-        for (name, inode) in &self.durable_names {
-            let inode = self.inodes[*inode].as_ref().expect("a durable name has its inode");
-            hasher.update(name.as_bytes());
-            hasher.update(&inode.durable_bytes.to_le_bytes());
-            for (position, page) in inode.pages.iter().enumerate() {
-                if let Some(page) = page {
-                    hasher.update(&position.to_le_bytes());
-                    hasher.update(&page[..]);
-                }
-            }
-        }
-        hasher.digest()
     }
 
     fn submit(&mut self, id: DiskOpId, op: DiskOp<AlignedBuf>) {
@@ -398,20 +292,7 @@ impl DiskState {
             open.in_flight += 1;
             Some(open.inode)
         });
-        let fail = match &mut self.faults.fail_after_ops {
-            Some(0) => {
-                if !self.faults.fail_for_ever {
-                    self.faults.fail_after_ops = None;
-                }
-                self.context.cover(Mark::DiskFault);
-                true
-            }
-            Some(left) => {
-                *left -= 1;
-                false
-            }
-            None => false,
-        };
+        let fault = self.fault_of(&op);
 
         let base = match kind {
             3 => self.config.write,
@@ -423,12 +304,15 @@ impl DiskState {
         let blocks = if kind == 1 { 0 } else { bytes.div_ceil(BLOCK_BYTES) as u64 };
         let latency = self.rng.around(base + blocks * self.config.block) * self.faults.slow_factor;
         let Reverse(lane_free) = self.lanes.pop().expect("a disk has a lane");
-        let due = lane_free.max(self.context.now()) + latency;
+        let mut due = lane_free.max(self.context.now()) + latency;
         self.lanes.push(Reverse(due));
+        if let Some(Fault::Stall(time)) = fault {
+            due += time;
+        }
 
         self.submitted += 1;
         let sequence = self.submitted;
-        let entry = InFlight { id, op, inode, covers: self.completed, fail, sequence };
+        let entry = InFlight { id, op, inode, covers: self.completed, fault, sequence };
         let slot = match self.vacant.pop() {
             Some(slot) => {
                 self.in_flight[slot as usize] = Some(entry);
@@ -509,24 +393,55 @@ impl DiskState {
                 self.last_done_sequence = self.last_done_sequence.max(entry.sequence);
             }
             let id = entry.id;
-            let result = self.carry_out(entry, kind);
+            let result = self.carry_out(entry);
             self.done.push((kind, DiskDone { id, result }));
         }
     }
 
-    fn carry_out(&mut self, entry: InFlight, kind: u8) -> Result<DiskOutput<AlignedBuf>, DiskError> {
-        let InFlight { op, inode, covers, fail, .. } = entry;
-        let open_inode = inode.ok_or(error(DiskErrorKind::InvalidInput, kind));
-        if fail {
-            if let (DiskOp::Write { offset, block, bytes, .. }, Some(inode)) = (&op, inode) {
-                self.tear(inode, *offset, &block[..*bytes]);
+    fn carry_out(&mut self, entry: InFlight) -> Result<DiskOutput<AlignedBuf>, DiskError> {
+        let InFlight { mut op, mut inode, covers, fault, .. } = entry;
+        let mut short = None;
+        match fault {
+            Some(Fault::Io) => return Err(self.fail(op, inode, covers, DiskErrorKind::Io)),
+            Some(Fault::NoSpace) => return Err(self.fail(op, inode, covers, DiskErrorKind::NoSpace)),
+            Some(Fault::Short) => short = Some(self.cut_short(bytes_of(&op))),
+            Some(Fault::Lost) => return Ok(DiskOutput::Written { bytes: bytes_of(&op) }),
+            Some(Fault::Misdirected) => {
+                if let (
+                    DiskOp::Write { offset, bytes, .. } | DiskOp::Read { offset, bytes, .. },
+                    Some(inode),
+                ) = (&mut op, &mut inode)
+                {
+                    (*inode, *offset) = self.elsewhere(*inode, *offset, *bytes);
+                }
             }
-            if let (DiskOp::Flush { .. }, Some(inode)) = (&op, inode) {
-                // What a failed flush leaves is unknown: here, nothing of what it should have made durable.
-                self.inode_mut(inode).unflushed.retain(|write| write.sequence > covers);
-            }
-            return Err(error(DiskErrorKind::Io, kind));
+            Some(Fault::Stall(_)) | None => {}
         }
+        if short.is_none()
+            && let DiskOp::Write { bytes, .. } = &op
+            && *bytes > BLOCK_BYTES
+            && self.rng.chance(self.faults.short_write_ppm)
+        {
+            short = Some(self.cut_short(*bytes));
+            self.context.cover(Mark::DiskFault);
+        }
+        match (&mut op, short) {
+            (DiskOp::Write { .. }, Some(0)) => return Ok(DiskOutput::Written { bytes: 0 }),
+            (DiskOp::Write { bytes, .. } | DiskOp::Read { bytes, .. }, Some(short)) => *bytes = short,
+            _ => {}
+        }
+        self.act(op, inode, covers)
+    }
+
+    /// Does what was asked.
+    fn act(
+        &mut self,
+        op: DiskOp<AlignedBuf>,
+        inode: Option<usize>,
+        covers: u64,
+    ) -> Result<DiskOutput<AlignedBuf>, DiskError> {
+        let kind = kind_of(&op);
+        let open_inode = inode.ok_or(error(DiskErrorKind::InvalidInput, kind));
         match op {
             DiskOp::List => Ok(DiskOutput::Listed(self.listing())),
             DiskOp::Create { name, bytes, access } => {
@@ -540,7 +455,7 @@ impl DiskState {
                 if self.faults.no_space || used + bytes > self.config.capacity_bytes {
                     return Err(error(DiskErrorKind::NoSpace, kind));
                 }
-                let file = Inode { bytes, durable_bytes: 0, pages: Vec::new(), unflushed: Vec::new() };
+                let file = Inode { bytes, ..Inode::default() };
                 let inode = match self.inodes.iter().position(Option::is_none) {
                     Some(vacant) => {
                         self.inodes[vacant] = Some(file);
@@ -570,23 +485,18 @@ impl DiskState {
                 if offset + bytes as u64 > size {
                     return Err(error(DiskErrorKind::InvalidInput, kind));
                 }
-                let mut written = bytes;
-                if bytes > BLOCK_BYTES && self.rng.chance(self.faults.short_write_ppm) {
-                    written = BLOCK_BYTES * self.rng.index(bytes / BLOCK_BYTES);
-                    self.context.cover(Mark::DiskFault);
-                }
                 self.completed += 1;
                 let sequence = self.completed;
                 let target = self.inode_mut(inode);
-                let data = &block[..written];
+                let data = &block[..bytes];
                 if access == Access::DurableWrite {
-                    target.supersede(offset, written);
+                    target.supersede(offset, bytes);
                     target.write_durable(offset, data);
                     target.durable_bytes = target.bytes;
                 } else if !target.is_zero(offset, data) {
-                    target.unflushed.push(Unflushed { sequence, offset, data: data.to_vec() });
+                    target.write_unflushed(sequence, offset, data.to_vec());
                 }
-                Ok(DiskOutput::Written { bytes: written })
+                Ok(DiskOutput::Written { bytes })
             }
             DiskOp::Read { offset, mut block, bytes, .. } => {
                 let inode = open_inode?;
@@ -596,7 +506,11 @@ impl DiskState {
                     return Err(error(DiskErrorKind::InvalidInput, kind));
                 }
                 let available = size.saturating_sub(offset).min(bytes as u64) as usize;
-                self.inode_mut(inode).read(offset, &mut block[..available]);
+                let file = self.inode_mut(inode);
+                if !file.is_readable(offset, available) {
+                    return Err(error(DiskErrorKind::Io, kind));
+                }
+                file.read(offset, &mut block[..available]);
                 Ok(DiskOutput::Read { block, bytes: available })
             }
             DiskOp::Flush { .. } => {
@@ -663,130 +577,6 @@ impl DiskState {
             }
         }
     }
-
-    /// Some sectors of `data` arrive, not durable.
-    fn tear(&mut self, inode: usize, offset: u64, data: &[u8]) {
-        let survivors = Survivors::draw(&mut self.rng, data.len() / SECTOR_BYTES);
-        self.completed += 1;
-        let sequence = self.completed;
-        for (position, sector) in data.chunks_exact(SECTOR_BYTES).enumerate() {
-            if survivors.holds(position) {
-                let offset = offset + (position * SECTOR_BYTES) as u64;
-                self.inode_mut(inode).unflushed.push(Unflushed { sequence, offset, data: sector.to_vec() });
-            }
-        }
-        if survivors.partial() {
-            self.context.cover(Mark::TornWrite);
-        }
-    }
-
-    /// The process ends, and with a power cut the machine: see the module's rules.
-    pub fn crash(&mut self, how: Crash) {
-        self.settle();
-        let now = self.context.now();
-        let mut writes = Vec::new();
-        for Reverse((due, _, slot)) in std::mem::take(&mut self.queue).into_sorted_vec() {
-            let entry = self.in_flight[slot as usize].take().expect("a queued operation is in flight");
-            match (entry.op, entry.inode) {
-                (DiskOp::Write { offset, block, bytes, .. }, Some(inode)) => {
-                    writes.push((due, inode, offset, block, bytes));
-                }
-                (DiskOp::Flush { .. }, Some(inode)) if self.rng.chance(500_000) => {
-                    self.inode_mut(inode).flush(entry.covers);
-                }
-                _ => {}
-            }
-        }
-        if !writes.is_empty() {
-            self.context.cover(Mark::CrashWithPendingWrites);
-        }
-        self.context.record(self.node, What::DiskCrash, writes.len() as u64, self.unsynced.len() as u64);
-        // They reach the device in any order.
-        while !writes.is_empty() {
-            let (due, inode, offset, block, bytes) = writes.swap_remove(self.rng.index(writes.len()));
-            if how == Crash::Kill && self.rng.chance(self.faults.late_write_ppm) {
-                self.late.push(Late { due: due.max(now), inode, offset, data: block[..bytes].to_vec() });
-            } else {
-                let fits = (self.inode_mut(inode).bytes.saturating_sub(offset) as usize).min(bytes);
-                self.tear(inode, offset, &block[..fits - fits % SECTOR_BYTES]);
-            }
-        }
-        if how == Crash::PowerCut {
-            self.lose_power();
-        }
-        self.life += 1;
-        self.files.clear();
-        self.in_flight.clear();
-        self.vacant.clear();
-        self.done.clear();
-        self.lanes = std::iter::repeat_n(Reverse(now), self.config.in_flight_max.max(1)).collect();
-        self.last_done_sequence = 0;
-        self.submitted = 0;
-        self.forget_unreachable();
-    }
-
-    fn lose_power(&mut self) {
-        self.late.clear();
-        for op in std::mem::take(&mut self.unsynced) {
-            // A rename or removal needs the name as it was; where the operation that made it was lost, so is this.
-            let possible = match &op.1 {
-                DirectoryOp::Create { .. } => true,
-                DirectoryOp::Rename { from: name, inode, .. } | DirectoryOp::Remove { name, inode } => {
-                    self.durable_names.get(name) == Some(inode)
-                }
-            };
-            if possible && self.rng.chance(500_000) {
-                apply_directory_op(&mut self.durable_names, &op.1);
-            } else {
-                self.context.cover(Mark::DirectoryOpLost);
-            }
-        }
-        self.names.clone_from(&self.durable_names);
-        for inode in self.inodes.iter_mut().flatten() {
-            if inode.durable_bytes < inode.bytes {
-                let blocks = inode.bytes / BLOCK_BYTES as u64;
-                inode.bytes = match self.rng.below(3) {
-                    0 => 0,
-                    1 => self.rng.between(0, blocks) * BLOCK_BYTES as u64,
-                    _ => inode.bytes,
-                };
-                if inode.bytes < blocks * BLOCK_BYTES as u64 {
-                    self.context.cover(Mark::FileSizeLost);
-                }
-                inode.durable_bytes = inode.bytes;
-                inode.pages.truncate((inode.bytes / BLOCK_BYTES as u64) as usize);
-            }
-            let mut lost = false;
-            for write in std::mem::take(&mut inode.unflushed) {
-                let survivors = Survivors::draw(&mut self.rng, write.data.len() / SECTOR_BYTES);
-                for (position, sector) in write.data.chunks_exact(SECTOR_BYTES).enumerate() {
-                    let offset = write.offset + (position * SECTOR_BYTES) as u64;
-                    if survivors.holds(position) && offset < inode.bytes {
-                        inode.write_durable(offset, sector);
-                    } else {
-                        lost = true;
-                    }
-                }
-            }
-            if lost {
-                self.context.cover(Mark::UnflushedWriteLost);
-            }
-        }
-    }
-
-    fn late_writes_arrive(&mut self, now: Time) {
-        let mut position = 0;
-        while position < self.late.len() {
-            if self.late[position].due > now {
-                position += 1;
-                continue;
-            }
-            let Late { inode, offset, data, .. } = self.late.swap_remove(position);
-            self.completed += 1;
-            let sequence = self.completed;
-            self.inode_mut(inode).unflushed.push(Unflushed { sequence, offset, data });
-        }
-    }
 }
 
 impl DirectoryOp {
@@ -808,149 +598,6 @@ fn apply_directory_op(names: &mut BTreeMap<String, usize>, op: &DirectoryOp) {
         }
         DirectoryOp::Remove { name, .. } => {
             names.remove(name);
-        }
-    }
-}
-
-impl Inode {
-    fn page_of(offset: u64) -> (usize, usize) {
-        ((offset / BLOCK_BYTES as u64) as usize, (offset % BLOCK_BYTES as u64) as usize)
-    }
-
-    fn write_durable(&mut self, offset: u64, data: &[u8]) {
-        let mut written = 0;
-        while written < data.len() {
-            let (page, start) = Self::page_of(offset + written as u64);
-            let count = (BLOCK_BYTES - start).min(data.len() - written);
-            let bytes = &data[written..written + count];
-            written += count;
-            let present = self.pages.get(page).is_some_and(Option::is_some);
-            if all_zero(bytes) && (!present || count == BLOCK_BYTES) {
-                if present {
-                    self.pages[page] = None;
-                }
-                continue;
-            }
-            if self.pages.len() <= page {
-                self.pages.resize(page + 1, None);
-            }
-            let page = self.pages[page].get_or_insert_with(|| Rc::new([0; BLOCK_BYTES]));
-            Rc::make_mut(page)[start..start + count].copy_from_slice(bytes);
-        }
-    }
-
-    fn read_durable(&self, offset: u64, into: &mut [u8]) {
-        let mut read = 0;
-        while read < into.len() {
-            let (page, start) = Self::page_of(offset + read as u64);
-            let count = (BLOCK_BYTES - start).min(into.len() - read);
-            match self.pages.get(page) {
-                Some(Some(page)) => {
-                    into[read..read + count].copy_from_slice(&page[start..start + count]);
-                }
-                _ => into[read..read + count].fill(0),
-            }
-            read += count;
-        }
-    }
-
-    fn read(&self, offset: u64, into: &mut [u8]) {
-        self.read_durable(offset, into);
-        let end = offset + into.len() as u64;
-        for write in &self.unflushed {
-            let from = write.offset.max(offset);
-            let to = (write.offset + write.data.len() as u64).min(end);
-            if from < to {
-                let source = (from - write.offset) as usize..(to - write.offset) as usize;
-                into[(from - offset) as usize..(to - offset) as usize].copy_from_slice(&write.data[source]);
-            }
-        }
-    }
-
-    fn flush(&mut self, covers: u64) {
-        let unflushed = std::mem::take(&mut self.unflushed);
-        for write in unflushed {
-            if write.sequence <= covers {
-                self.write_durable(write.offset, &write.data);
-            } else {
-                self.unflushed.push(write);
-            }
-        }
-        self.durable_bytes = self.bytes;
-    }
-
-    /// A durable write replaces what older writes left unflushed in its range.
-    fn supersede(&mut self, offset: u64, bytes: usize) {
-        let end = offset + bytes as u64;
-        let overlaps =
-            |write: &Unflushed| write.offset < end && offset < write.offset + write.data.len() as u64;
-        if !self.unflushed.iter().any(overlaps) {
-            return;
-        }
-        let unflushed = std::mem::take(&mut self.unflushed);
-        for write in unflushed {
-            if !overlaps(&write) {
-                self.unflushed.push(write);
-                continue;
-            }
-            let write_end = write.offset + write.data.len() as u64;
-            if write.offset < offset {
-                let head = write.data[..(offset - write.offset) as usize].to_vec();
-                self.unflushed.push(Unflushed { sequence: write.sequence, offset: write.offset, data: head });
-            }
-            if end < write_end {
-                let tail = write.data[(end - write.offset) as usize..].to_vec();
-                self.unflushed.push(Unflushed { sequence: write.sequence, offset: end, data: tail });
-            }
-        }
-    }
-
-    /// Whether writing `data` would only put zeros where there are zeros, durably.
-    fn is_zero(&self, offset: u64, data: &[u8]) -> bool {
-        let (first, _) = Self::page_of(offset);
-        let last = first + data.len() / BLOCK_BYTES;
-        let absent = (first..last).all(|page| !self.pages.get(page).is_some_and(Option::is_some));
-        absent && self.unflushed.is_empty() && all_zero(data)
-    }
-}
-
-fn all_zero(bytes: &[u8]) -> bool {
-    let (words, rest) = bytes.as_chunks::<16>();
-    words.iter().all(|word| *word == [0; 16]) && rest.iter().all(|byte| *byte == 0)
-}
-
-/// Which sectors of a write survive a crash.
-enum Survivors {
-    None,
-    All,
-    Prefix { count: usize, of: usize },
-    Each { bits: Vec<bool> },
-}
-
-impl Survivors {
-    fn draw(rng: &mut Rng, sectors: usize) -> Self {
-        match rng.below(8) {
-            0 | 1 => Self::None,
-            2 | 3 => Self::All,
-            4 | 5 => Self::Prefix { count: rng.between(0, sectors as u64) as usize, of: sectors },
-            _ => Self::Each { bits: (0..sectors).map(|_| rng.chance(500_000)).collect() },
-        }
-    }
-
-    fn holds(&self, sector: usize) -> bool {
-        match self {
-            Self::None => false,
-            Self::All => true,
-            Self::Prefix { count, .. } => sector < *count,
-            Self::Each { bits } => bits[sector],
-        }
-    }
-
-    fn partial(&self) -> bool {
-        match self {
-            Self::None | Self::All => false,
-            Self::Prefix { count, of } => *count > 0 && count < of,
-            Self::Each { bits } => bits.contains(&true) && bits.contains(&false),
         }
     }
 }

@@ -52,6 +52,27 @@ layout! {
     }
 }
 
+// What the group record's reserved part holds. Declared apart, so that a record without a claim is byte for byte what builds
+// without claims wrote, and the fingerprint is theirs.
+layout! {
+    ClaimRecord: 32 {
+        kind: u32,
+        zero: u32,
+        epoch: u64,
+        term: Term,
+        last: LogIndex,
+    }
+}
+
+const _: () = {
+    let (record, claim) = (GroupRecord::FIELDS, ClaimRecord::FIELDS);
+    let last = claim[claim.len() - 1];
+    assert!(last.at + last.bytes == record[record.len() - 1].bytes, "the claim fills the reserved part");
+};
+
+const CLAIM_CERTAIN: u32 = 1;
+const CLAIM_UNCERTAIN: u32 = 2;
+
 const CRC_FIELD: std::ops::Range<usize> = field_range(FileHeader::FIELDS, "crc");
 const RECORD_AT: usize = FileHeader::BYTES;
 const CONFIGURATION_AT: usize = RECORD_AT + GroupRecord::BYTES;
@@ -76,6 +97,18 @@ pub struct LogStart {
     pub term: Term,
     /// The chain there: the genesis of the formed cluster when the index is 0.
     pub chain: Chain,
+}
+
+/// What the log held before damage of unknown identity cut it short. The batches that are missing may have been
+/// acknowledged, so a node under a claim votes and campaigns as if it still had them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Claim {
+    /// Certain: the term of the last batch. Otherwise: the highest term that this node knew.
+    pub term: Term,
+    /// Certain: the last index. Otherwise: the highest index that anything proves.
+    pub last: LogIndex,
+    /// Whether the end of the log that was there is known.
+    pub certain: bool,
 }
 
 /// The durable state of a node besides its log.
@@ -107,6 +140,11 @@ pub struct HardState {
     pub start: LogStart,
     /// The log was durable through here when this was written; may lag.
     pub witness: LogIndex,
+    /// What the log held before damage cut it short; in force until it is released.
+    pub claim: Option<Claim>,
+    /// The epoch that the first cut under the claim opened: what older segments hold behind their log is kept. 0 without a
+    /// claim.
+    pub claim_epoch: u64,
     /// The formed base configuration in the engine's encoding; empty when the cluster is not formed.
     pub configuration: Vec<u8>,
 }
@@ -187,7 +225,7 @@ pub fn write_hard_state(block: &mut [u8], state: &HardState) -> usize {
         start_term: state.start.term,
         start_chain: state.start.chain,
         witness: state.witness,
-        reserved: [0; 32],
+        reserved: write_claim(state),
     };
     block[..RECORD_AT].copy_from_slice(&header.encode());
     block[RECORD_AT..CONFIGURATION_AT].copy_from_slice(&record.encode());
@@ -237,9 +275,7 @@ pub fn read_hard_state(bytes: &[u8]) -> Result<HardState, HardStateError> {
     {
         return Err(HardStateError::Range("configuration length"));
     }
-    if record.reserved != [0; 32] {
-        return Err(HardStateError::Range("reserved part"));
-    }
+    let (claim, claim_epoch) = read_claim(&record)?;
     if record.cut_generation > record.generation {
         return Err(HardStateError::Range("generation"));
     }
@@ -257,6 +293,30 @@ pub fn read_hard_state(bytes: &[u8]) -> Result<HardState, HardStateError> {
         generation: record.generation,
         start: LogStart { index: record.start_index, term: record.start_term, chain: record.start_chain },
         witness: record.witness,
+        claim,
+        claim_epoch,
         configuration: configuration.to_vec(),
     })
+}
+
+fn write_claim(state: &HardState) -> [u8; ClaimRecord::BYTES] {
+    let Some(claim) = state.claim else { return [0; ClaimRecord::BYTES] };
+    let kind = if claim.certain { CLAIM_CERTAIN } else { CLAIM_UNCERTAIN };
+    ClaimRecord { kind, zero: 0, epoch: state.claim_epoch, term: claim.term, last: claim.last }.encode()
+}
+
+fn read_claim(record: &GroupRecord) -> Result<(Option<Claim>, u64), HardStateError> {
+    if record.reserved == [0; ClaimRecord::BYTES] {
+        return Ok((None, 0));
+    }
+    let ClaimRecord { kind, zero, epoch, term, last } = ClaimRecord::decode(&record.reserved);
+    let certain = match kind {
+        CLAIM_CERTAIN => true,
+        CLAIM_UNCERTAIN => false,
+        _ => return Err(HardStateError::Range("claim")),
+    };
+    if zero != 0 || epoch == 0 || epoch > record.epoch {
+        return Err(HardStateError::Range("claim"));
+    }
+    Ok((Some(Claim { term, last, certain }), epoch))
 }

@@ -565,6 +565,18 @@ impl<'a> SectorChecksums<'a> {
         u32::from_le_bytes(*stored) == sector_checksum(self.seed, ordinal, chunk)
     }
 
+    /// What the log knows of the batch; `None` when the header names a kind that this build does not know.
+    #[must_use]
+    pub fn info(&self) -> Option<BatchInfo> {
+        BatchKind::from_byte(self.header.kind).map(|kind| info_of(&self.header, kind))
+    }
+
+    /// Whether the batch follows a log whose chain is `previous`.
+    #[must_use]
+    pub fn verify_chain(&self, previous: Chain) -> bool {
+        chain_of(previous, &self.header, self.checksums) == self.header.chain
+    }
+
     /// The sectors of an image of `image_bytes` that hold a part of its checksum table. None of them is all zeros
     /// in a complete image, since no stored checksum is zero.
     #[must_use]

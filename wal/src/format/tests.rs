@@ -113,6 +113,8 @@ fn hard_state() -> HardState {
         generation: 7,
         start: LogStart { index: LogIndex(50), term: Term(2), chain: Chain([0x44; 16]) },
         witness: LogIndex(99),
+        claim: None,
+        claim_epoch: 0,
         configuration: b"three members".to_vec(),
     }
 }
@@ -183,9 +185,25 @@ fn what_is_written_is_read() {
         hard_state(),
         HardState { vote: None, configuration: Vec::new(), ..hard_state() },
         HardState { configuration: long, ..hard_state() },
+        HardState { claim: Some(claim(true)), claim_epoch: 4, ..hard_state() },
+        HardState { claim: Some(claim(false)), claim_epoch: 1, ..hard_state() },
     ] {
         write_hard_state(&mut bytes, &state);
         assert_eq!(read_hard_state(&bytes), Ok(state));
+    }
+}
+
+fn claim(certain: bool) -> Claim {
+    Claim { term: Term(5), last: LogIndex(120), certain }
+}
+
+#[test]
+fn a_claim_of_no_known_kind_or_of_an_epoch_to_come_is_refused() {
+    for epoch in [0, 5] {
+        let mut bytes = AlignedBuf::zeroed(HARD_STATE_FILE_BYTES);
+        let state = HardState { claim: Some(claim(true)), claim_epoch: epoch, ..hard_state() };
+        write_hard_state(bytes.bytes_mut(), &state);
+        assert_eq!(read_hard_state(bytes.bytes()), Err(HardStateError::Range("claim")));
     }
 }
 
@@ -538,7 +556,7 @@ fn a_hard_state_that_breaks_a_rule_is_refused_by_that_rule() {
         read_hard_state(&bytes).err()
     };
     assert_eq!(record("witness", &[1]), None);
-    assert_eq!(record("reserved", &[1]), Some(HardStateError::Range("reserved part")));
+    assert_eq!(record("reserved", &[1]), Some(HardStateError::Range("claim")));
     assert_eq!(record("configuration_bytes", &[1]), Some(HardStateError::Range("configuration length")));
     assert_eq!(record("cut_generation", &[8]), Some(HardStateError::Range("generation")));
 }

@@ -1,17 +1,26 @@
 //! Rebuilds the log from the bytes of its segments: a pure fold in the order of generations.
 //!
 //! The happy path: every segment continues the one before it, or cuts the log somewhere behind and continues there; the
-//! slots of each are good up to a place where the segment's blank rest begins. The first slot that is not good is
-//! a *stop*; what it means is decided when all the evidence is in: the rest of its segment, the later segments of
-//! its epoch, the cuts and the hard state. A cut before the stop makes it irrelevant.
+//! slots of each are good up to a place where the segment's blank rest begins.
+//!
+//! A batch whose envelope alone is intact is kept and flagged: the envelope names its length and chain, so the fold goes on
+//! behind it. Whether it was torn or lost may depend on evidence that comes later (the rest of its segment, the later segments of
+//! its epoch, the cuts and the hard state): then it is *open* until its epoch ends.
+//!
+//! The first slot of which not even the batch is known is a *stop*: blank where the log ended, or damage. The log ends there,
+//! but the fold goes on: it looks for the next intact envelope and follows the batches behind it ([`Beyond`]). What is intact
+//! there is salvage, and where it ends says what the log held before the damage: the claim. A cut before the stop, or a batch that
+//! provably continues the log, makes the stop irrelevant.
 
-use super::table::{EnvelopeEvidence, Evidence, ImageEvidence, Verdict, classify};
+use super::table::{Disposition, EnvelopeEvidence, Evidence, ImageEvidence, dispose};
 use crate::error::{Damage, DamageCause};
 use crate::format::{
-    BatchInfo, Cut, ENVELOPE_BYTES, Envelope, HardState, ImageError, LogStart, SectorChecksums,
-    SegmentHeader, SegmentOrigin, parse_image, read_envelope, slot_bytes, slots_start,
+    BatchInfo, BatchKind, Claim, Cut, ENVELOPE_BYTES, Envelope, HardState, ImageError, LogStart,
+    PriorContent, SectorChecksums, SegmentHeader, SegmentOrigin, parse_image, read_envelope, slot_bytes,
+    slots_start,
 };
 use crate::index::{Index, Place};
+use crate::salvage::Salvaged;
 use crate::segment::SegmentName;
 use ringraft_block::{BLOCK_BYTES, LogIndex, SECTOR_BYTES, Term};
 use std::ops::Range;
@@ -28,56 +37,112 @@ impl<'a> SegmentBytes<'a> {
         let lost = self.unreadable.iter().any(|lost| lost.start < range.end && range.start < lost.end);
         if lost { None } else { self.bytes.get(range) }
     }
+
+    /// The intact envelope at `offset`, if it was written for this offset.
+    fn envelope(&self, offset: usize) -> Option<Envelope> {
+        let sector = self.readable(offset..offset.saturating_add(ENVELOPE_BYTES))?;
+        read_envelope(sector).ok().filter(|envelope| envelope.offset == offset as u64)
+    }
 }
 
 /// A segment that was scanned.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Scanned {
     pub(crate) name: SegmentName,
+    /// As it stands in the file, or, when that is damaged, what the envelopes in the segment say of it.
     pub(crate) header: SegmentHeader,
+    /// The header is damaged, so what the segment follows is not known.
+    pub(crate) header_lost: bool,
 }
 
 /// What a scan found.
 pub(crate) struct ScanOutcome {
+    /// The log, with its damaged batches flagged.
     pub(crate) index: Index,
     /// All segments in order of generation.
     pub(crate) segments: Vec<Scanned>,
     /// Bytes that were written behind the end of the log and are dropped: a torn tail, never acknowledged.
     pub(crate) torn_bytes: u64,
-    pub(crate) damage: Option<Damage>,
+    pub(crate) damage: Vec<Damage>,
+    /// The claim that is in force from now on: an earlier one, a new one, or both in one.
+    pub(crate) claim: Option<Claim>,
+    /// Under a claim: the intact batches that the log held behind its end.
+    pub(crate) salvage: Vec<Salvaged>,
 }
 
-/// The first slot that is not good, with what is known about it so far.
+/// The first slot of which not even the batch is known.
 struct Stop {
     name: SegmentName,
     place: Place,
     epoch: u64,
-    /// The slot, when there is one to judge.
-    slot: Option<BadSlot>,
-    /// A segment behind it refers to one that is not there.
-    segment_missing: bool,
-    /// The highest `durable_through` of an intact envelope behind it in its epoch.
-    durable_through: LogIndex,
-    torn_bytes: u64,
+    slot: SlotEvidence,
+    /// What is there is not the question: a segment before it is missing or its header is lost.
+    cause: Option<DamageCause>,
 }
 
 #[derive(Clone, Copy)]
-struct BadSlot {
+struct SlotEvidence {
     envelope: EnvelopeEvidence,
     image: ImageEvidence,
-    /// Term and last index, from a valid envelope.
-    identity: Option<(Term, LogIndex)>,
+}
+
+/// What the slot at an offset is to the log, or to the batches behind its damage.
+enum Judged {
+    /// It lies before the log's start, and takes so many bytes.
+    Below(usize),
+    /// It holds the batch that follows (or, where nothing is followed, a batch).
+    Batch {
+        info: BatchInfo,
+        image: ImageEvidence,
+        durable_through: LogIndex,
+    },
+    Bad(SlotEvidence),
+}
+
+/// Batches that were dropped if nothing later vouches for them: the log was torn in front of them.
+#[derive(Clone, Copy)]
+struct Open {
+    first: LogIndex,
+    /// The end of the batch before; `None` when that is not known.
+    before: Option<LogStart>,
+    /// Nothing was written there, so what follows may stand in the next segment.
+    blank: bool,
+}
+
+/// The batches behind a stop.
+#[derive(Default)]
+struct Beyond {
+    /// The end of the batches that are followed; `None` when there are none yet.
+    end: Option<LogStart>,
+    /// The last slot that was looked at leaves open how the log went on.
+    lost_track: bool,
+    open: Vec<Open>,
+    torn_bytes: u64,
 }
 
 /// The fold.
 pub(crate) struct LogScan {
     hard_state: HardState,
     index: Index,
+    /// What the images of the flagged batches looked like, by first index.
+    damaged: Vec<(LogIndex, SlotEvidence)>,
     segments: Vec<Scanned>,
     epoch: u64,
+    /// The highest index that an intact envelope of this epoch, or a cut, vouches for.
+    durable_through: LogIndex,
+    /// Kept batches that may turn out torn.
+    open: Vec<Open>,
     stop: Option<Stop>,
-    /// Damage that no cut can make irrelevant.
-    damage: Option<Damage>,
+    beyond: Beyond,
+    /// All batches behind stops, those with a damaged image too.
+    salvage: Vec<Salvaged>,
+    /// `salvage` before this epoch.
+    salvage_before: usize,
+    /// Damage that says nothing of its place in the log, so that what the log held is not certain.
+    doubts: Vec<Damage>,
+    /// The highest term and index that any intact envelope of this log names.
+    highest_term: Term,
+    highest_last: LogIndex,
 }
 
 impl LogScan {
@@ -85,55 +150,66 @@ impl LogScan {
         Self {
             index: Index::new(hard_state.group, hard_state.start),
             hard_state,
+            damaged: Vec::new(),
             segments: Vec::new(),
             epoch: 0,
+            durable_through: LogIndex(0),
+            open: Vec::new(),
             stop: None,
-            damage: None,
+            beyond: Beyond::default(),
+            salvage: Vec::new(),
+            salvage_before: 0,
+            doubts: Vec::new(),
+            highest_term: Term(0),
+            highest_last: LogIndex(0),
         }
     }
 
+    /// Takes note of a file of the log that cannot be placed: it may have held any batch, the last ones too.
+    pub(crate) fn unplaced(&mut self, name: SegmentName, generation: u32) {
+        self.doubt(name, generation, 0, DamageCause::SegmentHeader);
+    }
+
     /// Takes the next segment in the order of generations.
-    pub(crate) fn segment(&mut self, name: SegmentName, header: SegmentHeader, bytes: &SegmentBytes<'_>) {
-        let scanned = Scanned { name, header };
+    pub(crate) fn segment(&mut self, scanned: Scanned, bytes: &SegmentBytes<'_>) {
+        let Scanned { name, header, header_lost } = scanned;
         let previous = self.segments.last().map(|segment| segment.header);
         self.segments.push(scanned);
-        let continues = match header.origin {
-            SegmentOrigin::Cut { cut, after } => {
-                if previous.is_some_and(|previous| previous.generation == header.generation)
-                    || header.epoch <= self.epoch
-                {
-                    self.damaged(name, header.generation, 0, DamageCause::SegmentHeader);
-                    return;
-                }
-                self.cut(cut, Some(after), header.epoch);
-                true
-            }
-            SegmentOrigin::Rollover { previous: expected } => {
-                if previous.is_some_and(|previous| previous.generation == header.generation) {
-                    self.damaged(name, header.generation, 0, DamageCause::SegmentHeader);
-                    return;
-                }
-                previous
-                    .is_some_and(|previous| previous.generation == expected && previous.epoch == header.epoch)
-            }
-        };
+        if previous.is_some_and(|previous| previous.generation == header.generation) {
+            self.doubt(name, header.generation, 0, DamageCause::SegmentHeader);
+            return;
+        }
         if header.epoch < self.epoch {
             // Its epoch was ended by a cut, and it lies behind that cut: nothing in it counts.
             return;
         }
-        if !continues {
-            // A later cut may still make this irrelevant: segments behind a cut are removed in any order.
-            self.epoch = header.epoch;
-            let stop = self.stop.get_or_insert(Stop {
-                name,
-                place: Place { generation: header.generation, offset: 0 },
-                epoch: header.epoch,
-                slot: None,
-                segment_missing: true,
-                durable_through: LogIndex(0),
-                torn_bytes: 0,
-            });
-            stop.segment_missing = true;
+        if header_lost {
+            if header.epoch > self.epoch {
+                self.end_epoch(header.epoch);
+                self.cut_where_it_continues(scanned, bytes);
+            }
+            self.stop_before(scanned, DamageCause::SegmentHeader);
+        } else {
+            match header.origin {
+                SegmentOrigin::Cut { .. } if header.epoch <= self.epoch => {
+                    self.doubt(name, header.generation, 0, DamageCause::SegmentHeader);
+                    return;
+                }
+                SegmentOrigin::Cut { cut, after } => self.cut(cut, Some(after), header.epoch),
+                SegmentOrigin::Rollover { previous: expected } => {
+                    let continues = previous.is_some_and(|previous| {
+                        previous.generation == expected && previous.epoch == header.epoch
+                    });
+                    if header.epoch > self.epoch {
+                        // The segment that tells where this epoch cut the log is missing.
+                        self.end_epoch(header.epoch);
+                    }
+                    // Segments before the log's start are removed in order, and not missed.
+                    if !continues && !self.is_before_start() {
+                        self.stop_before(scanned, DamageCause::SegmentMissing);
+                    }
+                }
+            }
         }
         self.slots(scanned, bytes);
     }
@@ -145,151 +221,338 @@ impl LogScan {
             let cut = self.hard_state.cut;
             self.cut(cut, None, self.hard_state.epoch);
         }
-        let end = self.index.end().index;
         let witness = self.hard_state.witness.max(self.hard_state.cut.index);
-        let mut torn_bytes = 0;
-        match self.stop.take() {
-            Some(stop) => {
-                let durable_through = stop.durable_through.max(witness);
-                let acknowledged = durable_through > end;
-                let verdict = stop.slot.map(|BadSlot { envelope, image, .. }| {
-                    classify(Evidence { envelope, image, acknowledged })
-                });
-                let cause = match verdict {
-                    Some(Verdict::Lost) => Some(DamageCause::Lost),
-                    Some(Verdict::ImageRotten) => Some(DamageCause::ImageRotten),
-                    Some(Verdict::EnvelopeRotten) => Some(DamageCause::EnvelopeRotten),
-                    Some(Verdict::Misplaced) => Some(DamageCause::Misplaced),
-                    // A good slot is no stop: it was pushed to the index.
-                    None | Some(Verdict::Accept | Verdict::Torn) => {
-                        stop.segment_missing.then_some(DamageCause::SegmentMissing)
-                    }
-                };
-                let identity = stop.slot.and_then(|slot| slot.identity);
-                torn_bytes = stop.torn_bytes;
-                if let Some(cause) = cause {
-                    self.damage.get_or_insert(Damage {
-                        cause,
-                        segment: stop.name.to_string(),
-                        generation: stop.place.generation,
-                        offset: stop.place.offset,
-                        first: end.next(),
-                        identity,
-                        durable_through,
-                    });
-                }
-            }
-            None if witness > end => {
+        self.durable_through = self.durable_through.max(witness);
+        let torn_bytes = self.drop_torn();
+        let mut damage = self.known_damage();
+        let end = self.index.end().index;
+        let durable_through = self.durable_through;
+        let cut_short = match self.stop.take() {
+            Some(stop) => Some(Damage {
+                cause: self.cause_of(&stop).unwrap_or(DamageCause::Lost),
+                segment: stop.name.to_string(),
+                generation: stop.place.generation,
+                offset: stop.place.offset,
+                first: end.next(),
+                identity: None,
+                durable_through,
+            }),
+            None if durable_through > end => {
                 // The log is whole as far as it goes, but it does not go far enough.
                 let last = self.segments.last().copied();
-                let name = last.map_or(SegmentName::default(), |segment| segment.name);
-                let generation = last.map_or(0, |segment| segment.header.generation);
-                self.damaged(name, generation, 0, DamageCause::SegmentMissing);
+                Some(Damage {
+                    cause: DamageCause::SegmentMissing,
+                    segment: last.map_or(SegmentName::default(), |segment| segment.name).to_string(),
+                    generation: last.map_or(0, |segment| segment.header.generation),
+                    offset: 0,
+                    first: end.next(),
+                    identity: None,
+                    durable_through,
+                })
             }
-            None => {}
-        }
-        ScanOutcome { index: self.index, segments: self.segments, torn_bytes, damage: self.damage }
+            None => None,
+        };
+        let claim = if cut_short.is_some() || !self.doubts.is_empty() {
+            Some(merge(self.hard_state.claim, self.claim(cut_short.is_some())))
+        } else {
+            self.hard_state.claim
+        };
+        damage.extend(cut_short);
+        damage.append(&mut self.doubts);
+        let mut salvage = std::mem::take(&mut self.salvage);
+        salvage.retain(|batch| claim.is_some() && batch.intact);
+        salvage.sort_by_key(|batch| (batch.info.first, batch.info.term, batch.place));
+        ScanOutcome { index: self.index, segments: self.segments, torn_bytes, damage, claim, salvage }
     }
+
+    /// What the log held before it was cut short. Certain only when the batches behind the damage can be followed to where the log
+    /// ended as a log does, nothing vouches for more, the epoch that was the last one has left its segment, and there
+    /// is no file that cannot be placed. A certain claim that is too low would let the node vote away what it acknowledged, so
+    /// each of these says no in doubt.
+    fn claim(&self, cut_short: bool) -> Claim {
+        let Beyond { end, lost_track, open, .. } = &self.beyond;
+        let torn = open.iter().find(|open| self.durable_through < open.first);
+        let end = match torn {
+            Some(open) => open.before,
+            None => end.filter(|_| !lost_track),
+        };
+        let newest = self.segments.iter().any(|segment| segment.header.epoch == self.hard_state.epoch);
+        match end.filter(|end| end.index >= self.durable_through) {
+            Some(end) if cut_short && newest && self.doubts.is_empty() => {
+                Claim { term: end.term, last: end.index, certain: true }
+            }
+            _ => {
+                let end = self.index.end();
+                Claim {
+                    term: self.hard_state.term.max(self.highest_term).max(end.term),
+                    last: self.durable_through.max(self.highest_last).max(end.index),
+                    certain: false,
+                }
+            }
+        }
+    }
+
+    /// The damage that a stop is; `None` when the log ended there as a log does.
+    fn cause_of(&self, stop: &Stop) -> Option<DamageCause> {
+        let SlotEvidence { envelope, image } = stop.slot;
+        let acknowledged = self.durable_through > self.index.end().index;
+        match dispose(Evidence { envelope, image, acknowledged }) {
+            Disposition::Cut(cause) | Disposition::KeepDamaged(cause) => stop.cause.or(Some(cause)),
+            Disposition::Keep | Disposition::End => stop.cause,
+        }
+    }
+
+    /// Ends the log where it was torn, if it was: in front of the first batch that is incomplete and that nothing vouches for, or
+    /// at a blank slot. What lies behind in this epoch was never acknowledged. Returns the bytes of it.
+    fn drop_torn(&mut self) -> u64 {
+        let mut torn_bytes = 0;
+        let torn = self.open.iter().find(|open| self.durable_through < open.first).map(|open| open.first);
+        if let Some(first) = torn {
+            let kept = self.index.ordinal_starting_at(first).unwrap_or(usize::MAX);
+            let dropped = (kept..self.index.len()).map_while(|ordinal| self.index.at(ordinal));
+            torn_bytes = dropped.map(|(info, _)| info.slot_bytes() as u64).sum();
+            self.truncate_after(first.previous());
+        }
+        let ended = self.stop.as_ref().is_some_and(|stop| self.cause_of(stop).is_none());
+        if torn.is_some() || ended {
+            torn_bytes += self.beyond.torn_bytes;
+            self.resume();
+            self.salvage.truncate(self.salvage_before);
+        }
+        self.open.clear();
+        torn_bytes
+    }
+
+    /// Flags the damaged batches of the log, now that their causes are known.
+    fn known_damage(&mut self) -> Vec<Damage> {
+        let mut all = Vec::new();
+        for (first, SlotEvidence { envelope, image }) in std::mem::take(&mut self.damaged) {
+            let acknowledged = self.durable_through >= first;
+            let Disposition::KeepDamaged(cause) = dispose(Evidence { envelope, image, acknowledged }) else {
+                continue;
+            };
+            let Some((info, place)) = self.index.containing(first) else { continue };
+            let segment = self.segments.iter().find(|segment| segment.header.generation == place.generation);
+            self.index.damage(first, cause);
+            all.push(Damage {
+                cause,
+                segment: segment.map_or(SegmentName::default(), |segment| segment.name).to_string(),
+                generation: place.generation,
+                offset: place.offset,
+                first,
+                identity: Some((info.term, info.last)),
+                durable_through: self.durable_through,
+            });
+        }
+        all
+    }
+
+    // Between the segments.
 
     /// Everything at or behind the cut is void. What lies before it was durable when the cut was recorded.
     fn cut(&mut self, cut: Cut, after: Option<LogStart>, epoch: u64) {
-        self.index.truncate_at_place(Place { generation: cut.generation, offset: cut.offset });
+        let at = Place { generation: cut.generation, offset: cut.offset };
+        if self.hard_state.claim.is_none() || epoch < self.hard_state.claim_epoch {
+            self.salvage.retain(|batch| batch.place < at);
+        } else {
+            // The cut was made by a start that could not read what lies here, or since then: it is not void.
+            let kept = self.index.ordinal_at_place(at);
+            let cut_off = (kept..self.index.len()).map_while(|ordinal| self.index.at(ordinal));
+            let intact = |first| self.damaged.iter().all(|(damaged, _)| *damaged != first);
+            let cut_off = cut_off.map(|(info, place)| Salvaged { info, place, intact: intact(info.first) });
+            self.salvage.extend(cut_off);
+        }
+        self.index.truncate_at_place(at);
+        self.truncate_after(self.index.end().index);
+        self.open.clear();
+        self.beyond.open.clear();
         self.epoch = epoch;
-        let end = self.index.end();
+        self.durable_through = cut.index;
+        self.salvage_before = self.salvage.len();
         let start = self.hard_state.start.index;
         if cut.index < start {
             // The log has been started anew behind this cut.
-            self.stop = None;
+            self.resume();
             return;
         }
-        let same_chain = end.index == start || after.is_none_or(|after| after.chain == end.chain);
-        if end.index == cut.index && same_chain {
-            self.stop = None;
+        let end = self.index.end().index;
+        let found = self.index.chain_at(cut.index);
+        let same_log = cut.index == start || after.is_none_or(|after| found == Some(after.chain));
+        if end == cut.index && same_log {
+            self.resume();
             return;
         }
-        match self.stop.as_mut() {
-            // The stop lies before the cut: what was there had been durable.
-            Some(stop) => stop.durable_through = stop.durable_through.max(cut.index),
-            // A later cut may still make this irrelevant: segments behind a cut are removed one after the other.
-            None if end.index < cut.index => {
-                let name = self.segments.last().map_or(SegmentName::default(), |segment| segment.name);
-                self.stop = Some(Stop {
-                    name,
-                    place: Place { generation: cut.generation, offset: cut.offset },
-                    epoch,
-                    slot: None,
-                    segment_missing: true,
-                    durable_through: cut.index,
-                    torn_bytes: 0,
-                });
-            }
-            None => {
-                let name = self.segments.last().map_or(SegmentName::default(), |segment| segment.name);
-                self.damaged(name, cut.generation, cut.offset, DamageCause::Misplaced);
-            }
+        if end > cut.index && after.is_some() && found.is_some() && same_log {
+            // What an earlier cut had voided was not removed yet, and the segment that tells of that cut is gone.
+            self.truncate_after(cut.index);
+            self.resume();
+            return;
+        }
+        // A batch that the cut vouches for is not there, or others are. Those are void, as far as can be told.
+        let kept = if same_log { cut.index } else { LogIndex(cut.index.get().saturating_sub(1)) };
+        if end > kept {
+            let inside = self.index.containing(kept).filter(|(info, _)| info.last != kept);
+            self.truncate_after(inside.map_or(kept, |(info, _)| info.first.previous()));
+        }
+        let cause = if end < cut.index { DamageCause::SegmentMissing } else { DamageCause::Misplaced };
+        // A later cut may still make this irrelevant: segments behind a cut are removed one after the other.
+        let name = self.segments.last().map_or(SegmentName::default(), |segment| segment.name);
+        let slot = SlotEvidence { envelope: EnvelopeEvidence::Prior, image: ImageEvidence::Unreadable };
+        self.stop.get_or_insert(Stop { name, place: at, epoch, slot, cause: Some(cause) });
+        self.beyond.end = match after {
+            Some(after) => Some(LogStart { index: cut.index, ..after }),
+            None => self
+                .salvage
+                .iter()
+                .find(|batch| batch.info.last == cut.index && batch.place < at)
+                .map(|batch| end_of(&batch.info)),
+        };
+        self.beyond.lost_track = self.beyond.end.is_none();
+    }
+
+    /// An epoch begins whose cut is not known.
+    fn end_epoch(&mut self, next: u64) {
+        self.drop_torn();
+        self.epoch = next;
+        self.durable_through = LogIndex(0);
+        self.salvage_before = self.salvage.len();
+        self.beyond.open.clear();
+        self.beyond.lost_track = true;
+    }
+
+    /// A segment whose header is lost opens an epoch: where its first batch continues the log tells where the log had been cut.
+    fn cut_where_it_continues(&mut self, segment: Scanned, bytes: &SegmentBytes<'_>) {
+        let offset = slots_start(segment.header.segment_bytes) as usize;
+        let Some(envelope) = self.known(segment, bytes, offset) else { return };
+        let previous = envelope.first.previous();
+        let image = offset + ENVELOPE_BYTES..offset + ENVELOPE_BYTES + envelope.image_bytes as usize;
+        let Some(chain) = self.index.chain_at(previous) else { return };
+        let Some(image) = bytes.readable(image) else { return };
+        if SectorChecksums::of(image).is_ok_and(|image| image.verify_chain(chain)) {
+            self.truncate_after(previous);
+            self.resume();
         }
     }
+
+    /// The log cannot be followed into a segment: another one is missing, or nobody knows what this one follows.
+    fn stop_before(&mut self, segment: Scanned, cause: DamageCause) {
+        let slot = SlotEvidence { envelope: EnvelopeEvidence::Prior, image: ImageEvidence::Unreadable };
+        let place = Place { generation: segment.header.generation, offset: 0 };
+        let is_damage = self.stop.as_ref().is_some_and(|stop| self.cause_of(stop).is_some());
+        if !is_damage {
+            let epoch = segment.header.epoch;
+            self.stop = Some(Stop { name: segment.name, place, epoch, slot, cause: Some(cause) });
+        }
+        self.beyond.lost_track = true;
+    }
+
+    /// The stop is irrelevant.
+    fn resume(&mut self) {
+        self.stop = None;
+        self.beyond = Beyond::default();
+    }
+
+    fn truncate_after(&mut self, index: LogIndex) {
+        if index < self.index.end().index {
+            self.index.truncate_after(index);
+        }
+        self.damaged.retain(|(first, _)| *first <= index);
+        self.open.retain(|open| open.first <= index);
+    }
+
+    /// Whether no batch behind the log's start was found yet.
+    fn is_before_start(&self) -> bool {
+        self.index.is_empty() && self.hard_state.start.index.get() > 0
+    }
+
+    // Within a segment.
 
     /// Takes the slots of a segment of the present epoch.
     fn slots(&mut self, segment: Scanned, bytes: &SegmentBytes<'_>) {
-        let length = bytes.bytes.len();
+        let generation = segment.header.generation;
         let mut offset = slots_start(segment.header.segment_bytes) as usize;
-        if self.damage.is_some() {
-            return;
-        }
-        if let Some(stop) = self.stop.take() {
-            let slot = self.judge(segment, bytes, offset);
-            let behind_blank = stop.slot.is_some_and(|slot| slot.envelope == EnvelopeEvidence::Prior);
-            match slot {
-                // The segment before was left when the next batch did not fit: this one goes on.
-                Ok(_) => {}
-                // Behind a blank end, the batch that follows may have been written here. Its evidence counts, except
-                // when it is a later batch: then the one that follows belonged to the blank end.
-                Err(slot)
-                    if behind_blank
-                        && slot.envelope != EnvelopeEvidence::Prior
-                        && !self.is_later(segment, bytes, offset) =>
-                {
-                    let place = Place { generation: segment.header.generation, offset: offset as u64 };
-                    self.stop = Some(Stop { name: segment.name, place, slot: Some(slot), ..stop });
-                    self.collect(segment, bytes, offset);
-                    return;
-                }
-                Err(_) => {
-                    self.stop = Some(stop);
-                    self.collect(segment, bytes, offset);
-                    return;
-                }
-            }
-        }
-        while offset + BLOCK_BYTES <= length {
-            match self.judge(segment, bytes, offset) {
-                Ok(info) => {
-                    let place = Place { generation: segment.header.generation, offset: offset as u64 };
-                    self.index.push(&info, place);
+        let mut is_first = true;
+        while offset + BLOCK_BYTES <= bytes.bytes.len() {
+            let place = Place { generation, offset: offset as u64 };
+            match self.judge_next(segment, bytes, place, is_first) {
+                Judged::Below(bytes) => offset += bytes,
+                Judged::Batch { info, image, durable_through } => {
+                    self.durable_through = self.durable_through.max(durable_through);
+                    self.highest_term = self.highest_term.max(info.term);
+                    self.highest_last = self.highest_last.max(info.last);
+                    if self.stop.is_none() {
+                        self.take(&info, place, image);
+                    } else {
+                        self.take_beyond(segment, &info, place, image);
+                    }
                     offset += info.slot_bytes();
                 }
-                Err(slot) => {
-                    self.stop = Some(Stop {
-                        name: segment.name,
-                        place: Place { generation: segment.header.generation, offset: offset as u64 },
-                        epoch: segment.header.epoch,
-                        slot: Some(slot),
-                        segment_missing: false,
-                        durable_through: LogIndex(0),
-                        torn_bytes: 0,
-                    });
-                    self.collect(segment, bytes, offset);
-                    return;
+                Judged::Bad(slot) => {
+                    self.bad(segment, place, slot, is_first);
+                    let Some(at) = self.find_known(segment, bytes, offset) else { return };
+                    offset = at;
                 }
             }
+            is_first = false;
         }
     }
 
-    /// Judges the slot at `offset` as the one that should hold the batch behind the end of the log.
-    fn judge(&self, segment: Scanned, bytes: &SegmentBytes<'_>, offset: usize) -> Result<BatchInfo, BadSlot> {
-        let image = ImageEvidence::Unreadable;
-        let bad = |envelope| Err(BadSlot { envelope, image, identity: None });
+    /// Judges a slot: as the one that holds the batch behind the end of the log, or, behind a stop, as one of those behind it. A
+    /// slot behind a stop that continues the log nevertheless takes the log up again.
+    fn judge_next(
+        &mut self,
+        segment: Scanned,
+        bytes: &SegmentBytes<'_>,
+        place: Place,
+        is_first: bool,
+    ) -> Judged {
+        let Some(stop) = &self.stop else {
+            return self.judge(segment, bytes, place, Some(self.index.end()));
+        };
+        let before_start = self.is_before_start();
+        if !segment.header_lost && (is_first || before_start) {
+            let judged = self.judge(segment, bytes, place, Some(self.index.end()));
+            let same_epoch = stop.cause.is_none() && stop.epoch == segment.header.epoch;
+            let continues = match judged {
+                // It names the end of the log by its chain, so nothing lies between.
+                Judged::Batch { image: ImageEvidence::Good, .. } | Judged::Below(_) => true,
+                // It has the next index, and an epoch writes an index once.
+                Judged::Batch { .. } => same_epoch || before_start,
+                Judged::Bad(_) => false,
+            };
+            if continues {
+                self.resume();
+                return judged;
+            }
+            // Behind a blank end, the batch that follows may have been written here. The evidence about it counts,
+            // except when this is a later batch: then the one that follows belonged to the blank end.
+            let is_later = self
+                .known(segment, bytes, place.offset as usize)
+                .is_some_and(|envelope| envelope.first > self.index.end().index.next());
+            if let Judged::Bad(slot) = judged
+                && let Some(stop) = self.stop.as_mut()
+                && same_epoch
+                && stop.slot.envelope == EnvelopeEvidence::Prior
+                && slot.envelope != EnvelopeEvidence::Prior
+                && self.beyond.end.is_none()
+                && !is_later
+            {
+                (stop.name, stop.place, stop.slot) = (segment.name, place, slot);
+            }
+        }
+        self.judge(segment, bytes, place, None)
+    }
+
+    /// With an `end`: judges the slot as the one that should hold the batch behind it. Without: as any batch of its segment.
+    fn judge(
+        &self,
+        segment: Scanned,
+        bytes: &SegmentBytes<'_>,
+        place: Place,
+        end: Option<LogStart>,
+    ) -> Judged {
+        let offset = place.offset as usize;
+        let bad = |envelope| Judged::Bad(SlotEvidence { envelope, image: ImageEvidence::Unreadable });
         let Some(sector) = bytes.readable(offset..offset.saturating_add(ENVELOPE_BYTES)) else {
             return bad(EnvelopeEvidence::Unreadable);
         };
@@ -297,58 +560,111 @@ impl LogScan {
             return bad(EnvelopeEvidence::Prior);
         }
         let Ok(envelope) = read_envelope(sector) else { return bad(EnvelopeEvidence::Rotten) };
-        let end = self.index.end();
-        let slot_end = offset.saturating_add(slot_bytes(envelope.image_bytes as usize));
-        if !belongs(&envelope, &segment.header, offset)
-            || envelope.first != end.index.next()
-            || slot_end > bytes.bytes.len()
-        {
+        if !fits(&envelope, segment, bytes, offset) {
             return bad(EnvelopeEvidence::Misplaced);
         }
-        let (image, info) = match judge_image(&envelope, bytes, offset, end) {
-            Ok(info) => (ImageEvidence::Good, Some(info)),
-            Err(image) => (image, None),
-        };
-        let evidence = Evidence { envelope: EnvelopeEvidence::Valid, image, acknowledged: false };
-        match (classify(evidence), info) {
-            (Verdict::Accept, Some(info)) => Ok(info),
-            _ => {
-                let identity = Some((envelope.term, envelope.last));
-                Err(BadSlot { envelope: EnvelopeEvidence::Valid, image, identity })
-            }
+        if envelope.last <= self.hard_state.start.index {
+            return Judged::Below(slot_bytes(envelope.image_bytes as usize));
+        }
+        let follows = |end: &LogStart| envelope.first == end.index.next() && envelope.term >= end.term;
+        if !end.as_ref().is_none_or(follows) {
+            return bad(EnvelopeEvidence::Misplaced);
+        }
+        let previous = end.or(self.beyond.end.filter(follows));
+        let (image, info) = judge_image(&envelope, bytes, offset, previous);
+        let slot = SlotEvidence { envelope: EnvelopeEvidence::Valid, image };
+        let evidence = Evidence { envelope: slot.envelope, image, acknowledged: true };
+        match dispose(evidence) {
+            Disposition::Cut(_) if end.is_some() => Judged::Bad(slot),
+            _ => Judged::Batch { info, image, durable_through: envelope.durable_through },
         }
     }
 
-    /// Whether the slot holds an intact envelope of this segment for a batch behind the one that follows.
-    fn is_later(&self, segment: Scanned, bytes: &SegmentBytes<'_>, offset: usize) -> bool {
-        bytes
-            .readable(offset..offset.saturating_add(ENVELOPE_BYTES))
-            .and_then(|sector| read_envelope(sector).ok())
-            .is_some_and(|envelope| {
-                belongs(&envelope, &segment.header, offset) && envelope.first > self.index.end().index.next()
-            })
+    /// The envelope at `offset`, if it is intact and was written for this place in this segment.
+    fn known(&self, segment: Scanned, bytes: &SegmentBytes<'_>, offset: usize) -> Option<Envelope> {
+        bytes.envelope(offset).filter(|envelope| fits(envelope, segment, bytes, offset))
     }
 
-    /// Adds what a segment holds from `offset` on to the evidence about the stop.
-    fn collect(&mut self, segment: Scanned, bytes: &SegmentBytes<'_>, offset: usize) {
-        let Some(stop) = self.stop.as_mut() else { return };
-        if stop.epoch != segment.header.epoch {
+    /// The next batch of the log.
+    fn take(&mut self, info: &BatchInfo, place: Place, image: ImageEvidence) {
+        if image != ImageEvidence::Good {
+            let slot = SlotEvidence { envelope: EnvelopeEvidence::Valid, image };
+            self.damaged.push((info.first, slot));
+        }
+        if image == ImageEvidence::PriorRemains {
+            self.open.push(Open { first: info.first, before: Some(self.index.end()), blank: false });
+        }
+        self.index.push(info, place);
+    }
+
+    /// A batch behind the stop.
+    fn take_beyond(&mut self, segment: Scanned, info: &BatchInfo, place: Place, image: ImageEvidence) {
+        let before = self.beyond.end.filter(|end| end.index.next() == info.first);
+        if before.is_some() {
+            // Nothing is missing between them.
+            self.beyond.open.retain(|open| !open.blank || open.first != info.first);
+        }
+        let goes_back = self.beyond.end.is_some_and(|end| info.first <= end.index || info.term < end.term);
+        if goes_back || image == ImageEvidence::Misplaced {
+            let cause = DamageCause::Misplaced;
+            self.doubt(segment.name, place.generation, place.offset, cause);
+        }
+        if image == ImageEvidence::PriorRemains {
+            self.beyond.open.push(Open { first: info.first, before, blank: false });
+        }
+        self.beyond.end = Some(end_of(info));
+        self.beyond.lost_track = false;
+        self.beyond.torn_bytes += info.slot_bytes() as u64;
+        self.salvage.push(Salvaged { info: *info, place, intact: image == ImageEvidence::Good });
+    }
+
+    /// A slot that holds no batch that could be known.
+    fn bad(&mut self, segment: Scanned, place: Place, slot: SlotEvidence, is_first: bool) {
+        let epoch = segment.header.epoch;
+        if self.stop.is_none() {
+            self.stop = Some(Stop { name: segment.name, place, epoch, slot, cause: None });
+            self.beyond = Beyond { lost_track: true, ..Beyond::default() };
             return;
         }
-        for at in (offset..bytes.bytes.len()).step_by(BLOCK_BYTES) {
-            let Some(block) = bytes.readable(at..at.saturating_add(BLOCK_BYTES)) else { continue };
-            if !is_prior(block) {
-                stop.torn_bytes += BLOCK_BYTES as u64;
+        let Some(end) = self.beyond.end.filter(|_| !self.beyond.lost_track) else { return };
+        let blank = Open { first: end.index.next(), before: Some(end), blank: true };
+        if slot.envelope == EnvelopeEvidence::Prior {
+            self.beyond.open.push(blank);
+        } else {
+            // At the start of a segment, this may be where the batch went that did not fit before.
+            if is_first {
+                self.beyond.open.retain(|open| !open.blank || open.first != blank.first);
             }
-            if let Ok(envelope) = read_envelope(block)
-                && belongs(&envelope, &segment.header, at)
-            {
-                stop.durable_through = stop.durable_through.max(envelope.durable_through);
-            }
+            self.beyond.lost_track = true;
         }
     }
 
-    fn damaged(&mut self, name: SegmentName, generation: u32, offset: u64, cause: DamageCause) {
+    /// The first slot at or behind `offset` whose envelope is intact and belongs there.
+    fn find_known(&mut self, segment: Scanned, bytes: &SegmentBytes<'_>, offset: usize) -> Option<usize> {
+        for at in (offset..bytes.bytes.len()).step_by(BLOCK_BYTES) {
+            let Some(block) = bytes.readable(at..at.saturating_add(BLOCK_BYTES)) else { continue };
+            if is_prior(block) {
+                continue;
+            }
+            if self.known(segment, bytes, at).is_some() {
+                return Some(at);
+            }
+            self.beyond.torn_bytes += BLOCK_BYTES as u64;
+            let header = &segment.header;
+            let is_younger = |envelope: &Envelope| {
+                envelope.cluster == header.cluster
+                    && envelope.group == header.group
+                    && envelope.generation > header.generation
+            };
+            if bytes.envelope(at).is_some_and(|envelope| is_younger(&envelope)) {
+                // The header is that of an older segment: a misdirected write.
+                self.doubt(segment.name, header.generation, 0, DamageCause::SegmentHeader);
+            }
+        }
+        None
+    }
+
+    fn doubt(&mut self, name: SegmentName, generation: u32, offset: u64, cause: DamageCause) {
         let damage = Damage {
             cause,
             segment: name.to_string(),
@@ -358,8 +674,68 @@ impl LogScan {
             identity: None,
             durable_through: self.hard_state.witness.max(self.hard_state.cut.index),
         };
-        self.damage.get_or_insert(damage);
+        if !self.doubts.contains(&damage) {
+            self.doubts.push(damage);
+        }
     }
+}
+
+/// Two claims in one: whoever satisfies it satisfies both.
+fn merge(earlier: Option<Claim>, later: Claim) -> Claim {
+    let Some(earlier) = earlier else { return later };
+    if earlier.certain && later.certain {
+        return if (earlier.term, earlier.last) > (later.term, later.last) { earlier } else { later };
+    }
+    Claim { term: earlier.term.max(later.term), last: earlier.last.max(later.last), certain: false }
+}
+
+fn end_of(info: &BatchInfo) -> LogStart {
+    LogStart { index: info.last, term: info.term, chain: info.chain }
+}
+
+/// What the envelopes of a segment whose header is damaged say of it, by majority: some may have been misdirected here from
+/// another segment, one of the generations that are `taken`. `None` when they do not tell.
+pub(crate) fn header_from_envelopes(
+    bytes: &SegmentBytes<'_>,
+    hard_state: &HardState,
+    taken: impl Fn(u32) -> bool,
+) -> Option<SegmentHeader> {
+    let mut voices: Vec<(usize, SegmentHeader)> = Vec::new();
+    for at in (0..bytes.bytes.len()).step_by(BLOCK_BYTES) {
+        let Some(envelope) = bytes.envelope(at) else { continue };
+        if envelope.cluster != hard_state.cluster
+            || envelope.group != hard_state.group
+            || envelope.generation == 0
+        {
+            continue;
+        }
+        if let Some((count, _)) = voices.iter_mut().find(|(_, header)| belongs(&envelope, header, at)) {
+            *count += 1;
+            continue;
+        }
+        let header = SegmentHeader {
+            cluster: envelope.cluster,
+            node: hard_state.node,
+            incarnation: hard_state.incarnation,
+            segment_bytes: bytes.bytes.len() as u64,
+            nonce: envelope.nonce,
+            epoch: envelope.epoch,
+            boot: envelope.boot,
+            generation: envelope.generation,
+            group: envelope.group,
+            prior_content: PriorContent::Zeros,
+            // Nobody knows; generation 0 is no segment's.
+            origin: SegmentOrigin::Rollover { previous: 0 },
+        };
+        voices.push((1, header));
+    }
+    if voices.iter().any(|(_, header)| !taken(header.generation)) {
+        voices.retain(|(_, header)| !taken(header.generation));
+    }
+    let most = voices.iter().map(|(count, _)| *count).max()?;
+    let mut loudest = voices.into_iter().filter(|(count, _)| *count == most);
+    let (_, header) = loudest.next()?;
+    loudest.next().is_none().then_some(header)
 }
 
 /// Whether an intact envelope was written for this place in this life of the segment.
@@ -380,15 +756,32 @@ pub(crate) fn is_prior(sectors: &[u8]) -> bool {
     words.iter().all(|word| u128::from_ne_bytes(*word) == 0) && rest.iter().all(|byte| *byte == 0)
 }
 
-/// Judges the image behind a valid envelope, sector by sector if need be.
+/// Whether an intact envelope was written for this place, and its slot lies within the segment.
+fn fits(envelope: &Envelope, segment: Scanned, bytes: &SegmentBytes<'_>, offset: usize) -> bool {
+    let end = offset.saturating_add(slot_bytes(envelope.image_bytes as usize));
+    belongs(envelope, &segment.header, offset) && end <= bytes.bytes.len()
+}
+
+/// Judges the image behind a valid envelope, sector by sector if need be, and says what is known of the batch.
 fn judge_image(
     envelope: &Envelope,
     bytes: &SegmentBytes<'_>,
     offset: usize,
-    end: LogStart,
-) -> Result<BatchInfo, ImageEvidence> {
+    previous: Option<LogStart>,
+) -> (ImageEvidence, BatchInfo) {
     let start = offset + ENVELOPE_BYTES;
     let image_bytes = envelope.image_bytes as usize;
+    let mut known = BatchInfo {
+        group: envelope.group,
+        term: envelope.term,
+        first: envelope.first,
+        last: envelope.last,
+        kind: BatchKind::Commands,
+        time_ms: 0,
+        image_bytes: envelope.image_bytes,
+        payload_bytes: 0,
+        chain: envelope.chain,
+    };
     let sector_range = |ordinal: usize| {
         let at = start + ordinal * SECTOR_BYTES;
         at..at + SECTOR_BYTES
@@ -396,43 +789,57 @@ fn judge_image(
     // A sector counts as never written when all of it is prior; the last one's padding is prior in any case.
     let prior = |ordinal: usize| bytes.readable(sector_range(ordinal)).is_some_and(is_prior);
 
+    let whole = bytes.readable(start..start + image_bytes);
+    if let Some(Ok(view)) = whole.map(parse_image)
+        && is_named(&view.info(), envelope)
+        && previous.is_none_or(|previous| view.verify_chain(previous.chain))
+    {
+        return (ImageEvidence::Good, view.info());
+    }
+    let otherwise = if whole.is_some() { ImageEvidence::Rotten } else { ImageEvidence::Unreadable };
+    // Where the device returned errors the buffer holds zeros, so those sectors just fail their checksums.
+    let Some(image) = bytes.bytes.get(start..start + image_bytes) else { return (otherwise, known) };
     // The header's sector and those of the checksum table are never blank in a complete image.
     if prior(0) || SectorChecksums::table_sectors(image_bytes).any(prior) {
-        return Err(ImageEvidence::PriorRemains);
+        return (ImageEvidence::PriorRemains, known);
     }
-    let whole = bytes.readable(start..start + image_bytes);
-    // Where the device returned errors the buffer holds zeros, so those sectors just fail their checksums.
-    let image = bytes.bytes.get(start..start + image_bytes).ok_or(ImageEvidence::Misplaced)?;
-    let otherwise = if whole.is_some() { ImageEvidence::Rotten } else { ImageEvidence::Unreadable };
-    let sectors = SectorChecksums::of(image).map_err(|_| otherwise)?;
+    let Ok(sectors) = SectorChecksums::of(image) else { return (otherwise, known) };
+    let Some(info) = sectors.info().filter(|info| is_named(info, envelope)) else {
+        return (otherwise, known);
+    };
+    // Header and checksums are those of the batch, so all of this is known, and the chain can be verified.
+    known = info;
     let mut bad = (0..sectors.count()).filter(|ordinal| !sectors.is_good(*ordinal)).peekable();
-    if bad.peek().is_some() {
-        return Err(if bad.any(prior) { ImageEvidence::PriorRemains } else { otherwise });
+    let image = if bad.peek().is_some() {
+        if bad.any(prior) { ImageEvidence::PriorRemains } else { otherwise }
+    } else if whole.is_none() {
+        otherwise
+    } else {
+        match parse_image(image) {
+            Ok(_) => ImageEvidence::Good,
+            Err(ImageError::SectorChecksum(_) | ImageError::HeaderChecksum) => ImageEvidence::Rotten,
+            Err(_) => ImageEvidence::Misplaced,
+        }
+    };
+    if previous.is_some_and(|previous| !sectors.verify_chain(previous.chain)) {
+        return (ImageEvidence::Misplaced, known);
     }
-    if whole.is_none() {
-        return Err(otherwise);
-    }
-    let view = parse_image(image).map_err(|error| match error {
-        ImageError::SectorChecksum(_) | ImageError::HeaderChecksum => ImageEvidence::Rotten,
-        _ => ImageEvidence::Misplaced,
-    })?;
-    let info = view.info();
-    let named = info.group == envelope.group
+    (image, known)
+}
+
+fn is_named(info: &BatchInfo, envelope: &Envelope) -> bool {
+    info.group == envelope.group
         && info.term == envelope.term
         && info.first == envelope.first
         && info.last == envelope.last
         && info.chain == envelope.chain
-        && info.image_bytes == envelope.image_bytes;
-    if !named || info.term < end.term || !view.verify_chain(end.chain) {
-        return Err(ImageEvidence::Misplaced);
-    }
-    Ok(info)
+        && info.image_bytes == envelope.image_bytes
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::format::{Chain, PriorContent};
+    use crate::format::Chain;
     use ringraft_block::{ClusterId, GroupId, Incarnation, NodeId};
 
     #[test]

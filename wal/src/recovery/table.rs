@@ -3,7 +3,9 @@
 //! A sector is *prior* when it holds what it held before the segment entered service (zeros, so far), and *new* when
 //! it holds what the write put there. The device writes a sector whole or not at all, so a write that never finished
 //! leaves a mixture of prior and new sectors and nothing else; and a write that was acknowledged leaves new sectors
-//! only. Everything else is damage: it is reported and nothing is cut off.
+//! only. Everything else is damage. [`classify`] says which; [`dispose`] says whether the log goes on behind it.
+
+use crate::error::DamageCause;
 
 /// What the first sector of the slot holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -25,14 +27,28 @@ pub(crate) enum EnvelopeEvidence {
 pub(crate) enum ImageEvidence {
     /// Every checksum fits, the image is the one that the envelope names, and its chain continues the log.
     Good,
-    /// Every checksum fits, but it is another image, or it does not continue the log.
+    /// Every checksum fits and it is the image that the envelope names, but it does not continue the log.
     Misplaced,
     /// At least one sector is prior content where the new content differs.
     PriorRemains,
-    /// Sectors are bad, and none of the bad ones is prior content.
+    /// Sectors are bad, and none of the bad ones is prior content; or it is intact, but another image.
     Rotten,
     /// The device returned an error for a sector, and none of the others is prior where it should not be.
     Unreadable,
+}
+
+/// What becomes of the slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Disposition {
+    /// The batch is a part of the log, and the log goes on behind it.
+    Keep,
+    /// So it is, though its bytes have to be fetched from a peer: an intact envelope tells which batch it is, how long, and what
+    /// the chain is behind it.
+    KeepDamaged(DamageCause),
+    /// The log ends before the slot, as it did when the process died.
+    End,
+    /// The log has to be cut before the slot: nobody can tell what belongs here. What is intact behind it is salvage.
+    Cut(DamageCause),
 }
 
 /// All that the verdict depends on.
@@ -60,6 +76,23 @@ pub(crate) enum Verdict {
     EnvelopeRotten,
     /// Row 6: what is here is intact and does not belong here.
     Misplaced,
+}
+
+/// What a verdict means for the log. Idempotent: what is kept is found again by the next start from the same bytes, and
+/// where the log ends or is cut, the cut that is recorded makes the next start end there.
+pub(crate) fn dispose(evidence: Evidence) -> Disposition {
+    let known = evidence.envelope == EnvelopeEvidence::Valid && evidence.image != ImageEvidence::Misplaced;
+    let damaged = |cause| if known { Disposition::KeepDamaged(cause) } else { Disposition::Cut(cause) };
+    match classify(evidence) {
+        Verdict::Accept => Disposition::Keep,
+        Verdict::Torn => Disposition::End,
+        // With a valid envelope, the slot is that of the batch which follows, and all but its bytes is known. A batch behind it
+        // that continues its chain proves it once more.
+        Verdict::Lost => damaged(DamageCause::Lost),
+        Verdict::ImageRotten => damaged(DamageCause::ImageRotten),
+        Verdict::EnvelopeRotten => damaged(DamageCause::EnvelopeRotten),
+        Verdict::Misplaced => damaged(DamageCause::Misplaced),
+    }
 }
 
 /// The table. Total by construction: the `match` has no wildcard on the evidence it has not decided yet.
@@ -96,7 +129,8 @@ pub(crate) fn classify(evidence: Evidence) -> Verdict {
 
         // Row 6 again. What is here is intact but was written for another place, or is another batch than the one that
         // follows, or does not continue the chain: a misdirected write overwrote the slot, or the batches before
-        // it are not those that were there. What belongs here cannot be told.
+        // it are not those that were there. What belongs here cannot be told. (Another image behind a valid envelope is
+        // row 5: the envelope tells what belongs here.)
         (E::Misplaced, _, false) | (E::Valid, I::Misplaced, false) => Verdict::Misplaced,
     }
 }
@@ -134,6 +168,33 @@ mod tests {
             }
         }
         crate::testing::golden("recovery-table.txt", &lines);
+    }
+
+    /// What becomes of every slot, printed. Before all evidence is in, an unfinished look must not decide otherwise than the
+    /// finished one, but for the two that wait for it.
+    #[test]
+    fn what_becomes_of_a_slot_is_what_it_was_and_only_two_wait_for_evidence() {
+        let mut lines = String::new();
+        for envelope in ENVELOPES {
+            for image in IMAGES {
+                let [early, late] =
+                    [false, true].map(|acknowledged| dispose(Evidence { envelope, image, acknowledged }));
+                lines.push_str(&format!("{envelope:?} {image:?}: {early:?}; acknowledged: {late:?}\n"));
+                match (early, late) {
+                    (Disposition::Keep, Disposition::Keep)
+                    | (Disposition::KeepDamaged(_), Disposition::KeepDamaged(_))
+                    | (Disposition::Cut(_), Disposition::Cut(_)) => {}
+                    (Disposition::End, Disposition::KeepDamaged(DamageCause::Lost)) => {
+                        assert_eq!((envelope, image), (EnvelopeEvidence::Valid, ImageEvidence::PriorRemains));
+                    }
+                    (Disposition::End, Disposition::Cut(DamageCause::Lost)) => {
+                        assert_eq!(envelope, EnvelopeEvidence::Prior);
+                    }
+                    other => panic!("{envelope:?} {image:?}: {other:?}"),
+                }
+            }
+        }
+        crate::testing::golden("recovery-dispositions.txt", &lines);
     }
 
     #[test]

@@ -348,3 +348,237 @@ fn nothing_completes_while_the_disk_stands_still() {
     assert_eq!(machine.settle().len(), 1);
     assert_eq!(machine.context.now(), until);
 }
+
+// ---- What a disk does wrong
+
+impl Machine {
+    fn schedule(&self, on: On, skip: u64, fault: Fault) {
+        self.state.borrow_mut().faults_mut().scheduled.push(Scheduled { on, skip, fault });
+    }
+
+    /// A durable file of four blocks, each filled with its number from 1.
+    fn numbered(seed: u64) -> (Self, FileId) {
+        let mut machine = Self::new(seed);
+        let file = machine.create_durably("a", 4, Access::DurableWrite);
+        for block in 0..4 {
+            let write = machine.write(file, block, 1, block as u8 + 1);
+            machine.run(write).unwrap();
+        }
+        (machine, file)
+    }
+
+    fn kind(&mut self, op: DiskOp<AlignedBuf>) -> Result<usize, DiskErrorKind> {
+        match self.run(op) {
+            Ok(DiskOutput::Written { bytes } | DiskOutput::Read { bytes, .. }) => Ok(bytes),
+            Ok(_) => Ok(0),
+            Err(error) => Err(error.kind),
+        }
+    }
+
+    fn read_op(&self, file: FileId, block: u64, blocks: usize) -> DiskOp<AlignedBuf> {
+        let (offset, bytes) = (block * BLOCK_BYTES as u64, blocks * BLOCK_BYTES);
+        DiskOp::Read { file, offset, block: self.block(blocks, 0xee), bytes }
+    }
+}
+
+#[test]
+fn a_scheduled_fault_strikes_the_nth_operation_of_its_kind_once() {
+    let (mut machine, file) = Machine::numbered(3);
+    machine.schedule(On::Write, 1, Fault::Io);
+    machine.schedule(On::Flush, 0, Fault::NoSpace);
+    machine.schedule(On::Read, 2, Fault::Io);
+    let mut outcomes = Vec::new();
+    for _ in 0..4 {
+        let ops = [machine.write(file, 0, 1, 9), DiskOp::Flush { file }, machine.read_op(file, 3, 1)];
+        outcomes.extend(ops.map(|op| machine.kind(op).err()));
+    }
+    let mut expected = vec![None; 12];
+    expected[3] = Some(DiskErrorKind::Io);
+    expected[1] = Some(DiskErrorKind::NoSpace);
+    expected[8] = Some(DiskErrorKind::Io);
+    assert_eq!(outcomes, expected);
+    assert_eq!(machine.state.borrow().faults_struck(), 3);
+}
+
+#[test]
+fn a_fault_leaves_an_operation_alone_that_it_cannot_happen_to() {
+    let (mut machine, file) = Machine::numbered(3);
+    for fault in [Fault::Lost, Fault::NoSpace] {
+        machine.schedule(On::Any, 0, fault);
+        let read = machine.read_op(file, 0, 1);
+        assert_eq!(machine.kind(read), Ok(BLOCK_BYTES));
+    }
+    assert_eq!(machine.state.borrow().faults_struck(), 0);
+}
+
+#[test]
+fn a_write_or_read_that_stops_short_says_so_and_does_no_more() {
+    let mut counts = std::collections::BTreeSet::new();
+    for seed in 0..50 {
+        let (mut machine, file) = Machine::numbered(seed);
+        machine.schedule(On::Write, 0, Fault::Short);
+        let write = machine.write(file, 0, 4, 9);
+        let written = machine.kind(write).unwrap();
+        assert!(written < 4 * BLOCK_BYTES);
+        let content = sectors(&machine.read(file, 0, 4));
+        assert_eq!(content.iter().filter(|fill| **fill == 9).count(), written / SECTOR_BYTES);
+        counts.insert(written / BLOCK_BYTES);
+        machine.schedule(On::Read, 0, Fault::Short);
+        let read = machine.read_op(file, 0, 4);
+        assert!(machine.kind(read).unwrap() < 4 * BLOCK_BYTES);
+    }
+    assert_eq!(counts.into_iter().collect::<Vec<_>>(), [0, 1, 2, 3]);
+}
+
+#[test]
+fn a_lost_write_is_reported_and_never_arrives() {
+    let (mut machine, file) = Machine::numbered(1);
+    machine.schedule(On::Write, 0, Fault::Lost);
+    let write = machine.write(file, 0, 2, 9);
+    assert_eq!(machine.kind(write), Ok(2 * BLOCK_BYTES));
+    assert_eq!(sectors(&machine.read(file, 0, 2)), [[1; 8], [2; 8]].concat());
+}
+
+#[test]
+fn a_misdirected_write_lands_elsewhere_and_a_misdirected_read_brings_what_is_elsewhere() {
+    let mut files = std::collections::BTreeSet::new();
+    for seed in 0..40 {
+        let (mut machine, file) = Machine::numbered(seed);
+        machine.create_durably("b", 4, Access::DurableWrite);
+        machine.schedule(On::Write, 0, Fault::Misdirected);
+        let write = machine.write(file, 1, 1, 9);
+        assert_eq!(machine.kind(write), Ok(BLOCK_BYTES));
+        let state = machine.state.borrow();
+        assert_eq!(sectors(&state.content("a").unwrap())[8..16], [2; 8], "the right place keeps what it had");
+        let hit: Vec<_> =
+            ["a", "b"].into_iter().filter(|name| state.content(name).unwrap().contains(&9)).collect();
+        assert_eq!(hit.len(), 1);
+        files.insert(hit[0]);
+        drop(state);
+        machine.state.borrow_mut().damage("a", 0, 4 * BLOCK_BYTES, &Rot::Zero);
+        machine.state.borrow_mut().damage("a", 4096, BLOCK_BYTES, &Rot::Content(vec![5]));
+        machine.schedule(On::Read, 0, Fault::Misdirected);
+        assert_ne!(sectors(&machine.read(file, 1, 1)), [5; 8]);
+        assert_eq!(sectors(&machine.read(file, 1, 1)), [5; 8], "only once");
+    }
+    assert_eq!(files.len(), 2);
+}
+
+#[test]
+fn a_stalled_operation_is_overtaken_by_those_after_it() {
+    let (mut machine, file) = Machine::numbered(1);
+    machine.schedule(On::Write, 0, Fault::Stall(1_000_000_000));
+    let start = machine.context.now();
+    let ops = [machine.write(file, 0, 1, 8), machine.write(file, 1, 1, 8)];
+    let ids = ops.map(|op| machine.submit(op));
+    let order: Vec<_> = machine.settle().into_iter().map(|done| done.id).collect();
+    assert_eq!(order, [ids[1], ids[0]]);
+    assert!(machine.context.now() >= start + 1_000_000_000);
+}
+
+#[test]
+fn rot_changes_what_it_names_and_survives_every_crash() {
+    let (mut machine, _) = Machine::numbered(1);
+    let before = machine.state.borrow().content("a").unwrap();
+    let cases = [
+        (0, 1, Rot::Flip(3)),
+        (700, 100, Rot::Garbage(7)),
+        (8192, 4096, Rot::Zero),
+        (12_800, 512, Rot::Content(vec![1, 2])),
+    ];
+    for (offset, bytes, rot) in &cases {
+        machine.state.borrow_mut().damage("a", *offset, *bytes, rot);
+    }
+    machine.crash(Crash::PowerCut);
+    let after = machine.state.borrow().content("a").unwrap();
+    for (position, (old, new)) in before.iter().zip(&after).enumerate() {
+        let named = cases
+            .iter()
+            .any(|(offset, bytes, _)| (*offset as usize..*offset as usize + bytes).contains(&position));
+        assert!(named || old == new, "byte {position}");
+    }
+    assert_eq!(after[0], 1 ^ 8);
+    assert_ne!(after[700..800], before[700..800]);
+    assert_eq!(after[8192..12_288], [0; 4096]);
+    assert_eq!(after[12_800..12_804], [1, 2, 1, 2]);
+}
+
+#[test]
+fn an_unreadable_sector_fails_reads_that_touch_it_until_it_is_written_again() {
+    let (mut machine, file) = Machine::numbered(1);
+    machine.state.borrow_mut().damage("a", 4096 + 512, 1, &Rot::Unreadable);
+    let outcome = |machine: &mut Machine, block, blocks| {
+        let read = machine.read_op(file, block, blocks);
+        machine.kind(read)
+    };
+    assert_eq!(outcome(&mut machine, 0, 1), Ok(4096));
+    assert_eq!(outcome(&mut machine, 1, 1), Err(DiskErrorKind::Io));
+    assert_eq!(outcome(&mut machine, 0, 4), Err(DiskErrorKind::Io));
+    let write = machine.write(file, 1, 1, 9);
+    machine.run(write).unwrap();
+    assert_eq!(sectors(&machine.read(file, 0, 4))[8..16], [9; 8]);
+}
+
+#[test]
+fn a_crash_image_holds_exactly_the_survivors_that_were_picked() {
+    let (mut machine, file) = Machine::numbered(1);
+    let write = machine.write(file, 0, 2, 9);
+    machine.submit(write);
+    let state = machine.state.borrow();
+    let pending = state.pending();
+    assert_eq!(pending.len(), 16);
+    for mask in [0_u32, 1, 0x8001, 0xa5a5, 0xffff] {
+        let image = state.crash_image(&machine.context, &pending, |position| mask >> position & 1 == 1);
+        let content = sectors(&image.borrow().content("a").unwrap());
+        for (position, fill) in content.iter().take(16).enumerate() {
+            let survived = mask >> position & 1 == 1;
+            assert_eq!(*fill, if survived { 9 } else { position as u8 / 8 + 1 }, "{mask:x} {position}");
+        }
+        assert_eq!(content[16..], [[3; 8], [4; 8]].concat());
+    }
+}
+
+#[test]
+fn names_and_sizes_that_are_not_durable_are_pending_too() {
+    let mut machine = Machine::new(1);
+    machine.create_durably("a", 1, Access::Write);
+    machine.run(DiskOp::Rename { from: "a".into(), to: "c".into() }).unwrap();
+    machine.create("b", 1, Access::Write);
+    let state = machine.state.borrow();
+    let pending = state.pending();
+    assert_eq!(format!("{pending:?}"), "[size of file 1, rename a to c, create b]");
+    let names = |mask: u32| {
+        let image = state.crash_image(&machine.context, &pending, |position| mask >> position & 1 == 1);
+        let listing = image.borrow().listing();
+        listing.into_iter().map(|entry| format!("{}:{}", entry.name, entry.bytes)).collect::<Vec<_>>()
+    };
+    assert_eq!(names(0b000), ["a:4096"]);
+    assert_eq!(names(0b010), ["c:4096"]);
+    assert_eq!(names(0b100), ["a:4096", "b:0"]);
+    assert_eq!(names(0b111), ["b:4096", "c:4096"]);
+}
+
+#[test]
+fn a_fork_behaves_as_its_original_and_neither_changes_the_other() {
+    let (mut machine, _) = Machine::numbered(5);
+    machine.crash(Crash::PowerCut);
+    let context = Context::new(Trace::new(false));
+    context.advance_to(machine.context.now());
+    let fork = machine.state.borrow().fork(&context);
+    let hash = machine.state.borrow().durable_hash();
+    let disk = SimDisk::new(&fork);
+    let mut other = Machine { context, state: fork, disk, pool: Pool::new(1 << 20), next_id: 0 };
+    let run = |machine: &mut Machine| {
+        let file = machine.open("a", Access::Write).unwrap();
+        for block in 0..4 {
+            let write = machine.write(file, block, 1, 7);
+            machine.submit(write);
+        }
+        machine.settle();
+        machine.crash(Crash::PowerCut);
+        (machine.context.now(), machine.state.borrow().durable_hash())
+    };
+    let forked = run(&mut other);
+    assert_eq!(machine.state.borrow().durable_hash(), hash);
+    assert_eq!(run(&mut machine), forked);
+}

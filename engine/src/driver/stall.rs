@@ -1,0 +1,71 @@
+//! A disk that does not answer. An operation that never completes is no error that anybody reports, and a write that is
+//! merely slow looks the same for a while: so there are two limits, one after which this node stands aside and one
+//! after which it stops.
+
+use super::Driver;
+use crate::error::StopError;
+use crate::raft::Event;
+use crate::state_machine::StateMachine;
+use ringraft_net::link::Link;
+use ringraft_wal::disk::Disk;
+use std::time::Duration;
+
+/// The oldest durable operation under way.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct StallWatch {
+    operation: Option<u64>,
+    /// When it was first seen, which is in the turn that submitted it or the next.
+    since_ns: u64,
+    stalled: bool,
+}
+
+impl StallWatch {
+    fn age_ns(&self, now_ns: u64) -> u64 {
+        self.operation.map_or(0, |_| now_ns.saturating_sub(self.since_ns))
+    }
+
+    /// How long the disk has not answered, if that is too long.
+    pub(super) fn stalled_ms(&self, now_ns: u64) -> Option<u64> {
+        self.stalled.then(|| self.age_ns(now_ns) / 1_000_000)
+    }
+}
+
+fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
+    /// Looks at the oldest durable operation, after what completed has been taken.
+    pub(super) fn watch_disk(&mut self) -> Result<(), StopError> {
+        let now = self.now.monotonic_ns;
+        let operation = self.wal.oldest_operation();
+        if operation != self.stall.operation {
+            (self.stall.operation, self.stall.since_ns) = (operation, now);
+        }
+        let age = self.stall.age_ns(now);
+        if operation.is_some() && age >= nanos(self.config.disk_stall_stop) {
+            return Err(StopError::DiskStalled { millis: age / 1_000_000 });
+        }
+        let stalled = operation.is_some() && age >= nanos(self.config.disk_stall_timeout());
+        if stalled != self.stall.stalled {
+            self.stall.stalled = stalled;
+            if stalled {
+                tracing::warn!(node = %self.config.node, millis = age / 1_000_000, "the disk does not answer");
+            } else {
+                tracing::info!(node = %self.config.node, "the disk answers again");
+            }
+            self.step(Event::DiskStalled { stalled })?;
+        }
+        Ok(())
+    }
+
+    /// When the operation under way will have taken too long.
+    pub(super) fn stall_deadline(&self) -> u64 {
+        if self.stall.operation.is_none() {
+            return u64::MAX;
+        }
+        let next =
+            if self.stall.stalled { self.config.disk_stall_stop } else { self.config.disk_stall_timeout() };
+        self.stall.since_ns.saturating_add(nanos(next))
+    }
+}

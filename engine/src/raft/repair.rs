@@ -1,0 +1,426 @@
+//! A node whose log is damaged, and what it may still do (see the crate's log for what is found, and how).
+//!
+//! Two kinds. **Known**: a batch whose identity is intact and whose bytes are not. The log is complete as far as
+//! votes go; but nothing at or behind the batch is acknowledged, and the node does not campaign, until its bytes are
+//! there again. **A claim**: the log was cut before the damage, and more was there. What of it was acknowledged is
+//! known (a *certain* claim: the end of the log that was) or is not.
+//!
+//! What a claim forbids follows from what was forgotten: the node may have acknowledged, and a leader may have
+//! counted, entries that its log no longer shows. So it must not help to elect anyone who lacks them.
+//!
+//! - Certain: it votes as if its log ended at the claim, and is free when it does again, or in a later term.
+//! - Not certain: it does not vote at all, until one of these holds:
+//!   1. it is durable through a committed entry of a term above any that it knew: whoever leads such a term was
+//!      elected without it, and holds all that was committed;
+//!   2. it is durable through all that the leader of its present term held at some moment after this start: what it
+//!      ever acknowledged to that leader is in that, and an older leader can commit nothing more without its
+//!      being there ([`Event::LeaderHolds`](super::Event::LeaderHolds));
+//!   3. every voter has been asked ([`Inquiry`]): then it votes as if its log ended at the highest end that any of
+//!      them reported, and is free when it does. What is committed lies intact at one of them (the contract's bound),
+//!      so whoever reaches that end holds it (Raft, section 5.4.1: the later log is the more complete one).
+//! - Either: every voter has been asked and none holds any batch behind the end of this log: what was there has been
+//!   lost everywhere, or was never acknowledged ([`Event::NothingBehind`](super::Event::NothingBehind)).
+//!
+//! What it forgot it may only take from elsewhere when it is proved to be the same: a leader's log, or a batch over
+//! which one that it kept itself verifies ([`Event::Adopt`](super::Event::Adopt)). The highest term among the batches
+//! that others hold at a position proves nothing: a lower one may be committed under a later term's entries.
+
+use super::role::RoleState;
+use super::{Action, BatchRun, LogId, Quorum, Raft, Violation};
+use ringraft_block::{LogIndex, NodeId, Term};
+use std::collections::BTreeSet;
+
+/// More was in this node's log than can be read: it was cut before the damage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Claim {
+    /// Certain: the term of the last entry that was there. Otherwise the highest term that this node knew.
+    pub term: Term,
+    /// Certain: the index of that entry. Otherwise the highest index of which anything proves that it was there.
+    pub last: LogIndex,
+    /// Whether the end of the log that was there is known.
+    pub certain: bool,
+}
+
+impl Claim {
+    /// The end of the log that was there, where known.
+    #[must_use]
+    pub fn end(&self) -> Option<LogId> {
+        self.certain.then_some(LogId { term: self.term, index: self.last })
+    }
+}
+
+/// What restrains this node.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Repair {
+    /// First index of the first batch that is known and cannot be read.
+    damaged_from: Option<LogIndex>,
+    /// The same among those that were found at this start: nothing from there on is acknowledged in this life. Damage found
+    /// later takes nothing back.
+    clamp: Option<LogIndex>,
+    claim: Option<Claim>,
+    /// What stands for the end of the log that was there while the claim is not certain.
+    floor: Option<LogId>,
+    /// All that the leader of that term held at some moment of this life.
+    leader_held: Option<(Term, LogId)>,
+    /// The disk does not answer.
+    stalled: bool,
+}
+
+impl Repair {
+    pub(super) fn new(damaged_from: Option<LogIndex>, claim: Option<Claim>) -> Self {
+        Self { damaged_from, clamp: damaged_from, claim, ..Self::default() }
+    }
+
+    pub(super) fn claim(&self) -> Option<Claim> {
+        self.claim
+    }
+
+    pub(super) fn damaged_from(&self) -> Option<LogIndex> {
+        self.damaged_from
+    }
+
+    pub(super) fn is_stalled(&self) -> bool {
+        self.stalled
+    }
+
+    /// `index`, or what lies below the first batch that must not be acknowledged.
+    pub(super) fn clamped(&self, index: LogIndex) -> LogIndex {
+        self.clamp.map_or(index, |from| index.min(from.previous()))
+    }
+
+    /// Whether nothing keeps this node from leading.
+    pub(super) fn is_whole(&self) -> bool {
+        self.damaged_from.is_none() && self.claim.is_none() && !self.stalled
+    }
+
+    /// Where the log of a candidate must end at least, when this node's own ends at `last`; none while it may not
+    /// vote.
+    pub(super) fn vote_bar(&self, last: LogId) -> Option<LogId> {
+        let was = match self.claim {
+            _ if self.stalled => return None,
+            None => last,
+            Some(claim) => claim.end().or(self.floor)?,
+        };
+        Some(was.max(last))
+    }
+
+    fn cut_after(&mut self, after: LogIndex) {
+        self.damaged_from = self.damaged_from.filter(|from| *from <= after);
+        self.clamp = self.clamp.filter(|from| *from <= after);
+    }
+}
+
+impl Raft {
+    /// The batches that cannot be read have changed: `from` is the first, `clamp` the first of those found at the start.
+    pub(super) fn damage_changed(
+        &mut self,
+        from: Option<LogIndex>,
+        clamp: Option<LogIndex>,
+        actions: &mut Vec<Action>,
+    ) -> Result<(), Violation> {
+        let named = from.into_iter().chain(clamp);
+        // What is clamped in this life was so from its start: a batch that was acknowledged stays acknowledged.
+        let grew = clamp.is_some_and(|clamp| self.repair.clamp.is_none_or(|before| clamp < before));
+        if grew || named.into_iter().any(|first| self.log.batch_starting_at(first).is_none()) {
+            return Err(Violation::DamageUnknown { from, clamp });
+        }
+        let was_whole = self.repair.is_whole();
+        (self.repair.damaged_from, self.repair.clamp) = (from, clamp);
+        self.restraint_changed(was_whole, actions);
+        self.acknowledge_news(actions);
+        Ok(())
+    }
+
+    /// The disk stopped answering, or answers again.
+    pub(super) fn stalled(&mut self, stalled: bool, actions: &mut Vec<Action>) {
+        let was_whole = self.repair.is_whole();
+        self.repair.stalled = stalled;
+        if stalled && matches!(self.role, RoleState::Leader(_)) {
+            // A leader that cannot make its own term durable, nor anything after it, keeps others from leading.
+            return self.become_follower(self.hard.term(), None, actions);
+        }
+        self.restraint_changed(was_whole, actions);
+    }
+
+    fn restraint_changed(&mut self, was_whole: bool, actions: &mut Vec<Action>) {
+        match (was_whole, self.repair.is_whole()) {
+            (false, true) if !matches!(self.role, RoleState::Leader(_)) => self.restart_election_timer(),
+            (true, false)
+                if matches!(self.role, RoleState::PreCandidate(_) | RoleState::Candidate { .. }) =>
+            {
+                self.become_follower(self.hard.term(), None, actions);
+            }
+            _ => {}
+        }
+    }
+
+    /// A batch that is proved to have been in this log, behind its end, is there again.
+    pub(super) fn adopt(&mut self, batch: BatchRun, actions: &mut Vec<Action>) -> Result<(), Violation> {
+        let allowed = self.repair.claim.is_some()
+            && self.leader.is_none()
+            && matches!(self.role, RoleState::Follower)
+            && batch.term <= self.hard.term();
+        if !allowed || !self.log.continues_with(&batch) {
+            return Err(Violation::AdoptedElsewhere { batch, last: self.log.last() });
+        }
+        self.log.push(batch);
+        actions.push(Action::Persist { batch });
+        Ok(())
+    }
+
+    /// `leader` held a log that ended at `last` after this start, in `term`.
+    pub(super) fn leader_holds(&mut self, leader: NodeId, term: Term, last: LogId) {
+        let known = self.repair.leader_held.is_some_and(|(known, _)| known == term);
+        // The first answer is the easiest to reach, and as good as any.
+        if self.leader == Some(leader) && term == self.hard.term() && last.term <= term && !known {
+            self.repair.leader_held = Some((term, last));
+        }
+    }
+
+    /// Every voter has been asked twice: no log, and nothing kept aside, reaches beyond `highest`.
+    pub(super) fn all_asked(&mut self, highest: LogId) {
+        if self.repair.claim.is_some_and(|claim| !claim.certain) {
+            self.repair.floor = Some(highest);
+        }
+    }
+
+    /// Every voter has been asked twice, and none holds a batch behind `after`, the last good batch of this log: what
+    /// was there was not committed.
+    pub(super) fn nothing_behind(
+        &mut self,
+        after: LogIndex,
+        actions: &mut Vec<Action>,
+    ) -> Result<(), Violation> {
+        let idle = matches!(self.role, RoleState::Follower) && self.leader.is_none();
+        let damaged = self.repair.damaged_from.is_some_and(|from| from.previous() == after);
+        let at_end = after == self.log.last().index && self.repair.claim.is_some();
+        // A leader settles it otherwise; a log that has changed makes it another question.
+        if !idle || !(damaged || at_end) || after < self.commit {
+            return Ok(());
+        }
+        if damaged {
+            self.cut(after, actions);
+        }
+        if self.repair.claim.is_some() {
+            self.release(actions);
+        } else {
+            self.restart_election_timer();
+        }
+        Ok(())
+    }
+
+    /// Drops everything after `after`, a batch end.
+    pub(super) fn cut(&mut self, after: LogIndex, actions: &mut Vec<Action>) {
+        self.log.truncate_after(after);
+        self.hearing.matched = self.hearing.matched.min(after);
+        self.repair.cut_after(after);
+        let epoch = self.durable.truncate(after);
+        actions.push(Action::Truncate { after, epoch });
+    }
+
+    /// Gives the claim up when nothing is left of what it stands for.
+    pub(super) fn release_if_due(&mut self, actions: &mut Vec<Action>) {
+        let Some(claim) = self.repair.claim else { return };
+        let durable = self.durable.last();
+        let Some(end) = self.log.batch_end_at(durable) else { return };
+        let reached = claim.end().or(self.repair.floor).is_some_and(|was| end >= was);
+        let later_term = !claim.certain
+            && self.commit <= durable
+            && self.log.term_at(self.commit).is_some_and(|term| term > claim.term);
+        let as_leader = !claim.certain
+            && self.repair.leader_held.is_some_and(|(term, last)| {
+                term == self.hard.term()
+                    && self.leader.is_some()
+                    && last.index <= durable.min(self.hearing.matched)
+                    && self.log.batch_end_at(last.index) == Some(last)
+            });
+        if reached || later_term || as_leader {
+            self.release(actions);
+        }
+    }
+
+    fn release(&mut self, actions: &mut Vec<Action>) {
+        self.repair.claim = None;
+        self.repair.floor = None;
+        actions.push(Action::ReleaseClaim);
+        if matches!(self.role, RoleState::Follower) {
+            self.restart_election_timer();
+        }
+    }
+}
+
+/// What restrains a node, to look at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Restraint {
+    /// First index of the first batch that cannot be read.
+    pub damaged_from: Option<LogIndex>,
+    /// More was in the log than is.
+    pub claim: Option<Claim>,
+    /// Where a candidate's log must end at least; none while this node votes for nobody.
+    pub vote_bar: Option<LogId>,
+    /// The disk does not answer.
+    pub stalled: bool,
+}
+
+/// What a voter says about the batch behind a position, from all that it has: its log, and what it kept aside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// It holds one that follows the position, intact; whether it is the one that is missing is not proved.
+    Other,
+    /// It had one, or something that may have been one, and cannot read it.
+    Had,
+    /// It has none.
+    None,
+}
+
+/// What became of a question.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Nobody holds the batch, and too few had it for it to be committed: it can be given up.
+    Nowhere {
+        /// The highest end that any voter reported, in its log or kept aside.
+        highest: LogId,
+    },
+    /// Nobody holds the batch, and a quorum had it: it may have been committed, and all copies of it are gone.
+    AllCopiesGone,
+    /// Batches that may be others lie behind the position.
+    Unproved {
+        /// The highest end that any voter reported, in its log or kept aside.
+        highest: LogId,
+    },
+}
+
+/// One question to all other voters: who holds the batch behind this position?
+///
+/// Answers are not given at one moment. A batch that a leader still holds can reach a voter after that one has said no,
+/// be committed there with an acknowledgement that this node has forgotten, and be lost with the leader's
+/// memory before the leader is asked. So everybody is asked twice, the second time after all have answered once:
+/// a leader who counts on this node's word held the batch before the question was first put and answers with it;
+/// and what was committed before the second round began lies intact at somebody who is asked in it.
+#[derive(Clone, Debug)]
+pub struct Inquiry {
+    /// Everyone to be asked.
+    voters: BTreeSet<NodeId>,
+    second: bool,
+    /// Who has not answered in this round.
+    open: BTreeSet<NodeId>,
+    had: BTreeSet<NodeId>,
+    other: bool,
+    highest: LogId,
+}
+
+impl Inquiry {
+    /// A question of `own`, which had such a batch, to all other voters of `quorum`. `highest` is the end of all that it
+    /// holds itself.
+    #[must_use]
+    pub fn new(own: NodeId, quorum: &Quorum, highest: LogId) -> Self {
+        let voters: BTreeSet<NodeId> = quorum.voters().filter(|voter| *voter != own).collect();
+        Self { open: voters.clone(), voters, second: false, had: [own].into(), other: false, highest }
+    }
+
+    /// Who has to be asked now, in a round of this number.
+    pub fn open(&self) -> impl Iterator<Item = NodeId> + '_ {
+        self.open.iter().copied()
+    }
+
+    /// The round, which answers must name: one of an earlier round is void.
+    #[must_use]
+    pub fn round(&self) -> u8 {
+        u8::from(self.second)
+    }
+
+    /// `voter` answers in `round`; `highest` is the end of all that it holds.
+    pub fn answered(&mut self, voter: NodeId, round: u8, answer: Answer, highest: LogId) {
+        if round != self.round() || !self.open.remove(&voter) {
+            return;
+        }
+        self.highest = self.highest.max(highest);
+        match answer {
+            Answer::Other => self.other = true,
+            Answer::Had => drop(self.had.insert(voter)),
+            Answer::None => {}
+        }
+    }
+
+    /// What follows from the answers, once all are there; the second round begins by itself.
+    pub fn verdict(&mut self, quorum: &Quorum) -> Option<Verdict> {
+        if !self.open.is_empty() {
+            return None;
+        }
+        if !std::mem::replace(&mut self.second, true) {
+            self.open.clone_from(&self.voters);
+            // A cluster of one has nobody to ask.
+            if !self.open.is_empty() {
+                return None;
+            }
+        }
+        let highest = self.highest;
+        Some(match self.other {
+            true => Verdict::Unproved { highest },
+            false if quorum.reached(|id| self.had.contains(&id)) => Verdict::AllCopiesGone,
+            false => Verdict::Nowhere { highest },
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::raft::{Configuration, Member, MemberRole};
+    use ringraft_block::Incarnation;
+
+    fn quorum(voters: u64) -> Quorum {
+        let members = (1..=voters).map(|id| Member {
+            id: NodeId(id),
+            incarnation: Incarnation(1),
+            address: String::new(),
+            role: MemberRole::Voter,
+        });
+        Quorum::of(&Configuration::new(members.collect()).expect("valid"))
+    }
+
+    fn end(term: u64, index: u64) -> LogId {
+        LogId { term: Term(term), index: LogIndex(index) }
+    }
+
+    #[test]
+    fn a_question_is_put_to_everyone_twice_and_a_late_answer_of_the_first_round_is_void() {
+        let quorum = quorum(3);
+        let mut inquiry = Inquiry::new(NodeId(1), &quorum, end(1, 4));
+        inquiry.answered(NodeId(2), 0, Answer::None, end(2, 9));
+        assert_eq!(inquiry.verdict(&quorum), None, "3 has not answered");
+        inquiry.answered(NodeId(3), 0, Answer::None, end(1, 3));
+        assert_eq!(inquiry.verdict(&quorum), None, "a second round");
+        assert_eq!(inquiry.open().collect::<Vec<_>>(), [NodeId(2), NodeId(3)]);
+        inquiry.answered(NodeId(2), 0, Answer::None, end(2, 9));
+        assert_eq!(inquiry.open().count(), 2);
+        inquiry.answered(NodeId(2), 1, Answer::None, end(2, 3));
+        inquiry.answered(NodeId(3), 1, Answer::None, end(1, 3));
+        assert_eq!(inquiry.verdict(&quorum), Some(Verdict::Nowhere { highest: end(2, 9) }));
+    }
+
+    #[test]
+    fn what_a_quorum_had_and_nobody_holds_may_have_been_committed() {
+        let ask = |voters, answers: &[Answer]| {
+            let quorum = quorum(voters);
+            let mut inquiry = Inquiry::new(NodeId(1), &quorum, end(1, 1));
+            for _ in 0..2 {
+                for (voter, answer) in (2..).zip(answers) {
+                    inquiry.answered(NodeId(voter), inquiry.round(), *answer, end(1, 1));
+                }
+                if let Some(verdict) = inquiry.verdict(&quorum) {
+                    return verdict;
+                }
+            }
+            panic!("no verdict");
+        };
+        let highest = end(1, 1);
+        use Answer::{Had, None, Other};
+        assert_eq!(ask(1, &[]), Verdict::AllCopiesGone);
+        assert_eq!(ask(3, &[None, None]), Verdict::Nowhere { highest });
+        assert_eq!(ask(3, &[None, Had]), Verdict::AllCopiesGone);
+        assert_eq!(ask(3, &[Other, Had]), Verdict::Unproved { highest });
+        assert_eq!(ask(5, &[None, None, None, Had]), Verdict::Nowhere { highest });
+        assert_eq!(ask(5, &[None, None, Had, Had]), Verdict::AllCopiesGone);
+    }
+}

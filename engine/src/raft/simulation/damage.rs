@@ -1,0 +1,401 @@
+//! Damage in the model: batches that a restart, or a read, finds unreadable, and the part of the driver that gets them
+//! back by asking the others, over a network of its own that delays, loses and reorders questions and answers.
+//!
+//! Within the contract's bound: what was durable at a quorum stays intact somewhere.
+
+use super::*;
+
+/// A batch kept aside, with what precedes it.
+pub(super) type Kept = (LogId, BatchRun);
+
+#[derive(Clone, Debug)]
+pub(super) struct Question {
+    token: u64,
+    round: u8,
+    /// Which batch: the one behind this position.
+    previous: LogId,
+    /// A batch further on that the asker kept: who has that one, too, has the same log before it.
+    proof: Option<LogId>,
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Reply {
+    question: Question,
+    batch: Option<BatchRun>,
+    had: bool,
+    proves: bool,
+    /// The term in which the answering node leads.
+    leads: Option<(Term, LogId)>,
+    highest: LogId,
+}
+
+#[derive(Clone, Debug)]
+pub(super) enum Talk {
+    Question(Question),
+    Reply(Reply),
+}
+
+/// What the driver of a damaged node is busy with.
+#[derive(Debug)]
+pub(super) struct Search {
+    token: u64,
+    previous: LogId,
+    /// Of a known batch.
+    want: Option<BatchRun>,
+    inquiry: Inquiry,
+}
+
+impl Disk {
+    pub(super) fn has_intact(&self, end: LogId) -> bool {
+        let in_log = self.log.iter().any(|batch| batch.end() == end && !self.damaged.contains(&batch.first));
+        in_log || self.kept.iter().any(|(_, batch)| batch.end() == end)
+    }
+
+    /// The end of all that is here.
+    fn highest(&self, last: LogId) -> LogId {
+        let kept = self.kept.iter().map(|(_, batch)| batch.end()).max().unwrap_or_default();
+        last.max(kept).max(self.claim.and_then(|claim| claim.end()).unwrap_or_default())
+    }
+}
+
+impl Simulation {
+    /// Whether the copy of that batch at node `at` may be lost.
+    fn may_lose(&self, at: usize, end: LogId) -> bool {
+        let elsewhere =
+            self.nodes.iter().enumerate().any(|(other, node)| other != at && node.disk.has_intact(end));
+        let had = |id: NodeId| {
+            let node = self.nodes.iter().find(|node| node.id == id);
+            self.lost.contains(&(id, end))
+                || node.is_some_and(|node| node.disk.has_intact(end) || node.disk.holds(end))
+        };
+        elsewhere || !Quorum::of(&self.configuration).reached(had)
+    }
+
+    /// Something becomes unreadable while the node is down.
+    pub(super) fn inflict(&mut self, at: usize) {
+        let count = self.nodes[at].disk.log.len() as u64;
+        if count == 0 {
+            return;
+        }
+        // Mostly near the end, where it matters.
+        let back = self.random.below(count).min(self.random.below(8));
+        let position = (count - 1 - back) as usize;
+        let batch = self.nodes[at].disk.log[position];
+        if !self.may_lose(at, batch.end()) {
+            return;
+        }
+        if self.random.below(2) == 0 {
+            self.lose_known(at, batch);
+        } else {
+            self.lose_unknown(at, position);
+        }
+    }
+
+    pub(super) fn lose_known(&mut self, at: usize, batch: BatchRun) {
+        self.cover.mark("known damage");
+        let node = &mut self.nodes[at];
+        node.disk.damaged.insert(batch.first);
+        self.lost.insert((node.id, batch.end()));
+    }
+
+    /// The batch at `position` is gone without a trace, and the log is cut before it.
+    fn lose_unknown(&mut self, at: usize, position: usize) {
+        let disk = self.nodes[at].disk.clone();
+        let id = self.nodes[at].id;
+        let mut kept = Vec::new();
+        let mut lost = vec![disk.log[position].end()];
+        for batch in &disk.log[position + 1..] {
+            let unreadable = disk.damaged.contains(&batch.first)
+                || (self.random.below(4) == 0 && self.may_lose(at, batch.end()));
+            let previous = disk.log[..].iter().rev().find(|before| before.last < batch.first);
+            match previous {
+                Some(previous) if !unreadable => kept.push((previous.end(), *batch)),
+                _ => lost.push(batch.end()),
+            }
+        }
+        // Once the log has grown beyond an older cut, what was kept behind that is not what lies behind this one.
+        let grew = disk.claim.is_some() && disk.last().index > disk.cut_at;
+        if disk.claim.is_some() && !grew {
+            kept.extend(disk.kept.iter().copied());
+        } else {
+            lost.extend(disk.kept.iter().map(|(_, batch)| batch.end()));
+            if disk.kept.iter().any(|(_, batch)| !self.may_lose(at, batch.end())) {
+                return;
+            }
+        }
+        let term = disk.recovered_term().max(disk.claim.map_or(Term(0), |claim| claim.term));
+        let whole_tail = kept.last().is_some_and(|(_, batch)| batch.end() == disk.last());
+        let claim = match disk.claim {
+            Some(claim) if claim.certain && !grew => claim,
+            None if whole_tail && self.random.below(2) == 0 => {
+                Claim { term: disk.last().term, last: disk.last().index, certain: true }
+            }
+            _ => {
+                let first = disk.log[position].first;
+                let proved = first.get() + self.random.below(disk.last().index.get() + 1 - first.get());
+                let before =
+                    disk.claim.filter(|claim| !claim.certain).map_or(LogIndex(0), |claim| claim.last);
+                Claim { term, last: LogIndex(proved).max(before), certain: false }
+            }
+        };
+        self.cover.mark(if claim.certain { "certain claim" } else { "uncertain claim" });
+        self.lost.extend(lost.into_iter().map(|end| (id, end)));
+        let node = &mut self.nodes[at];
+        let cut_at = disk.log[position].first.previous();
+        // The start that cuts saves the highest term that it saw.
+        if term > node.disk.term {
+            (node.disk.term, node.disk.vote) = (term, None);
+        }
+        node.disk.log.truncate(position);
+        node.disk.damaged.retain(|first| *first <= cut_at);
+        node.disk.kept = kept;
+        node.disk.claim = Some(claim);
+        node.disk.cut_at = cut_at;
+    }
+
+    /// A read finds a batch unreadable at a node that runs.
+    pub(super) fn find_damage(&mut self, at: usize) -> Outcome {
+        let node = &self.nodes[at];
+        let count = node.disk.log.len() as u64;
+        if node.life.is_none() || count == 0 {
+            return Ok(());
+        }
+        let batch = node.disk.log[self.random.below(count) as usize];
+        // What is being cut off is no part of the log any more.
+        let here = self.nodes[at].life.as_ref().is_some_and(|life| {
+            life.raft.batch_starting_at(batch.first) == Some(batch) && batch.last <= life.raft.durable()
+        });
+        if !here || !self.may_lose(at, batch.end()) {
+            return Ok(());
+        }
+        self.lose_known(at, batch);
+        self.tell_damage(at)
+    }
+
+    fn tell_damage(&mut self, at: usize) -> Outcome {
+        let node = &mut self.nodes[at];
+        let Some(life) = &mut node.life else { return Ok(()) };
+        let log = life.raft.log();
+        // The disk may not have been told yet of what was cut off.
+        let there = |first: &&LogIndex| {
+            let damaged = node.disk.log.iter().find(|batch| batch.first == **first);
+            damaged.is_some() && log.batch_starting_at(**first).as_ref() == damaged
+        };
+        let from = node.disk.damaged.iter().find(there).copied();
+        life.clamped.retain(|first| node.disk.damaged.contains(first) && there(&first));
+        let clamp = life.clamped.first().copied();
+        self.feed(at, Event::DamageChanged { from, clamp })
+    }
+
+    /// The driver of a damaged node does what is next.
+    pub(super) fn search(&mut self, at: usize) -> Outcome {
+        let node = &self.nodes[at];
+        let Some(life) = &node.life else { return Ok(()) };
+        let restraint = life.raft.restraint();
+        let id = node.id;
+        let want = restraint.damaged_from.and_then(|from| life.raft.batch_starting_at(from));
+        let previous = match want {
+            Some(batch) => life.raft.log().batch_end_at(batch.first.previous()),
+            None => restraint.claim.map(|_| life.raft.last()),
+        };
+        let Some(previous) = previous else {
+            if let Some(life) = &mut self.nodes[at].life {
+                life.search = None;
+            }
+            return Ok(());
+        };
+        let leaderless = life.raft.leader().is_none();
+        if want.is_none() && leaderless {
+            let own = node.disk.kept.iter().find(|(before, _)| *before == previous);
+            if let Some((_, batch)) = own.copied() {
+                self.cover.mark("adopted what was kept");
+                return self.feed(at, Event::Adopt { batch });
+            }
+        }
+        let proof = node.disk.kept.iter().map(|(_, batch)| batch.end());
+        let proof: Vec<LogId> = proof.filter(|end| end.index > previous.index).collect();
+        let proof =
+            if proof.is_empty() { None } else { Some(proof[self.random.below(proof.len() as u64) as usize]) };
+        let highest = node.disk.highest(life.raft.last());
+        let token = self.random.next();
+        let quorum = Quorum::of(&self.configuration);
+        let Some(life) = &mut self.nodes[at].life else { return Ok(()) };
+        let search = life.search.take().filter(|search| search.previous == previous && search.want == want);
+        let mut search = search.unwrap_or_else(|| Search {
+            token,
+            previous,
+            want,
+            inquiry: Inquiry::new(id, &quorum, highest),
+        });
+        let verdict = search.inquiry.verdict(&quorum);
+        let open: Vec<NodeId> = search.inquiry.open().collect();
+        let round = search.inquiry.round();
+        let question = Question { token: search.token, round, previous, proof };
+        // A verdict is that of the questions behind it; then all begins anew.
+        life.search = verdict.is_none().then_some(search);
+        for to in open {
+            if !self.blocked.contains(&(id, to)) {
+                self.talk.push((id, to, Talk::Question(question.clone())));
+            }
+        }
+        match verdict {
+            Some(Verdict::Nowhere { highest }) if leaderless => {
+                self.cover.mark(if want.is_some() { "given up: known" } else { "given up: claim" });
+                let _ = highest;
+                self.feed(at, Event::NothingBehind { after: previous.index })?;
+                self.tell_damage(at)
+            }
+            Some(Verdict::Unproved { highest }) if want.is_none() => {
+                self.cover.mark("all asked");
+                if proof.is_some() {
+                    self.waiting.insert(id);
+                }
+                self.feed(at, Event::AllAsked { highest })
+            }
+            Some(Verdict::AllCopiesGone) => {
+                self.cover.mark("halt");
+                self.halted = true;
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn hear(&mut self, from: NodeId, to: NodeId, talk: Talk) -> Outcome {
+        let Some(at) = self.nodes.iter().position(|node| node.id == to) else { return Ok(()) };
+        match talk {
+            Talk::Question(question) => {
+                let Some(reply) = self.reply(at, question) else { return Ok(()) };
+                if !self.blocked.contains(&(to, from)) {
+                    self.talk.push((to, from, Talk::Reply(reply)));
+                }
+                Ok(())
+            }
+            Talk::Reply(reply) => self.heard(at, from, reply),
+        }
+    }
+
+    /// What a node answers from all that it has; nothing while it cannot say.
+    fn reply(&self, at: usize, question: Question) -> Option<Reply> {
+        let node = &self.nodes[at];
+        let raft = &node.life.as_ref()?.raft;
+        let previous = question.previous;
+        let in_log = (raft.log().batch_end_at(previous.index) == Some(previous))
+            .then(|| raft.batch_starting_at(previous.index.next()))
+            .flatten();
+        let kept = node.disk.kept.iter().find(|(before, _)| *before == previous).map(|(_, batch)| *batch);
+        let (batch, had) = match in_log {
+            Some(batch) if node.disk.damaged.contains(&batch.first) => (None, true),
+            Some(batch) if batch.last > raft.durable() || !node.disk.holds(batch.end()) => return None,
+            Some(batch) => (Some(batch), false),
+            None => (kept, raft.last() == previous && raft.restraint().claim.is_some()),
+        };
+        let proves = question
+            .proof
+            .is_some_and(|end| raft.log().batch_end_at(end.index) == Some(end) || node.disk.has_intact(end));
+        let leads = (raft.role() == Role::Leader).then(|| (raft.term(), raft.last()));
+        let highest = node.disk.highest(raft.last());
+        Some(Reply { question, batch, had, proves, leads, highest })
+    }
+
+    fn heard(&mut self, at: usize, from: NodeId, reply: Reply) -> Outcome {
+        let node = &mut self.nodes[at];
+        let Some(life) = &mut node.life else { return Ok(()) };
+        let Some(search) = life.search.as_mut().filter(|search| search.token == reply.question.token) else {
+            return Ok(());
+        };
+        let (previous, want) = (search.previous, search.want);
+        let kept_next = |batch: &BatchRun| node.disk.kept.iter().any(|(before, _)| *before == batch.end());
+        let mut answer = if reply.had { Answer::Had } else { Answer::None };
+        match (want, reply.batch) {
+            (Some(want), Some(batch)) if want == batch => {
+                life.search = None;
+                node.disk.damaged.remove(&want.first);
+                self.lost.remove(&(node.id, want.end()));
+                self.cover.mark("repaired");
+                return self.tell_damage(at);
+            }
+            (None, Some(batch)) => {
+                let proved = reply.proves || kept_next(&batch);
+                let current = life.raft.last() == previous && life.raft.leader().is_none();
+                if proved && current {
+                    self.cover.mark(if reply.proves { "adopted by proof" } else { "adopted between" });
+                    life.search = None;
+                    return self.feed(at, Event::Adopt { batch });
+                }
+                // What cannot precede the next batch that was kept is certainly another one.
+                let next =
+                    node.disk.kept.iter().map(|(_, kept)| kept).find(|kept| kept.first > previous.index);
+                let other =
+                    next.is_some_and(|kept| batch.last.next() >= kept.first || batch.term > kept.term);
+                answer = if other { Answer::None } else { Answer::Other };
+            }
+            _ => {}
+        }
+        search.inquiry.answered(from, reply.question.round, answer, reply.highest);
+        match reply.leads {
+            Some((term, last)) => self.feed(at, Event::LeaderHolds { leader: from, term, last }),
+            None => Ok(()),
+        }
+    }
+
+    /// Questions and answers arrive, mostly the old ones first.
+    pub(super) fn some_talk(&mut self) -> Outcome {
+        let count = self.talk.len() as u64;
+        if count == 0 {
+            return Ok(());
+        }
+        let chosen = self.random.below(count).min(self.random.below(count)) as usize;
+        let (from, to, talk) = self.talk.swap_remove(chosen);
+        self.hear(from, to, talk)
+    }
+}
+
+fn run(seed: u64, cover: &mut Cover) -> Outcome {
+    let mut simulation = Simulation::new(seed);
+    simulation.damage = 50 + simulation.random.below(500);
+    simulation.weather.crash = simulation.weather.crash.max(3 + simulation.random.below(8));
+    let outcome = simulation.run(4_000);
+    if let (Err(_), Some(trace)) = (&outcome, &simulation.trace) {
+        eprintln!("{}", trace.join("\n"));
+    }
+    for (what, count) in &simulation.cover.0 {
+        *cover.0.entry(what).or_default() += count;
+    }
+    outcome
+}
+
+/// As the runs without damage; `SEED=n` replays one run, `TRACE=1` with all its events; `SEEDS=n` runs more of them.
+#[test]
+fn damaged_logs_lose_nothing_that_was_committed_and_heal() {
+    let mut cover = Cover::default();
+    let (first, count) = match env("SEED", u64::MAX) {
+        u64::MAX => (0, env("SEEDS", 2_500)),
+        seed => (seed, 1),
+    };
+    for seed in first..first + count {
+        if let Err(found) = run(seed, &mut cover) {
+            panic!("seed {seed}: {found}\nreplay: SEED={seed} TRACE=1");
+        }
+    }
+    println!("{cover:?}");
+    if count < 1_000 {
+        return;
+    }
+    for what in [
+        "known damage",
+        "certain claim",
+        "uncertain claim",
+        "repaired",
+        "adopted what was kept",
+        "adopted by proof",
+        "adopted between",
+        "given up: known",
+        "given up: claim",
+        "all asked",
+        "released",
+    ] {
+        let count = cover.0.get(what).copied().unwrap_or_default();
+        assert!(count >= 20, "{what:?} was exercised {count} times: {cover:?}");
+    }
+}

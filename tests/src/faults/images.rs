@@ -1,0 +1,417 @@
+//! Crash images, exhaustively: at every moment of a scenario, every subset of what a power cut may take or leave.
+//!
+//! A *moment* is a state of the disk between two turns of the log. What is *pending* there is each sector of a write in flight
+//! or not flushed, each change of the directory that was not synchronised, and each file size that is not durable. Up to
+//! [`EXHAUSTIVE_PENDING_MAX`] pending things, all their subsets become images; of more, all prefixes and suffixes, all that lack or
+//! have just one, and a random sample.
+//!
+//! Each image is started on twice. The first start must open, and bring a prefix of what was appended with all that was
+//! acknowledged, and term and vote. The second, after another power cut, must bring the same, and all of it is read back.
+
+use super::log::{LogRun, Model, config, quiet, recover};
+use super::threads::{Tally, split};
+use crate::sim::disk::{DiskConfig, DiskState, Pending};
+use crate::sim::rng::Rng;
+use ringraft_block::{AlignedBuf, BLOCK_BYTES, LogIndex, Pool};
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+use std::rc::Rc;
+use xxhash_rust::xxh3::xxh3_64;
+
+/// All subsets of up to so many pending things become images: 65,536.
+pub const EXHAUSTIVE_PENDING_MAX: usize = 16;
+
+/// How many images there are.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// The seed of the disk's latencies, and so of the order in which operations complete.
+    pub seed: u64,
+    /// Images of a moment with more than [`EXHAUSTIVE_PENDING_MAX`] pending things.
+    pub sample: u64,
+    /// At most so many images of any moment, chosen at random; `u64::MAX` for all.
+    pub images_max: u64,
+    /// Threads.
+    pub threads: usize,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { seed: 0, sample: 4_096, images_max: u64::MAX, threads: 2 }
+    }
+}
+
+/// What the log does while it is looked at.
+pub struct Scenario {
+    /// Its name in reports.
+    pub name: &'static str,
+    play: fn(&mut Stage<'_>),
+}
+
+/// All scenarios.
+pub const SCENARIOS: &[Scenario] = &[
+    Scenario { name: "format", play: |stage| stage.restart() },
+    Scenario { name: "append", play: append },
+    Scenario { name: "append-pipelined", play: append_pipelined },
+    Scenario { name: "append-first-of-a-start", play: append_first },
+    Scenario { name: "rollover", play: rollover },
+    Scenario { name: "rollover-under-load", play: rollover_under_load },
+    Scenario { name: "cut-by-start", play: cut_by_start },
+    Scenario { name: "cut-by-start-behind-a-torn-tail", play: cut_behind_torn_tail },
+    Scenario { name: "cut-by-truncation", play: cut_by_truncation },
+    Scenario { name: "cut-by-truncation-of-all", play: cut_of_all },
+    Scenario { name: "cut-by-truncation-over-segments", play: cut_over_segments },
+    Scenario { name: "hard-state", play: hard_state },
+    Scenario { name: "formation", play: formation },
+    Scenario { name: "close", play: close },
+];
+
+fn small(stage: &mut Stage<'_>, count: usize) {
+    stage.fill(count, BLOCK_BYTES);
+}
+
+/// The last write has 16 sectors, and everything before it is acknowledged.
+fn append(stage: &mut Stage<'_>) {
+    stage.start();
+    small(stage, 3);
+    assert!(stage.run.append(1, 2 * BLOCK_BYTES, 0), "the log is ready");
+    stage.look();
+}
+
+/// Two writes of 8 sectors are in flight.
+fn append_pipelined(stage: &mut Stage<'_>) {
+    stage.start();
+    small(stage, 2);
+    for _ in 0..2 {
+        assert!(stage.run.append(1, BLOCK_BYTES, 0), "the log is ready");
+    }
+    stage.look();
+    stage.watch();
+}
+
+/// The segment was begun by this start, behind a log of an earlier one.
+fn append_first(stage: &mut Stage<'_>) {
+    stage.start();
+    small(stage, 3);
+    stage.power_cut(|_| false);
+    stage.start();
+    assert!(stage.run.append(1, 2 * BLOCK_BYTES, 0), "the log is ready");
+    stage.look();
+}
+
+/// The last write goes to the next segment, while the one after it is made.
+fn rollover(stage: &mut Stage<'_>) {
+    stage.start();
+    stage.fill_segment();
+    assert!(stage.run.append(1, 2 * BLOCK_BYTES, 0), "the log is ready");
+    assert_eq!(stage.run.wal.stats().rollovers, 1, "this is the rollover");
+    stage.look();
+    stage.watch();
+    small(stage, 1);
+    stage.look();
+}
+
+/// The last write of a segment and the first of the next are in flight at once.
+fn rollover_under_load(stage: &mut Stage<'_>) {
+    stage.start();
+    while stage.run.wal.stats().rollovers == 0 {
+        let slots = stage.run.wal.stats().written_bytes / BLOCK_BYTES as u64;
+        stage.run.append(1, BLOCK_BYTES, slots);
+        if stage.run.wal.stats().rollovers == 0 && slots < 30 {
+            stage.run.settle();
+        } else if stage.run.wal.stats().writes_in_flight >= 2 {
+            stage.run.step();
+        }
+    }
+    stage.look();
+    stage.watch();
+}
+
+/// A start after a clean end. The copies of the hard state, made anew, have 16 sectors each.
+fn cut_by_start(stage: &mut Stage<'_>) {
+    stage.start_with(|run| run.form(7_000));
+    stage.start();
+    small(stage, 3);
+    stage.power_cut(|_| false);
+    stage.restart();
+}
+
+/// A start after a crash that tore the last write: a crash during recovery itself.
+fn cut_behind_torn_tail(stage: &mut Stage<'_>) {
+    for torn in [0x0001_u32, 0x00ff, 0x7fff, 0xfffe, 0xa5a5, 0xffff] {
+        stage.begin();
+        stage.start();
+        small(stage, 2);
+        assert!(stage.run.append(1, 2 * BLOCK_BYTES, 0), "the log is ready");
+        stage.power_cut(|position| torn >> position & 1 == 1);
+        stage.restart();
+        // And once more: the cut is there, the segment perhaps not.
+        stage.power_cut(|_| false);
+        stage.restart();
+    }
+}
+
+/// A suffix is cut off of which a part is still in flight.
+fn cut_by_truncation(stage: &mut Stage<'_>) {
+    stage.start();
+    small(stage, 4);
+    stage.run.append(1, BLOCK_BYTES, 0);
+    let keep = stage.run.model.log.batches[1].info.last;
+    stage.run.save(2, None);
+    stage.run.truncate_after(keep);
+    stage.look();
+    stage.watch();
+    assert!(stage.run.append(2, 2 * BLOCK_BYTES, 1), "the log is ready");
+    stage.look();
+}
+
+/// Nothing is kept.
+fn cut_of_all(stage: &mut Stage<'_>) {
+    stage.start();
+    small(stage, 2);
+    stage.run.truncate_after(LogIndex(0));
+    stage.look();
+    stage.watch();
+    assert!(stage.run.append(1, 2 * BLOCK_BYTES, 1), "the log is ready");
+    stage.look();
+}
+
+/// The cut lies some segments back; they are removed one after the other. Then another cut.
+fn cut_over_segments(stage: &mut Stage<'_>) {
+    stage.start();
+    small(stage, 2);
+    stage.fill_segment();
+    stage.fill_segment();
+    for (term, keep) in [(2, 5), (3, 1)] {
+        let keep = stage.run.model.log.batches[keep].info.last;
+        stage.run.save(term, Some(1));
+        stage.run.truncate_after(keep);
+        stage.look();
+        stage.watch();
+        stage.run.append(term, BLOCK_BYTES, term);
+        stage.look();
+        stage.run.settle();
+    }
+}
+
+/// Term and vote, in place, in files of two blocks: 16 sectors each.
+fn hard_state(stage: &mut Stage<'_>) {
+    stage.start_with(|run| run.form(7_000));
+    small(stage, 1);
+    stage.run.save(2, Some(3));
+    stage.look();
+    stage.watch();
+    // While one save is under way, two more are asked for.
+    stage.run.save(3, None);
+    stage.run.save(3, Some(2));
+    stage.run.save(4, None);
+    stage.look();
+    stage.watch();
+}
+
+/// The configuration that the cluster was formed with.
+fn formation(stage: &mut Stage<'_>) {
+    stage.start_with(|_| {});
+    stage.run.form(7_000);
+    stage.look();
+    stage.watch();
+}
+
+/// The end in good order.
+fn close(stage: &mut Stage<'_>) {
+    stage.start();
+    small(stage, 3);
+    stage.run.close();
+    stage.look();
+    stage.watch();
+    assert!(stage.run.closed, "nothing keeps it open");
+}
+
+/// Plays scenarios: each of `threads` judges its share of each moment's images.
+struct Stage<'a> {
+    run: LogRun,
+    pool: Pool<AlignedBuf>,
+    options: &'a Options,
+    scenario: &'static str,
+    thread: usize,
+    moment: u64,
+    seen: BTreeSet<u64>,
+    tally: Tally,
+}
+
+fn blank(seed: u64, pool: &Pool<AlignedBuf>) -> LogRun {
+    let context = quiet();
+    let state = DiskState::new(&context, 0, Rng::new(seed), DiskConfig::default());
+    LogRun::start(&context, &state, config(seed), pool, Model::default())
+}
+
+impl<'a> Stage<'a> {
+    fn new(scenario: &'static str, options: &'a Options, thread: usize) -> Self {
+        let pool = Pool::new(4 << 20);
+        let run = blank(options.seed, &pool);
+        Self {
+            run,
+            pool,
+            options,
+            scenario,
+            thread,
+            moment: 0,
+            seen: BTreeSet::new(),
+            tally: Tally::default(),
+        }
+    }
+
+    /// A blank disk.
+    fn begin(&mut self) {
+        self.run = blank(self.options.seed, &self.pool);
+    }
+
+    /// Opens the log in term 1, at least, without looking.
+    fn start(&mut self) {
+        self.start_with(|_| {});
+        if self.run.wal.hard_state().is_some_and(|state| state.term.get() == 0) {
+            self.run.save(1, Some(1));
+        }
+        self.run.settle();
+    }
+
+    fn start_with(&mut self, first: impl Fn(&mut LogRun)) {
+        self.run.settle();
+        assert!(self.run.is_open(), "{}: {:?}, {:?}", self.scenario, self.run.poisoned, self.run.violation);
+        first(&mut self.run);
+        self.run.settle();
+    }
+
+    /// Opens the log, looking.
+    fn restart(&mut self) {
+        self.run.turn();
+        self.look();
+        self.watch();
+    }
+
+    /// Appends batches one after the other, without looking.
+    fn fill(&mut self, count: usize, slot: usize) {
+        for salt in 0..count {
+            let term = self.run.wal.hard_state().map_or(1, |state| state.term.get());
+            assert!(self.run.append(term, slot, salt as u64), "the log is ready");
+            self.run.settle();
+        }
+    }
+
+    /// Appends until the next slot of two blocks goes to the next segment.
+    fn fill_segment(&mut self) {
+        let rollovers = self.run.wal.stats().rollovers;
+        let slots = |run: &LogRun| run.wal.stats().written_bytes;
+        let start = slots(&self.run);
+        while self.run.wal.stats().rollovers == rollovers
+            && slots(&self.run) - start < 16 * 2 * BLOCK_BYTES as u64
+        {
+            self.fill(1, 2 * BLOCK_BYTES);
+        }
+    }
+
+    /// The machine loses power; of what is pending that survives which `survives` picks. The next process begins.
+    fn power_cut(&mut self, survives: impl Fn(usize) -> bool) {
+        let pending = self.run.state.borrow().pending();
+        let image = self.run.state.borrow().crash_image(&quiet(), &pending, survives);
+        let context = quiet();
+        let state = image.borrow().with_config(&context, Rng::new(self.options.seed), DiskConfig::default());
+        let model = std::mem::take(&mut self.run.model);
+        self.run = LogRun::start(&context, &state, config(self.options.seed), &self.pool, model);
+    }
+
+    /// Lets everything complete, looking at each moment.
+    fn watch(&mut self) {
+        while self.run.step() {
+            self.look();
+        }
+    }
+
+    /// Judges all images of this moment.
+    fn look(&mut self) {
+        self.moment += 1;
+        if let Some(violation) = self.run.violation.take() {
+            self.tally.violations.push(format!("{}, moment {}: {violation}", self.scenario, self.moment));
+        }
+        let run = &self.run;
+        let pending = run.state.borrow().pending();
+        let told = format!("{pending:?} {:?} {:?}", run.model, run.state.borrow().durable_hash());
+        if !self.seen.insert(xxh3_64(told.as_bytes())) {
+            return;
+        }
+        let mut rng = Rng::new(self.options.seed ^ self.moment);
+        let count = pending.len();
+        if count <= EXHAUSTIVE_PENDING_MAX && 1 << count <= self.options.images_max {
+            for mask in 0..1_u128 << count {
+                self.judge(&pending, mask);
+            }
+            return;
+        }
+        let mut masks = BTreeSet::new();
+        for position in 0..=count {
+            let prefix = (1_u128 << position) - 1;
+            let all = (1_u128 << count) - 1;
+            let one = if position < count { 1 << position } else { 0 };
+            masks.extend([prefix, all & !prefix, one, all & !one]);
+        }
+        let wanted = self.options.sample.min(self.options.images_max) as usize;
+        while masks.len() < wanted {
+            masks.insert((u128::from(rng.bits()) << 64 | u128::from(rng.bits())) & ((1 << count) - 1));
+        }
+        for mask in masks {
+            self.judge(&pending, mask);
+        }
+    }
+
+    fn judge(&mut self, pending: &[Pending], mask: u128) {
+        if (mask ^ mask >> 7) as usize % self.options.threads != self.thread {
+            return;
+        }
+        let context = quiet();
+        let image =
+            self.run.state.borrow().crash_image(&context, pending, |position| mask >> position & 1 == 1);
+        let outcome = twice(&image, &self.pool, &self.run.model);
+        let violation = outcome.err().map(|wrong| {
+            let (scenario, moment, seed) = (self.scenario, self.moment, self.options.seed);
+            format!("{scenario}, seed {seed}, moment {moment}, survivors {mask:#x} of {pending:?}: {wrong}")
+        });
+        self.tally.count(violation);
+    }
+}
+
+/// Starts on an image, and once more on what the first start made durable.
+fn twice(image: &Rc<RefCell<DiskState>>, pool: &Pool<AlignedBuf>, model: &Model) -> Result<(), String> {
+    let context = quiet();
+    let first = recover(&context, image, pool, model, false)?;
+    let again = image.borrow().durable_image(&context);
+    let second =
+        recover(&context, &again, pool, model, true).map_err(|wrong| format!("second start: {wrong}"))?;
+    if first != second {
+        return Err(format!("the first start brought {first:?}, the second {second:?}"));
+    }
+    Ok(())
+}
+
+/// What came of a scenario.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// Its name.
+    pub scenario: &'static str,
+    /// Its images and what is wrong with them.
+    pub tally: Tally,
+}
+
+/// Plays the scenarios whose name contains `only`, or all.
+pub fn run(options: &Options, only: Option<&str>, mut progress: impl FnMut(&Report)) -> Vec<Report> {
+    let mut reports = Vec::new();
+    for scenario in SCENARIOS.iter().filter(|scenario| only.is_none_or(|only| scenario.name.contains(only))) {
+        let tally = split(options.threads, |thread| {
+            let mut stage = Stage::new(scenario.name, options, thread);
+            (scenario.play)(&mut stage);
+            stage.tally
+        });
+        let report = Report { scenario: scenario.name, tally };
+        progress(&report);
+        reports.push(report);
+    }
+    reports
+}

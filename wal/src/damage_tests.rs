@@ -1,0 +1,1091 @@
+//! Damage: what a start does about it, what it claims and keeps, and how batches are repaired.
+
+use crate::disk::{DiskErrorKind, DiskOp};
+use crate::error::DamageCause;
+use crate::format::{BatchInfo, Chain, Claim, ENVELOPE_BYTES, read_envelope, slots_start};
+use crate::testing::{Device, Fate, Harness, Rng};
+use crate::tests::{four_batches, last_segment, slot_at};
+use crate::{DamagedBatch, ReadError, Recovered, RepairError, WalEvent};
+use ringraft_block::{AlignedBuf, BLOCK_BYTES, Block, LogIndex, SECTOR_BYTES, Term};
+
+/// What a start made of a device.
+#[derive(Debug, PartialEq)]
+struct Outcome {
+    chains: Vec<Chain>,
+    damaged: Vec<DamagedBatch>,
+    claim: Option<Claim>,
+    salvage: Vec<BatchInfo>,
+}
+
+fn outcome(harness: &Harness) -> Outcome {
+    // A start vouches for what it found, so the next one calls lost what this one called rotten.
+    let without_cause = |batch| DamagedBatch { cause: DamageCause::Lost, ..batch };
+    Outcome {
+        chains: harness.chains(),
+        damaged: harness.wal.damaged().map(without_cause).collect(),
+        claim: harness.wal.hard_state().unwrap().claim,
+        salvage: harness.wal.salvage().collect(),
+    }
+}
+
+/// A device, and the blocks of it that cannot be read.
+#[derive(Clone)]
+struct Sick {
+    device: Device,
+    unreadable: Vec<(String, u64)>,
+}
+
+impl Sick {
+    fn new(device: Device) -> Self {
+        Self { device, unreadable: Vec::new() }
+    }
+
+    fn start(self) -> Harness {
+        let mut harness = Harness::start(self.device);
+        harness.disk.unreadable = self.unreadable;
+        harness
+    }
+
+    /// Opens the log, twice; both must find the same.
+    fn opens(self) -> (Harness, Recovered) {
+        let unreadable = self.unreadable.clone();
+        let mut harness = self.start();
+        let recovered = harness.open();
+        assert_eq!(recovered.claim, recovered.hard_state.claim);
+        assert_eq!(recovered.hard_state.claim, harness.wal.hard_state().unwrap().claim);
+        let first = outcome(&harness);
+        let mut again = Self { device: harness.crash(|| false), unreadable }.start();
+        again.open();
+        assert_eq!(outcome(&again), first, "the next start finds the same");
+        (again, recovered)
+    }
+
+    fn flip(&mut self, name: &str, at: usize) {
+        self.device.corrupt(name, at, |bytes| bytes[0] ^= 0x10, 1);
+    }
+}
+
+fn certain(term: u64, last: u64) -> Option<Claim> {
+    Some(Claim { term: Term(term), last: LogIndex(last), certain: true })
+}
+
+#[test]
+fn a_batch_with_a_rotten_image_stays_in_the_log_and_one_with_a_rotten_envelope_cuts_it() {
+    for closed in [true, false] {
+        let (device, slots) = four_batches(closed);
+        for (ordinal, (name, at)) in slots.iter().enumerate() {
+            // Envelope, image header, payload; a flipped bit, or a lost sector.
+            for (sector, zeroed) in [(0, false), (1, false), (2, false), (2, true), (0, true)] {
+                let mut sick = Sick::new(device.clone());
+                let change = |bytes: &mut [u8]| if zeroed { bytes.fill(0) } else { bytes[100] ^= 0x10 };
+                sick.device.corrupt(name, at + sector * SECTOR_BYTES, change, SECTOR_BYTES);
+                let acknowledged = closed || ordinal < 3;
+                let (harness, recovered) = sick.opens();
+                if zeroed && !acknowledged {
+                    // The residual that the contract states: the last write, lost by the device, nothing behind it.
+                    assert_eq!(harness.chains().len(), ordinal);
+                    assert_eq!((recovered.claim, recovered.report.damage), (None, Vec::new()));
+                    continue;
+                }
+                let [damage] = &recovered.report.damage[..] else { panic!("{recovered:?}") };
+                let first = LogIndex(ordinal as u64 * 2 + 1);
+                assert_eq!((damage.first, &damage.segment, damage.offset), (first, name, *at as u64));
+                // The last batch has nothing behind it that proves it complete, so what it looks like decides.
+                let expected = match (acknowledged, sector) {
+                    (true, _) => DamageCause::Lost,
+                    (false, 0) => DamageCause::EnvelopeRotten,
+                    (false, _) => DamageCause::ImageRotten,
+                };
+                assert_eq!(damage.cause, expected, "batch {ordinal}, sector {sector}");
+                assert_eq!(damage.identity.is_some(), sector > 0);
+                if sector > 0 {
+                    assert_eq!(harness.chains().len(), 4, "the log goes on behind it");
+                    assert_eq!(recovered.claim, None);
+                    let damaged: Vec<_> = harness.wal.damaged().map(|batch| batch.info.first).collect();
+                    assert_eq!(damaged, [first]);
+                    assert_eq!(harness.wal.first_damaged(), Some(first));
+                    continue;
+                }
+                assert_eq!(harness.chains().len(), ordinal, "nobody can tell what it was");
+                assert_eq!(harness.wal.first_damaged(), None);
+                let salvage: Vec<_> = harness.wal.salvage().map(|info| info.first.get()).collect();
+                assert_eq!(salvage, (ordinal as u64 + 1..4).map(|at| at * 2 + 1).collect::<Vec<_>>());
+                if ordinal < 3 {
+                    assert_eq!(recovered.claim, certain(1, 8), "the batches behind it tell the end");
+                } else {
+                    let claim = recovered.claim.unwrap();
+                    assert!(!claim.certain && claim.term == Term(1), "{claim:?}");
+                    assert_eq!(claim.last, LogIndex(if closed { 8 } else { 6 }));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn an_unreadable_slot_is_as_good_as_a_rotten_one() {
+    let (device, slots) = four_batches(true);
+    for (ordinal, (name, at)) in slots.iter().enumerate() {
+        let mut sick = Sick::new(device.clone());
+        sick.unreadable.push((name.clone(), *at as u64));
+        let (harness, recovered) = sick.clone().opens();
+        assert_eq!(harness.chains().len(), ordinal);
+        assert_eq!(recovered.claim.unwrap().certain, ordinal < 3);
+        // When it can be read again, the batch is salvage: the claim stays until it is released.
+        let mut well = Harness::start(harness.crash(|| false));
+        well.open();
+        assert_eq!(well.chains().len(), ordinal);
+        assert_eq!(well.wal.hard_state().unwrap().claim, recovered.claim);
+        assert_eq!(well.wal.salvage().count(), 4 - ordinal);
+    }
+}
+
+#[test]
+fn a_batch_whose_slot_another_batch_was_written_over_cuts_the_log() {
+    let (device, slots) = four_batches(true);
+    let (from, to) = (&slots[1], &slots[2]);
+    let mut sick = Sick::new(device.clone());
+    let slot = device.content(&from.0)[from.1..from.1 + BLOCK_BYTES].to_vec();
+    sick.device.corrupt(&to.0, to.1, |bytes| bytes.copy_from_slice(&slot), BLOCK_BYTES);
+    let (harness, recovered) = sick.opens();
+    assert_eq!((harness.chains().len(), recovered.claim), (2, certain(1, 8)));
+
+    // The image alone: the envelope still tells which batch belongs here.
+    let mut sick = Sick::new(device.clone());
+    let image = slot[ENVELOPE_BYTES..].to_vec();
+    sick.device.corrupt(&to.0, to.1 + ENVELOPE_BYTES, |bytes| bytes.copy_from_slice(&image), image.len());
+    let (harness, recovered) = sick.opens();
+    assert_eq!((harness.chains().len(), recovered.claim), (4, None));
+    assert_eq!(harness.wal.first_damaged(), Some(LogIndex(5)));
+}
+
+#[test]
+fn a_batch_that_is_intact_but_continues_another_log_cuts_the_log() {
+    // One seed, so both lives have the same segment identity; only the first command differs.
+    let life = |salt| {
+        let mut harness = Harness::fresh();
+        harness.append_durably(1, 1, 100, salt);
+        harness.append_durably(1, 1, 100, 7);
+        let slot = slot_at(&harness, LogIndex(2));
+        (harness.crash(|| false), slot)
+    };
+    let (device, (name, at)) = life(1);
+    let (other, other_slot) = life(2);
+    assert_eq!(other_slot, (name.clone(), at));
+    let foreign = other.content(&name)[at..at + BLOCK_BYTES].to_vec();
+    assert_ne!(device.content(&name)[at..at + BLOCK_BYTES], foreign);
+    let mut sick = Sick::new(device);
+    sick.device.corrupt(&name, at, |bytes| bytes.copy_from_slice(&foreign), BLOCK_BYTES);
+    let (harness, recovered) = sick.opens();
+    let [damage] = &recovered.report.damage[..] else { panic!("{recovered:?}") };
+    assert_eq!((damage.cause, damage.first), (DamageCause::Misplaced, LogIndex(2)));
+    assert_eq!(harness.chains().len(), 1);
+    assert!(recovered.claim.is_some());
+}
+
+#[test]
+fn rot_in_the_first_slot_behind_a_blank_segment_end_is_damage_not_a_torn_tail() {
+    let mut harness = Harness::fresh();
+    let mut salt = 0;
+    // Up to the batch that did not fit and opened the next segment.
+    while harness.wal.stats().rollovers == 0 {
+        harness.append_durably(1, 1, 6000, salt);
+        salt += 1;
+    }
+    let last = harness.wal.last_index();
+    let (name, at) = slot_at(&harness, last);
+    let device = harness.crash(|| false);
+    let content = device.content(&name);
+    assert_eq!(at as u64, slots_start(content.len() as u64), "the first slot of its segment");
+    for (sector, cause) in [(0, DamageCause::EnvelopeRotten), (1, DamageCause::ImageRotten)] {
+        let mut sick = Sick::new(device.clone());
+        sick.flip(&name, at + sector * SECTOR_BYTES + 60);
+        let (harness, recovered) = sick.opens();
+        let [damage] = &recovered.report.damage[..] else { panic!("{recovered:?}") };
+        assert_eq!((damage.cause, damage.first), (cause, last));
+        assert_eq!((damage.segment.as_str(), damage.offset), (name.as_str(), at as u64));
+        assert_eq!(harness.wal.last_index() == last, sector == 1);
+        assert_eq!(recovered.claim.map(|claim| claim.certain), (sector == 0).then_some(false));
+    }
+}
+
+/// Sixty batches of one index in at least four segments, with the names of those that are written.
+fn sixty_batches() -> (Device, Vec<String>) {
+    let mut harness = Harness::fresh();
+    for salt in 0..60 {
+        harness.append_durably(1 + salt / 20, 1, 6000, salt);
+    }
+    let mut names = harness.disk.device.names();
+    names.retain(|name| name.ends_with(".wal"));
+    let written = names.iter().position(|name| *name == last_segment(&harness)).unwrap() + 1;
+    assert!(written >= 4);
+    names.truncate(written);
+    (harness.crash(|| false), names)
+}
+
+#[test]
+fn a_lost_segment_or_header_cuts_the_log_and_what_lies_behind_is_claimed_and_kept() {
+    let (device, names) = sixty_batches();
+    let per_segment = |name: &str| -> Vec<u64> {
+        let content = device.content(name);
+        let slots = (slots_start(content.len() as u64) as usize..content.len()).step_by(BLOCK_BYTES);
+        slots
+            .filter_map(|at| read_envelope(&content[at..]).ok())
+            .map(|envelope| envelope.first.get())
+            .collect()
+    };
+    for (ordinal, name) in names.iter().enumerate() {
+        let held = per_segment(name);
+        let is_last = ordinal + 1 == names.len();
+        for kind in 0..5 {
+            let mut sick = Sick::new(device.clone());
+            match kind {
+                0 => sick.device.remove(name),
+                1 => sick.flip(name, 9),
+                2 => sick.device.corrupt(name, 0, |bytes| bytes.fill(0), SECTOR_BYTES),
+                3 => sick.device.shorten(name, 0),
+                _ => sick.unreadable.push((name.clone(), 0)),
+            }
+            let (harness, recovered) = sick.opens();
+            if kind == 0 && is_last {
+                // The residual: its name is gone, and nothing later refers to it.
+                assert_eq!(harness.chains().len() as u64, held[0] - 1);
+                continue;
+            }
+            assert_eq!(harness.chains().len() as u64, held[0] - 1, "segment {ordinal}, kind {kind}");
+            assert!(!recovered.report.damage.is_empty());
+            let salvage: Vec<u64> = harness.wal.salvage().map(|info| info.first.get()).collect();
+            let behind = held[0]..=60;
+            let lost = |first: &u64| matches!(kind, 0 | 3) && held.contains(first);
+            assert_eq!(salvage, behind.filter(|first| !lost(first)).collect::<Vec<_>>());
+            match kind {
+                // A file that cannot be placed may have held the end.
+                3 => assert!(!recovered.claim.unwrap().certain),
+                _ => assert_eq!(recovered.claim, certain(3, 60), "segment {ordinal}, kind {kind}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn a_header_that_was_written_over_another_never_hides_what_the_log_held() {
+    let (device, names) = sixty_batches();
+    for from in &names {
+        for to in &names {
+            if from == to {
+                continue;
+            }
+            let header = device.content(from)[..BLOCK_BYTES].to_vec();
+            let mut sick = Sick::new(device.clone());
+            sick.device.corrupt(to, 0, |bytes| bytes.copy_from_slice(&header), BLOCK_BYTES);
+            let (harness, recovered) = sick.opens();
+            assert_eq!(recovered.claim, certain(3, 60), "the envelopes tell which is which");
+            assert_eq!(harness.chains().len() + harness.wal.salvage().count(), 60);
+            // The other one gone, the header looks right where it is.
+            let mut sick = Sick::new(device.clone());
+            sick.device.corrupt(to, 0, |bytes| bytes.copy_from_slice(&header), BLOCK_BYTES);
+            sick.device.remove(from);
+            let (_, recovered) = sick.opens();
+            let claim = recovered.claim.expect("the log is not whole");
+            assert!(!claim.certain || claim.last == LogIndex(60), "{claim:?}");
+        }
+    }
+}
+
+#[test]
+fn damage_that_a_cut_has_made_void_is_no_damage() {
+    let mut harness = Harness::fresh();
+    for salt in 0..6 {
+        harness.append_durably(1, 1, 400, salt);
+    }
+    let slots: Vec<_> = (1..=6).map(|at| slot_at(&harness, LogIndex(at))).collect();
+    harness.wal.truncate_after(&mut harness.disk, LogIndex(3));
+    harness.settle();
+    harness.append_durably(2, 1, 400, 9);
+    let chains = harness.chains();
+    let device = harness.crash(|| false);
+    for (name, at) in &slots[3..] {
+        for sector in [0, 1] {
+            let mut sick = Sick::new(device.clone());
+            sick.flip(name, at + sector * SECTOR_BYTES + 80);
+            let (harness, recovered) = sick.opens();
+            assert_eq!(harness.chains(), chains);
+            assert_eq!((recovered.claim, recovered.report.damage), (None, Vec::new()));
+        }
+    }
+    // Before the cut it counts, and what was cut off is no salvage.
+    let (name, at) = &slots[1];
+    let mut sick = Sick::new(device);
+    sick.flip(name, *at);
+    let (harness, recovered) = sick.opens();
+    assert_eq!(harness.chains(), chains[..1]);
+    assert_eq!(recovered.claim, certain(2, 4));
+    let salvage: Vec<_> = harness.wal.salvage().map(|info| (info.first.get(), info.chain)).collect();
+    assert_eq!(salvage, [(3, chains[2]), (4, chains[3])]);
+}
+
+#[test]
+fn damage_and_a_lost_copy_of_the_hard_state_at_once() {
+    let (device, slots) = four_batches(true);
+    for copy in ["hard-a", "hard-b"] {
+        let mut sick = Sick::new(device.clone());
+        sick.flip(copy, 90);
+        sick.flip(&slots[1].0, slots[1].1);
+        let (harness, recovered) = sick.opens();
+        assert!(recovered.report.hard_state_repaired);
+        assert_eq!((harness.chains().len(), recovered.claim), (1, certain(1, 8)));
+        // The claim survives the loss of either copy.
+        let device = harness.crash(|| false);
+        for copy in ["hard-a", "hard-b"] {
+            let mut sick = Sick::new(device.clone());
+            sick.flip(copy, 90);
+            assert_eq!(sick.opens().1.claim, certain(1, 8));
+        }
+    }
+}
+
+#[test]
+fn a_start_with_damage_that_crashes_after_any_operation_is_begun_or_finished_by_the_next() {
+    let (device, names) = sixty_batches();
+    let mut sick = Sick::new(device);
+    let content = sick.device.content(&names[1]);
+    let start = slots_start(content.len() as u64) as usize;
+    sick.flip(&names[1], start + 3 * 8192);
+    sick.flip(&names[2], start + 2 * 8192 + 700);
+    sick.unreadable.push((names[3].clone(), start as u64));
+    let (harness, _) = sick.clone().opens();
+    let expected = outcome(&harness);
+    assert!(expected.claim.is_some() && !expected.salvage.is_empty());
+    for survives in [false, true] {
+        for operations in (0..).step_by(3) {
+            let mut harness = sick.clone().start();
+            harness.turn();
+            let finished = !(0..operations).all(|_| harness.step());
+            let unreadable = sick.unreadable.clone();
+            let (harness, _) = Sick { device: harness.crash(|| survives), unreadable }.opens();
+            assert_eq!(outcome(&harness), expected, "after {operations} operations");
+            if finished {
+                assert!(operations > 60, "the start was exercised: {operations}");
+                break;
+            }
+        }
+    }
+}
+
+#[test]
+fn random_damage_never_passes_for_the_log_and_nothing_intact_is_lost() {
+    let seeds = std::env::var("WAL_SEEDS").ok().and_then(|text| text.parse().ok()).unwrap_or(150);
+    let base = std::env::var("WAL_SEED").ok().and_then(|text| text.parse().ok()).unwrap_or(1u64);
+    let mut seen = Seen::default();
+    for seed in base..base + seeds {
+        let outcome = std::panic::catch_unwind(|| random_damage(seed));
+        match outcome {
+            Ok(more) => seen.add(&more),
+            Err(panic) => {
+                eprintln!("WAL_SEED={seed} WAL_SEEDS=1 replays this");
+                std::panic::resume_unwind(panic);
+            }
+        }
+    }
+    if seeds >= 100 {
+        let Seen { known, certain, uncertain, salvaged, whole } = seen;
+        assert!([known, certain, uncertain, salvaged, whole].iter().all(|count| *count > 2), "{seen:?}");
+    }
+}
+
+/// How often the cases came up.
+#[derive(Debug, Default)]
+struct Seen {
+    known: usize,
+    certain: usize,
+    uncertain: usize,
+    salvaged: usize,
+    whole: usize,
+}
+
+impl Seen {
+    fn add(&mut self, more: &Seen) {
+        self.known += more.known;
+        self.certain += more.certain;
+        self.uncertain += more.uncertain;
+        self.salvaged += more.salvaged;
+        self.whole += more.whole;
+    }
+}
+
+struct Appended {
+    info: BatchInfo,
+    name: String,
+    at: usize,
+    bytes: Vec<u8>,
+}
+
+impl Appended {
+    fn is_intact(&self, sick: &Sick) -> bool {
+        let end = self.at + self.bytes.len();
+        let unreadable = sick.unreadable.iter().any(|(name, at)| {
+            let at = *at as usize;
+            *name == self.name && self.at < at + BLOCK_BYTES && at < end
+        });
+        let there = sick.device.names().contains(&self.name);
+        !unreadable && there && sick.device.content(&self.name).get(self.at..end) == Some(&self.bytes[..])
+    }
+}
+
+/// A log of several starts, the last process crashed, with all that it appended and how many of them were acknowledged.
+fn random_log(rng: &mut Rng) -> (Device, Vec<Appended>, usize, LogIndex) {
+    let mut device = Device::default();
+    let mut term = 1;
+    let lives = 1 + rng.below(3);
+    for life in 0.. {
+        let mut harness = Harness::start(device);
+        harness.open();
+        let batches = 8 + rng.below(30);
+        for salt in 0..batches as u64 {
+            term += u64::from(rng.below(8) == 0);
+            let bytes = 8 + rng.below(3400);
+            harness.append_durably(term, 1 + rng.below(2), bytes, salt);
+            if rng.below(10) == 0 {
+                harness.wal.save_witness(&mut harness.disk);
+                harness.settle();
+            }
+        }
+        if life + 1 < lives {
+            device = if rng.below(2) == 0 { harness.shut_down() } else { harness.crash(|| false) };
+            continue;
+        }
+        let acknowledged = harness.chains().len();
+        let witness = harness.wal.hard_state().unwrap().witness;
+        let mut infos: Vec<BatchInfo> = harness.wal.batches().collect();
+        for salt in 0..rng.below(3) as u64 {
+            if harness.wal.is_ready_for(8192) {
+                infos.push(harness.append(term, 1, 500 + rng.below(2000), salt));
+            }
+        }
+        let odds = rng.below(3);
+        let device = harness.crash(|| odds == 0 || odds == 1 && rng.below(2) == 0);
+        let mut appended = Vec::new();
+        for info in infos {
+            let names = device.names();
+            let slot = names.iter().filter(|name| name.ends_with(".wal")).find_map(|name| {
+                let content = device.content(name);
+                let slots = (slots_start(content.len() as u64) as usize..content.len()).step_by(BLOCK_BYTES);
+                slots.map(|at| (name, at)).find(|(_, at)| {
+                    read_envelope(&content[*at..]).is_ok_and(|envelope| envelope.chain == info.chain)
+                })
+            });
+            let Some((name, at)) = slot else { continue };
+            let end = at + ENVELOPE_BYTES + info.image_bytes as usize;
+            let bytes = device.content(name)[at..end].to_vec();
+            appended.push(Appended { info, name: name.clone(), at, bytes });
+        }
+        return (device, appended, acknowledged, witness);
+    }
+    unreachable!()
+}
+
+fn random_damage(seed: u64) -> Seen {
+    let mut rng = Rng(seed);
+    let (device, appended, acknowledged, witness) = random_log(&mut rng);
+    let mut sick = Sick::new(device);
+    let last_segment = appended[acknowledged - 1].name.clone();
+    for _ in 0..1 + rng.below(4) {
+        let victim = &appended[rng.below(acknowledged)];
+        let (name, at, length) = (&victim.name, victim.at, victim.bytes.len());
+        if !sick.device.names().contains(name) {
+            continue;
+        }
+        let sector = at + rng.below(length.div_ceil(SECTOR_BYTES)) * SECTOR_BYTES;
+        match rng.below(12) {
+            0..=2 => sick.flip(name, at + rng.below(length)),
+            3 => sick.flip(name, at + rng.below(ENVELOPE_BYTES)),
+            4 | 5 => {
+                let seed = rng.next();
+                let garbage = |bytes: &mut [u8]| {
+                    let mut rng = Rng(seed);
+                    bytes.iter_mut().for_each(|byte| *byte = rng.next() as u8 | 1);
+                };
+                sick.device.corrupt(name, sector, garbage, SECTOR_BYTES);
+            }
+            // What is blank was never written, unless the hard state knows better.
+            6 if victim.info.last <= witness => {
+                sick.device.corrupt(name, sector, |bytes| bytes.fill(0), SECTOR_BYTES);
+            }
+            7 if victim.info.last <= witness => {
+                let bytes = length.next_multiple_of(BLOCK_BYTES);
+                sick.device.corrupt(name, at, |bytes| bytes.fill(0), bytes);
+            }
+            8 => {
+                let from = &appended[rng.below(appended.len())];
+                if !sick.device.names().contains(&from.name) {
+                    continue;
+                }
+                let block = sick.device.content(&from.name)[from.at..from.at + BLOCK_BYTES].to_vec();
+                sick.device.corrupt(name, at, |bytes| bytes.copy_from_slice(&block), BLOCK_BYTES);
+            }
+            9 | 10 => sick.unreadable.push((name.clone(), (sector - sector % BLOCK_BYTES) as u64)),
+            11 if *name != last_segment => match rng.below(3) {
+                0 => sick.device.remove(name),
+                1 => sick.flip(name, rng.below(SECTOR_BYTES)),
+                _ => sick.device.corrupt(name, 0, |bytes| bytes.fill(0), SECTOR_BYTES),
+            },
+            _ => {}
+        }
+    }
+
+    // Some starts are interrupted; the next one finds the same.
+    let (mut harness, recovered) = sick.clone().opens();
+    let expected = outcome(&harness);
+    let mut interrupted = sick.clone().start();
+    interrupted.turn();
+    for _ in 0..rng.below(140) {
+        interrupted.step();
+    }
+    let odds = rng.below(3);
+    let survived = interrupted.crash(|| odds == 0 || odds == 1 && rng.below(2) == 0);
+    let (after, _) = Sick { device: survived, unreadable: sick.unreadable.clone() }.opens();
+    assert_eq!(outcome(&after), expected, "an interrupted start changes nothing");
+
+    let Outcome { chains, damaged, claim, salvage } = expected;
+    assert!(chains.len() <= appended.len());
+    assert!(chains.iter().zip(&appended).all(|(found, batch)| *found == batch.info.chain), "no wrong batch");
+    let end = harness.wal.last_index();
+    for (ordinal, batch) in appended.iter().enumerate() {
+        let info = batch.info;
+        let flagged = damaged.iter().any(|damaged| damaged.info.chain == info.chain);
+        let intact = batch.is_intact(&sick);
+        let held = info.last <= end;
+        if flagged {
+            assert!(held && !intact, "{info:?}");
+        }
+        if ordinal >= acknowledged {
+            continue;
+        }
+        if intact {
+            let kept = held || salvage.iter().any(|salvaged| salvaged.chain == info.chain);
+            assert!(kept, "no intact batch is lost: {info:?} {recovered:?}");
+        }
+        if held {
+            assert_eq!(flagged, !intact, "{info:?} {recovered:?}");
+        } else {
+            let claim = claim.unwrap_or_else(|| panic!("{info:?} was acknowledged: {recovered:?}"));
+            let covers = !claim.certain || (claim.term, claim.last) >= (info.term, info.last);
+            assert!(covers, "{claim:?} is too low for {info:?}: {recovered:?}");
+        }
+    }
+    // What is read back is what was appended, and what is damaged says so.
+    for batch in &appended[..chains.len()] {
+        harness.wal.read(&mut harness.disk, 1, batch.info.first, 1);
+        harness.settle();
+        let flagged = damaged.iter().any(|damaged| damaged.info.chain == batch.info.chain);
+        match harness.take_read() {
+            Ok(read) => {
+                assert!(!flagged);
+                assert_eq!(read[0].image(), &batch.bytes[ENVELOPE_BYTES..]);
+            }
+            Err(ReadError::Damaged { first, .. }) => assert!(flagged && first == batch.info.first),
+            Err(error) => panic!("{error}"),
+        }
+    }
+    for salvaged in &salvage {
+        let batch = appended.iter().find(|batch| batch.info.chain == salvaged.chain).expect("no wrong batch");
+        let before = appended.iter().find(|before| before.info.last == salvaged.first.previous());
+        if before.is_none() && salvaged.first > LogIndex(1) {
+            // Nothing is left of the one before, which was in flight.
+            continue;
+        }
+        let previous = before.map_or(Chain::default(), |before| before.info.chain);
+        harness.wal.read_salvage(&mut harness.disk, 2, salvaged.first, previous);
+        harness.settle();
+        let read = harness.take_read().unwrap_or_else(|error| panic!("{error} {salvaged:?} {recovered:?}"));
+        assert_eq!(read[0].image(), &batch.bytes[ENVELOPE_BYTES..]);
+        harness.wal.read_salvage(&mut harness.disk, 3, salvaged.first, Chain([9; 16]));
+        harness.settle();
+        assert_eq!(harness.take_read().err(), Some(ReadError::NotFound { first: salvaged.first }));
+    }
+    Seen {
+        known: damaged.len(),
+        certain: usize::from(claim.is_some_and(|claim| claim.certain)),
+        uncertain: usize::from(claim.is_some_and(|claim| !claim.certain)),
+        salvaged: salvage.len(),
+        whole: usize::from(claim.is_none() && damaged.is_empty()),
+    }
+}
+
+// Repair.
+
+/// A log in several segments, the last bytes of every batch, and where each lies.
+struct Whole {
+    device: Device,
+    batches: Vec<Appended>,
+}
+
+impl Whole {
+    fn new() -> Self {
+        let (device, names) = sixty_batches();
+        let mut batches = Vec::new();
+        let mut harness = Harness::start(device.clone());
+        harness.open();
+        for info in harness.wal.batches() {
+            let (name, at) = slot_at(&harness, info.first);
+            let end = at + ENVELOPE_BYTES + info.image_bytes as usize;
+            let bytes = device.content(&name)[at..end].to_vec();
+            assert!(names.contains(&name));
+            batches.push(Appended { info, name, at, bytes });
+        }
+        Self { device, batches }
+    }
+
+    /// The images of these batches are rotten.
+    fn rotten(&self, firsts: &[u64]) -> Sick {
+        let mut sick = Sick::new(self.device.clone());
+        for first in firsts {
+            let batch = self.batch(*first);
+            sick.flip(&batch.name, batch.at + 3 * SECTOR_BYTES);
+        }
+        sick
+    }
+
+    fn batch(&self, first: u64) -> &Appended {
+        self.batches.iter().find(|batch| batch.info.first == LogIndex(first)).unwrap()
+    }
+
+    /// The image of a batch as it comes from a peer.
+    fn fetched(&self, harness: &mut Harness, first: u64) -> Block<AlignedBuf> {
+        let batch = self.batch(first);
+        let pool = harness.pool.clone();
+        let mut block = crate::ops::take(&pool, &mut harness.disk, batch.info.slot_bytes()).unwrap();
+        block[ENVELOPE_BYTES..batch.bytes.len()].copy_from_slice(&batch.bytes[ENVELOPE_BYTES..]);
+        block
+    }
+
+    fn repair(&self, harness: &mut Harness, first: u64) {
+        let block = self.fetched(harness, first);
+        harness.wal.repair(&mut harness.disk, LogIndex(first), block).unwrap();
+    }
+
+    /// Everything that is not listed as damaged reads back as it was written.
+    fn reads_back(&self, harness: &mut Harness, damaged: &[u64]) {
+        let listed: Vec<u64> = harness.wal.damaged().map(|batch| batch.info.first.get()).collect();
+        assert_eq!(listed, damaged);
+        for batch in &self.batches {
+            if batch.info.first > harness.wal.last_index() {
+                break;
+            }
+            harness.wal.read(&mut harness.disk, 1, batch.info.first, 1);
+            harness.settle();
+            let read = harness.take_read();
+            if damaged.contains(&batch.info.first.get()) {
+                assert!(matches!(read, Err(ReadError::Damaged { .. })), "{read:?}");
+            } else {
+                assert_eq!(read.unwrap()[0].image(), &batch.bytes[ENVELOPE_BYTES..]);
+            }
+        }
+    }
+}
+
+fn told(harness: &mut Harness) -> Vec<(bool, u64)> {
+    let events = std::mem::take(&mut harness.events);
+    let tell = |event| match event {
+        WalEvent::Repaired { first, .. } => Some((true, first.get())),
+        WalEvent::DamageFound(batch) => Some((false, batch.info.first.get())),
+        WalEvent::Poisoned(error) => panic!("{error}"),
+        _ => None,
+    };
+    events.into_iter().filter_map(tell).collect()
+}
+
+#[test]
+fn repaired_batches_are_whole_again_in_an_ordinary_segment() {
+    let whole = Whole::new();
+    // Two in one segment, one in another; one whose header is intact, so that all but the bytes is known of it.
+    let mut sick = whole.rotten(&[20, 22, 40]);
+    let batch = whole.batch(22);
+    sick.flip(&batch.name, batch.at + ENVELOPE_BYTES + 8);
+    sick.unreadable.push((whole.batch(21).name.clone(), 130 * 1024 - 2048));
+    sick.unreadable.clear();
+    let (mut harness, _) = sick.opens();
+    whole.reads_back(&mut harness, &[20, 22, 40]);
+    assert_eq!(harness.wal.batch_starting_at(LogIndex(20)).unwrap(), whole.batch(20).info);
+    assert_eq!(harness.wal.batch_starting_at(LogIndex(22)).unwrap().time_ms, 0, "its envelope does not say");
+    told(&mut harness);
+    for first in [40, 22, 20] {
+        whole.repair(&mut harness, first);
+        whole.repair(&mut harness, first);
+    }
+    harness.settle();
+    let mut repaired = told(&mut harness);
+    repaired.sort();
+    assert_eq!(repaired, [(true, 20), (true, 22), (true, 40)]);
+    assert_eq!(harness.wal.batch_starting_at(LogIndex(22)).unwrap(), whole.batch(22).info);
+    assert_eq!(harness.wal.first_damaged(), None);
+    whole.reads_back(&mut harness, &[]);
+    assert!(harness.disk.device.names().iter().all(|name| !name.ends_with(".new")));
+    for batch in &whole.batches {
+        let content = harness.disk.device.content(&batch.name);
+        let end = batch.at + batch.bytes.len();
+        assert_eq!(content[batch.at + ENVELOPE_BYTES..end], batch.bytes[ENVELOPE_BYTES..]);
+        assert!(content[end..end.next_multiple_of(BLOCK_BYTES)].iter().all(|byte| *byte == 0));
+    }
+    let (mut harness, recovered) = Sick::new(harness.crash(|| false)).opens();
+    assert_eq!((recovered.report.damage, recovered.claim), (Vec::new(), None));
+    whole.reads_back(&mut harness, &[]);
+}
+
+#[test]
+fn an_image_that_is_not_the_batchs_is_refused() {
+    let whole = Whole::new();
+    let (mut harness, _) = whole.rotten(&[20, 22]).opens();
+    let mut offer = |first: u64, of: u64, change: fn(&mut [u8])| {
+        let mut block = whole.fetched(&mut harness, of);
+        change(&mut block);
+        harness.wal.repair(&mut harness.disk, LogIndex(first), block)
+    };
+    let first = LogIndex(20);
+    assert_eq!(offer(20, 22, |_| ()), Err(RepairError::Other { first }));
+    assert!(matches!(offer(20, 20, |block| block[2000] ^= 1), Err(RepairError::Image { .. })));
+    assert_eq!(offer(21, 21, |_| ()), Err(RepairError::NotDamaged { first: LogIndex(21) }));
+    assert_eq!(offer(20, 20, |block| block[..ENVELOPE_BYTES].fill(7)), Ok(()));
+    harness.settle();
+    assert_eq!(told(&mut harness).last(), Some(&(true, 20)));
+    // What waits is bounded.
+    let firsts: Vec<u64> = (2..60).collect();
+    let (mut harness, _) = whole.rotten(&firsts).opens();
+    let mut taken = 0;
+    for first in firsts {
+        let block = whole.fetched(&mut harness, first);
+        match harness.wal.repair(&mut harness.disk, LogIndex(first), block) {
+            Ok(()) => taken += 1,
+            Err(error) => assert_eq!((error, taken > 10), (RepairError::Busy, true)),
+        }
+    }
+    harness.settle();
+    let repaired = told(&mut harness).into_iter().filter(|(repaired, _)| *repaired).count();
+    assert_eq!(repaired, taken);
+}
+
+#[test]
+fn a_rebuild_that_crashes_after_any_operation_loses_nothing() {
+    let whole = Whole::new();
+    let sick = whole.rotten(&[20, 22]);
+    let mut outcomes = [0; 2];
+    for survives in 0..3 {
+        let mut rng = Rng(survives);
+        for operations in 0.. {
+            let mut harness = sick.clone().start();
+            harness.open();
+            whole.repair(&mut harness, 20);
+            let finished = !(0..operations).all(|_| harness.step());
+            let repaired = told(&mut harness).contains(&(true, 20));
+            let device = harness.crash(|| survives == 1 || survives == 2 && rng.below(2) == 0);
+            let (mut harness, recovered) = Sick::new(device).opens();
+            assert_eq!(recovered.claim, None);
+            assert_eq!(harness.chains().len(), 60);
+            let still = harness.wal.damaged().any(|batch| batch.info.first == LogIndex(20));
+            assert!(!(still && repaired), "what was told is durable");
+            outcomes[usize::from(still)] += 1;
+            whole.reads_back(&mut harness, if still { &[20, 22] } else { &[22] });
+            if finished {
+                assert!(repaired && operations > 8);
+                break;
+            }
+        }
+    }
+    assert!(outcomes.iter().all(|count| *count > 2), "{outcomes:?}");
+}
+
+/// Lets everything happen but the `nth` operation of the rebuild, which fails.
+fn fail_rebuild(harness: &mut Harness, nth: usize, kind: DiskErrorKind) -> Option<String> {
+    let mut seen = 0;
+    let mut failed = None;
+    while let Some((id, op)) = harness.disk.queue.front() {
+        let ours = id.0 >> 48 & 0xff == 9;
+        let what = crate::testing::describe(op);
+        let is_read = matches!(op, DiskOp::Read { .. });
+        seen += usize::from(ours);
+        if ours && seen == nth + 1 {
+            failed = Some(what);
+            if is_read && kind == DiskErrorKind::NoSpace {
+                harness.disk.complete(0, Fate::Happen);
+            } else {
+                harness.disk.complete(0, Fate::Fail(kind));
+            }
+        } else {
+            harness.disk.complete(0, Fate::Happen);
+        }
+        harness.turn();
+    }
+    failed
+}
+
+#[test]
+fn no_space_for_a_rebuild_is_tried_again_and_any_other_failed_write_stops_the_log() {
+    let whole = Whole::new();
+    let sick = whole.rotten(&[20, 22]);
+    for kind in [DiskErrorKind::NoSpace, DiskErrorKind::Io] {
+        for nth in 0.. {
+            let mut harness = sick.clone().start();
+            harness.open();
+            whole.repair(&mut harness, 20);
+            let Some(failed) = fail_rebuild(&mut harness, nth, kind) else {
+                assert!(nth > 8, "{nth}");
+                break;
+            };
+            let survives = kind == DiskErrorKind::NoSpace
+                && ["create", "write", "flush", "rename"].iter().any(|what| failed.starts_with(what))
+                || failed.starts_with("read")
+                || failed.starts_with("open");
+            assert_eq!(harness.wal.poisoned().is_none(), survives, "{failed}: {:?}", harness.wal.poisoned());
+            if survives {
+                harness.wal.retry_space();
+                harness.settle();
+                let told = told(&mut harness);
+                assert!(told.contains(&(true, 20)), "{failed}");
+                whole.reads_back(&mut harness, &[22]);
+                let names = harness.disk.device.names();
+                assert!(names.iter().all(|name| !name.ends_with(".new")), "{failed}");
+                Sick::new(harness.shut_down()).opens();
+            } else {
+                let (mut harness, _) = Sick::new(harness.crash(|| false)).opens();
+                let still = harness.wal.damaged().any(|batch| batch.info.first == LogIndex(20));
+                whole.reads_back(&mut harness, if still { &[20, 22] } else { &[22] });
+            }
+        }
+    }
+}
+
+#[test]
+fn a_truncation_that_overtakes_a_rebuild_stays_a_truncation() {
+    let whole = Whole::new();
+    let sick = whole.rotten(&[20, 22]);
+    // Before the segment; within it, before and behind the repaired batch.
+    for keep in [3, 19, 21] {
+        for operations in 0.. {
+            let mut harness = sick.clone().start();
+            harness.open();
+            whole.repair(&mut harness, 20);
+            let finished = !(0..operations).all(|_| harness.step());
+            harness.wal.truncate_after(&mut harness.disk, LogIndex(keep));
+            harness.settle();
+            assert!(harness.wal.poisoned().is_none());
+            assert_eq!(harness.wal.last_index(), LogIndex(keep));
+            let damaged = harness.wal.first_damaged();
+            assert_eq!(damaged, None, "repaired, or cut off");
+            whole.reads_back(&mut harness, &[]);
+            harness.append_durably(9, 1, 100, 1);
+            let names = harness.disk.device.names();
+            assert!(names.iter().all(|name| !name.ends_with(".new")));
+            let gone = names.iter().all(|name| *name != whole.batch(20).name);
+            assert_eq!(gone, keep == 3, "nothing comes back: {names:?}");
+            let (harness, recovered) = Sick::new(harness.shut_down()).opens();
+            assert_eq!((recovered.claim, harness.chains().len() as u64), (None, keep + 1));
+            if finished {
+                break;
+            }
+        }
+    }
+}
+
+#[test]
+fn damage_found_by_a_read_is_told_once_and_the_log_rolls_over_to_repair_what_it_appends_to() {
+    let mut harness = Harness::fresh();
+    for salt in 0..4 {
+        harness.append_durably(1, 2, 400, salt);
+    }
+    let (name, at) = slot_at(&harness, LogIndex(3));
+    let info = harness.wal.batch_starting_at(LogIndex(3)).unwrap();
+    let original = harness.disk.device.content(&name)[at..at + BLOCK_BYTES].to_vec();
+    harness.disk.device.corrupt(&name, at + 700, |bytes| bytes[0] ^= 1, 1);
+    for first in [1, 3, 3] {
+        harness.wal.read(&mut harness.disk, 1, LogIndex(first), 1 << 20);
+    }
+    harness.settle();
+    let reads = [(); 3].map(|()| harness.take_read());
+    assert!(matches!(reads[0], Err(ReadError::Damaged { first: LogIndex(3), .. })));
+    assert!(matches!(reads[2], Err(ReadError::Damaged { first: LogIndex(3), .. })));
+    assert_eq!(told(&mut harness), [(false, 3)]);
+    // A read ends before what is known to be damaged.
+    harness.wal.read(&mut harness.disk, 1, LogIndex(1), 1 << 20);
+    harness.settle();
+    assert_eq!(harness.take_read().unwrap().len(), 1);
+    let [damaged] = &harness.wal.damaged().collect::<Vec<_>>()[..] else { panic!() };
+    assert_eq!((damaged.info, damaged.offset), (info, at as u64));
+    assert_eq!(harness.wal.chain_at(LogIndex(2)), Some(damaged.previous));
+    // With an append in flight on the same segment.
+    harness.append(1, 1, 100, 9);
+    let pool = harness.pool.clone();
+    let mut block = crate::ops::take(&pool, &mut harness.disk, BLOCK_BYTES).unwrap();
+    block.copy_from_slice(&original);
+    harness.wal.repair(&mut harness.disk, LogIndex(3), block).unwrap();
+    assert!(harness.disk.queue.iter().all(|(id, _)| id.0 >> 48 & 0xff != 9), "it waits for the append");
+    harness.settle();
+    assert_eq!(harness.wal.stats().rollovers, 1);
+    assert_eq!(told(&mut harness), [(true, 3)]);
+    harness.append_durably(1, 1, 100, 10);
+    assert_eq!(harness.read_all().len(), 6);
+    let chains = harness.chains();
+    let (harness, recovered) = Sick::new(harness.crash(|| false)).opens();
+    assert_eq!((harness.chains(), recovered.report.damage), (chains, Vec::new()));
+}
+
+#[test]
+fn a_rebuild_that_meets_an_unreadable_batch_waits_for_its_repair_too() {
+    let whole = Whole::new();
+    let (mut harness, _) = whole.rotten(&[20]).opens();
+    let other = whole.batch(22);
+    harness.disk.unreadable.push((other.name.clone(), other.at as u64));
+    told(&mut harness);
+    whole.repair(&mut harness, 20);
+    // Until both are there, the old file stays: what cannot be read now may be readable another time.
+    harness.settle();
+    assert_eq!(told(&mut harness), [(false, 22)]);
+    assert_eq!(harness.wal.damaged().count(), 2);
+    whole.repair(&mut harness, 22);
+    harness.settle();
+    let mut repaired = told(&mut harness);
+    repaired.sort();
+    assert_eq!(repaired, [(true, 20), (true, 22)]);
+    harness.disk.unreadable.clear();
+    whole.reads_back(&mut harness, &[]);
+}
+
+#[test]
+fn the_scrubber_finds_all_damage_once_within_its_budget() {
+    let whole = Whole::new();
+    let mut harness = Harness::start(whole.device.clone());
+    harness.open();
+    for salt in 0..3 {
+        harness.append_durably(9, 1, 3000, salt);
+    }
+    let active = slot_at(&harness, LogIndex(62));
+    for (first, offset) in [(7, 0), (20, 700), (60, 3000)] {
+        let batch = whole.batch(first);
+        harness.disk.device.corrupt(&batch.name, batch.at + offset, |bytes| bytes[0] ^= 1, 1);
+    }
+    let unreadable = whole.batch(33);
+    harness.disk.unreadable.push((unreadable.name.clone(), unreadable.at as u64 + 4096));
+    harness.disk.device.corrupt(&active.0, active.1 + 700, |bytes| bytes[0] ^= 1, 1);
+    told(&mut harness);
+    let (mut found, mut granted) = (Vec::new(), 0);
+    while harness.wal.scrub_status().passes == 0 {
+        harness.wal.scrub_step(&mut harness.disk, 20_000);
+        granted += 20_000;
+        loop {
+            let reads = harness.disk.queue.iter().filter(|(_, op)| matches!(op, DiskOp::Read { .. })).count();
+            assert!(reads <= 2);
+            if !harness.step() {
+                break;
+            }
+        }
+        let status = harness.wal.scrub_status();
+        assert!(status.bytes <= granted + 8192, "{status:?} {granted}");
+        found.extend(told(&mut harness));
+        assert!(granted < 2_000_000, "it comes to an end: {status:?}");
+    }
+    assert_eq!(found, [(false, 7), (false, 20), (false, 33), (false, 60)]);
+    assert_eq!(harness.wal.scrub_status().found, 4);
+    assert!(harness.wal.scrub_status().bytes >= 60 * 8192);
+    for _ in 0..100 {
+        harness.wal.scrub_step(&mut harness.disk, 20_000);
+        harness.settle();
+    }
+    assert!(harness.wal.scrub_status().passes >= 2);
+    assert_eq!(told(&mut harness), [], "each is told once");
+    let bytes = harness.wal.scrub_status().bytes;
+    harness.settle();
+    assert_eq!(harness.wal.scrub_status().bytes, bytes, "nothing is read without a budget");
+    harness.shut_down();
+}
+
+#[test]
+fn a_claim_and_what_is_kept_under_it_last_until_its_release_is_durable() {
+    let (device, names) = sixty_batches();
+    let content = device.content(&names[1]);
+    let mut sick = Sick::new(device.clone());
+    sick.flip(&names[1], slots_start(content.len() as u64) as usize + 2 * 8192);
+    let (mut harness, _) = sick.opens();
+    let expected = outcome(&harness);
+    assert!(expected.claim.is_some());
+    // Appends, a truncation and further starts go on under it.
+    harness.append_durably(9, 1, 100, 1);
+    let end = LogIndex(harness.wal.last_index().get() - 3);
+    harness.wal.truncate_after(&mut harness.disk, end);
+    harness.settle();
+    harness.append_durably(9, 1, 100, 2);
+    let chains = harness.chains();
+    let (harness, recovered) = Sick::new(harness.crash(|| false)).opens();
+    assert_eq!((harness.chains(), recovered.claim), (chains.clone(), expected.claim));
+    let kept: Vec<_> = harness.wal.salvage().collect();
+    assert!(expected.salvage.iter().all(|batch| kept.contains(batch)), "what was kept is kept");
+    for operations in 0.. {
+        let mut released = Harness::start(harness.disk.device.clone());
+        released.open();
+        let sequence = released.wal.release_claim(&mut released.disk);
+        assert_eq!(released.wal.salvage().count(), 0);
+        let finished = !(0..operations).all(|_| released.step());
+        let saved = released
+            .events
+            .iter()
+            .any(|event| matches!(event, WalEvent::HardStateSaved { sequence: saved } if *saved >= sequence));
+        let gone = names[2..].iter().filter(|name| !released.disk.device.names().contains(name)).count();
+        assert!(saved || gone == 0, "nothing goes before the release is durable");
+        let (after, recovered) = Sick::new(released.crash(|| true)).opens();
+        assert_eq!(after.chains(), chains);
+        assert!(recovered.claim.is_none() || !saved);
+        assert_eq!(recovered.claim.is_some(), after.wal.salvage().count() > 0);
+        if finished {
+            assert!(gone == names.len() - 2 && operations > 2);
+            break;
+        }
+    }
+}
+
+#[test]
+fn more_unreadable_batches_than_may_wait_are_repaired_in_several_rebuilds() {
+    let config =
+        crate::WalConfig { segment_bytes: 36 << 20, batch_bytes_max: 2 << 20, ..crate::testing::config() };
+    let mut harness = Harness::start_with(Device::default(), config.clone());
+    harness.open();
+    for salt in 0..6 {
+        harness.append_durably(1, 1, 1 << 20, salt);
+    }
+    let device = harness.shut_down();
+    let mut harness = Harness::start_with(device, config);
+    harness.open();
+    let originals: Vec<_> = harness.read_all();
+    assert_eq!(originals.len(), 6);
+    for batch in &originals {
+        let (name, at) = slot_at(&harness, batch.info.first);
+        harness.disk.unreadable.push((name, at as u64 + 65536));
+        harness.wal.read(&mut harness.disk, 1, batch.info.first, 1);
+        harness.settle();
+        assert!(harness.take_read().is_err());
+    }
+    told(&mut harness);
+    let (mut repaired, mut rounds) = (Vec::new(), 0);
+    while repaired.len() < 6 {
+        rounds += 1;
+        assert!(rounds < 6, "it comes to an end: {repaired:?}");
+        let damaged: Vec<LogIndex> = harness.wal.damaged().map(|batch| batch.info.first).collect();
+        for first in damaged {
+            let batch = originals.iter().find(|batch| batch.info.first == first).unwrap();
+            let pool = harness.pool.clone();
+            let mut block = crate::ops::take(&pool, &mut harness.disk, batch.info.slot_bytes()).unwrap();
+            let image = batch.image();
+            block[ENVELOPE_BYTES..ENVELOPE_BYTES + image.len()].copy_from_slice(image);
+            match harness.wal.repair(&mut harness.disk, first, block) {
+                Ok(()) | Err(RepairError::Busy) => {}
+                Err(error) => panic!("{error}"),
+            }
+        }
+        harness.settle();
+        repaired.extend(told(&mut harness).into_iter().filter(|(is_repaired, _)| *is_repaired));
+        if !repaired.is_empty() {
+            // The segment is another file now.
+            harness.disk.unreadable.clear();
+        }
+    }
+    assert!(rounds > 1, "they did not fit at once");
+    let again: Vec<Vec<u8>> = harness.read_all().iter().map(|batch| batch.image().to_vec()).collect();
+    assert!(again.iter().zip(&originals).all(|(again, original)| again == original.image()));
+}

@@ -1,0 +1,75 @@
+//! Salvage: intact batches behind the place where damage cut the log. Nobody knows at once whether they belong to it again; so
+//! under a claim they stay readable, and the segments that hold them, or that nothing could make sense of, stay on disk.
+//!
+//! The happy path: a start fills the list; whoever continues the log reads batches from here; the claim is released, durably, and
+//! then the files go.
+
+use crate::format::BatchInfo;
+use crate::index::Place;
+use crate::segment::{Segment, SegmentName};
+use ringraft_block::LogIndex;
+use std::collections::BTreeSet;
+
+/// A batch behind the end of the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Salvaged {
+    pub(crate) info: BatchInfo,
+    pub(crate) place: Place,
+    /// Its image was intact when it was scanned.
+    pub(crate) intact: bool,
+}
+
+/// What is kept under a claim.
+#[derive(Default)]
+pub(crate) struct Salvage {
+    /// By first index and term.
+    batches: Vec<Salvaged>,
+    generations: BTreeSet<u32>,
+    /// Files that nobody can place.
+    unplaced: Vec<SegmentName>,
+    /// Segments of older epochs are kept; 0 without a claim.
+    claim_epoch: u64,
+    /// The save that makes the release durable.
+    releasing: Option<u64>,
+}
+
+impl Salvage {
+    pub(crate) fn new(batches: Vec<Salvaged>, unplaced: Vec<SegmentName>, claim_epoch: u64) -> Self {
+        let generations = batches.iter().map(|batch| batch.place.generation).collect();
+        Self { batches, generations, unplaced, claim_epoch, releasing: None }
+    }
+
+    /// Keeps a file that nobody can place.
+    pub(crate) fn keep_file(&mut self, name: SegmentName) {
+        self.unplaced.push(name);
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = BatchInfo> + '_ {
+        self.batches.iter().map(|batch| batch.info)
+    }
+
+    /// The batches that begin at `first`, in order of term.
+    pub(crate) fn starting_at(&self, first: LogIndex) -> impl Iterator<Item = &Salvaged> {
+        let at = self.batches.partition_point(|batch| batch.info.first < first);
+        self.batches[at..].iter().take_while(move |batch| batch.info.first == first)
+    }
+
+    /// Whether a segment that the log no longer needs is to be kept.
+    pub(crate) fn keeps(&self, segment: &Segment) -> bool {
+        segment.header.epoch < self.claim_epoch || self.generations.contains(&segment.generation())
+    }
+
+    /// The claim is released once the save of this number is durable. What was salvage is no longer handed out.
+    pub(crate) fn release(&mut self, sequence: u64) {
+        self.batches.clear();
+        self.releasing = Some(sequence);
+    }
+
+    /// Whether the release has become durable. True once; nothing is kept from then on.
+    pub(crate) fn released(&mut self, durable_sequence: u64) -> Option<Vec<SegmentName>> {
+        self.releasing.take_if(|sequence| *sequence <= durable_sequence)?;
+        let unplaced = std::mem::take(&mut self.unplaced);
+        *self = Self::default();
+        Some(unplaced)
+    }
+}
