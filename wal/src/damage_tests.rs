@@ -115,7 +115,7 @@ fn a_batch_with_a_rotten_image_stays_in_the_log_and_one_with_a_rotten_envelope_c
                 } else {
                     let claim = recovered.claim.unwrap();
                     assert!(!claim.certain && claim.term == Term(1), "{claim:?}");
-                    assert_eq!(claim.last, LogIndex(if closed { 8 } else { 6 }));
+                    assert_eq!(claim.last, LogIndex(if closed { 8 } else { 7 }));
                 }
             }
         }
@@ -1008,15 +1008,29 @@ fn a_claim_and_what_is_kept_under_it_last_until_its_release_is_durable() {
     assert!(expected.claim.is_some());
     // Appends, a truncation and further starts go on under it.
     harness.append_durably(9, 1, 100, 1);
-    let end = LogIndex(harness.wal.last_index().get() - 3);
+    let end = LogIndex(harness.wal.last_index().get() - 1);
     harness.wal.truncate_after(&mut harness.disk, end);
     harness.settle();
     harness.append_durably(9, 1, 100, 2);
     let chains = harness.chains();
     let (harness, recovered) = Sick::new(harness.crash(|| false)).opens();
     assert_eq!((harness.chains(), recovered.claim), (chains.clone(), expected.claim));
-    let kept: Vec<_> = harness.wal.salvage().collect();
-    assert!(expected.salvage.iter().all(|batch| kept.contains(batch)), "what was kept is kept");
+    assert_eq!(harness.wal.salvage().collect::<Vec<_>>(), expected.salvage, "what was kept is kept");
+    // A truncation into what the salvage continued makes it void; the claim and the files stay.
+    {
+        let mut harness = Harness::start(harness.disk.device.clone());
+        harness.open();
+        let end = LogIndex(end.get() - 2);
+        harness.wal.truncate_after(&mut harness.disk, end);
+        harness.settle();
+        assert_eq!(harness.wal.salvage().count(), 0);
+        assert!(names[2..].iter().all(|name| harness.disk.device.names().contains(name)));
+        for salt in 0..6 {
+            harness.append_durably(9, 1, 100, salt);
+        }
+        let (harness, recovered) = Sick::new(harness.crash(|| false)).opens();
+        assert_eq!((recovered.claim, harness.wal.salvage().count()), (expected.claim, 0));
+    }
     for operations in 0.. {
         let mut released = Harness::start(harness.disk.device.clone());
         released.open();
@@ -1088,4 +1102,38 @@ fn more_unreadable_batches_than_may_wait_are_repaired_in_several_rebuilds() {
     assert!(rounds > 1, "they did not fit at once");
     let again: Vec<Vec<u8>> = harness.read_all().iter().map(|batch| batch.image().to_vec()).collect();
     assert!(again.iter().zip(&originals).all(|(again, original)| again == original.image()));
+}
+
+#[test]
+fn damage_to_what_was_appended_under_a_claim_drops_the_older_salvage_and_leaves_no_certainty() {
+    let (device, slots) = four_batches(true);
+    let mut sick = Sick::new(device);
+    sick.flip(&slots[1].0, slots[1].1);
+    let (mut harness, recovered) = sick.opens();
+    assert_eq!((recovered.claim, harness.wal.salvage().count()), (certain(1, 8), 2));
+    // A leader appends over the positions of the salvage.
+    for salt in 0..3 {
+        harness.append_durably(5, 2, 400, 90 + salt);
+    }
+    let chains = harness.chains();
+    let (name, at) = slot_at_chain(&harness, chains[2]);
+    let mut sick = Sick::new(harness.crash(|| false));
+    sick.flip(&name, at);
+    let (harness, recovered) = sick.opens();
+    assert_eq!(harness.chains(), chains[..2]);
+    let salvage: Vec<Chain> = harness.wal.salvage().map(|info| info.chain).collect();
+    assert_eq!(salvage, chains[3..], "only what lay behind this cut");
+    assert_eq!(recovered.claim, Some(Claim { term: Term(5), last: LogIndex(8), certain: false }));
+}
+
+fn slot_at_chain(harness: &Harness, chain: Chain) -> (String, usize) {
+    for name in harness.disk.device.names().iter().filter(|name| name.ends_with(".wal")) {
+        let content = harness.disk.device.content(name);
+        for at in (slots_start(content.len() as u64) as usize..content.len()).step_by(BLOCK_BYTES) {
+            if read_envelope(&content[at..]).is_ok_and(|envelope| envelope.chain == chain) {
+                return (name.clone(), at);
+            }
+        }
+    }
+    panic!("no slot has chain {chain}")
 }
