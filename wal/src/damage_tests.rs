@@ -2,7 +2,10 @@
 
 use crate::disk::{DiskErrorKind, DiskOp};
 use crate::error::DamageCause;
-use crate::format::{BatchInfo, Chain, Claim, ENVELOPE_BYTES, read_envelope, slots_start};
+use crate::format::{
+    BatchInfo, Chain, Claim, ENVELOPE_BYTES, HARD_STATE_FILE_BYTES, HardState, LAYOUTS, LogStart,
+    read_envelope, read_hard_state, slots_start, write_hard_state,
+};
 use crate::testing::{Device, Fate, Harness, Rng};
 use crate::tests::{four_batches, last_segment, slot_at};
 use crate::{DamagedBatch, ReadError, Recovered, RepairError, WalEvent};
@@ -610,6 +613,106 @@ fn random_damage(seed: u64) -> Seen {
         salvaged: salvage.len(),
         whole: usize::from(claim.is_none() && damaged.is_empty()),
     }
+}
+
+/// The hard state on disk, changed.
+fn change_hard_state(device: &mut Device, change: impl Fn(&mut HardState)) {
+    for name in ["hard-a", "hard-b"] {
+        let mut state = read_hard_state(device.content(name)).unwrap();
+        change(&mut state);
+        let mut block = vec![0; HARD_STATE_FILE_BYTES];
+        write_hard_state(&mut block, &state);
+        device.corrupt(name, 0, |bytes| bytes.copy_from_slice(&block), HARD_STATE_FILE_BYTES);
+    }
+}
+
+#[test]
+fn damage_before_the_start_of_the_log_is_no_damage() {
+    let whole = Whole::new();
+    let names: Vec<&String> = whole.batches.iter().map(|batch| &batch.name).collect();
+    // The start lies within the second segment.
+    let second = names.iter().position(|name| *name != names[0]).unwrap();
+    let start = whole.batches[second + 4].info;
+    let mut device = whole.device.clone();
+    change_hard_state(&mut device, |state| {
+        state.start = LogStart { index: start.last, term: start.term, chain: start.chain };
+    });
+    let expected: Vec<Chain> = whole.batches[second + 5..].iter().map(|batch| batch.info.chain).collect();
+    let (harness, _) = Sick::new(device.clone()).opens();
+    assert_eq!(harness.chains(), expected);
+    for ordinal in 0..second + 5 {
+        for offset in [0, 700] {
+            let batch = &whole.batches[ordinal];
+            let mut sick = Sick::new(device.clone());
+            sick.flip(&batch.name, batch.at + offset);
+            let (harness, recovered) = sick.opens();
+            assert_eq!(harness.chains(), expected, "batch {ordinal}");
+            assert_eq!((recovered.report.damage, recovered.claim), (Vec::new(), None), "batch {ordinal}");
+        }
+    }
+    // The segments before it are gone.
+    let mut sick = Sick::new(device.clone());
+    sick.device.remove(names[0]);
+    let (harness, recovered) = sick.opens();
+    assert_eq!((harness.chains(), recovered.claim), (expected.clone(), None));
+    // The first batch behind the start counts.
+    let batch = &whole.batches[second + 5];
+    let mut sick = Sick::new(device);
+    sick.flip(&batch.name, batch.at);
+    let (harness, recovered) = sick.opens();
+    assert_eq!((harness.chains().len(), recovered.claim), (0, certain(3, 60)));
+}
+
+/// Sets four bytes at `at` so that the crc32c field at `crc` comes out as zero: the checksum is linear in the bits.
+fn with_crc_zero(bytes: &mut [u8], at: usize, crc: usize) {
+    bytes[crc..crc + 4].fill(0);
+    let sum = |bytes: &[u8]| ringraft_block::crc32c(bytes);
+    let wanted = sum(bytes);
+    let mut basis: Vec<(u32, u32)> = Vec::new();
+    for bit in 0..32 {
+        bytes[at + bit / 8] ^= 1 << (bit % 8);
+        let (mut effect, mut bits) = (sum(bytes) ^ wanted, 1u32 << bit);
+        bytes[at + bit / 8] ^= 1 << (bit % 8);
+        for (other, other_bits) in &basis {
+            if effect ^ other < effect {
+                (effect, bits) = (effect ^ other, bits ^ other_bits);
+            }
+        }
+        assert_ne!(effect, 0);
+        basis.push((effect, bits));
+        basis.sort_by_key(|(effect, _)| std::cmp::Reverse(*effect));
+    }
+    let (mut rest, mut flips) = (wanted, 0);
+    for (effect, bits) in &basis {
+        if rest ^ effect < rest {
+            (rest, flips) = (rest ^ effect, flips ^ bits);
+        }
+    }
+    assert_eq!(rest, 0);
+    for bit in 0..32 {
+        bytes[at + bit / 8] ^= ((flips >> bit & 1) as u8) << (bit % 8);
+    }
+    assert_eq!(sum(bytes), 0);
+}
+
+#[test]
+fn an_envelope_whose_checksum_is_zero_is_an_envelope_as_any_other() {
+    let (device, slots) = four_batches(true);
+    let (name, at) = &slots[0];
+    let field = |name: &str| {
+        let (_, fields) = LAYOUTS.iter().find(|(layout, _)| *layout == "envelope").unwrap();
+        fields.iter().find(|field| field.name == name).unwrap().at
+    };
+    // Its nonce is what may vary, so it must come out as misplaced, and not as torn or rotten.
+    let mut sector = device.content(name)[*at..at + ENVELOPE_BYTES].to_vec();
+    with_crc_zero(&mut sector, field("nonce"), field("crc"));
+    assert!(read_envelope(&sector).is_ok());
+    // Blank sectors have no such luck: an envelope has a magic number.
+    assert!(read_envelope(&[0; ENVELOPE_BYTES]).is_err());
+    let mut sick = Sick::new(device);
+    sick.device.corrupt(name, *at, |bytes| bytes.copy_from_slice(&sector), ENVELOPE_BYTES);
+    let (_, recovered) = sick.opens();
+    assert_eq!(recovered.claim, certain(1, 8));
 }
 
 // Repair.
