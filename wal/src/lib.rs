@@ -112,6 +112,7 @@ mod log;
 mod ops;
 mod read;
 mod recovery;
+mod recycle;
 mod reserve;
 mod segment;
 #[cfg(test)]

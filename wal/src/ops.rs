@@ -19,13 +19,15 @@ pub(crate) enum Owner {
     Read = 6,
     /// Opening and closing of segments in service.
     Descriptor = 7,
-    /// Removing segments behind a cut.
+    /// Removing segments that have left service.
     Removal = 8,
+    /// Making segments that have left service ready again.
+    Recycle = 9,
 }
 
 impl Owner {
     fn of(id: DiskOpId) -> Option<Self> {
-        const ALL: [Owner; 8] = [
+        const ALL: [Owner; 9] = [
             Owner::Recovery,
             Owner::HardState,
             Owner::Maker,
@@ -34,6 +36,7 @@ impl Owner {
             Owner::Read,
             Owner::Descriptor,
             Owner::Removal,
+            Owner::Recycle,
         ];
         ALL.into_iter().find(|owner| *owner as u64 == id.0 >> 48 & 0xff)
     }

@@ -10,6 +10,7 @@
 //! start with an error that names the cure. A sector that cannot be read is evidence, not an error. Damage is part of the
 //! result, and the log refuses to go on with it.
 
+mod prior;
 mod scan;
 mod table;
 
@@ -68,7 +69,9 @@ pub(crate) struct Found {
     pub(crate) index: Index,
     /// Segments in service in order of generation.
     pub(crate) segments: Vec<Scanned>,
-    /// Free segments of the configured size, by serial number.
+    /// Segments that a purge has left behind: wholly before the log's start.
+    pub(crate) purged: Vec<Scanned>,
+    /// Free and recycled segments of the configured size, by serial number.
     pub(crate) free: VecDeque<SegmentName>,
     pub(crate) next_serial: u32,
     pub(crate) report: RecoveryReport,
@@ -90,6 +93,7 @@ pub(crate) struct Recovery<B: BlockBuf> {
     unread: VecDeque<(SegmentName, u64)>,
     free: VecDeque<SegmentName>,
     headed: Vec<(Scanned, u64)>,
+    purged: Vec<Scanned>,
     /// In service with a blank header: unused if all of it is blank.
     blank: Vec<(SegmentName, u64)>,
     scan: Option<LogScan>,
@@ -146,6 +150,7 @@ impl<B: BlockBuf> Recovery<B> {
             unread: VecDeque::new(),
             free: VecDeque::new(),
             headed: Vec::new(),
+            purged: Vec::new(),
             blank: Vec::new(),
             scan: None,
             outcome: None,
@@ -348,6 +353,7 @@ impl<B: BlockBuf> Recovery<B> {
             cut: Cut::default(),
             generation: 0,
             start: LogStart::default(),
+            start_generation: 0,
             witness: Default::default(),
             configuration: Vec::new(),
         }
@@ -365,9 +371,11 @@ impl<B: BlockBuf> Recovery<B> {
             let Some(name) = SegmentName::parse(&entry.name) else { continue };
             self.next_serial = self.next_serial.max(name.serial.saturating_add(1));
             match name.stage {
-                Stage::New => self.leftovers.push(entry.name),
-                Stage::Free if entry.bytes != self.config.segment_bytes => self.leftovers.push(entry.name),
-                Stage::Free | Stage::InService => self.unread.push_back((name, entry.bytes)),
+                Stage::New | Stage::Old => self.leftovers.push(entry.name),
+                Stage::Free | Stage::Used if entry.bytes != self.config.segment_bytes => {
+                    self.leftovers.push(entry.name);
+                }
+                Stage::Free | Stage::Used | Stage::InService => self.unread.push_back((name, entry.bytes)),
             }
         }
     }
@@ -384,6 +392,11 @@ impl<B: BlockBuf> Recovery<B> {
         if log_epoch > hard_state_epoch {
             return Err(WalError::HardStateBehind { log_epoch, hard_state_epoch });
         }
+        // What lies wholly before the log's start says nothing any more. It is removed once the hard state is safe in both
+        // copies again.
+        let start = self.hard_state.as_ref().map_or(0, |state| state.start_generation);
+        let purged = self.headed.partition_point(|(segment, _)| segment.header.generation < start);
+        self.purged.extend(self.headed.drain(..purged).map(|(segment, _)| segment));
         self.next_segment(disk, ops)
     }
 
@@ -398,7 +411,7 @@ impl<B: BlockBuf> Recovery<B> {
         header: Option<Result<SegmentHeader, SegmentHeaderError>>,
     ) -> Result<(), WalError> {
         match (name.stage, header) {
-            (Stage::Free, Some(Err(SegmentHeaderError::Blank))) => self.free.push_back(name),
+            (Stage::Free | Stage::Used, Some(Err(SegmentHeaderError::Blank))) => self.free.push_back(name),
             (_, Some(Err(SegmentHeaderError::Blank))) => self.blank.push((name, length)),
             (_, Some(Err(error @ (SegmentHeaderError::Version(_) | SegmentHeaderError::Fingerprint(_))))) => {
                 return Err(WalError::SegmentForeign { file: name.to_string(), error });
@@ -555,7 +568,8 @@ impl<B: BlockBuf> Recovery<B> {
             }
             None => {
                 let name = self.scanned_name();
-                let unused = reading.unreadable.is_empty() && scan::is_prior(bytes);
+                let bytes = SegmentBytes { bytes, unreadable: &reading.unreadable };
+                let unused = prior::is_unused(&bytes);
                 match name {
                     Some(name) if unused => self.leftovers.push(name.to_string()),
                     Some(name) => self.header_damaged(name, 0),
@@ -595,6 +609,7 @@ impl<B: BlockBuf> Recovery<B> {
             fresh: self.fresh,
             index: outcome.index,
             segments: outcome.segments,
+            purged: std::mem::take(&mut self.purged),
             free: std::mem::take(&mut self.free),
             next_serial: self.next_serial,
             report,

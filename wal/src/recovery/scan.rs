@@ -5,11 +5,13 @@
 //! a *stop*; what it means is decided when all the evidence is in: the rest of its segment, the later segments of
 //! its epoch, the cuts and the hard state. A cut before the stop makes it irrelevant.
 
+use super::prior::Prior;
 use super::table::{EnvelopeEvidence, Evidence, ImageEvidence, Verdict, classify};
 use crate::error::{Damage, DamageCause};
 use crate::format::{
     BatchInfo, Cut, ENVELOPE_BYTES, Envelope, HardState, ImageError, LogStart, SectorChecksums,
-    SegmentHeader, SegmentOrigin, parse_image, read_envelope, slot_bytes, slots_start,
+    SegmentHeader, SegmentOrigin, named_chain, parse_image, read_envelope, slot_bytes,
+    slots_start, table_sector_fits,
 };
 use crate::index::{Index, Place};
 use crate::segment::SegmentName;
@@ -24,7 +26,7 @@ pub(crate) struct SegmentBytes<'a> {
 }
 
 impl<'a> SegmentBytes<'a> {
-    fn readable(&self, range: Range<usize>) -> Option<&'a [u8]> {
+    pub(super) fn readable(&self, range: Range<usize>) -> Option<&'a [u8]> {
         let lost = self.unreadable.iter().any(|lost| lost.start < range.end && range.start < lost.end);
         if lost { None } else { self.bytes.get(range) }
     }
@@ -113,8 +115,18 @@ impl LogScan {
                     self.damaged(name, header.generation, 0, DamageCause::SegmentHeader);
                     return;
                 }
-                previous
-                    .is_some_and(|previous| previous.generation == expected && previous.epoch == header.epoch)
+                let follows = |previous: SegmentHeader| {
+                    previous.generation == expected && previous.epoch == header.epoch
+                };
+                // The first that is there: the one that holds the log's start, or the one behind it.
+                let start = self.hard_state.start_generation;
+                let anchored = start > 0
+                    && previous.is_none()
+                    && (header.generation == start || expected == start);
+                if anchored {
+                    self.epoch = header.epoch;
+                }
+                anchored || previous.is_some_and(follows)
             }
         };
         if header.epoch < self.epoch {
@@ -140,7 +152,12 @@ impl LogScan {
 
     /// All segments are in: the verdict.
     pub(crate) fn finish(mut self) -> ScanOutcome {
-        if self.hard_state.epoch > self.epoch {
+        if self.hard_state.epoch > self.epoch && self.hard_state.cut.index < self.hard_state.start.index {
+            // What lies behind a cut was written to segments of its epoch, and the log starts there: one of them is in service
+            // at any time.
+            let cut = self.hard_state.cut;
+            self.damaged(SegmentName::default(), cut.generation, cut.offset, DamageCause::SegmentMissing);
+        } else if self.hard_state.epoch > self.epoch {
             // The process died between recording the cut and starting the segment.
             let cut = self.hard_state.cut;
             self.cut(cut, None, self.hard_state.epoch);
@@ -237,6 +254,26 @@ impl LogScan {
         if self.damage.is_some() {
             return;
         }
+        if segment.header.generation == self.hard_state.start_generation {
+            match behind_start(self.hard_state.start.index, segment, bytes) {
+                Ok(behind) => offset = behind,
+                Err(doubtful) => {
+                    let slot =
+                        BadSlot { envelope: EnvelopeEvidence::Rotten, image: ImageEvidence::Unreadable, identity: None };
+                    self.stop = Some(Stop {
+                        name: segment.name,
+                        place: Place { generation: segment.header.generation, offset: doubtful as u64 },
+                        epoch: segment.header.epoch,
+                        slot: Some(slot),
+                        segment_missing: false,
+                        durable_through: LogIndex(0),
+                        torn_bytes: 0,
+                    });
+                    self.collect(segment, bytes, doubtful);
+                    return;
+                }
+            }
+        }
         if let Some(stop) = self.stop.take() {
             let slot = self.judge(segment, bytes, offset);
             let behind_blank = stop.slot.is_some_and(|slot| slot.envelope == EnvelopeEvidence::Prior);
@@ -293,7 +330,8 @@ impl LogScan {
         let Some(sector) = bytes.readable(offset..offset.saturating_add(ENVELOPE_BYTES)) else {
             return bad(EnvelopeEvidence::Unreadable);
         };
-        if is_prior(sector) {
+        let prior = Prior::new(segment.header.prior_content, bytes);
+        if prior.holds(offset..offset + ENVELOPE_BYTES) {
             return bad(EnvelopeEvidence::Prior);
         }
         let Ok(envelope) = read_envelope(sector) else { return bad(EnvelopeEvidence::Rotten) };
@@ -305,7 +343,7 @@ impl LogScan {
         {
             return bad(EnvelopeEvidence::Misplaced);
         }
-        let (image, info) = match judge_image(&envelope, bytes, offset, end) {
+        let (image, info) = match judge_image(&envelope, bytes, &prior, offset, end) {
             Ok(info) => (ImageEvidence::Good, Some(info)),
             Err(image) => (image, None),
         };
@@ -335,9 +373,10 @@ impl LogScan {
         if stop.epoch != segment.header.epoch {
             return;
         }
+        let prior = Prior::new(segment.header.prior_content, bytes);
         for at in (offset..bytes.bytes.len()).step_by(BLOCK_BYTES) {
             let Some(block) = bytes.readable(at..at.saturating_add(BLOCK_BYTES)) else { continue };
-            if !is_prior(block) {
+            if !prior.holds(at..at + BLOCK_BYTES) {
                 stop.torn_bytes += BLOCK_BYTES as u64;
             }
             if let Ok(envelope) = read_envelope(block)
@@ -362,6 +401,30 @@ impl LogScan {
     }
 }
 
+/// Where the slots behind the log's start begin in the segment that holds it. What the batches before it say does not matter any
+/// more, so their envelopes only lead the way; where one of them is damaged, the way is found again at the next intact
+/// one. When the last of them is damaged and the batch behind the start is not found either, the first damaged place.
+fn behind_start(start: LogIndex, segment: Scanned, bytes: &SegmentBytes<'_>) -> Result<usize, usize> {
+    let mut offset = slots_start(segment.header.segment_bytes) as usize;
+    let mut doubtful = offset;
+    while offset + BLOCK_BYTES <= bytes.bytes.len() {
+        let sector = bytes.readable(offset..offset + ENVELOPE_BYTES);
+        let envelope = sector.and_then(|sector| read_envelope(sector).ok());
+        match envelope.filter(|envelope| belongs(envelope, &segment.header, offset)) {
+            Some(envelope) if envelope.last > start => return Ok(offset),
+            Some(envelope) => {
+                offset += slot_bytes(envelope.image_bytes as usize);
+                doubtful = offset;
+                if envelope.last == start {
+                    return Ok(offset);
+                }
+            }
+            None => offset += BLOCK_BYTES,
+        }
+    }
+    Err(doubtful)
+}
+
 /// Whether an intact envelope was written for this place in this life of the segment.
 pub(crate) fn belongs(envelope: &Envelope, header: &SegmentHeader, offset: usize) -> bool {
     envelope.cluster == header.cluster
@@ -373,17 +436,11 @@ pub(crate) fn belongs(envelope: &Envelope, header: &SegmentHeader, offset: usize
         && envelope.offset == offset as u64
 }
 
-/// Whether a sector (or several) of a segment with blank prior content was never written.
-pub(crate) fn is_prior(sectors: &[u8]) -> bool {
-    // Compared in words, since every segment's blank rest is.
-    let (words, rest) = sectors.as_chunks::<16>();
-    words.iter().all(|word| u128::from_ne_bytes(*word) == 0) && rest.iter().all(|byte| *byte == 0)
-}
-
 /// Judges the image behind a valid envelope, sector by sector if need be.
 fn judge_image(
     envelope: &Envelope,
     bytes: &SegmentBytes<'_>,
+    prior: &Prior<'_>,
     offset: usize,
     end: LogStart,
 ) -> Result<BatchInfo, ImageEvidence> {
@@ -394,15 +451,26 @@ fn judge_image(
         at..at + SECTOR_BYTES
     };
     // A sector counts as never written when all of it is prior; the last one's padding is prior in any case.
-    let prior = |ordinal: usize| bytes.readable(sector_range(ordinal)).is_some_and(is_prior);
-
-    // The header's sector and those of the checksum table are never blank in a complete image.
-    if prior(0) || SectorChecksums::table_sectors(image_bytes).any(prior) {
-        return Err(ImageEvidence::PriorRemains);
-    }
+    let prior = |ordinal: usize| prior.holds(sector_range(ordinal));
     let whole = bytes.readable(start..start + image_bytes);
     // Where the device returned errors the buffer holds zeros, so those sectors just fail their checksums.
     let image = bytes.bytes.get(start..start + image_bytes).ok_or(ImageEvidence::Misplaced)?;
+
+    // Prior content proves that a sector was not written only where the new content differs. In a blank segment it always does for
+    // the header's sector and those of the checksum table. In a recycled one the former life may have held this very batch
+    // at this very place (cut off, and sent again by the leader): then all its sectors are prior and right, and those that
+    // are not are rotten. The header names its chain, and a checksum fits only the batch that it was made for, so
+    // these sectors say themselves whether they are of this batch.
+    if prior(0) && named_chain(image) != Some(envelope.chain) {
+        return Err(ImageEvidence::PriorRemains);
+    }
+    let of_this_batch = |sector: usize| {
+        table_sector_fits(image, envelope.group, envelope.term, envelope.first, sector)
+    };
+    let mut table = SectorChecksums::table_sectors(image_bytes).filter(|sector| *sector > 0);
+    if table.any(|sector| prior(sector) && !of_this_batch(sector)) {
+        return Err(ImageEvidence::PriorRemains);
+    }
     let otherwise = if whole.is_some() { ImageEvidence::Rotten } else { ImageEvidence::Unreadable };
     let sectors = SectorChecksums::of(image).map_err(|_| otherwise)?;
     let mut bad = (0..sectors.count()).filter(|ordinal| !sectors.is_good(*ordinal)).peekable();
