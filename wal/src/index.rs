@@ -334,7 +334,8 @@ mod tests {
     fn what_is_kept_by_bytes_is_at_least_that_and_not_a_batch_more() {
         // Slots of one block, two to a segment.
         let (mut index, _) = filled(21);
-        let start = LogStart { index: LogIndex(6), chain: index.chain_at(LogIndex(6)).unwrap(), term: Term(1) };
+        let start =
+            LogStart { index: LogIndex(6), chain: index.chain_at(LogIndex(6)).unwrap(), term: Term(1) };
         index.start_behind(start);
         for bytes in (0..25 * 4096).step_by(1024) {
             let kept = (bytes as u64).div_ceil(4096).min(19);

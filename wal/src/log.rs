@@ -954,8 +954,8 @@ impl<D: Disk> Wal<D> {
     fn activate(&mut self) -> Option<Active> {
         let (name, file, header) = self.standby.take()?;
         let counted = self.segments.iter().filter(|segment| segment.sums.is_some()).count();
-        let counts = counted < self.config.recycled_segments_max
-            && header.segment_bytes == self.config.segment_bytes;
+        let counts =
+            counted < self.config.recycled_segments_max && header.segment_bytes == self.config.segment_bytes;
         let active = Active {
             generation: header.generation,
             file,

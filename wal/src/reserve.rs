@@ -317,8 +317,7 @@ impl Standby {
     pub(crate) fn begin<D: Disk>(&mut self, disk: &mut D, ops: &mut Ops, ready: SegmentName) {
         debug_assert!(self.is_idle());
         let name = ready.at(Stage::InService);
-        self.prior =
-            if ready.stage == Stage::Used { PriorContent::Checksums } else { PriorContent::Zeros };
+        self.prior = if ready.stage == Stage::Used { PriorContent::Checksums } else { PriorContent::Zeros };
         ops.submit(disk, Owner::Standby, DiskOp::Rename { from: ready.to_string(), to: name.to_string() });
         self.phase = Readying::Renaming(name);
     }

@@ -598,9 +598,9 @@ pub(crate) fn table_sector_fits(
     (from..to).any(|ordinal| {
         let stored = image.get(checksums_at + 4 * ordinal..).and_then(<[u8]>::first_chunk::<4>);
         let chunk = image.get(chunk_of(checksums_at, ordinal));
-        stored
-            .zip(chunk)
-            .is_some_and(|(stored, chunk)| u32::from_le_bytes(*stored) == sector_checksum(seed, ordinal, chunk))
+        stored.zip(chunk).is_some_and(|(stored, chunk)| {
+            u32::from_le_bytes(*stored) == sector_checksum(seed, ordinal, chunk)
+        })
     })
 }
 

@@ -10,8 +10,8 @@ use super::table::{EnvelopeEvidence, Evidence, ImageEvidence, Verdict, classify}
 use crate::error::{Damage, DamageCause};
 use crate::format::{
     BatchInfo, Cut, ENVELOPE_BYTES, Envelope, HardState, ImageError, LogStart, SectorChecksums,
-    SegmentHeader, SegmentOrigin, named_chain, parse_image, read_envelope, slot_bytes,
-    slots_start, table_sector_fits,
+    SegmentHeader, SegmentOrigin, named_chain, parse_image, read_envelope, slot_bytes, slots_start,
+    table_sector_fits,
 };
 use crate::index::{Index, Place};
 use crate::segment::SegmentName;
@@ -120,9 +120,8 @@ impl LogScan {
                 };
                 // The first that is there: the one that holds the log's start, or the one behind it.
                 let start = self.hard_state.start_generation;
-                let anchored = start > 0
-                    && previous.is_none()
-                    && (header.generation == start || expected == start);
+                let anchored =
+                    start > 0 && previous.is_none() && (header.generation == start || expected == start);
                 if anchored {
                     self.epoch = header.epoch;
                 }
@@ -258,8 +257,11 @@ impl LogScan {
             match behind_start(self.hard_state.start.index, segment, bytes) {
                 Ok(behind) => offset = behind,
                 Err(doubtful) => {
-                    let slot =
-                        BadSlot { envelope: EnvelopeEvidence::Rotten, image: ImageEvidence::Unreadable, identity: None };
+                    let slot = BadSlot {
+                        envelope: EnvelopeEvidence::Rotten,
+                        image: ImageEvidence::Unreadable,
+                        identity: None,
+                    };
                     self.stop = Some(Stop {
                         name: segment.name,
                         place: Place { generation: segment.header.generation, offset: doubtful as u64 },
@@ -464,9 +466,8 @@ fn judge_image(
     if prior(0) && named_chain(image) != Some(envelope.chain) {
         return Err(ImageEvidence::PriorRemains);
     }
-    let of_this_batch = |sector: usize| {
-        table_sector_fits(image, envelope.group, envelope.term, envelope.first, sector)
-    };
+    let of_this_batch =
+        |sector: usize| table_sector_fits(image, envelope.group, envelope.term, envelope.first, sector);
     let mut table = SectorChecksums::table_sectors(image_bytes).filter(|sector| *sector > 0);
     if table.any(|sector| prior(sector) && !of_this_batch(sector)) {
         return Err(ImageEvidence::PriorRemains);
