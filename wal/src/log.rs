@@ -136,7 +136,7 @@ pub enum WalEvent<B: BlockBuf> {
     Poisoned(WalError),
     /// The start of the log was moved and that is durable: the log begins behind `through`.
     Purged {
-        /// As [`Wal::purge_through`] returned it.
+        /// As [`Wal::purge_through`] returned it, or a later one.
         through: LogIndex,
     },
     /// No further segment can be made, and at most one is left. Refuse proposals, keep the rest for control batches, and call

@@ -13,7 +13,7 @@ use ringraft_block::{BLOCK_BYTES, ClusterId, GroupId, LogIndex, NodeId, SECTOR_B
 /// Opens what survived; everything up to `acknowledged` must be there, and the log a prefix of `appended`.
 fn recovers(device: Device, acknowledged: usize, appended: &[Chain]) -> Harness {
     let mut harness = Harness::start(device);
-    harness.open();
+    assert_eq!(harness.open().report.damage, None);
     let chains = harness.chains();
     assert!(chains.len() >= acknowledged, "{} of {acknowledged} acknowledged batches", chains.len());
     assert!(
