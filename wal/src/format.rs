@@ -35,6 +35,7 @@
 //!
 //! The zeros that pad a slot to 4 KiB carry nothing and are not checked.
 
+mod content;
 mod envelope;
 mod fields;
 mod hard_state_file;
@@ -43,6 +44,7 @@ mod segment_header;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use content::slot_content_checksums;
 pub use envelope::{ENVELOPE_BYTES, Envelope, EnvelopeError, read_envelope, write_envelope};
 pub use fields::FieldAt;
 pub use hard_state_file::{

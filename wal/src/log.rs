@@ -515,7 +515,7 @@ impl<D: Disk> Wal<D> {
         if let Some(segment) = self.segments.get_mut(active.generation) {
             segment.operations += 1;
             if let Some(sums) = segment.sums.as_mut() {
-                sums.add(offset, &block[..bytes]);
+                sums.add(offset, &block[..bytes], &info);
             }
         }
         let block = Rc::new(block);

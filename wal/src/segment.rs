@@ -8,7 +8,7 @@
 //! life: the checksums of what it holds are durable in it and no write to it is on its way, so any process may take it.
 
 use crate::disk::{DiskOpId, FileId};
-use crate::format::{SegmentHeader, content_checksum, slots_start};
+use crate::format::{BatchInfo, SegmentHeader, slot_content_checksums, slots_start};
 use crate::recovery::Scanned;
 use ringraft_block::SECTOR_BYTES;
 use std::collections::VecDeque;
@@ -100,11 +100,12 @@ impl SectorSums {
         Self { next: start, sums: Vec::with_capacity(sectors) }
     }
 
-    /// Takes what is written at `offset`, which follows what was written before.
-    pub(crate) fn add(&mut self, offset: u64, bytes: &[u8]) {
+    /// Takes the slot that is written at `offset`, behind what was written before.
+    pub(crate) fn add(&mut self, offset: u64, slot: &[u8], info: &BatchInfo) {
         assert_eq!(offset, self.next, "a segment is written without gaps");
-        self.sums.extend(bytes.chunks_exact(SECTOR_BYTES).map(content_checksum));
-        self.next += bytes.len() as u64;
+        let identity = (info.group, info.term, info.first);
+        self.sums.extend(slot_content_checksums(slot, info.image_bytes as usize, identity));
+        self.next += slot.len() as u64;
     }
 
     /// The first offset that was never written.

@@ -826,7 +826,7 @@ fn seed_of(header: &Header) -> u32 {
     seed_for(header.group, header.term, header.first)
 }
 
-fn seed_for(group: GroupId, term: Term, first: LogIndex) -> u32 {
+pub(super) fn seed_for(group: GroupId, term: Term, first: LogIndex) -> u32 {
     let mut identity = [0; 20];
     identity[..4].copy_from_slice(&group.get().to_le_bytes());
     identity[4..12].copy_from_slice(&term.get().to_le_bytes());
@@ -841,8 +841,20 @@ fn chunk_of(checksums_at: usize, ordinal: usize) -> Range<usize> {
     start..end
 }
 
+/// What the checksum of a sector begins with, before its bytes.
+pub(super) fn prefix_checksum(seed: u32, ordinal: usize) -> u32 {
+    crc32c_append(seed, &(ordinal as u32).to_le_bytes())
+}
+
+/// The number of an image's sectors that hold nothing but what their checksum covers, the first and its header included, and
+/// the checksum table.
+pub(super) fn stored_checksums(image: &[u8]) -> (usize, &[[u8; 4]]) {
+    let checksums_at = image.len().saturating_sub(4 * checksum_count(image.len()));
+    (checksums_at / SECTOR_BYTES, image[checksums_at..].as_chunks().0)
+}
+
 fn sector_checksum(seed: u32, ordinal: usize, chunk: &[u8]) -> u32 {
-    let crc = crc32c_append(crc32c_append(seed, &(ordinal as u32).to_le_bytes()), chunk);
+    let crc = crc32c_append(prefix_checksum(seed, ordinal), chunk);
     if crc == 0 { !0 } else { crc }
 }
 
