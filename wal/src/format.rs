@@ -2,7 +2,7 @@
 //! pure functions over bytes, no I/O. Golden tests (`tests/golden/`) print every struct.
 //!
 //! ```text
-//! segment file   = header block (4 KiB) | prior-life checksums | slot | slot | …
+//! segment file   = header block (4 KiB) | prior-life checksums (crc32c of each sector) | slot | slot | …
 //! slot           = envelope (512 B, local to this node) | image (shared by all nodes) | zeros to 4 KiB
 //! image          = header 128 B | payload | zeros to 8 B | entry table | sector checksums
 //! hard-a, hard-b = header 128 B | group record 128 B | configuration | zeros to 4 KiB
@@ -35,6 +35,7 @@
 //!
 //! The zeros that pad a slot to 4 KiB carry nothing and are not checked.
 
+mod content;
 mod envelope;
 mod fields;
 mod hard_state_file;
@@ -43,6 +44,7 @@ mod segment_header;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use content::slot_content_checksums;
 pub use envelope::{ENVELOPE_BYTES, Envelope, EnvelopeError, read_envelope, write_envelope};
 pub use fields::FieldAt;
 pub use hard_state_file::{
@@ -54,9 +56,10 @@ pub use image::{
     IMAGE_BYTES_MIN, IMAGE_HEADER_BYTES, ImageError, PAYLOAD_BYTES_MAX, Seal, SectorChecksums, SessionRef,
     image_bytes_for, parse_image,
 };
+pub(crate) use image::{named_chain, table_sector_fits};
 pub use segment_header::{
-    PriorContent, SEGMENT_HEADER_BYTES, SegmentHeader, SegmentHeaderError, SegmentOrigin,
-    read_segment_header, slots_start, write_segment_header,
+    PriorContent, SEGMENT_HEADER_BYTES, SegmentHeader, SegmentHeaderError, SegmentOrigin, content_checksum,
+    prior_checksum_at, read_segment_header, slots_start, write_segment_header,
 };
 
 use ringraft_block::{SECTOR_BYTES, round_up_to_block};

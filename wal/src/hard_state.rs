@@ -7,9 +7,10 @@
 //! the other. So formatting, repairing a damaged copy and starting are one procedure; a file under its final name was
 //! always complete once; and a write that a dead process left in flight ends in a file that has lost its name.
 //!
-//! Failures: any failed or short operation stops the log for good.
+//! Failures: no space for a new file leaves the store blocked, with nothing changed, until somebody has made room and asks to try
+//! again. Any other failed or short operation stops the log for good. Once both files are there, saves take no space.
 
-use crate::disk::{Access, Disk, DiskDone, DiskOp, DiskOutput, FileId};
+use crate::disk::{Access, Disk, DiskDone, DiskErrorKind, DiskOp, DiskOutput, FileId};
 use crate::error::WalError;
 use crate::format::{HARD_STATE_FILE_BYTES, HardState, write_hard_state};
 use crate::ops::{Ops, Owner, take};
@@ -28,6 +29,10 @@ enum Phase<B: BlockBuf> {
     Idle,
     /// Creating the temporary file of this copy.
     Creating(Save<B>),
+    /// There was no space for it: removing what may be there of it.
+    Clearing(Save<B>),
+    /// Waiting for space.
+    Blocked(Save<B>),
     Writing(Save<B>),
     Renaming(Save<B>),
     Syncing(Save<B>),
@@ -74,6 +79,19 @@ impl<B: BlockBuf> HardStateStore<B> {
         matches!(self.phase, Phase::Idle) && self.durable_sequence == self.state.sequence
     }
 
+    /// Whether it waits for space to make its files.
+    pub(crate) fn is_blocked(&self) -> bool {
+        matches!(self.phase, Phase::Blocked(_))
+    }
+
+    /// Space may have come back.
+    pub(crate) fn retry<D: Disk<Buf = B>>(&mut self, disk: &mut D, ops: &mut Ops) {
+        match std::mem::replace(&mut self.phase, Phase::Idle) {
+            Phase::Blocked(save) => self.begin_copy(disk, ops, save),
+            other => self.phase = other,
+        }
+    }
+
     /// The descriptors, to be closed.
     pub(crate) fn take_files(&mut self) -> impl Iterator<Item = FileId> {
         std::mem::take(&mut self.files).into_iter().flatten()
@@ -103,8 +121,23 @@ impl<B: BlockBuf> HardStateStore<B> {
         ops: &mut Ops,
         done: DiskDone<B>,
     ) -> Result<(), WalError> {
-        let output = done.result.map_err(|error| WalError::Disk { what: WHAT, error })?;
-        match (std::mem::replace(&mut self.phase, Phase::Idle), output) {
+        let phase = std::mem::replace(&mut self.phase, Phase::Idle);
+        let output = match (done.result, phase) {
+            (Err(error), Phase::Creating(save)) if error.kind == DiskErrorKind::NoSpace => {
+                let name = COPY_NAMES_NEW[save.copy].to_owned();
+                ops.submit(disk, Owner::HardState, DiskOp::Remove { name });
+                self.phase = Phase::Clearing(save);
+                return Ok(());
+            }
+            (Err(error), Phase::Clearing(save)) if error.kind == DiskErrorKind::NotFound => {
+                self.phase = Phase::Blocked(save);
+                return Ok(());
+            }
+            (Err(error), _) => return Err(WalError::Disk { what: WHAT, error }),
+            (Ok(output), phase) => (phase, output),
+        };
+        match output {
+            (Phase::Clearing(save), DiskOutput::Done) => self.phase = Phase::Blocked(save),
             (Phase::Creating(save), DiskOutput::Opened { file, .. }) => {
                 self.files[save.copy] = Some(file);
                 self.write(disk, ops, file, save);

@@ -45,6 +45,8 @@ pub(crate) struct Index {
     start: LogStart,
     /// All but the last are full.
     chunks: VecDeque<Vec<Row>>,
+    /// Rows of the first chunk that lie before the start.
+    purged: usize,
     last: LogIndex,
     /// The batches whose image is not intact on disk, by first index.
     damaged: BTreeMap<LogIndex, DamageCause>,
@@ -53,7 +55,7 @@ pub(crate) struct Index {
 impl Index {
     /// An empty log that begins after `start`.
     pub(crate) fn new(group: GroupId, start: LogStart) -> Self {
-        Self { group, start, chunks: VecDeque::new(), last: start.index, damaged: BTreeMap::new() }
+        Self { group, start, chunks: VecDeque::new(), purged: 0, last: start.index, damaged: BTreeMap::new() }
     }
 
     pub(crate) fn start(&self) -> LogStart {
@@ -67,11 +69,11 @@ impl Index {
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.chunks.is_empty()
+        self.len() == 0
     }
 
     pub(crate) fn len(&self) -> usize {
-        self.chunks.back().map_or(0, |last| (self.chunks.len() - 1) * CHUNK + last.len())
+        self.chunks.back().map_or(0, |last| (self.chunks.len() - 1) * CHUNK + last.len() - self.purged)
     }
 
     /// The end of the log: its last batch, or where it starts.
@@ -175,10 +177,53 @@ impl Index {
         self.truncate(kept);
     }
 
+    /// Drops every batch through `start`, the end of a batch, which becomes where the log starts.
+    pub(crate) fn start_behind(&mut self, start: LogStart) {
+        assert_eq!(self.chain_at(start.index), Some(start.chain), "the log starts at the end of a batch");
+        let dropped = self.partition(|row| row.first <= start.index) + self.purged;
+        self.damaged = self.damaged.split_off(&start.index.next());
+        self.start = start;
+        if dropped == self.len() + self.purged {
+            self.chunks.clear();
+            self.purged = 0;
+        } else {
+            self.chunks.drain(..dropped / CHUNK);
+            self.purged = dropped % CHUNK;
+        }
+    }
+
+    /// The last index that can be dropped when at least `bytes` of slots are to be kept; the log's start when all are.
+    pub(crate) fn last_droppable(&self, bytes: u64) -> LogIndex {
+        let mut missing = bytes;
+        let mut end = self.len();
+        // From the newest segment to the oldest; within one, slots lie one behind the other.
+        while let Some((info, place)) = end.checked_sub(1).and_then(|last| self.at(last)) {
+            let slots_end = place.offset + info.slot_bytes() as u64;
+            let first = self.partition(|row| row.generation < place.generation);
+            let begins = self.row(first).map_or(slots_end, |row| row.place().offset);
+            if missing <= slots_end - begins {
+                let limit = Place { generation: place.generation, offset: slots_end - missing };
+                // The newest slot that begins at or before the limit is kept, and all behind it.
+                let kept = self.partition(|row| row.place() <= limit);
+                let kept = if missing == 0 { end } else { kept.saturating_sub(1).max(first) };
+                return self.row(kept).map_or(self.last, |row| row.first.previous());
+            }
+            missing -= slots_end - begins;
+            end = first;
+        }
+        self.start.index
+    }
+
+    /// The segment of the first batch.
+    pub(crate) fn first_generation(&self) -> Option<u32> {
+        self.row(0).map(|row| row.generation)
+    }
+
     fn truncate(&mut self, kept: usize) {
         let Some(next) = self.row(kept).copied() else { return };
         self.last = next.first.previous();
         self.damaged.split_off(&next.first);
+        let kept = kept + self.purged;
         self.chunks.truncate(kept.div_ceil(CHUNK));
         let full = self.chunks.len().saturating_sub(1) * CHUNK;
         if let Some(last) = self.chunks.back_mut() {
@@ -229,6 +274,7 @@ impl Index {
     }
 
     fn row(&self, ordinal: usize) -> Option<&Row> {
+        let ordinal = ordinal + self.purged;
         self.chunks.get(ordinal / CHUNK)?.get(ordinal % CHUNK)
     }
 
@@ -236,7 +282,7 @@ impl Index {
     fn partition(&self, before: impl Fn(&Row) -> bool) -> usize {
         let chunk = self.chunks.partition_point(|chunk| chunk.last().is_some_and(&before));
         match self.chunks.get(chunk) {
-            Some(rows) => chunk * CHUNK + rows.partition_point(&before),
+            Some(rows) => (chunk * CHUNK + rows.partition_point(&before)).saturating_sub(self.purged),
             None => self.len(),
         }
     }
@@ -315,6 +361,50 @@ mod tests {
         }
         assert_eq!(index.containing(LogIndex(0)), None);
         assert_eq!(index.containing(index.end().index.next()), None);
+    }
+
+    #[test]
+    fn a_log_that_starts_later_is_the_same_log_without_its_front() {
+        let batches = 2 * CHUNK as u64 + 10;
+        for dropped in [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 9, 2 * CHUNK + 10] {
+            let (mut index, model) = filled(batches);
+            for dropped in [dropped / 2, dropped] {
+                let chain = index.chain_at(LogIndex(dropped as u64 * 3)).unwrap();
+                let start = LogStart { index: LogIndex(dropped as u64 * 3), term: Term(1), chain };
+                index.start_behind(start);
+                assert_eq!(index.start(), start);
+            }
+            assert_eq!(index.iter().collect::<Vec<_>>(), model[dropped..]);
+            assert_eq!(index.len(), model.len() - dropped);
+            assert_eq!(index.is_empty(), dropped == model.len());
+            assert_eq!(index.containing(LogIndex(dropped as u64 * 3)), None);
+            assert_eq!(index.end().index, LogIndex(batches * 3));
+            for (ordinal, row) in model[dropped..].iter().enumerate() {
+                assert_eq!(index.containing(row.0.last).as_ref(), Some(row));
+                assert_eq!(index.ordinal_starting_at(row.0.first), Some(ordinal));
+            }
+            let kept = (dropped + 3).min(model.len());
+            index.truncate_after(LogIndex(kept as u64 * 3));
+            assert_eq!(index.iter().collect::<Vec<_>>(), model[dropped..kept]);
+            let info = batch(kept as u64 * 3 + 1, kept as u64 * 3 + 1);
+            index.push(&info, Place { generation: 1 << 20, offset: 8192 });
+            assert_eq!(index.end().index, info.last);
+            assert_eq!(index.len(), kept - dropped + 1);
+        }
+    }
+
+    #[test]
+    fn what_is_kept_by_bytes_is_at_least_that_and_not_a_batch_more() {
+        // Slots of one block, two to a segment.
+        let (mut index, _) = filled(21);
+        let start =
+            LogStart { index: LogIndex(6), chain: index.chain_at(LogIndex(6)).unwrap(), term: Term(1) };
+        index.start_behind(start);
+        for bytes in (0..25 * 4096).step_by(1024) {
+            let kept = (bytes as u64).div_ceil(4096).min(19);
+            assert_eq!(index.last_droppable(bytes as u64), LogIndex((21 - kept) * 3), "{bytes} bytes");
+        }
+        assert_eq!(Index::new(GroupId(0), start).last_droppable(1), LogIndex(6));
     }
 
     #[test]

@@ -32,7 +32,8 @@
 //!    start, at [`Wal::close`] and by [`Wal::save_witness`].
 //! 4. **The first failure is the last word.** The first failed or short durable operation poisons the log
 //!    ([`WalEvent::Poisoned`]): nothing is acknowledged afterwards, nothing is retried on that file. Lack of space is judged by operation:
-//!    when a segment cannot be made, the log says so ([`WalEvent::NoSpace`]) and lives on; when a write fails, it stops.
+//!    when a segment cannot be made, or a start has no room for its copy of the hard state, the log says so
+//!    ([`WalEvent::NoSpace`]), lives on and goes on when there is space; when a write fails, it stops.
 //! 5. **Recovery is total and idempotent.** What a start finds is judged by an exhaustive table (`recovery/table.rs`). A crash during
 //!    recovery changes nothing that was acknowledged, and the next start finds the same log.
 //! 6. **Damage stays contained.** A log with damage opens, and says what it lacks. A batch whose envelope is intact is *known*: it
@@ -52,9 +53,10 @@
 //!   state: epoch + 1, and the position where the log ends. Then a fresh segment is begun. Nothing inside a segment is ever
 //!   overwritten, and no segment of an earlier process is ever appended to; what lies behind a cut with an older epoch is
 //!   void. So neither an old suffix nor a late write of a dead process can be taken for the log.
-//! - **Prior content is known.** A segment is filled with zeros before it enters service. So after a crash each sector either holds
-//!   zeros or what was written, and anything else is damage. This tells a torn tail from a damaged batch with one write per
-//!   batch and no second flush.
+//! - **Prior content is known.** A segment is filled with zeros before it enters service, or comes from a former life of which it holds a
+//!   checksum per sector. So after a crash each sector either holds its prior content or what was written, and anything
+//!   else is damage. This tells a torn tail from a damaged batch with one write per batch and no second flush, and without
+//!   writing every byte of the log twice.
 //! - **Everything names its place.** An envelope names cluster, segment (by nonce and generation), offset, epoch, boot and
 //!   batch; every sector's checksum is seeded with the batch; the chain ties a batch to all before it.
 //! - **Later writes are witnesses.** Each envelope says how far the log was durable when it was submitted.
@@ -68,13 +70,16 @@
 //!    segments and without a hard state has lost it, and is refused.
 //!
 //! **Start**
-//! 1. Both copies of the hard state are read; the valid one with the highest sequence counts. Half-made files are removed. All
-//!    segments are read and folded into the log. Those of the newest epoch are flushed, since what was read may have been in the
+//! 1. Both copies of the hard state are read; the valid one with the highest sequence counts. Half-made files are removed, and
+//!    segments that were on their way to another life (`.old`). All segments from the log's start on are read and folded into the
+//!    log. Those of the newest epoch are flushed, since what was read may have been in the
 //!    device's cache only. *Crash:* nothing has changed.
 //! 2. The cut (epoch + 1, boot + 1, the end of the log, which is also the witness) is saved by making both copies anew, first
 //!    `hard-a`, then `hard-b`, each under a temporary name. *Crash between:* the next start finds the first copy, which names the same
-//!    end. A late write of a dead process goes to files without a name. [`WalEvent::Opened`].
-//! 3. Segments without a batch of the log are removed, a segment of the new epoch is headed. *Crash:* the cut without a segment is
+//!    end. A late write of a dead process goes to files without a name. [`WalEvent::Opened`]. *No space for a copy:* nothing has changed;
+//!    a segment that is ready is given up for it, and when there is none the start waits ([`WalEvent::NoSpace`],
+//!    [`Wal::retry_space`]).
+//! 3. Segments without a batch of the log are removed, those of a purge that was not finished among them, a segment of the new epoch is headed. *Crash:* the cut without a segment is
 //!    applied by the next start.
 //!
 //! With damage that nobody can tell, the cut lies before it and the claim is saved with the cut, in one. *Crash before:* the next start
@@ -94,8 +99,9 @@
 //! **Making a segment** (in the background)
 //! 1. `segment-N.new` is created, filled with zeros, flushed, closed. *Crash:* removed by the next start.
 //! 2. Renamed to `.free`, directory synced. *Crash:* the next start finds either name.
-//! 3. To enter service it is renamed to `.wal` and the directory synced, before its header is written. *Crash:* a blank `.wal` file is
-//!    removed rather than used, since the header write of the dead process may be on its way; a `.free` file is safe to use.
+//! 3. To enter service it (or a `.used` one, which goes first) is renamed to `.wal` and the directory synced, before its header is
+//!    written. *Crash:* a `.wal` file with a blank header and nothing but prior content is removed rather than used, since
+//!    the header write of the dead process may be on its way; a `.free` or `.used` file is safe to use.
 //! 4. The header is written durably. *Crash:* a segment without batches; void, and removed.
 //!
 //! **Append**
@@ -113,13 +119,29 @@
 //! 3. Segments behind the cut are removed, a segment of the new epoch is headed; its header repeats the cut, for the time when the
 //!    hard state has a newer one. *Crash:* the cut is applied by the next start.
 //!
+//! **Purge**: the log's start moves to the end of a durable batch.
+//! 1. The new start (index, term, chain, and the segment that holds the batch) is saved to both copies in place. *Crash between:* the
+//!    old start or the new one, as the copy with the higher sequence says. [`WalEvent::Purged`].
+//! 2. Segments that lie wholly before the start leave service, oldest first, each once nothing is in flight on it. *Crash:* the next start
+//!    does not read what is left of them, and removes it when it has saved its cut. Damage before the start no longer matters; a
+//!    segment that is missing behind it is noticed, since its successor names it.
+//!
+//! **Recycling** a segment that left service by a purge or a truncation, if this process wrote it; any other is removed, since a write of
+//! a dead process may be on its way to it.
+//! 1. Renamed to `.old`, directory synced. *Crash before:* it is `.wal`, and void. *After:* removed by the next start.
+//! 2. The checksums of what its sectors hold are written behind its header block, which is blanked; flushed; closed. *Crash:* as before:
+//!    nobody reads an `.old` file.
+//! 3. Renamed to `.used`, directory synced. *Crash:* removed, or ready for any process: every write to it has completed.
+//!
+//! **Close**: appends, cut and saves are finished, the witness is saved. A segment that is being made is removed; one that is being
+//! recycled stays `.old`.
+//!
 //! **Saving term and vote**: `hard-a` durably, then `hard-b`, then [`WalEvent::HardStateSaved`]. *Crash:* the old values or the new,
 //! whole in either case. Nothing may act on them before the event.
 //!
 //! # Not yet
 //!
-//! Purging and recycling of segments, and starting the log anew behind a snapshot. Their places are reserved: the region for a former
-//! life's sector checksums in every segment, the log start in the hard state.
+//! Starting the log anew behind a snapshot. Its place is reserved: the log start in the hard state.
 
 mod commit;
 #[cfg(test)]
@@ -134,6 +156,7 @@ mod log;
 mod ops;
 mod read;
 mod recovery;
+mod recycle;
 mod repair;
 mod reserve;
 mod salvage;

@@ -6,24 +6,27 @@
 //!
 //! Failures: the first failed or short durable operation stops the log for good ([`WalEvent::Poisoned`]).
 
+mod purge;
+
 use crate::commit::Window;
 use crate::disk::{Disk, DiskDone, DiskOp, DiskOpId, DiskOutput, FileId};
 use crate::error::{ConfigError, DamageCause, ReadError, RepairError, WalError};
 use crate::format::{
     BatchInfo, BatchView, Chain, Claim, Cut, ENVELOPE_BYTES, Envelope, HardState, IMAGE_BYTES_MAX,
-    IMAGE_BYTES_MIN, LogStart, PriorContent, SegmentHeader, SegmentOrigin, slot_bytes, slots_start,
-    write_envelope,
+    IMAGE_BYTES_MIN, LogStart, SegmentHeader, SegmentOrigin, slot_bytes, slots_start, write_envelope,
 };
 use crate::hard_state::HardStateStore;
 use crate::index::{Index, Place};
 use crate::ops::{Ops, Owner, Random, owner_of};
-use crate::read::{READS_IN_FLIGHT, REQUESTS_MAX, Reads, StoredBatch, close};
+use crate::read::{READS_IN_FLIGHT, REQUESTS_MAX, Reads, StoredBatch};
 use crate::recovery::{Found, Recovery, RecoveryReport};
+use crate::recycle::Recycler;
 use crate::repair::{self, DamagedBatch, Repairs};
 use crate::reserve::{Maker, Standby};
 use crate::salvage::Salvage;
 use crate::scrub::{self, Scrub, ScrubStatus};
-use crate::segment::{Descriptor, Segment, SegmentName, SegmentTable};
+use crate::segment::{Descriptor, SectorSums, Segment, SegmentTable};
+use purge::{Purges, Removal};
 use ringraft_block::{
     BLOCK_BYTES, Block, BlockBuf, ClusterId, GroupId, LogIndex, NodeId, Pool, SharedBlock, Term,
 };
@@ -45,6 +48,13 @@ pub struct WalConfig {
     pub segment_bytes: u64,
     /// Segments kept ready beyond the active one. Default 4: half a second of writing at full speed.
     pub segments_ahead: usize,
+    /// Segments that have left service are kept for another life, at most so many, and the checksums of what they hold are kept in memory
+    /// for at most so many in service: 4 B per 512 B, 512 KiB for a full segment of 64 MiB. Others are removed, and their
+    /// successors filled with zeros. Default 64: 4 GiB of log, for at most 32 MiB of memory.
+    pub recycled_segments_max: usize,
+    /// [`Wal::purge_through`] leaves at least so many bytes of log, envelopes and padding included, for followers that are behind:
+    /// sending them log is cheaper than a snapshot. Default 0.
+    pub retain_bytes: u64,
     /// The largest image, at most (and by default) [`IMAGE_BYTES_MAX`].
     pub batch_bytes_max: usize,
     /// Appends in flight. Default 4; more only adds latency.
@@ -69,6 +79,8 @@ impl WalConfig {
             group: GroupId(0),
             segment_bytes: 64 * 1024 * 1024,
             segments_ahead: 4,
+            recycled_segments_max: 64,
+            retain_bytes: 0,
             batch_bytes_max: IMAGE_BYTES_MAX,
             writes_in_flight_max: 4,
             bytes_in_flight_max: 1024 * 1024,
@@ -128,8 +140,14 @@ pub enum WalEvent<B: BlockBuf> {
     },
     /// The log has stopped for good. Nothing more will be acknowledged.
     Poisoned(WalError),
+    /// The start of the log was moved and that is durable: the log begins behind `through`.
+    Purged {
+        /// As [`Wal::purge_through`] returned it, or a later one.
+        through: LogIndex,
+    },
     /// No further segment can be made, and at most one is left. Refuse proposals, keep the rest for control batches, and call
-    /// [`Wal::retry_space`] from time to time.
+    /// [`Wal::retry_space`] from time to time. Before `Opened`: there is no space even for the hard state, and the start
+    /// goes on when there is.
     NoSpace {
         /// Segments that are ready beyond the active one.
         segments_left: usize,
@@ -165,6 +183,7 @@ impl<B: BlockBuf> fmt::Debug for WalEvent<B> {
                 f.debug_struct("Read").field("token", token).field("result", result).finish()
             }
             Self::Poisoned(error) => f.debug_tuple("Poisoned").field(error).finish(),
+            Self::Purged { through } => f.debug_struct("Purged").field("through", through).finish(),
             Self::NoSpace { segments_left } => {
                 f.debug_struct("NoSpace").field("segments_left", segments_left).finish()
             }
@@ -217,6 +236,12 @@ pub struct WalStats {
     pub hard_state_saves: u64,
     /// Times that the log went on in the next segment.
     pub rollovers: u64,
+    /// Segments that were made: filled with zeros.
+    pub segments_made: u64,
+    /// Segments that left service and were made ready for another life.
+    pub segments_recycled: u64,
+    /// Segments that left service, or were given up for their space, and were removed.
+    pub segments_removed: u64,
     /// Segments in service now.
     pub segments: usize,
     /// Segments ready beyond the active one now.
@@ -274,17 +299,6 @@ struct Active {
     bytes: u64,
 }
 
-/// Segments behind a cut, on their way out.
-#[derive(Default)]
-struct Removal {
-    segments: VecDeque<Segment>,
-    /// Files that never were segments of this log.
-    files: Vec<SegmentName>,
-    operation: Option<DiskOpId>,
-    /// Something was removed since the directory was synced.
-    dirty: bool,
-}
-
 /// A write-ahead log over a [`Disk`].
 pub struct Wal<D: Disk> {
     config: WalConfig,
@@ -306,6 +320,10 @@ pub struct Wal<D: Disk> {
     segments: SegmentTable,
     removal: Removal,
     salvage: Salvage,
+    recycler: Recycler,
+    purges: Purges,
+    /// Something was removed, or the user says so: what was short of space tries again.
+    space_freed: bool,
     maker: Option<Maker<D::Buf>>,
     standby: Standby,
     active: Option<Active>,
@@ -347,6 +365,9 @@ impl<D: Disk> Wal<D> {
             segments: SegmentTable::default(),
             removal: Removal::default(),
             salvage: Salvage::default(),
+            recycler: Recycler::new(),
+            purges: Purges::new(),
+            space_freed: false,
             maker: None,
             standby: Standby::new(),
             active: None,
@@ -456,6 +477,7 @@ impl<D: Disk> Wal<D> {
             bytes_in_flight: self.window.bytes_in_flight(),
             segments: self.segments.len(),
             segments_ahead: self.segments_ahead(),
+            segments_made: self.maker.as_ref().map_or(0, Maker::made),
             batches: self.index.len(),
             reads_waiting: self.reads.len(),
             ..self.stats
@@ -547,6 +569,8 @@ impl<D: Disk> Wal<D> {
         }
         if let Some(segment) = progress.replaced.and_then(|generation| self.segments.get_mut(generation)) {
             segment.is_replaced = segment.descriptor != Descriptor::Closed;
+            // The new file's envelopes are not those that were counted: it is not recycled later.
+            segment.sums = None;
         }
         for info in progress.repaired {
             if self.index.damage_of(info.first).is_some()
@@ -655,6 +679,10 @@ impl<D: Disk> Wal<D> {
 
     /// Whether a batch of `slot_bytes` ([`BatchInfo::slot_bytes`]) can be appended at once: a position is there, the limits of
     /// what is in flight allow it, and no cut or formation is under way.
+    ///
+    /// It knows no kinds of batches. After [`WalEvent::NoSpace`] it stays true until the last segment is full: that the rest is
+    /// kept for batches that lead out of the lack (an election's first, a change of members) is up to the caller, who
+    /// stops proposing. A follower takes what it has room for; from then on this is false and nothing is lost.
     #[must_use]
     pub fn is_ready_for(&self, slot_bytes: usize) -> bool {
         let open = self.stage == Stage::Open && self.poison.is_none() && self.cut.is_none();
@@ -702,17 +730,20 @@ impl<D: Disk> Wal<D> {
         };
         write_envelope(&mut block, &envelope);
         block[image_end..bytes].fill(0);
-        let block = Rc::new(block);
         let (file, offset) = (active.file, active.offset);
+        if let Some(segment) = self.segments.get_mut(active.generation) {
+            segment.operations += 1;
+            if let Some(sums) = segment.sums.as_mut() {
+                sums.add(offset, &block[..bytes], &info);
+            }
+        }
+        let block = Rc::new(block);
         let op = DiskOp::Write { file, offset, block: Rc::clone(&block), bytes };
         let id = self.ops.submit(disk, Owner::Append, op);
 
         self.window.begin(id, active.generation, info.last, bytes);
         self.index.push(&info, Place { generation: active.generation, offset });
         self.active = Some(Active { offset: offset + bytes as u64, ..active });
-        if let Some(segment) = self.segments.get_mut(active.generation) {
-            segment.operations += 1;
-        }
         self.stats.writes += 1;
         self.stats.written_bytes += bytes as u64;
         self.stats.image_bytes += u64::from(info.image_bytes);
@@ -828,11 +859,9 @@ impl<D: Disk> Wal<D> {
         }
     }
 
-    /// Space may have come back: the next [`Self::advance`] tries again to make segments.
+    /// Space may have come back: the next [`Self::advance`] tries again to make segments, or to start.
     pub fn retry_space(&mut self) {
-        if let Some(maker) = self.maker.as_mut() {
-            maker.retry();
-        }
+        self.space_freed = true;
         self.repairs.retry();
     }
 
@@ -841,9 +870,7 @@ impl<D: Disk> Wal<D> {
     pub fn close(&mut self, disk: &mut D) {
         self.close_asked = true;
         if self.stage == Stage::Open && self.poison.is_none() {
-            self.stage = Stage::Closing;
-            self.reads.stop();
-            self.scrub.reads.stop();
+            self.begin_closing();
             self.has_drained(disk);
         }
     }
@@ -902,8 +929,10 @@ impl<D: Disk> Wal<D> {
         }
         self.tell_saves(events);
         self.end_claim();
+        self.advance_purges(events);
         self.advance_cut(disk, events)?;
         self.advance_hard_state(disk)?;
+        self.advance_blocked_start(disk, events);
         self.advance_segments(disk, events)?;
         self.advance_removal(disk);
         let active = self.active.map(|active| active.generation);
@@ -970,17 +999,8 @@ impl<D: Disk> Wal<D> {
             }
             Owner::Descriptor => self.descriptor_done(done)?,
             Owner::Repair => self.repair_done(disk, done, events)?,
-            Owner::Removal => {
-                if self.removal.operation != Some(done.id) {
-                    return Err(stray);
-                }
-                self.removal.operation = None;
-                match done.result {
-                    Ok(_) => {}
-                    Err(error) if error.kind == crate::disk::DiskErrorKind::NotFound => {}
-                    Err(error) => return Err(WalError::Disk { what: "removing a segment", error }),
-                }
-            }
+            Owner::Removal => self.removal_done(done)?,
+            Owner::Recycle => self.recycle_done(disk, done)?,
         }
         Ok(())
     }
@@ -998,6 +1018,7 @@ impl<D: Disk> Wal<D> {
             salvage,
             unplaced,
             segments,
+            purged,
             free,
             next_serial,
             report,
@@ -1021,7 +1042,8 @@ impl<D: Disk> Wal<D> {
         let place = self.index.end_place();
         let generation = place.map_or(0, |place| place.generation);
         let newest = segments.last().map_or(0, |segment| segment.header.generation);
-        let newest = newest.max(hard_state.generation);
+        let newest = newest.max(hard_state.generation).max(hard_state.start_generation);
+        self.removal.segments.extend(purged.into_iter().map(Segment::found));
         for segment in segments {
             let generation = segment.header.generation;
             let twin = self
@@ -1034,14 +1056,7 @@ impl<D: Disk> Wal<D> {
                 self.salvage.keep_file(segment.name);
                 continue;
             }
-            let segment = Segment {
-                name: segment.name,
-                header: segment.header,
-                descriptor: Descriptor::Closed,
-                operations: 0,
-                used: 0,
-                is_replaced: false,
-            };
+            let segment = Segment::found(segment);
             // A segment without a batch of the log is never needed again: its cut, if it began with one, is contained in
             // the new one.
             if self.index.uses(generation) {
@@ -1217,8 +1232,8 @@ impl<D: Disk> Wal<D> {
     }
 
     fn segments_ahead(&self) -> usize {
-        let free = self.maker.as_ref().map_or(0, Maker::free);
-        free + usize::from(!self.standby.is_idle())
+        let ready = self.maker.as_ref().map_or(0, Maker::ready);
+        ready + usize::from(!self.standby.is_idle())
     }
 
     /// The position of a slot of `bytes`: in the active segment, or at the start of the standby, which becomes active.
@@ -1235,6 +1250,9 @@ impl<D: Disk> Wal<D> {
     /// Makes the standby the active segment.
     fn activate(&mut self) -> Option<Active> {
         let (name, file, header) = self.standby.take()?;
+        let counted = self.segments.iter().filter(|segment| segment.sums.is_some()).count();
+        let counts =
+            counted < self.config.recycled_segments_max && header.segment_bytes == self.config.segment_bytes;
         let active = Active {
             generation: header.generation,
             file,
@@ -1249,6 +1267,7 @@ impl<D: Disk> Wal<D> {
             operations: 0,
             used: 0,
             is_replaced: false,
+            sums: counts.then(|| SectorSums::new(header.segment_bytes)),
         });
         self.active = Some(active);
         if let Some(maker) = self.maker.as_mut() {
@@ -1274,9 +1293,12 @@ impl<D: Disk> Wal<D> {
         let wanted = self.config.segments_ahead.saturating_sub(usize::from(!self.standby.is_idle()));
         let Some(maker) = self.maker.as_mut() else { return Ok(()) };
         if self.standby.is_idle()
-            && let Some(free) = maker.take_free()
+            && let Some(ready) = maker.take_ready()
         {
-            self.standby.begin(disk, &mut self.ops, free);
+            self.standby.begin(disk, &mut self.ops, ready);
+        }
+        if std::mem::take(&mut self.space_freed) {
+            maker.retry();
         }
         maker.advance(disk, &mut self.ops, wanted);
         self.head_standby(disk)?;
@@ -1303,7 +1325,7 @@ impl<D: Disk> Wal<D> {
             boot: self.boot,
             generation,
             group: self.config.group,
-            prior_content: PriorContent::Zeros,
+            prior_content: self.standby.prior(),
             origin,
         };
         self.standby.write_header(disk, &mut self.ops, &self.pool, header)
@@ -1365,37 +1387,6 @@ impl<D: Disk> Wal<D> {
         Ok(())
     }
 
-    /// Removes the segments behind the newest cut, once that is durable: one operation at a time.
-    fn advance_removal(&mut self, disk: &mut D) {
-        let durable = matches!(self.cut, None | Some(PendingCut { phase: CutPhase::Fresh, .. }));
-        if !durable || self.removal.operation.is_some() || self.stage != Stage::Open {
-            return;
-        }
-        if let Some(name) = self.removal.files.pop() {
-            self.removal.dirty = true;
-            let op = DiskOp::Remove { name: name.to_string() };
-            self.removal.operation = Some(self.ops.submit(disk, Owner::Removal, op));
-            return;
-        }
-        match self.removal.segments.front_mut() {
-            Some(segment) if segment.operations > 0 => {}
-            Some(segment) if segment.descriptor == Descriptor::Closed => {
-                let name = segment.name.to_string();
-                self.removal.segments.pop_front();
-                self.removal.dirty = true;
-                self.removal.operation = Some(self.ops.submit(disk, Owner::Removal, DiskOp::Remove { name }));
-            }
-            Some(segment) => {
-                close(disk, &mut self.ops, segment);
-            }
-            None if self.removal.dirty => {
-                self.removal.dirty = false;
-                self.removal.operation = Some(self.ops.submit(disk, Owner::Removal, DiskOp::SyncDirectory));
-            }
-            None => {}
-        }
-    }
-
     // The end.
 
     /// The first failure stops the log; later ones add nothing.
@@ -1409,11 +1400,26 @@ impl<D: Disk> Wal<D> {
         }
     }
 
+    /// What is made ready for later is given up; what the log has promised is finished.
+    fn begin_closing(&mut self) {
+        self.stage = Stage::Closing;
+        self.reads.stop();
+        self.scrub.reads.stop();
+        self.recycler.stop();
+        if let Some(maker) = self.maker.as_mut() {
+            maker.stop();
+        }
+    }
+
     fn advance_close(&mut self, disk: &mut D, events: &mut VecDeque<WalEvent<D::Buf>>) {
         if self.close_asked && self.stage == Stage::Open {
-            self.stage = Stage::Closing;
-            self.reads.stop();
-            self.scrub.reads.stop();
+            self.begin_closing();
+        }
+        // A start that waits for space has changed nothing and has nothing to finish.
+        let waits = self.hard_state.as_ref().is_some_and(HardStateStore::is_blocked);
+        if self.close_asked && waits && self.ops.in_flight == 0 && self.stage < Stage::ClosingFiles {
+            self.stage = Stage::ClosingFiles;
+            self.close_files(disk);
         }
         if self.stage == Stage::Closing && self.poison.is_none() && !self.has_drained(disk) {
             return;

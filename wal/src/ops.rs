@@ -19,15 +19,17 @@ pub(crate) enum Owner {
     Read = 6,
     /// Opening and closing of segments in service.
     Descriptor = 7,
-    /// Removing segments behind a cut.
+    /// Removing segments that have left service.
     Removal = 8,
     /// Writing repaired batches into a new copy of their segment.
     Repair = 9,
+    /// Making segments that have left service ready again.
+    Recycle = 10,
 }
 
 impl Owner {
     fn of(id: DiskOpId) -> Option<Self> {
-        const ALL: [Owner; 9] = [
+        const ALL: [Owner; 10] = [
             Owner::Recovery,
             Owner::HardState,
             Owner::Maker,
@@ -37,6 +39,7 @@ impl Owner {
             Owner::Descriptor,
             Owner::Removal,
             Owner::Repair,
+            Owner::Recycle,
         ];
         ALL.into_iter().find(|owner| *owner as u64 == id.0 >> 48 & 0xff)
     }

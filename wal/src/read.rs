@@ -216,6 +216,17 @@ impl<B: BlockBuf> Reads<B> {
         }
     }
 
+    /// The log now starts behind `start`: a request that begins before it is for a snapshot to answer.
+    pub(crate) fn start_behind(&mut self, start: LogIndex) {
+        for request in &mut self.requests {
+            if let Some(first) = request.items.first().map(|item| item.info.first)
+                && first <= start
+            {
+                request.error.get_or_insert(ReadError::NotFound { first });
+            }
+        }
+    }
+
     /// Fails everything that waits.
     pub(crate) fn stop(&mut self) {
         for request in &mut self.requests {

@@ -11,6 +11,7 @@
 //! result: batches that are known but for their bytes, and a claim where more than that is lost. No file that may hold
 //! a batch is removed here.
 
+mod prior;
 mod scan;
 mod table;
 
@@ -79,7 +80,9 @@ pub(crate) struct Found {
     pub(crate) unplaced: Vec<SegmentName>,
     /// Segments in service in order of generation.
     pub(crate) segments: Vec<Scanned>,
-    /// Free segments of the configured size, by serial number.
+    /// Segments that a purge has left behind: wholly before the log's start.
+    pub(crate) purged: Vec<Scanned>,
+    /// Free and recycled segments of the configured size, by serial number.
     pub(crate) free: VecDeque<SegmentName>,
     pub(crate) next_serial: u32,
     pub(crate) report: RecoveryReport,
@@ -101,6 +104,7 @@ pub(crate) struct Recovery<B: BlockBuf> {
     unread: VecDeque<(SegmentName, u64)>,
     free: VecDeque<SegmentName>,
     headed: Vec<(Scanned, u64)>,
+    purged: Vec<Scanned>,
     /// Files whose header does not say what they are, with the intact header if it says too much. They are read first: one that is
     /// blank was never used, and the envelopes in the others say where they belong.
     suspects: Vec<Suspect>,
@@ -168,6 +172,7 @@ impl<B: BlockBuf> Recovery<B> {
             unread: VecDeque::new(),
             free: VecDeque::new(),
             headed: Vec::new(),
+            purged: Vec::new(),
             suspects: Vec::new(),
             next_suspect: 0,
             unplaced: Vec::new(),
@@ -375,6 +380,7 @@ impl<B: BlockBuf> Recovery<B> {
             cut: Cut::default(),
             generation: 0,
             start: LogStart::default(),
+            start_generation: 0,
             witness: Default::default(),
             claim: None,
             claim_epoch: 0,
@@ -395,9 +401,11 @@ impl<B: BlockBuf> Recovery<B> {
             let Some(name) = SegmentName::parse(&entry.name) else { continue };
             self.next_serial = self.next_serial.max(name.serial.saturating_add(1));
             match name.stage {
-                Stage::New => self.leftovers.push(entry.name),
-                Stage::Free if entry.bytes != self.config.segment_bytes => self.leftovers.push(entry.name),
-                Stage::Free | Stage::InService => self.unread.push_back((name, entry.bytes)),
+                Stage::New | Stage::Old => self.leftovers.push(entry.name),
+                Stage::Free | Stage::Used if entry.bytes != self.config.segment_bytes => {
+                    self.leftovers.push(entry.name);
+                }
+                Stage::Free | Stage::Used | Stage::InService => self.unread.push_back((name, entry.bytes)),
             }
         }
     }
@@ -434,6 +442,11 @@ impl<B: BlockBuf> Recovery<B> {
         if log_epoch > hard_state_epoch {
             return Err(WalError::HardStateBehind { log_epoch, hard_state_epoch });
         }
+        // What lies wholly before the log's start says nothing any more. It is removed once the hard state is safe in both
+        // copies again.
+        let start = self.hard_state.as_ref().map_or(0, |state| state.start_generation);
+        let purged = self.headed.partition_point(|(segment, _)| segment.header.generation < start);
+        self.purged.extend(self.headed.drain(..purged).map(|(segment, _)| segment));
         Ok(())
     }
 
@@ -448,7 +461,7 @@ impl<B: BlockBuf> Recovery<B> {
         header: Option<Result<SegmentHeader, SegmentHeaderError>>,
     ) -> Result<(), WalError> {
         match (name.stage, header) {
-            (Stage::Free, Some(Err(SegmentHeaderError::Blank))) => self.free.push_back(name),
+            (Stage::Free | Stage::Used, Some(Err(SegmentHeaderError::Blank))) => self.free.push_back(name),
             (_, Some(Err(error @ (SegmentHeaderError::Version(_) | SegmentHeaderError::Fingerprint(_))))) => {
                 return Err(WalError::SegmentForeign { file: name.to_string(), error });
             }
@@ -598,16 +611,16 @@ impl<B: BlockBuf> Recovery<B> {
         bytes: &SegmentBytes<'_>,
     ) {
         let Some(hard_state) = self.hard_state.as_ref() else { return };
-        let slots = bytes.bytes.get(BLOCK_BYTES..).unwrap_or_default();
-        if bytes.unreadable.iter().all(|lost| lost.end <= BLOCK_BYTES)
-            && !slots.is_empty()
-            && scan::is_prior(slots)
-        {
+        if prior::is_unused(bytes) {
             // Whatever its header was, no batch was ever written here.
             self.leftovers.push(name.to_string());
             return;
         }
-        let taken = |generation| self.headed.iter().any(|(other, _)| other.header.generation == generation);
+        // A former life of a recycled file lies before the log's start, or belonged to a generation that is there.
+        let start = hard_state.start_generation;
+        let taken = |generation| {
+            generation < start || self.headed.iter().any(|(other, _)| other.header.generation == generation)
+        };
         let found = scan::header_from_envelopes(bytes, hard_state, taken);
         let same = |header: &SegmentHeader| {
             found
@@ -657,6 +670,7 @@ impl<B: BlockBuf> Recovery<B> {
             salvage: outcome.salvage,
             unplaced: std::mem::take(&mut self.unplaced),
             segments: outcome.segments,
+            purged: std::mem::take(&mut self.purged),
             free: std::mem::take(&mut self.free),
             next_serial: self.next_serial,
             report,

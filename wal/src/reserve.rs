@@ -1,8 +1,8 @@
 //! Segments made ahead, so that rolling over to the next one is no step in latency.
 //!
 //! The happy path: the [`Maker`] creates a file under its `.new` name, fills it with zeros through an ordinary
-//! (not durable) descriptor, flushes once, and renames it to `.free`. The [`Standby`] takes the oldest free one, renames
-//! it to `.wal`, opens it for durable writes and writes its header. When the active segment is full the log takes the
+//! (not durable) descriptor, flushes once, and renames it to `.free`. Recycled segments ([`crate::recycle`]) come back as `.used`,
+//! and as long as there are enough of them none is made. The [`Standby`] takes the oldest recycled or free one, renames it to `.wal`, opens it for durable writes and writes its header. When the active segment is full the log takes the
 //! standby over and the next free one moves up.
 //!
 //! Failures: no space leaves the maker blocked, its half-made file removed, until somebody asks to try again; the log lives
@@ -11,7 +11,7 @@
 
 use crate::disk::{Access, Disk, DiskDone, DiskError, DiskErrorKind, DiskOp, DiskOutput, FileId};
 use crate::error::WalError;
-use crate::format::{SegmentHeader, write_segment_header};
+use crate::format::{PriorContent, SegmentHeader, write_segment_header};
 use crate::ops::{Ops, Owner, take, zeros};
 use crate::segment::{SegmentName, Stage};
 use ringraft_block::{BLOCK_BYTES, BlockBuf, Pool, SharedBlock};
@@ -32,7 +32,11 @@ pub(crate) struct Maker<B: BlockBuf> {
     next_serial: u32,
     /// Free segments, oldest first.
     free: VecDeque<SegmentName>,
+    /// Recycled segments, oldest first.
+    used: VecDeque<SegmentName>,
     phase: Making<B>,
+    made: u64,
+    stopped: bool,
     blocked: Option<DiskError>,
 }
 
@@ -56,18 +60,45 @@ struct Fill<B: BlockBuf> {
     zeros: SharedBlock<B>,
     next: u64,
     in_flight: u32,
-    /// No space: nothing more is written, and what is in flight is awaited.
+    /// No space, or the log is closing: nothing more is written, and what is in flight is awaited.
     failed: bool,
 }
 
 impl<B: BlockBuf> Maker<B> {
-    pub(crate) fn new(segment_bytes: u64, next_serial: u32, free: VecDeque<SegmentName>) -> Self {
-        Self { segment_bytes, next_serial, free, phase: Making::Idle, blocked: None }
+    /// A maker that finds `ready` segments made or recycled by an earlier process.
+    pub(crate) fn new(segment_bytes: u64, next_serial: u32, ready: VecDeque<SegmentName>) -> Self {
+        let (used, free) = ready.into_iter().partition(|name| name.stage == Stage::Used);
+        let (phase, blocked) = (Making::Idle, None);
+        Self { segment_bytes, next_serial, free, used, phase, made: 0, stopped: false, blocked }
     }
 
-    /// The number of free segments.
-    pub(crate) fn free(&self) -> usize {
-        self.free.len()
+    /// The number of segments that are ready to enter service.
+    pub(crate) fn ready(&self) -> usize {
+        self.free.len() + self.used.len()
+    }
+
+    /// The number of those that are recycled.
+    pub(crate) fn used(&self) -> usize {
+        self.used.len()
+    }
+
+    /// How many it has made.
+    pub(crate) fn made(&self) -> u64 {
+        self.made
+    }
+
+    /// A segment was recycled.
+    pub(crate) fn add_used(&mut self, name: SegmentName) {
+        debug_assert_eq!(name.stage, Stage::Used);
+        self.used.push_back(name);
+    }
+
+    /// Makes no more, and gives up the one that is being filled: the log is closing.
+    pub(crate) fn stop(&mut self) {
+        self.stopped = true;
+        if let Making::Filling(fill) = &mut self.phase {
+            fill.failed = true;
+        }
     }
 
     /// The lack of space that keeps it from making another.
@@ -84,13 +115,14 @@ impl<B: BlockBuf> Maker<B> {
         matches!(self.phase, Making::Idle)
     }
 
-    pub(crate) fn take_free(&mut self) -> Option<SegmentName> {
-        self.free.pop_front()
+    /// A segment to enter service, or to be given up for its space.
+    pub(crate) fn take_ready(&mut self) -> Option<SegmentName> {
+        self.used.pop_front().or_else(|| self.free.pop_front())
     }
 
-    /// Begins another segment when fewer than `wanted` are free.
+    /// Begins another segment when fewer than `wanted` are ready.
     pub(crate) fn advance<D: Disk<Buf = B>>(&mut self, disk: &mut D, ops: &mut Ops, wanted: usize) {
-        if !self.is_idle() || self.blocked.is_some() || self.free.len() >= wanted {
+        if !self.is_idle() || self.stopped || self.blocked.is_some() || self.ready() >= wanted {
             return;
         }
         let name = SegmentName::new(self.next_serial, Stage::New);
@@ -119,7 +151,7 @@ impl<B: BlockBuf> Maker<B> {
                 let block =
                     take(pool, disk, bytes).map_err(|error| WalError::Disk { what: WHAT_MAKE, error })?;
                 let zeros = zeros(block, bytes);
-                self.fill(disk, ops, Fill { name, file, zeros, next: 0, in_flight: 0, failed: false });
+                self.fill(disk, ops, Fill { name, file, zeros, next: 0, in_flight: 0, failed: self.stopped });
             }
             (Making::Filling(mut fill), DiskOutput::Written { bytes }) => {
                 fill.in_flight -= 1;
@@ -148,7 +180,10 @@ impl<B: BlockBuf> Maker<B> {
                 ops.submit(disk, Owner::Maker, DiskOp::SyncDirectory);
                 self.phase = Making::Syncing(name);
             }
-            (Making::Syncing(name), DiskOutput::Done) => self.free.push_back(name.at(Stage::Free)),
+            (Making::Syncing(name), DiskOutput::Done) => {
+                self.made += 1;
+                self.free.push_back(name.at(Stage::Free));
+            }
             (Making::GivingUp(name), DiskOutput::Done) => self.remove(disk, ops, name),
             (Making::Removing, DiskOutput::Done) => {}
             _ => return Err(WalError::Protocol { what: WHAT_MAKE }),
@@ -218,6 +253,8 @@ impl<B: BlockBuf> Maker<B> {
 /// The segment that the log rolls over to next.
 pub(crate) struct Standby {
     phase: Readying,
+    /// What it held before: as its name said when it was taken.
+    prior: PriorContent,
 }
 
 enum Readying {
@@ -233,7 +270,7 @@ enum Readying {
 
 impl Standby {
     pub(crate) fn new() -> Self {
-        Self { phase: Readying::Idle }
+        Self { phase: Readying::Idle, prior: PriorContent::Zeros }
     }
 
     /// Whether there is none at all.
@@ -271,11 +308,17 @@ impl Standby {
         }
     }
 
-    /// Moves `free` up when there is no standby.
-    pub(crate) fn begin<D: Disk>(&mut self, disk: &mut D, ops: &mut Ops, free: SegmentName) {
+    /// What the standby held before.
+    pub(crate) fn prior(&self) -> PriorContent {
+        self.prior
+    }
+
+    /// Moves a segment that is ready up when there is no standby.
+    pub(crate) fn begin<D: Disk>(&mut self, disk: &mut D, ops: &mut Ops, ready: SegmentName) {
         debug_assert!(self.is_idle());
-        let name = free.at(Stage::InService);
-        ops.submit(disk, Owner::Standby, DiskOp::Rename { from: free.to_string(), to: name.to_string() });
+        let name = ready.at(Stage::InService);
+        self.prior = if ready.stage == Stage::Used { PriorContent::Checksums } else { PriorContent::Zeros };
+        ops.submit(disk, Owner::Standby, DiskOp::Rename { from: ready.to_string(), to: name.to_string() });
         self.phase = Readying::Renaming(name);
     }
 

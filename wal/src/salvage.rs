@@ -69,6 +69,11 @@ impl Salvage {
         }
     }
 
+    /// Whether anything is kept.
+    pub(crate) fn is_kept(&self) -> bool {
+        self.claim_epoch > 0
+    }
+
     /// Whether a segment that the log no longer needs is to be kept.
     pub(crate) fn keeps(&self, segment: &Segment) -> bool {
         segment.header.epoch < self.claim_epoch || self.generations.contains(&segment.generation())

@@ -3,10 +3,14 @@
 //! A segment's name says how far it has come, since a header alone cannot: a header write of a process that died may
 //! still be on its way. `segment-0000002a.new` is being made and is removed at the next start;
 //! `segment-0000002a.free` is filled with zeros and has never been written to since, so any process may take it into
-//! service; `segment-0000002a.wal` is in service (or about to be) and belongs to the process that renamed it.
+//! service; `segment-0000002a.wal` is in service (or about to be) and belongs to the process that renamed it;
+//! `segment-0000002a.old` has left service and is removed at the next start; `segment-0000002a.used` is ready for another
+//! life: the checksums of what it holds are durable in it and no write to it is on its way, so any process may take it.
 
 use crate::disk::{DiskOpId, FileId};
-use crate::format::SegmentHeader;
+use crate::format::{BatchInfo, SegmentHeader, slot_content_checksums, slots_start};
+use crate::recovery::Scanned;
+use ringraft_block::SECTOR_BYTES;
 use std::collections::VecDeque;
 use std::fmt;
 
@@ -17,6 +21,8 @@ pub(crate) enum Stage {
     New,
     Free,
     InService,
+    Old,
+    Used,
 }
 
 /// The name of a segment file. Serial numbers are unique among the files present; the order of the log is in the
@@ -39,6 +45,8 @@ impl SegmentName {
             "new" => Stage::New,
             "free" => Stage::Free,
             "wal" => Stage::InService,
+            "old" => Stage::Old,
+            "used" => Stage::Used,
             _ => return None,
         };
         let serial = u32::from_str_radix(stem, 16).ok()?;
@@ -57,6 +65,8 @@ impl fmt::Display for SegmentName {
             Stage::New => "new",
             Stage::Free => "free",
             Stage::InService => "wal",
+            Stage::Old => "old",
+            Stage::Used => "used",
         };
         write!(f, "segment-{:08x}.{suffix}", self.serial)
     }
@@ -73,6 +83,45 @@ pub(crate) struct Segment {
     pub(crate) used: u64,
     /// The name means another file than the descriptor: it is closed before the next read.
     pub(crate) is_replaced: bool,
+    /// What its sectors hold, when this process has written them and keeps count.
+    pub(crate) sums: Option<SectorSums>,
+}
+
+/// The checksums of what this life has written to a segment's slots, sector by sector from the first slot on: 4 B per
+/// 512 B, so 512 KiB for a full segment of 64 MiB.
+pub(crate) struct SectorSums {
+    next: u64,
+    sums: Vec<u32>,
+}
+
+impl SectorSums {
+    /// Room for all sectors of a segment at once, so that no append pays for growing it.
+    pub(crate) fn new(segment_bytes: u64) -> Self {
+        let start = slots_start(segment_bytes);
+        let sectors = (segment_bytes - start) as usize / SECTOR_BYTES;
+        Self { next: start, sums: Vec::with_capacity(sectors) }
+    }
+
+    /// Takes the slot that is written at `offset`, behind what was written before.
+    pub(crate) fn add(&mut self, offset: u64, slot: &[u8], info: &BatchInfo) {
+        assert_eq!(offset, self.next, "a segment is written without gaps");
+        let identity = (info.group, info.term, info.first);
+        self.sums.extend(slot_content_checksums(slot, info.image_bytes as usize, identity));
+        self.next += slot.len() as u64;
+    }
+
+    /// The first offset that was never written.
+    pub(crate) fn end(&self) -> u64 {
+        self.next
+    }
+
+    /// The checksum of the sector at `offset`, if it was written.
+    pub(crate) fn at(&self, offset: u64) -> Option<u32> {
+        let sectors = self.sums.len() as u64;
+        let first = self.next - sectors * SECTOR_BYTES as u64;
+        let ordinal = offset.checked_sub(first)? / SECTOR_BYTES as u64;
+        self.sums.get(usize::try_from(ordinal).ok()?).copied()
+    }
 }
 
 /// The state of a segment's open file.
@@ -85,6 +134,12 @@ pub(crate) enum Descriptor {
 }
 
 impl Segment {
+    /// One that an earlier process has written.
+    pub(crate) fn found(segment: Scanned) -> Self {
+        let Scanned { name, header, .. } = segment;
+        Self { name, header, descriptor: Descriptor::Closed, operations: 0, used: 0, is_replaced: false, sums: None }
+    }
+
     pub(crate) fn generation(&self) -> u32 {
         self.header.generation
     }
@@ -156,7 +211,7 @@ mod tests {
 
     #[test]
     fn a_name_is_read_as_it_is_written_and_no_other_is() {
-        for stage in [Stage::New, Stage::Free, Stage::InService] {
+        for stage in [Stage::New, Stage::Free, Stage::InService, Stage::Old, Stage::Used] {
             for serial in [0, 1, 0x2a, u32::MAX] {
                 let name = SegmentName::new(serial, stage);
                 assert_eq!(SegmentName::parse(&name.to_string()), Some(name));

@@ -66,7 +66,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 }
                 Ok(())
             }
-            WalEvent::TruncateDone { .. } => Ok(()),
+            WalEvent::TruncateDone { .. } | WalEvent::Purged { .. } => Ok(()),
             WalEvent::Poisoned(error) => Err(error.into()),
             WalEvent::NoSpace { .. } => {
                 self.no_space = true;

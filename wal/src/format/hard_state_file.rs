@@ -29,7 +29,8 @@ layout! {
         group_count: u32,
         total_bytes: u32,
         crc: u32,
-        reserved_b: [u8; 44],
+        start_generation: u32,
+        reserved_b: [u8; 40],
     }
 }
 
@@ -138,6 +139,9 @@ pub struct HardState {
     pub generation: u32,
     /// Where the log begins.
     pub start: LogStart,
+    /// The segment that holds the last batch before the start, when the start was moved there by a purge; 0 otherwise. Segments of
+    /// lower generations are not needed any more, and may be gone.
+    pub start_generation: u32,
     /// The log was durable through here when this was written; may lag.
     pub witness: LogIndex,
     /// What the log held before damage cut it short; in force until it is released.
@@ -211,7 +215,8 @@ pub fn write_hard_state(block: &mut [u8], state: &HardState) -> usize {
         group_count: 1,
         total_bytes: total as u32,
         crc: 0,
-        reserved_b: [0; 44],
+        start_generation: state.start_generation,
+        reserved_b: [0; 40],
     };
     let record = GroupRecord {
         group: state.group,
@@ -264,7 +269,7 @@ pub fn read_hard_state(bytes: &[u8]) -> Result<HardState, HardStateError> {
     if header.group_count != 1 {
         return Err(HardStateError::Range("group count"));
     }
-    if header.reserved_a != 0 || header.reserved_b != [0; 44] {
+    if header.reserved_a != 0 || header.reserved_b != [0; 40] {
         return Err(HardStateError::Range("reserved part"));
     }
     let (record, configuration) = bytes
@@ -294,6 +299,7 @@ pub fn read_hard_state(bytes: &[u8]) -> Result<HardState, HardStateError> {
         cut: Cut { index: record.cut_index, generation: record.cut_generation, offset: record.cut_offset },
         generation: record.generation,
         start: LogStart { index: record.start_index, term: record.start_term, chain: record.start_chain },
+        start_generation: header.start_generation,
         witness: record.witness,
         claim,
         claim_epoch,

@@ -586,6 +586,36 @@ impl<'a> SectorChecksums<'a> {
     }
 }
 
+/// The chain that an image's header names, if it is an image header at all; nothing is verified.
+pub(crate) fn named_chain(image: &[u8]) -> Option<Chain> {
+    let header = Header::decode(image.first_chunk::<IMAGE_HEADER_BYTES>()?);
+    (header.magic == MAGIC).then_some(header.chain)
+}
+
+/// Whether any checksum that stands in `sector` of the image fits the bytes that it is for, in a batch of this identity. Then the
+/// sector belongs to that batch, whatever else is wrong with the image.
+pub(crate) fn table_sector_fits(
+    image: &[u8],
+    group: GroupId,
+    term: Term,
+    first: LogIndex,
+    sector: usize,
+) -> bool {
+    let count = checksum_count(image.len());
+    let Some(checksums_at) = image.len().checked_sub(4 * count) else { return false };
+    let seed = seed_for(group, term, first);
+    let begins = sector * SECTOR_BYTES;
+    let from = begins.saturating_sub(checksums_at).div_ceil(4);
+    let to = ((begins + SECTOR_BYTES).min(image.len()).saturating_sub(checksums_at) / 4).min(count);
+    (from..to).any(|ordinal| {
+        let stored = image.get(checksums_at + 4 * ordinal..).and_then(<[u8]>::first_chunk::<4>);
+        let chunk = image.get(chunk_of(checksums_at, ordinal));
+        stored.zip(chunk).is_some_and(|(stored, chunk)| {
+            u32::from_le_bytes(*stored) == sector_checksum(seed, ordinal, chunk)
+        })
+    })
+}
+
 /// A batch in the memory of its image.
 #[derive(Clone, Copy)]
 pub struct BatchView<'a> {
@@ -805,10 +835,14 @@ fn info_of(header: &Header, kind: BatchKind) -> BatchInfo {
 
 /// What binds every checksum of an image to its batch.
 fn seed_of(header: &Header) -> u32 {
+    seed_for(header.group, header.term, header.first)
+}
+
+pub(super) fn seed_for(group: GroupId, term: Term, first: LogIndex) -> u32 {
     let mut identity = [0; 20];
-    identity[..4].copy_from_slice(&header.group.get().to_le_bytes());
-    identity[4..12].copy_from_slice(&header.term.get().to_le_bytes());
-    identity[12..].copy_from_slice(&header.first.get().to_le_bytes());
+    identity[..4].copy_from_slice(&group.get().to_le_bytes());
+    identity[4..12].copy_from_slice(&term.get().to_le_bytes());
+    identity[12..].copy_from_slice(&first.get().to_le_bytes());
     crc32c(&identity)
 }
 
@@ -819,8 +853,20 @@ fn chunk_of(checksums_at: usize, ordinal: usize) -> Range<usize> {
     start..end
 }
 
+/// What the checksum of a sector begins with, before its bytes.
+pub(super) fn prefix_checksum(seed: u32, ordinal: usize) -> u32 {
+    crc32c_append(seed, &(ordinal as u32).to_le_bytes())
+}
+
+/// The number of an image's sectors that hold nothing but what their checksum covers, the first and its header included, and
+/// the checksum table.
+pub(super) fn stored_checksums(image: &[u8]) -> (usize, &[[u8; 4]]) {
+    let checksums_at = image.len().saturating_sub(4 * checksum_count(image.len()));
+    (checksums_at / SECTOR_BYTES, image[checksums_at..].as_chunks().0)
+}
+
 fn sector_checksum(seed: u32, ordinal: usize, chunk: &[u8]) -> u32 {
-    let crc = crc32c_append(crc32c_append(seed, &(ordinal as u32).to_le_bytes()), chunk);
+    let crc = crc32c_append(prefix_checksum(seed, ordinal), chunk);
     if crc == 0 { !0 } else { crc }
 }
 

@@ -133,6 +133,20 @@ pub const fn slots_start(segment_bytes: u64) -> u64 {
     BLOCK_BYTES as u64 + checksums.next_multiple_of(BLOCK_BYTES as u64)
 }
 
+/// Where in a segment file the checksum of the former life of the sector at `offset` stands: [`content_checksum`],
+/// little-endian. Those of the sectors before [`slots_start`] are zero and mean nothing.
+#[must_use]
+pub const fn prior_checksum_at(offset: u64) -> u64 {
+    BLOCK_BYTES as u64 + offset / SECTOR_BYTES as u64 * 4
+}
+
+/// What the region of former checksums holds for a sector: the plain crc32c of its 512 bytes. It only tells prior content
+/// from other content; whether a sector is *good* is for the seeded checksums of the image to say.
+#[must_use]
+pub fn content_checksum(sector: &[u8]) -> u32 {
+    ringraft_block::crc32c(sector)
+}
+
 /// Writes `header` to the first 512 bytes of `block`.
 ///
 /// # Panics

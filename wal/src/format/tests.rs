@@ -112,6 +112,7 @@ fn hard_state() -> HardState {
         cut: Cut { index: LogIndex(99), generation: 6, offset: 532_480 },
         generation: 7,
         start: LogStart { index: LogIndex(50), term: Term(2), chain: Chain([0x44; 16]) },
+        start_generation: 4,
         witness: LogIndex(99),
         claim: None,
         claim_epoch: 0,

@@ -12,12 +12,13 @@
 //! there is salvage, and where it ends says what the log held before the damage: the claim. A cut before the stop, or a batch that
 //! provably continues the log, makes the stop irrelevant.
 
+use super::prior::Prior;
 use super::table::{Disposition, EnvelopeEvidence, Evidence, ImageEvidence, dispose};
 use crate::error::{Damage, DamageCause};
 use crate::format::{
     BatchInfo, BatchKind, Claim, Cut, ENVELOPE_BYTES, Envelope, HardState, ImageError, LogStart,
-    PriorContent, SectorChecksums, SegmentHeader, SegmentOrigin, parse_image, read_envelope, slot_bytes,
-    slots_start,
+    PriorContent, SectorChecksums, SegmentHeader, SegmentOrigin, named_chain, parse_image, read_envelope,
+    slot_bytes, slots_start, table_sector_fits,
 };
 use crate::index::{Index, Place};
 use crate::salvage::Salvaged;
@@ -33,7 +34,7 @@ pub(crate) struct SegmentBytes<'a> {
 }
 
 impl<'a> SegmentBytes<'a> {
-    fn readable(&self, range: Range<usize>) -> Option<&'a [u8]> {
+    pub(super) fn readable(&self, range: Range<usize>) -> Option<&'a [u8]> {
         let lost = self.unreadable.iter().any(|lost| lost.start < range.end && range.start < lost.end);
         if lost { None } else { self.bytes.get(range) }
     }
@@ -222,7 +223,13 @@ impl LogScan {
 
     /// All segments are in: the verdict.
     pub(crate) fn finish(mut self) -> ScanOutcome {
-        if self.hard_state.epoch > self.epoch {
+        if self.hard_state.epoch > self.epoch && self.hard_state.cut.index < self.hard_state.start.index {
+            // What lies behind a cut was written to segments of its epoch, and the log starts there: one of them is in service
+            // at any time.
+            let cut = self.hard_state.cut;
+            self.epoch = self.hard_state.epoch;
+            self.doubt(SegmentName::default(), cut.generation, cut.offset, DamageCause::SegmentMissing);
+        } else if self.hard_state.epoch > self.epoch {
             // The process died between recording the cut and starting the segment.
             let cut = self.hard_state.cut;
             self.cut(cut, None, self.hard_state.epoch);
@@ -614,7 +621,8 @@ impl LogScan {
         let Some(sector) = bytes.readable(offset..offset.saturating_add(ENVELOPE_BYTES)) else {
             return bad(EnvelopeEvidence::Unreadable);
         };
-        if is_prior(sector) {
+        let prior = Prior::new(segment.header.prior_content, bytes);
+        if prior.holds(offset..offset + ENVELOPE_BYTES) {
             return bad(EnvelopeEvidence::Prior);
         }
         let Ok(envelope) = read_envelope(sector) else { return bad(EnvelopeEvidence::Rotten) };
@@ -629,7 +637,7 @@ impl LogScan {
             return bad(EnvelopeEvidence::Misplaced);
         }
         let previous = end.or(self.beyond.end.filter(follows));
-        let (image, info) = judge_image(&envelope, bytes, offset, previous);
+        let (image, info) = judge_image(&envelope, bytes, &prior, offset, previous);
         let slot = SlotEvidence { envelope: EnvelopeEvidence::Valid, image };
         let evidence = Evidence { envelope: slot.envelope, image, acknowledged: true };
         match dispose(evidence) {
@@ -699,9 +707,11 @@ impl LogScan {
 
     /// The first slot at or behind `offset` whose envelope is intact and belongs there.
     fn find_known(&mut self, segment: Scanned, bytes: &SegmentBytes<'_>, offset: usize) -> Option<usize> {
+        let prior = Prior::new(segment.header.prior_content, bytes);
         for at in (offset..bytes.bytes.len()).step_by(BLOCK_BYTES) {
-            let Some(block) = bytes.readable(at..at.saturating_add(BLOCK_BYTES)) else { continue };
-            if is_prior(block) {
+            if bytes.readable(at..at.saturating_add(BLOCK_BYTES)).is_none()
+                || prior.holds(at..at.saturating_add(BLOCK_BYTES))
+            {
                 continue;
             }
             if self.known(segment, bytes, at).is_some() {
@@ -751,8 +761,8 @@ fn end_of(info: &BatchInfo) -> LogStart {
     LogStart { index: info.last, term: info.term, chain: info.chain }
 }
 
-/// What the envelopes of a segment whose header is damaged say of it, by majority: some may have been misdirected here from
-/// another segment, one of the generations that are `taken`. `None` when they do not tell.
+/// What the envelopes of a segment whose header is damaged say of it: the youngest generation that is not `taken`, by majority. Some
+/// may be those of a former life, or have been misdirected here from another segment. `None` when they do not tell.
 pub(crate) fn header_from_envelopes(
     bytes: &SegmentBytes<'_>,
     hard_state: &HardState,
@@ -781,15 +791,17 @@ pub(crate) fn header_from_envelopes(
             boot: envelope.boot,
             generation: envelope.generation,
             group: envelope.group,
+            // Nobody knows what a former life left here: what is not blank is never taken for it.
             prior_content: PriorContent::Zeros,
             // Nobody knows; generation 0 is no segment's.
             origin: SegmentOrigin::Rollover { previous: 0 },
         };
         voices.push((1, header));
     }
-    if voices.iter().any(|(_, header)| !taken(header.generation)) {
-        voices.retain(|(_, header)| !taken(header.generation));
-    }
+    // A recycled file still holds envelopes of its former lives, perhaps more than of the present one, which is the youngest.
+    voices.retain(|(_, header)| !taken(header.generation));
+    let youngest = voices.iter().map(|(_, header)| header.generation).max()?;
+    voices.retain(|(_, header)| header.generation == youngest);
     let most = voices.iter().map(|(count, _)| *count).max()?;
     let mut loudest = voices.into_iter().filter(|(count, _)| *count == most);
     let (_, header) = loudest.next()?;
@@ -807,13 +819,6 @@ pub(crate) fn belongs(envelope: &Envelope, header: &SegmentHeader, offset: usize
         && envelope.offset == offset as u64
 }
 
-/// Whether a sector (or several) of a segment with blank prior content was never written.
-pub(crate) fn is_prior(sectors: &[u8]) -> bool {
-    // Compared in words, since every segment's blank rest is.
-    let (words, rest) = sectors.as_chunks::<16>();
-    words.iter().all(|word| u128::from_ne_bytes(*word) == 0) && rest.iter().all(|byte| *byte == 0)
-}
-
 /// Whether an intact envelope was written for this place, and its slot lies within the segment.
 fn fits(envelope: &Envelope, segment: Scanned, bytes: &SegmentBytes<'_>, offset: usize) -> bool {
     let end = offset.saturating_add(slot_bytes(envelope.image_bytes as usize));
@@ -824,6 +829,7 @@ fn fits(envelope: &Envelope, segment: Scanned, bytes: &SegmentBytes<'_>, offset:
 fn judge_image(
     envelope: &Envelope,
     bytes: &SegmentBytes<'_>,
+    prior: &Prior<'_>,
     offset: usize,
     previous: Option<LogStart>,
 ) -> (ImageEvidence, BatchInfo) {
@@ -845,7 +851,7 @@ fn judge_image(
         at..at + SECTOR_BYTES
     };
     // A sector counts as never written when all of it is prior; the last one's padding is prior in any case.
-    let prior = |ordinal: usize| bytes.readable(sector_range(ordinal)).is_some_and(is_prior);
+    let prior = |ordinal: usize| prior.holds(sector_range(ordinal));
 
     let whole = bytes.readable(start..start + image_bytes);
     if let Some(Ok(view)) = whole.map(parse_image)
@@ -857,8 +863,18 @@ fn judge_image(
     let otherwise = if whole.is_some() { ImageEvidence::Rotten } else { ImageEvidence::Unreadable };
     // Where the device returned errors the buffer holds zeros, so those sectors just fail their checksums.
     let Some(image) = bytes.bytes.get(start..start + image_bytes) else { return (otherwise, known) };
-    // The header's sector and those of the checksum table are never blank in a complete image.
-    if prior(0) || SectorChecksums::table_sectors(image_bytes).any(prior) {
+
+    // Prior content proves that a sector was not written only where the new content differs. In a blank segment it always does for
+    // the header's sector and those of the checksum table. In a recycled one the former life may have held this very batch
+    // at this very place (cut off, and sent again by the leader): then all its sectors are prior and right, and those that
+    // are not are rotten. The header names its chain, and a checksum fits only the batch that it was made for, so
+    // these sectors say themselves whether they are of this batch.
+    let of_this_batch =
+        |sector: usize| table_sector_fits(image, envelope.group, envelope.term, envelope.first, sector);
+    let mut table = SectorChecksums::table_sectors(image_bytes).filter(|sector| *sector > 0);
+    if prior(0) && named_chain(image) != Some(envelope.chain)
+        || table.any(|sector| prior(sector) && !of_this_batch(sector))
+    {
         return (ImageEvidence::PriorRemains, known);
     }
     let Ok(sectors) = SectorChecksums::of(image) else { return (otherwise, known) };

@@ -1,6 +1,6 @@
 //! The decision table: what the slot behind the last good batch says about how the log ended.
 //!
-//! A sector is *prior* when it holds what it held before the segment entered service (zeros, so far), and *new* when
+//! A sector is *prior* when it holds what it held before the segment entered service (zeros, or what a former life left), and *new* when
 //! it holds what the write put there. The device writes a sector whole or not at all, so a write that never finished
 //! leaves a mixture of prior and new sectors and nothing else; and a write that was acknowledged leaves new sectors
 //! only. Everything else is damage. [`classify`] says which; [`dispose`] says whether the log goes on behind it.

@@ -1,0 +1,205 @@
+//! Moving the log's start, and what becomes of segments that leave service.
+//!
+//! The happy path: the new start is saved to both copies of the hard state; the segments wholly before it leave the table; each
+//! waits until nothing is in flight on it, is closed, and is recycled, or removed where it cannot be. Segments behind a
+//! truncation leave in the same way, once the cut is durable.
+
+use super::{CutPhase, PendingCut, Stage, Wal, WalEvent};
+use crate::disk::{Disk, DiskDone, DiskErrorKind, DiskOp, DiskOpId};
+use crate::error::WalError;
+use crate::format::LogStart;
+use crate::ops::Owner;
+use crate::read::close;
+use crate::recycle::{Recycled, Retired};
+use crate::segment::{Descriptor, Segment, SegmentName};
+use ringraft_block::LogIndex;
+use std::collections::VecDeque;
+
+/// Moves of the log's start whose saves are on their way: the one that is being written, and the next.
+pub(super) type Purges = VecDeque<Purge>;
+
+/// A move of the log's start.
+pub(super) struct Purge {
+    /// The save that makes it durable.
+    sequence: u64,
+    through: LogIndex,
+    /// Segments of lower generations are not needed behind the new start.
+    needed: u32,
+}
+
+/// Segments on their way out.
+#[derive(Default)]
+pub(super) struct Removal {
+    /// Behind a cut, or before the log's start.
+    pub(super) segments: VecDeque<Segment>,
+    /// Files that never entered service, given up for their space.
+    names: VecDeque<String>,
+    /// Files of which nobody can tell what they are, once no claim needs them any more.
+    pub(super) files: Vec<SegmentName>,
+    pub(super) operation: Option<DiskOpId>,
+    /// Something was removed since the directory was synced.
+    dirty: bool,
+}
+
+impl<D: Disk> Wal<D> {
+    /// Moves the log's start to `index`, or as near to it as leaves `retain_bytes` of log, and returns where it starts now. Reads
+    /// before it find nothing any more. [`WalEvent::Purged`] says that it is durable; only then do segments leave
+    /// service. Does nothing when the log starts there already, or later, and while a claim is in force.
+    ///
+    /// # Panics
+    /// When the log is not open, or `index` lies behind the log's start and is not the end of a durable batch.
+    pub fn purge_through(&mut self, disk: &mut D, index: LogIndex) -> LogIndex {
+        assert_eq!(self.stage, Stage::Open, "an open log is purged");
+        let start = self.index.start().index;
+        // Under a claim, older segments may hold what the log is to go on with.
+        if index <= start || self.salvage.is_kept() {
+            return start;
+        }
+        assert!(self.index.chain_at(index).is_some(), "the log is purged through the end of a batch");
+        assert!(index <= self.window.durable_through(), "only what is durable is purged");
+        let through = index.min(self.index.last_droppable(self.config.retain_bytes));
+        let Some((info, place)) = self.index.containing(through).filter(|_| through > start) else {
+            return start;
+        };
+        debug_assert_eq!(info.last, through, "both bounds are ends of batches");
+        let start = LogStart { index: info.last, term: info.term, chain: info.chain };
+        self.index.start_behind(start);
+        self.reads.start_behind(start.index);
+        let store = self.open_hard_state();
+        store.state.start = start;
+        store.state.start_generation = place.generation;
+        store.state.witness = store.state.witness.max(start.index);
+        let sequence = store.request();
+        // What the log goes on with holds the first batch that is kept; without one it is the segment that is appended to, and
+        // while that is being replaced, the one that held the last.
+        let first = self.index.first_generation();
+        let needed = first.or(self.active.map(|active| active.generation)).unwrap_or(place.generation);
+        let purge = Purge { sequence, through: start.index, needed };
+        // A save that has not begun will contain this start too.
+        if self.purges.len() >= 2 {
+            self.purges.pop_back();
+        }
+        self.purges.push_back(purge);
+        self.try_advance_hard_state(disk);
+        start.index
+    }
+
+    /// Lets the segments go that lie before a start that is durable.
+    pub(super) fn advance_purges(&mut self, events: &mut VecDeque<WalEvent<D::Buf>>) {
+        let durable = self.hard_state.as_ref().map_or(0, |store| store.durable_sequence());
+        while let Some(purge) = self.purges.front()
+            && purge.sequence <= durable
+        {
+            let Purge { through, needed, .. } = *purge;
+            self.purges.pop_front();
+            let leaving = self.segments.take_if(|segment| segment.generation() < needed);
+            self.removal.segments.extend(leaving);
+            events.push_back(WalEvent::Purged { through });
+        }
+    }
+
+    /// Recycles or removes the segments on their way out: one operation at a time.
+    pub(super) fn advance_removal(&mut self, disk: &mut D) {
+        if self.removal.operation.is_some() {
+            return;
+        }
+        if let Some(name) = self.removal.names.pop_front() {
+            self.remove(disk, name);
+            return;
+        }
+        let durable = matches!(self.cut, None | Some(PendingCut { phase: CutPhase::Fresh, .. }));
+        if !durable || self.stage != Stage::Open {
+            return;
+        }
+        if let Some(name) = self.removal.files.pop() {
+            self.remove(disk, name.to_string());
+            return;
+        }
+        match self.removal.segments.front_mut() {
+            Some(segment) if segment.operations > 0 => {}
+            Some(segment) if segment.descriptor == Descriptor::Closed => {
+                if self.recycler.is_idle()
+                    && let Some(segment) = self.removal.segments.pop_front()
+                {
+                    self.retire(disk, segment);
+                }
+            }
+            Some(segment) => {
+                close(disk, &mut self.ops, segment);
+            }
+            None if self.removal.dirty => {
+                self.removal.dirty = false;
+                self.removal.operation = Some(self.ops.submit(disk, Owner::Removal, DiskOp::SyncDirectory));
+            }
+            None => {}
+        }
+    }
+
+    /// Recycles a segment that this process has written, if there is room among the recycled ones, and removes any other.
+    fn retire(&mut self, disk: &mut D, segment: Segment) {
+        let used = self.maker.as_ref().map_or(0, |maker| maker.used());
+        let Segment { name, header, sums, .. } = segment;
+        match sums {
+            Some(sums) if used < self.config.recycled_segments_max => {
+                let (bytes, prior) = (header.segment_bytes, header.prior_content);
+                self.recycler.begin(disk, &mut self.ops, Retired { name, bytes, prior, sums });
+            }
+            _ => self.remove(disk, name.to_string()),
+        }
+    }
+
+    fn remove(&mut self, disk: &mut D, name: String) {
+        self.removal.dirty = true;
+        self.stats.segments_removed += 1;
+        self.removal.operation = Some(self.ops.submit(disk, Owner::Removal, DiskOp::Remove { name }));
+    }
+
+    pub(super) fn removal_done(&mut self, done: DiskDone<D::Buf>) -> Result<(), WalError> {
+        if self.removal.operation != Some(done.id) {
+            return Err(WalError::Protocol { what: "taking a completion" });
+        }
+        self.removal.operation = None;
+        match done.result {
+            Ok(_) => {}
+            Err(error) if error.kind == DiskErrorKind::NotFound => {}
+            Err(error) => return Err(WalError::Disk { what: "removing a segment", error }),
+        }
+        self.space_freed = true;
+        Ok(())
+    }
+
+    pub(super) fn recycle_done(&mut self, disk: &mut D, done: DiskDone<D::Buf>) -> Result<(), WalError> {
+        match self.recycler.handle(disk, &mut self.ops, &self.pool, done)? {
+            Some(Recycled::Ready(name)) => {
+                self.stats.segments_recycled += 1;
+                if let Some(maker) = self.maker.as_mut() {
+                    maker.add_used(name);
+                }
+            }
+            Some(Recycled::Removed) => {
+                self.stats.segments_removed += 1;
+                self.removal.dirty = true;
+                self.space_freed = true;
+            }
+            None => {}
+        }
+        Ok(())
+    }
+
+    /// The hard state has no space for its files at a start: a segment that is ready is given up for it, and when there is none,
+    /// the start waits for [`Self::retry_space`].
+    pub(super) fn advance_blocked_start(&mut self, disk: &mut D, events: &mut VecDeque<WalEvent<D::Buf>>) {
+        let Some(store) = self.hard_state.as_mut().filter(|store| store.is_blocked()) else { return };
+        if self.removal.operation.is_some() || !self.removal.names.is_empty() {
+            return;
+        }
+        if std::mem::take(&mut self.space_freed) {
+            store.retry(disk, &mut self.ops);
+        } else if let Some(name) = self.maker.as_mut().and_then(|maker| maker.take_ready()) {
+            self.removal.names.push_back(name.to_string());
+        } else if !self.short_of_space {
+            self.short_of_space = true;
+            events.push_back(WalEvent::NoSpace { segments_left: 0 });
+        }
+    }
+}
