@@ -1240,3 +1240,25 @@ fn slot_at_chain(harness: &Harness, chain: Chain) -> (String, usize) {
     }
     panic!("no slot has chain {chain}")
 }
+
+#[test]
+fn a_claim_is_not_certain_when_more_was_vouched_for_or_the_newest_epoch_left_no_segment() {
+    // The last batch is lost, and only the hard state knows of it.
+    let (device, slots) = four_batches(true);
+    let mut sick = Sick::new(device);
+    sick.flip(&slots[0].0, slots[0].1);
+    sick.device.corrupt(&slots[3].0, slots[3].1, |bytes| bytes.fill(0), BLOCK_BYTES);
+    let (_, recovered) = sick.opens();
+    assert_eq!(recovered.claim, Some(Claim { term: Term(1), last: LogIndex(8), certain: false }));
+    // The segment that a later process appended to is gone.
+    let (device, slots) = four_batches(true);
+    let mut harness = Harness::start(device);
+    harness.open();
+    harness.append_durably(2, 1, 400, 9);
+    let newest = slot_at(&harness, LogIndex(9)).0;
+    let mut sick = Sick::new(harness.crash(|| false));
+    sick.flip(&slots[1].0, slots[1].1);
+    sick.device.remove(&newest);
+    let (_, recovered) = sick.opens();
+    assert!(!recovered.claim.unwrap().certain);
+}
