@@ -441,7 +441,7 @@ impl<B: BlockBuf> Repairs<B> {
             Ok(DiskOutput::Read { .. }) | Err(_) => {
                 let lost = Self::lost_batch(tools.index, work, range.start);
                 if let Some(first) = lost.filter(|first| {
-                    !work.firsts.contains(first) && !(self.is_full && tools.index.damage_of(*first).is_some())
+                    !(work.firsts.contains(first) || self.is_full && tools.index.damage_of(*first).is_some())
                 }) {
                     progress.found.push(first);
                     self.missing.insert((work.generation, first));
