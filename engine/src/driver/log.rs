@@ -11,6 +11,7 @@ use ringraft_block::NodeId;
 use ringraft_net::Network;
 use ringraft_net::link::Link;
 use ringraft_wal::disk::Disk;
+use ringraft_wal::format::BatchInfo;
 use ringraft_wal::{ReadError, Recovered, WalEvent};
 
 impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
@@ -129,6 +130,13 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.pending.push_back((block, info));
         self.write_pending();
         Ok(())
+    }
+
+    /// Whether a batch may wait for the log. A leader's window bounds what waits; but each new leader has one of its
+    /// own, and a log without space takes nothing.
+    pub(super) fn has_room_for(&self, info: &BatchInfo) -> bool {
+        let waiting: usize = self.pending.iter().map(|(_, info)| info.slot_bytes()).sum();
+        waiting == 0 || waiting + info.slot_bytes() <= 2 * self.config.window_bytes
     }
 
     /// Hands accepted batches to the log, as far as it has room.

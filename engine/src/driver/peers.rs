@@ -146,6 +146,12 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             }
             _ => return self.refuse(from, "an append without its batch image"),
         };
+        let mut append = append;
+        let incoming = incoming.filter(|(_, info)| self.has_room_for(info));
+        if incoming.is_none() {
+            // As if it had been lost: the leader sends it again when this node has not got it.
+            append.batch = None;
+        }
         let previous = append.previous;
         let known = self.raft().is_some_and(|raft| raft.term_at(previous.index) == Some(previous.term));
         if known && append.term >= self.raft().map_or(append.term, Raft::term) {

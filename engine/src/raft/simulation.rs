@@ -842,7 +842,11 @@ fn nonsense_from_members_never_panics() {
 }
 
 fn run(seed: u64, cover: &mut Cover) -> Outcome {
-    let mut simulation = Simulation::new(seed);
+    observe(Simulation::new(seed), cover)
+}
+
+/// Runs to the end, and prints what happened when that is asked for.
+fn observe(mut simulation: Simulation, cover: &mut Cover) -> Outcome {
     let outcome = simulation.run(4_000);
     if let (Err(_), Some(trace)) = (&outcome, &simulation.trace) {
         eprintln!("{}", trace.join("\n"));

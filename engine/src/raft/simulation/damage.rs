@@ -355,14 +355,7 @@ fn run(seed: u64, cover: &mut Cover) -> Outcome {
     let mut simulation = Simulation::new(seed);
     simulation.damage = 50 + simulation.random.below(500);
     simulation.weather.crash = simulation.weather.crash.max(3 + simulation.random.below(8));
-    let outcome = simulation.run(4_000);
-    if let (Err(_), Some(trace)) = (&outcome, &simulation.trace) {
-        eprintln!("{}", trace.join("\n"));
-    }
-    for (what, count) in &simulation.cover.0 {
-        *cover.0.entry(what).or_default() += count;
-    }
-    outcome
+    observe(simulation, cover)
 }
 
 /// As the runs without damage; `SEED=n` replays one run, `TRACE=1` with all its events; `SEEDS=n` runs more of them.
@@ -378,10 +371,13 @@ fn damaged_logs_lose_nothing_that_was_committed_and_heal() {
             panic!("seed {seed}: {found}\nreplay: SEED={seed} TRACE=1");
         }
     }
-    println!("{cover:?}");
     if count < 1_000 {
         return;
     }
+    // Nearly all runs end whole: few in a stop because a quorum may have had what is gone, or in doubt over several batches
+    // in a row.
+    let few = |what| cover.0.get(what).copied().unwrap_or_default() * 20 < count;
+    assert!(few("halted") && few("waits"), "{cover:?}");
     for what in [
         "known damage",
         "certain claim",
@@ -394,6 +390,7 @@ fn damaged_logs_lose_nothing_that_was_committed_and_heal() {
         "given up: claim",
         "all asked",
         "released",
+        "halted",
     ] {
         let count = cover.0.get(what).copied().unwrap_or_default();
         assert!(count >= 20, "{what:?} was exercised {count} times: {cover:?}");
