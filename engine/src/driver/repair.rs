@@ -708,8 +708,17 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 });
                 return Ok(());
             }
-            let had = behind_the_end && raft.restraint().claim.is_some();
-            self.reply(from, &message, if had { Fetched::Had } else { Fetched::None }, None);
+            let claim = raft.restraint().claim;
+            // A log that was cut before the position, with more behind the cut: what was here cannot be told before this
+            // node has got back what lies between. Somebody's log is the shortest, so somebody always gets on.
+            let reaches = |claim: Claim| !claim.certain || claim.last >= first;
+            let cannot_tell = raft.last().index < first.previous() && claim.is_some_and(reaches);
+            let outcome = match claim {
+                _ if cannot_tell => Fetched::Busy,
+                Some(_) if behind_the_end => Fetched::Had,
+                _ => Fetched::None,
+            };
+            self.reply(from, &message, outcome, None);
             return Ok(());
         };
         if message.only_proved && !self.proves(&message) {

@@ -20,7 +20,7 @@ use cluster::{Cluster, NODES, PATIENCE, config};
 use pattern::{Place, Survey, Verdict, draw, draw_loss, judge};
 use ringraft_block::{AlignedBuf, LogIndex, Pool};
 use ringraft_wal::disk::Disk;
-use ringraft_wal::{Wal, WalEvent};
+use ringraft_wal::{Recovered, Wal, WalEvent};
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -211,6 +211,12 @@ impl Base {
             }
             *told = places.iter().map(|place| format!("\n    {}", place.describe())).collect();
             context.note(|| told.clone());
+            if trace {
+                for (node, disk) in disks.iter().enumerate() {
+                    let copy = disk.borrow().durable_image(&Context::new(Trace::new(false)));
+                    context.note(|| format!("node {node} would start with {}", describe_start(node, SimDisk::new(&copy))));
+                }
+            }
             let verdict = judge(&self.surveys, &after, &self.committed);
             match verdict {
                 Verdict::Bound if !want_gone => {
@@ -286,6 +292,8 @@ impl Base {
         if !healed || cluster.machines.iter().any(|machine| machine.stopped.is_some()) {
             return Err(format!("not healed{}", cluster.describe()));
         }
+        // What is void by now is removed in the background.
+        cluster.run_for(500 * MILLISECOND);
         self.held(&mut cluster)
     }
 
@@ -389,7 +397,34 @@ fn committed_batches(disks: &[Rc<RefCell<DiskState>>], history: &History) -> Vec
 }
 
 /// Recovers the log of an image without latency: batch ends with their chains.
-fn stored_log(node: usize, mut image: SimDisk) -> Result<Vec<(u64, [u8; 16])>, String> {
+fn stored_log(node: usize, image: SimDisk) -> Result<Vec<(u64, [u8; 16])>, String> {
+    let (wal, opened) = open(node, image)?;
+    if !opened.report.damage.is_empty() {
+        return Err(format!("the disk of node {node}: {:?}", opened.report.damage));
+    }
+    Ok(wal.batches().map(|info| (info.last.get(), info.chain.0)).collect())
+}
+
+/// What a start on an image finds.
+fn describe_start(node: usize, image: SimDisk) -> String {
+    let (wal, opened) = match open(node, image) {
+        Ok(found) => found,
+        Err(error) => return error,
+    };
+    let aside: Vec<_> = wal.salvage().map(|info| info.last.get()).collect();
+    let unreadable: Vec<_> = wal.damaged().map(|batch| batch.info.last.get()).collect();
+    let (end, claim) = (wal.log_end(), wal.hard_state().and_then(|state| state.claim));
+    let mut told = format!(
+        "a log to {} in term {}, {claim:?}, aside {aside:?}, unreadable {unreadable:?}",
+        end.index, end.term
+    );
+    for damage in opened.report.damage {
+        told += &format!("\n{:>28}{damage:?}", "");
+    }
+    told
+}
+
+fn open(node: usize, mut image: SimDisk) -> Result<(Wal<SimDisk>, Recovered), String> {
     let mut wal: Wal<SimDisk> = Wal::open(config(node).log_config(0), Pool::<AlignedBuf>::new(1 << 20));
     let (mut done, mut events) = (Vec::new(), VecDeque::new());
     for _ in 0..100_000 {
@@ -400,12 +435,7 @@ fn stored_log(node: usize, mut image: SimDisk) -> Result<Vec<(u64, [u8; 16])>, S
         }
         while let Some(event) = events.pop_front() {
             match event {
-                WalEvent::Opened(opened) if !opened.report.damage.is_empty() => {
-                    return Err(format!("the disk of node {node}: {:?}", opened.report.damage));
-                }
-                WalEvent::Opened(_) => {
-                    return Ok(wal.batches().map(|info| (info.last.get(), info.chain.0)).collect());
-                }
+                WalEvent::Opened(opened) => return Ok((wal, opened)),
                 WalEvent::Poisoned(error) => return Err(format!("the disk of node {node}: {error}")),
                 _ => {}
             }
