@@ -715,7 +715,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             let cannot_tell = raft.last().index < first.previous() && claim.is_some_and(reaches);
             let outcome = match claim {
                 _ if cannot_tell => Fetched::Busy,
-                Some(_) if behind_the_end => Fetched::Had,
+                Some(claim) if behind_the_end && reaches(claim) => Fetched::Had,
                 _ => Fetched::None,
             };
             self.reply(from, &message, outcome, None);

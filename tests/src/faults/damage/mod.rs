@@ -26,6 +26,7 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// So many patterns begin on each base.
 const PATTERNS_PER_BASE: u64 = 40;
@@ -50,17 +51,19 @@ pub struct Report {
     pub tally: Tally,
     /// Of those, patterns that left no copy of some batch.
     pub gone: u64,
+    /// And patterns in which a node stopped because a quorum may have held a batch behind the committed ones.
+    pub undecided: u64,
 }
 
 /// Runs patterns.
 pub fn run(options: &Options, progress: impl Fn(u64) + Sync) -> Report {
-    let gone = std::sync::atomic::AtomicU64::new(0);
+    let (gone, undecided) = (AtomicU64::new(0), AtomicU64::new(0));
     let bases = options.seeds.start / PATTERNS_PER_BASE..options.seeds.end.div_ceil(PATTERNS_PER_BASE);
-    let next = std::sync::atomic::AtomicU64::new(bases.start);
+    let next = AtomicU64::new(bases.start);
     let tally = split(options.threads, |_| {
         let mut tally = Tally::default();
         loop {
-            let number = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            let number = next.fetch_add(1, Ordering::Relaxed);
             if number >= bases.end {
                 return tally;
             }
@@ -75,8 +78,10 @@ pub fn run(options: &Options, progress: impl Fn(u64) + Sync) -> Report {
             for seed in first.max(options.seeds.start)..(first + PATTERNS_PER_BASE).min(options.seeds.end) {
                 let mut told = String::new();
                 let outcome = caught(|| base.pattern(seed, options.trace, &mut told));
-                if let Ok(Kind::Gone) = outcome {
-                    gone.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                match outcome {
+                    Ok(Kind::Gone) => drop(gone.fetch_add(1, Ordering::Relaxed)),
+                    Ok(Kind::Undecided) => drop(undecided.fetch_add(1, Ordering::Relaxed)),
+                    Ok(Kind::Healed) | Err(_) => {}
                 }
                 let violation = outcome.err();
                 tally.count(violation.map(|wrong| format!("seed {seed}: {wrong}\n  the damage:{told}")));
@@ -84,7 +89,7 @@ pub fn run(options: &Options, progress: impl Fn(u64) + Sync) -> Report {
             progress(number - bases.start + 1);
         }
     });
-    Report { tally, gone: gone.into_inner() }
+    Report { tally, gone: gone.into_inner(), undecided: undecided.into_inner() }
 }
 
 /// A panic is a violation like any other.
@@ -98,7 +103,10 @@ fn caught<T>(work: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
 
 /// What a pattern was.
 enum Kind {
-    Bound,
+    Healed,
+    /// A quorum may have held a batch that no one holds, and stopped for it: the same disks could come from a
+    /// cluster that had committed one.
+    Undecided,
     Gone,
 }
 
@@ -220,8 +228,12 @@ impl Base {
             let verdict = judge(&self.surveys, &after, &self.committed);
             match verdict {
                 Verdict::Bound if !want_gone => {
-                    self.heal(&context, &mut rng, disks, &places)?;
-                    return Ok(Kind::Bound);
+                    let in_doubt = |node: &usize| {
+                        let own: Vec<_> = places.iter().filter(|place| place.node == *node).collect();
+                        self.surveys[*node].end_in_doubt(&after[*node], &own, &self.committed)
+                    };
+                    let doubts = (0..NODES).filter(in_doubt).count();
+                    return self.heal(&context, &mut rng, disks, &places, doubts * 2 > NODES);
                 }
                 Verdict::Gone(gone) if want_gone => {
                     self.halt(&context, &mut rng, disks, &gone)?;
@@ -245,7 +257,8 @@ impl Base {
         rng: &mut Rng,
         disks: Vec<Rc<RefCell<DiskState>>>,
         places: &[Place],
-    ) -> Result<(), String> {
+        doubtful: bool,
+    ) -> Result<Kind, String> {
         let mut cluster = self.cluster(context, rng, disks);
         let damaged = |node: usize| places.iter().any(|place| place.node == node);
         let staged = rng.chance(400_000);
@@ -289,12 +302,15 @@ impl Base {
         if let Some(failure) = cluster.history.borrow().failure() {
             return Err(format!("{failure}{}", cluster.describe()));
         }
+        if doubtful && cluster.machines.iter().any(|machine| machine.stopped.as_deref().is_some_and(says_gone)) {
+            return Ok(Kind::Undecided);
+        }
         if !healed || cluster.machines.iter().any(|machine| machine.stopped.is_some()) {
             return Err(format!("not healed{}", cluster.describe()));
         }
         // What is void by now is removed in the background.
         cluster.run_for(500 * MILLISECOND);
-        self.held(&mut cluster)
+        self.held(&mut cluster).map(|()| Kind::Healed)
     }
 
     /// All that was committed is in every log, and on every disk.
@@ -368,6 +384,11 @@ impl Base {
         }
         Ok(())
     }
+}
+
+/// The typed stop of a node that found all copies of a batch gone, by its text.
+fn says_gone(stopped: &str) -> bool {
+    stopped.starts_with("every copy of the log from index")
 }
 
 /// What a running node says it lacks.
