@@ -11,8 +11,8 @@ mod log;
 mod peers;
 mod proposing;
 mod repair;
-mod stall;
 mod stages;
+mod stall;
 
 use crate::apply::Applier;
 use crate::config::{BATCH_BYTES_CAP, Config, ConfigError};

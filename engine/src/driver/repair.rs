@@ -319,9 +319,13 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
 
     /// Where the log ends, if what was behind it has to be found without a leader.
     fn claimed_position(&self, claim: Option<Claim>) -> Option<(LogIndex, Chain)> {
-        claim?;
+        let claim = claim?;
         let since = self.repair.leaderless_since_ns?;
         let last = self.raft()?.last().index;
+        if claim.certain && last >= claim.last {
+            // All of it is back, and only has to become durable.
+            return None;
+        }
         let waited = self.now.monotonic_ns.saturating_sub(since) >= self.repair.patience_ns;
         if waited { Some((last.next(), self.chain_at(last)?)) } else { None }
     }

@@ -104,8 +104,8 @@ fn caught<T>(work: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
 /// What a pattern was.
 enum Kind {
     Healed,
-    /// A quorum may have held a batch that no one holds, and stopped for it: the same disks could come from a
-    /// cluster that had committed one.
+    /// A quorum may have held a batch that no one holds, and nodes stopped or wait for it: the same disks could come
+    /// from a cluster that had committed one.
     Undecided,
     Gone,
 }
@@ -222,7 +222,9 @@ impl Base {
             if trace {
                 for (node, disk) in disks.iter().enumerate() {
                     let copy = disk.borrow().durable_image(&Context::new(Trace::new(false)));
-                    context.note(|| format!("node {node} would start with {}", describe_start(node, SimDisk::new(&copy))));
+                    context.note(|| {
+                        format!("node {node} would start with {}", describe_start(node, SimDisk::new(&copy)))
+                    });
                 }
             }
             let verdict = judge(&self.surveys, &after, &self.committed);
@@ -302,10 +304,13 @@ impl Base {
         if let Some(failure) = cluster.history.borrow().failure() {
             return Err(format!("{failure}{}", cluster.describe()));
         }
-        if doubtful && cluster.machines.iter().any(|machine| machine.stopped.as_deref().is_some_and(says_gone)) {
+        let healed_all = healed && cluster.machines.iter().all(|machine| machine.stopped.is_none());
+        let stopped = |node: usize| cluster.machines[node].stopped.as_deref().is_some_and(says_gone);
+        let waits = |node: usize| cluster.leader().is_none() && lacks(&cluster, node).is_some();
+        if doubtful && !healed_all && (0..NODES).any(|node| stopped(node) || waits(node)) {
             return Ok(Kind::Undecided);
         }
-        if !healed || cluster.machines.iter().any(|machine| machine.stopped.is_some()) {
+        if !healed_all {
             return Err(format!("not healed{}", cluster.describe()));
         }
         // What is void by now is removed in the background.
@@ -346,7 +351,8 @@ impl Base {
         gone: &[usize],
     ) -> Result<(), String> {
         let last_good = gone[0].checked_sub(1).map_or(0, |before| self.committed[before].0);
-        let held: Vec<_> = self.surveys.iter().map(|survey| survey.holds(&self.committed[gone[0]].1)).collect();
+        let held: Vec<_> =
+            self.surveys.iter().map(|survey| survey.holds(&self.committed[gone[0]].1)).collect();
         let mut cluster = self.cluster(context, rng, disks);
         for node in 0..NODES {
             cluster.run_for(rng.below(50) * MILLISECOND);

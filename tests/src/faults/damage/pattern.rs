@@ -147,7 +147,9 @@ impl Survey {
     #[must_use]
     pub fn end_in_doubt(&self, after: &Self, places: &[&Place], committed: &[(u64, [u8; 16])]) -> bool {
         let is_committed = |slot: &Slot| committed.iter().any(|(_, chain)| *chain == slot.chain);
-        let Some(last) = self.slots.iter().rev().find(|slot| slot.intact && is_committed(slot)) else { return true };
+        let Some(last) = self.slots.iter().rev().find(|slot| slot.intact && is_committed(slot)) else {
+            return true;
+        };
         let lost = |slot: &Slot| !after.holds(&slot.chain);
         if lost(last) || self.slots.iter().any(|slot| slot.intact && !is_committed(slot) && lost(slot)) {
             return true;
