@@ -2,7 +2,10 @@
 
 use crate::disk::{DiskErrorKind, DiskOp};
 use crate::error::DamageCause;
-use crate::format::{BatchInfo, Chain, Claim, ENVELOPE_BYTES, read_envelope, slots_start};
+use crate::format::{
+    BatchInfo, Chain, Claim, ENVELOPE_BYTES, HARD_STATE_FILE_BYTES, HardState, LAYOUTS, LogStart,
+    read_envelope, read_hard_state, slots_start, write_hard_state,
+};
 use crate::testing::{Device, Fate, Harness, Rng};
 use crate::tests::{four_batches, last_segment, slot_at};
 use crate::{DamagedBatch, ReadError, Recovered, RepairError, WalEvent};
@@ -115,7 +118,7 @@ fn a_batch_with_a_rotten_image_stays_in_the_log_and_one_with_a_rotten_envelope_c
                 } else {
                     let claim = recovered.claim.unwrap();
                     assert!(!claim.certain && claim.term == Term(1), "{claim:?}");
-                    assert_eq!(claim.last, LogIndex(if closed { 8 } else { 6 }));
+                    assert_eq!(claim.last, LogIndex(if closed { 8 } else { 7 }));
                 }
             }
         }
@@ -612,6 +615,106 @@ fn random_damage(seed: u64) -> Seen {
     }
 }
 
+/// The hard state on disk, changed.
+fn change_hard_state(device: &mut Device, change: impl Fn(&mut HardState)) {
+    for name in ["hard-a", "hard-b"] {
+        let mut state = read_hard_state(device.content(name)).unwrap();
+        change(&mut state);
+        let mut block = vec![0; HARD_STATE_FILE_BYTES];
+        write_hard_state(&mut block, &state);
+        device.corrupt(name, 0, |bytes| bytes.copy_from_slice(&block), HARD_STATE_FILE_BYTES);
+    }
+}
+
+#[test]
+fn damage_before_the_start_of_the_log_is_no_damage() {
+    let whole = Whole::new();
+    let names: Vec<&String> = whole.batches.iter().map(|batch| &batch.name).collect();
+    // The start lies within the second segment.
+    let second = names.iter().position(|name| *name != names[0]).unwrap();
+    let start = whole.batches[second + 4].info;
+    let mut device = whole.device.clone();
+    change_hard_state(&mut device, |state| {
+        state.start = LogStart { index: start.last, term: start.term, chain: start.chain };
+    });
+    let expected: Vec<Chain> = whole.batches[second + 5..].iter().map(|batch| batch.info.chain).collect();
+    let (harness, _) = Sick::new(device.clone()).opens();
+    assert_eq!(harness.chains(), expected);
+    for ordinal in 0..second + 5 {
+        for offset in [0, 700] {
+            let batch = &whole.batches[ordinal];
+            let mut sick = Sick::new(device.clone());
+            sick.flip(&batch.name, batch.at + offset);
+            let (harness, recovered) = sick.opens();
+            assert_eq!(harness.chains(), expected, "batch {ordinal}");
+            assert_eq!((recovered.report.damage, recovered.claim), (Vec::new(), None), "batch {ordinal}");
+        }
+    }
+    // The segments before it are gone.
+    let mut sick = Sick::new(device.clone());
+    sick.device.remove(names[0]);
+    let (harness, recovered) = sick.opens();
+    assert_eq!((harness.chains(), recovered.claim), (expected.clone(), None));
+    // The first batch behind the start counts.
+    let batch = &whole.batches[second + 5];
+    let mut sick = Sick::new(device);
+    sick.flip(&batch.name, batch.at);
+    let (harness, recovered) = sick.opens();
+    assert_eq!((harness.chains().len(), recovered.claim), (0, certain(3, 60)));
+}
+
+/// Sets four bytes at `at` so that the crc32c field at `crc` comes out as zero: the checksum is linear in the bits.
+fn with_crc_zero(bytes: &mut [u8], at: usize, crc: usize) {
+    bytes[crc..crc + 4].fill(0);
+    let sum = |bytes: &[u8]| ringraft_block::crc32c(bytes);
+    let wanted = sum(bytes);
+    let mut basis: Vec<(u32, u32)> = Vec::new();
+    for bit in 0..32 {
+        bytes[at + bit / 8] ^= 1 << (bit % 8);
+        let (mut effect, mut bits) = (sum(bytes) ^ wanted, 1u32 << bit);
+        bytes[at + bit / 8] ^= 1 << (bit % 8);
+        for (other, other_bits) in &basis {
+            if effect ^ other < effect {
+                (effect, bits) = (effect ^ other, bits ^ other_bits);
+            }
+        }
+        assert_ne!(effect, 0);
+        basis.push((effect, bits));
+        basis.sort_by_key(|(effect, _)| std::cmp::Reverse(*effect));
+    }
+    let (mut rest, mut flips) = (wanted, 0);
+    for (effect, bits) in &basis {
+        if rest ^ effect < rest {
+            (rest, flips) = (rest ^ effect, flips ^ bits);
+        }
+    }
+    assert_eq!(rest, 0);
+    for bit in 0..32 {
+        bytes[at + bit / 8] ^= ((flips >> bit & 1) as u8) << (bit % 8);
+    }
+    assert_eq!(sum(bytes), 0);
+}
+
+#[test]
+fn an_envelope_whose_checksum_is_zero_is_an_envelope_as_any_other() {
+    let (device, slots) = four_batches(true);
+    let (name, at) = &slots[0];
+    let field = |name: &str| {
+        let (_, fields) = LAYOUTS.iter().find(|(layout, _)| *layout == "envelope").unwrap();
+        fields.iter().find(|field| field.name == name).unwrap().at
+    };
+    // Its nonce is what may vary, so it must come out as misplaced, and not as torn or rotten.
+    let mut sector = device.content(name)[*at..at + ENVELOPE_BYTES].to_vec();
+    with_crc_zero(&mut sector, field("nonce"), field("crc"));
+    assert!(read_envelope(&sector).is_ok());
+    // Blank sectors have no such luck: an envelope has a magic number.
+    assert!(read_envelope(&[0; ENVELOPE_BYTES]).is_err());
+    let mut sick = Sick::new(device);
+    sick.device.corrupt(name, *at, |bytes| bytes.copy_from_slice(&sector), ENVELOPE_BYTES);
+    let (_, recovered) = sick.opens();
+    assert_eq!(recovered.claim, certain(1, 8));
+}
+
 // Repair.
 
 /// A log in several segments, the last bytes of every batch, and where each lies.
@@ -1008,15 +1111,29 @@ fn a_claim_and_what_is_kept_under_it_last_until_its_release_is_durable() {
     assert!(expected.claim.is_some());
     // Appends, a truncation and further starts go on under it.
     harness.append_durably(9, 1, 100, 1);
-    let end = LogIndex(harness.wal.last_index().get() - 3);
+    let end = LogIndex(harness.wal.last_index().get() - 1);
     harness.wal.truncate_after(&mut harness.disk, end);
     harness.settle();
     harness.append_durably(9, 1, 100, 2);
     let chains = harness.chains();
     let (harness, recovered) = Sick::new(harness.crash(|| false)).opens();
     assert_eq!((harness.chains(), recovered.claim), (chains.clone(), expected.claim));
-    let kept: Vec<_> = harness.wal.salvage().collect();
-    assert!(expected.salvage.iter().all(|batch| kept.contains(batch)), "what was kept is kept");
+    assert_eq!(harness.wal.salvage().collect::<Vec<_>>(), expected.salvage, "what was kept is kept");
+    // A truncation into what the salvage continued makes it void; the claim and the files stay.
+    {
+        let mut harness = Harness::start(harness.disk.device.clone());
+        harness.open();
+        let end = LogIndex(end.get() - 2);
+        harness.wal.truncate_after(&mut harness.disk, end);
+        harness.settle();
+        assert_eq!(harness.wal.salvage().count(), 0);
+        assert!(names[2..].iter().all(|name| harness.disk.device.names().contains(name)));
+        for salt in 0..6 {
+            harness.append_durably(9, 1, 100, salt);
+        }
+        let (harness, recovered) = Sick::new(harness.crash(|| false)).opens();
+        assert_eq!((recovered.claim, harness.wal.salvage().count()), (expected.claim, 0));
+    }
     for operations in 0.. {
         let mut released = Harness::start(harness.disk.device.clone());
         released.open();
@@ -1088,4 +1205,60 @@ fn more_unreadable_batches_than_may_wait_are_repaired_in_several_rebuilds() {
     assert!(rounds > 1, "they did not fit at once");
     let again: Vec<Vec<u8>> = harness.read_all().iter().map(|batch| batch.image().to_vec()).collect();
     assert!(again.iter().zip(&originals).all(|(again, original)| again == original.image()));
+}
+
+#[test]
+fn damage_to_what_was_appended_under_a_claim_drops_the_older_salvage_and_leaves_no_certainty() {
+    let (device, slots) = four_batches(true);
+    let mut sick = Sick::new(device);
+    sick.flip(&slots[1].0, slots[1].1);
+    let (mut harness, recovered) = sick.opens();
+    assert_eq!((recovered.claim, harness.wal.salvage().count()), (certain(1, 8), 2));
+    // A leader appends over the positions of the salvage.
+    for salt in 0..3 {
+        harness.append_durably(5, 2, 400, 90 + salt);
+    }
+    let chains = harness.chains();
+    let (name, at) = slot_at_chain(&harness, chains[2]);
+    let mut sick = Sick::new(harness.crash(|| false));
+    sick.flip(&name, at);
+    let (harness, recovered) = sick.opens();
+    assert_eq!(harness.chains(), chains[..2]);
+    let salvage: Vec<Chain> = harness.wal.salvage().map(|info| info.chain).collect();
+    assert_eq!(salvage, chains[3..], "only what lay behind this cut");
+    assert_eq!(recovered.claim, Some(Claim { term: Term(5), last: LogIndex(8), certain: false }));
+}
+
+fn slot_at_chain(harness: &Harness, chain: Chain) -> (String, usize) {
+    for name in harness.disk.device.names().iter().filter(|name| name.ends_with(".wal")) {
+        let content = harness.disk.device.content(name);
+        for at in (slots_start(content.len() as u64) as usize..content.len()).step_by(BLOCK_BYTES) {
+            if read_envelope(&content[at..]).is_ok_and(|envelope| envelope.chain == chain) {
+                return (name.clone(), at);
+            }
+        }
+    }
+    panic!("no slot has chain {chain}")
+}
+
+#[test]
+fn a_claim_is_not_certain_when_more_was_vouched_for_or_the_newest_epoch_left_no_segment() {
+    // The last batch is lost, and only the hard state knows of it.
+    let (device, slots) = four_batches(true);
+    let mut sick = Sick::new(device);
+    sick.flip(&slots[0].0, slots[0].1);
+    sick.device.corrupt(&slots[3].0, slots[3].1, |bytes| bytes.fill(0), BLOCK_BYTES);
+    let (_, recovered) = sick.opens();
+    assert_eq!(recovered.claim, Some(Claim { term: Term(1), last: LogIndex(8), certain: false }));
+    // The segment that a later process appended to is gone.
+    let (device, slots) = four_batches(true);
+    let mut harness = Harness::start(device);
+    harness.open();
+    harness.append_durably(2, 1, 400, 9);
+    let newest = slot_at(&harness, LogIndex(9)).0;
+    let mut sick = Sick::new(harness.crash(|| false));
+    sick.flip(&slots[1].0, slots[1].1);
+    sick.device.remove(&newest);
+    let (_, recovered) = sick.opens();
+    assert!(!recovered.claim.unwrap().certain);
 }

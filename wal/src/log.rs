@@ -99,7 +99,6 @@ impl WalConfig {
 }
 
 /// What the log tells its user.
-#[expect(clippy::large_enum_variant, reason = "the large one comes once, and the queue is short")]
 pub enum WalEvent<B: BlockBuf> {
     /// The log is recovered and open. The first event, but for `Poisoned`.
     Opened(Recovered),
@@ -604,8 +603,8 @@ impl<D: Disk> Wal<D> {
         Ok(())
     }
 
-    /// Intact batches behind the place where damage cut the log, by first index and term: the log held them before, and some may
-    /// belong to it again. Empty without a claim.
+    /// Intact batches behind the place where damage cut the log, by first index, one for each: the log held them before, and some may
+    /// belong to it again. Empty without a claim, and once a truncation has cut off what they continued.
     pub fn salvage(&self) -> impl Iterator<Item = BatchInfo> + '_ {
         self.salvage.iter()
     }
@@ -633,6 +632,7 @@ impl<D: Disk> Wal<D> {
         let state = &mut self.open_hard_state().state;
         state.claim = None;
         state.claim_epoch = 0;
+        state.claim_cut = LogIndex(0);
         let sequence = self.ask_save(disk);
         self.salvage.release(sequence);
         sequence
@@ -728,6 +728,7 @@ impl<D: Disk> Wal<D> {
         assert_eq!(self.stage, Stage::Open, "an open log is truncated");
         assert!(self.index.chain_at(index).is_some(), "the log is cut at the end of a batch");
         self.epoch += 1;
+        self.salvage.cut_after(index);
         self.index.truncate_after(index);
         self.window.cut_after(index);
         self.reads.cut_after(index);
@@ -992,6 +993,8 @@ impl<D: Disk> Wal<D> {
             fresh,
             index,
             claim,
+            claim_epoch,
+            claim_cut,
             salvage,
             unplaced,
             segments,
@@ -1004,10 +1007,13 @@ impl<D: Disk> Wal<D> {
         self.boot = hard_state.boot + 1;
         // The claim becomes durable with the cut, before anyone learns that the log is open.
         hard_state.claim = claim;
-        if claim.is_some() && hard_state.claim_epoch == 0 {
-            hard_state.claim_epoch = self.epoch;
-        }
-        self.salvage = Salvage::new(salvage, unplaced, hard_state.claim_epoch);
+        hard_state.claim_epoch = match (claim, claim_epoch) {
+            (None, _) => 0,
+            (Some(_), 0) => self.epoch,
+            (Some(_), epoch) => epoch,
+        };
+        hard_state.claim_cut = claim_cut;
+        self.salvage = Salvage::new(salvage, unplaced, hard_state.claim_epoch, claim_cut);
         for damage in &report.damage {
             tracing::warn!(%damage, "the log is damaged");
         }

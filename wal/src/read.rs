@@ -66,15 +66,14 @@ enum ItemState<B: BlockBuf> {
     Waiting,
     Reading(DiskOpId),
     Here(SharedBlock<B>),
-    /// It is not what was asked for. Only of salvage, where several may be tried.
+    /// It is not what was asked for. Only of salvage, of which that is not known before.
     Failed,
 }
 
 struct Request<B: BlockBuf> {
     token: u64,
     items: Vec<Item<B>>,
-    /// The items are not of the log, so what happens to the log does not concern them: all begin at this index, and one at most
-    /// is the answer.
+    /// The item is not of the log, so what happens to the log does not concern it; it begins at this index.
     salvage: Option<LogIndex>,
     /// The first failure; nothing more is started, and what is in flight is awaited.
     error: Option<ReadError>,
@@ -97,7 +96,7 @@ impl<B: BlockBuf> Request<B> {
             _ => None,
         });
         if let Some(first) = self.salvage {
-            let batches: Vec<_> = blocks.take(1).collect();
+            let batches: Vec<_> = blocks.collect();
             return if batches.is_empty() { Err(ReadError::NotFound { first }) } else { Ok(batches) };
         }
         Ok(blocks.collect())
@@ -184,11 +183,11 @@ impl<B: BlockBuf> Reads<B> {
         asked
     }
 
-    /// Queues a request for the one of the `candidates`, which begin at `first` and are not of the log, whose chain continues
+    /// Queues a request for a batch that begins at `first` and is not of the log. It is answered only when its chain continues
     /// `previous`.
-    pub(crate) fn request_salvage<'a>(
+    pub(crate) fn request_salvage(
         &mut self,
-        candidates: impl Iterator<Item = &'a Salvaged>,
+        batch: Option<&Salvaged>,
         token: u64,
         first: LogIndex,
         previous: Chain,
@@ -199,7 +198,7 @@ impl<B: BlockBuf> Reads<B> {
             previous,
             state: ItemState::Waiting,
         };
-        let items = candidates.map(item).collect();
+        let items = batch.map(item).into_iter().collect();
         self.requests.push_back(Request { token, items, salvage: Some(first), error: None });
     }
 

@@ -441,7 +441,7 @@ impl<B: BlockBuf> Repairs<B> {
             Ok(DiskOutput::Read { .. }) | Err(_) => {
                 let lost = Self::lost_batch(tools.index, work, range.start);
                 if let Some(first) = lost.filter(|first| {
-                    !work.firsts.contains(first) && !(self.is_full && tools.index.damage_of(*first).is_some())
+                    !(work.firsts.contains(first) || self.is_full && tools.index.damage_of(*first).is_some())
                 }) {
                     progress.found.push(first);
                     // It may have come since this began: then the next attempt has it.

@@ -239,7 +239,7 @@ fn draw_place(rng: &mut Rng, node: usize, surveys: &[Rc<Survey>]) -> Option<Plac
         }
         _ => (["hard-a", "hard-b"][rng.index(2)].to_owned(), rng.below(256), 1),
     };
-    let size = survey.files.get(&file)?.len() as u64;
+    let size = survey.files.get(&file).map(|content| content.len() as u64).filter(|size| *size > 0)?;
     // From one byte to some blocks, sectors or blocks whole.
     let start = offset - offset % sector;
     let sectors = |rng: &mut Rng, at: u64| {
