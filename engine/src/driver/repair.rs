@@ -344,7 +344,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let (id, quorum, end) = (self.config.node, raft.quorum().clone(), self.end_of_all(raft));
         let now = self.now.monotonic_ns;
         let is_wanted = |first: &LogIndex, search: &Search<D::Buf>| {
-            wanted.iter().any(|wanted| *wanted == (*first, search.previous, search.want))
+            wanted.contains(&(*first, search.previous, search.want))
         };
         self.repair.searches.retain(|first, search| is_wanted(first, search));
         for (first, previous, want) in wanted {
