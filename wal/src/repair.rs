@@ -444,7 +444,10 @@ impl<B: BlockBuf> Repairs<B> {
                     !(work.firsts.contains(first) || self.is_full && tools.index.damage_of(*first).is_some())
                 }) {
                     progress.found.push(first);
-                    self.missing.insert((work.generation, first));
+                    // It may have come since this began: then the next attempt has it.
+                    if self.fix_of(first, work.generation).is_none() {
+                        self.missing.insert((work.generation, first));
+                    }
                     work.given_up = true;
                     return Ok(());
                 }

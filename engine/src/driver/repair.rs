@@ -319,9 +319,13 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
 
     /// Where the log ends, if what was behind it has to be found without a leader.
     fn claimed_position(&self, claim: Option<Claim>) -> Option<(LogIndex, Chain)> {
-        claim?;
+        let claim = claim?;
         let since = self.repair.leaderless_since_ns?;
         let last = self.raft()?.last().index;
+        if claim.certain && last >= claim.last {
+            // All of it is back, and only has to become durable.
+            return None;
+        }
         let waited = self.now.monotonic_ns.saturating_sub(since) >= self.repair.patience_ns;
         if waited { Some((last.next(), self.chain_at(last)?)) } else { None }
     }
@@ -708,8 +712,17 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 });
                 return Ok(());
             }
-            let had = behind_the_end && raft.restraint().claim.is_some();
-            self.reply(from, &message, if had { Fetched::Had } else { Fetched::None }, None);
+            let claim = raft.restraint().claim;
+            // A log that was cut before the position, with more behind the cut: what was here cannot be told before this
+            // node has got back what lies between. Somebody's log is the shortest, so somebody always gets on.
+            let reaches = |claim: Claim| !claim.certain || claim.last >= first;
+            let cannot_tell = raft.last().index < first.previous() && claim.is_some_and(reaches);
+            let outcome = match claim {
+                _ if cannot_tell => Fetched::Busy,
+                Some(claim) if behind_the_end && reaches(claim) => Fetched::Had,
+                _ => Fetched::None,
+            };
+            self.reply(from, &message, outcome, None);
             return Ok(());
         };
         if message.only_proved && !self.proves(&message) {

@@ -100,7 +100,10 @@ fn main() -> ExitCode {
                     eprintln!("{bases} histories");
                 }
             });
-            eprintln!("in {} of the patterns some batch had no copy left", report.gone);
+            eprintln!(
+                "in {} of the patterns some batch had no copy left, in {} it could not be told whether there was one more",
+                report.gone, report.undecided
+            );
             ("patterns", report.tally)
         }
     };

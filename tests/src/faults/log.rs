@@ -223,7 +223,9 @@ impl LogRun {
                     self.damaged = true;
                     let aside: Vec<_> = self.wal.salvage().collect();
                     if !self.model.is_there(&found, &aside) {
-                        self.violate(|| format!("acknowledged batches are neither in {found:?} nor in {aside:?}"));
+                        self.violate(|| {
+                            format!("acknowledged batches are neither in {found:?} nor in {aside:?}")
+                        });
                     }
                 }
                 self.opened = Some(recovered);
@@ -272,8 +274,12 @@ impl LogRun {
             WalEvent::NoSpace { .. } => self.short_of_space = true,
             WalEvent::SpaceAgain => self.short_of_space = false,
             WalEvent::Closed => self.closed = true,
-            WalEvent::DamageFound(batch) => self.violate(|| format!("found damage where there is none: {batch:?}")),
-            WalEvent::Repaired { first, .. } => self.violate(|| format!("repaired {first}, which nobody asked for")),
+            WalEvent::DamageFound(batch) => {
+                self.violate(|| format!("found damage where there is none: {batch:?}"))
+            }
+            WalEvent::Repaired { first, .. } => {
+                self.violate(|| format!("repaired {first}, which nobody asked for"))
+            }
         }
     }
 
@@ -438,7 +444,10 @@ pub fn recover(
         return Err(format!("the log did not open: {error}"));
     }
     if run.damaged {
-        return Err(format!("the log takes the crash for damage: {:?}", run.opened.map(|opened| opened.report)));
+        return Err(format!(
+            "the log takes the crash for damage: {:?}",
+            run.opened.map(|opened| opened.report)
+        ));
     }
     let Some(opened) = &run.opened else { return Err("recovery does not end".to_owned()) };
     let state = &opened.hard_state;

@@ -724,7 +724,13 @@ impl LogScan {
                     && envelope.group == header.group
                     && envelope.generation > header.generation
             };
-            if bytes.envelope(at).is_some_and(|envelope| is_younger(&envelope)) {
+            // One slot that was written under this header shows that it is the segment's own.
+            let is_own = || {
+                (0..bytes.bytes.len())
+                    .step_by(BLOCK_BYTES)
+                    .any(|at| bytes.envelope(at).is_some_and(|envelope| belongs(&envelope, header, at)))
+            };
+            if bytes.envelope(at).is_some_and(|envelope| is_younger(&envelope)) && !is_own() {
                 // The header is that of an older segment: a misdirected write.
                 self.doubt(segment.name, header.generation, 0, DamageCause::SegmentHeader);
             }

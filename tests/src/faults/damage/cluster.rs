@@ -282,8 +282,8 @@ impl Cluster {
     fn turn(&mut self, node: usize) {
         let now = self.context.now();
         let machine = &mut self.machines[node];
-        let called =
-            self.fabric.borrow().has_done(node) || machine.disk.borrow().next_due().is_some_and(|due| due <= now);
+        let called = self.fabric.borrow().has_done(node)
+            || machine.disk.borrow().next_due().is_some_and(|due| due <= now);
         let Some(process) = machine.process.as_mut() else { return };
         let monotonic_ns = machine.clock.monotonic_ns(now);
         let wall_ms = machine.clock.wall_ms(now);

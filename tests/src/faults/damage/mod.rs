@@ -20,12 +20,13 @@ use cluster::{Cluster, NODES, PATIENCE, config};
 use pattern::{Place, Survey, Verdict, draw, draw_loss, judge};
 use ringraft_block::{AlignedBuf, LogIndex, Pool};
 use ringraft_wal::disk::Disk;
-use ringraft_wal::{Wal, WalEvent};
+use ringraft_wal::{Recovered, Wal, WalEvent};
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// So many patterns begin on each base.
 const PATTERNS_PER_BASE: u64 = 40;
@@ -50,17 +51,19 @@ pub struct Report {
     pub tally: Tally,
     /// Of those, patterns that left no copy of some batch.
     pub gone: u64,
+    /// And patterns in which a node stopped because a quorum may have held a batch behind the committed ones.
+    pub undecided: u64,
 }
 
 /// Runs patterns.
 pub fn run(options: &Options, progress: impl Fn(u64) + Sync) -> Report {
-    let gone = std::sync::atomic::AtomicU64::new(0);
+    let (gone, undecided) = (AtomicU64::new(0), AtomicU64::new(0));
     let bases = options.seeds.start / PATTERNS_PER_BASE..options.seeds.end.div_ceil(PATTERNS_PER_BASE);
-    let next = std::sync::atomic::AtomicU64::new(bases.start);
+    let next = AtomicU64::new(bases.start);
     let tally = split(options.threads, |_| {
         let mut tally = Tally::default();
         loop {
-            let number = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            let number = next.fetch_add(1, Ordering::Relaxed);
             if number >= bases.end {
                 return tally;
             }
@@ -75,8 +78,10 @@ pub fn run(options: &Options, progress: impl Fn(u64) + Sync) -> Report {
             for seed in first.max(options.seeds.start)..(first + PATTERNS_PER_BASE).min(options.seeds.end) {
                 let mut told = String::new();
                 let outcome = caught(|| base.pattern(seed, options.trace, &mut told));
-                if let Ok(Kind::Gone) = outcome {
-                    gone.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                match outcome {
+                    Ok(Kind::Gone) => drop(gone.fetch_add(1, Ordering::Relaxed)),
+                    Ok(Kind::Undecided) => drop(undecided.fetch_add(1, Ordering::Relaxed)),
+                    Ok(Kind::Healed) | Err(_) => {}
                 }
                 let violation = outcome.err();
                 tally.count(violation.map(|wrong| format!("seed {seed}: {wrong}\n  the damage:{told}")));
@@ -84,7 +89,7 @@ pub fn run(options: &Options, progress: impl Fn(u64) + Sync) -> Report {
             progress(number - bases.start + 1);
         }
     });
-    Report { tally, gone: gone.into_inner() }
+    Report { tally, gone: gone.into_inner(), undecided: undecided.into_inner() }
 }
 
 /// A panic is a violation like any other.
@@ -98,7 +103,10 @@ fn caught<T>(work: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
 
 /// What a pattern was.
 enum Kind {
-    Bound,
+    Healed,
+    /// A quorum may have held a batch that no one holds, and nodes stopped or wait for it: the same disks could come
+    /// from a cluster that had committed one.
+    Undecided,
     Gone,
 }
 
@@ -211,11 +219,23 @@ impl Base {
             }
             *told = places.iter().map(|place| format!("\n    {}", place.describe())).collect();
             context.note(|| told.clone());
+            if trace {
+                for (node, disk) in disks.iter().enumerate() {
+                    let copy = disk.borrow().durable_image(&Context::new(Trace::new(false)));
+                    context.note(|| {
+                        format!("node {node} would start with {}", describe_start(node, SimDisk::new(&copy)))
+                    });
+                }
+            }
             let verdict = judge(&self.surveys, &after, &self.committed);
             match verdict {
                 Verdict::Bound if !want_gone => {
-                    self.heal(&context, &mut rng, disks, &places)?;
-                    return Ok(Kind::Bound);
+                    let in_doubt = |node: &usize| {
+                        let own: Vec<_> = places.iter().filter(|place| place.node == *node).collect();
+                        self.surveys[*node].end_in_doubt(&after[*node], &own, &self.committed)
+                    };
+                    let doubts = (0..NODES).filter(in_doubt).count();
+                    return self.heal(&context, &mut rng, disks, &places, doubts * 2 > NODES);
                 }
                 Verdict::Gone(gone) if want_gone => {
                     self.halt(&context, &mut rng, disks, &gone)?;
@@ -239,7 +259,8 @@ impl Base {
         rng: &mut Rng,
         disks: Vec<Rc<RefCell<DiskState>>>,
         places: &[Place],
-    ) -> Result<(), String> {
+        doubtful: bool,
+    ) -> Result<Kind, String> {
         let mut cluster = self.cluster(context, rng, disks);
         let damaged = |node: usize| places.iter().any(|place| place.node == node);
         let staged = rng.chance(400_000);
@@ -283,10 +304,18 @@ impl Base {
         if let Some(failure) = cluster.history.borrow().failure() {
             return Err(format!("{failure}{}", cluster.describe()));
         }
-        if !healed || cluster.machines.iter().any(|machine| machine.stopped.is_some()) {
+        let healed_all = healed && cluster.machines.iter().all(|machine| machine.stopped.is_none());
+        let stopped = |node: usize| cluster.machines[node].stopped.as_deref().is_some_and(says_gone);
+        let waits = |node: usize| cluster.leader().is_none() && lacks(&cluster, node).is_some();
+        if doubtful && !healed_all && (0..NODES).any(|node| stopped(node) || waits(node)) {
+            return Ok(Kind::Undecided);
+        }
+        if !healed_all {
             return Err(format!("not healed{}", cluster.describe()));
         }
-        self.held(&mut cluster)
+        // What is void by now is removed in the background.
+        cluster.run_for(500 * MILLISECOND);
+        self.held(&mut cluster).map(|()| Kind::Healed)
     }
 
     /// All that was committed is in every log, and on every disk.
@@ -322,7 +351,8 @@ impl Base {
         gone: &[usize],
     ) -> Result<(), String> {
         let last_good = gone[0].checked_sub(1).map_or(0, |before| self.committed[before].0);
-        let held: Vec<_> = self.surveys.iter().map(|survey| survey.holds(&self.committed[gone[0]].1)).collect();
+        let held: Vec<_> =
+            self.surveys.iter().map(|survey| survey.holds(&self.committed[gone[0]].1)).collect();
         let mut cluster = self.cluster(context, rng, disks);
         for node in 0..NODES {
             cluster.run_for(rng.below(50) * MILLISECOND);
@@ -362,6 +392,11 @@ impl Base {
     }
 }
 
+/// The typed stop of a node that found all copies of a batch gone, by its text.
+fn says_gone(stopped: &str) -> bool {
+    stopped.starts_with("every copy of the log from index")
+}
+
 /// What a running node says it lacks.
 fn lacks(cluster: &Cluster, node: usize) -> Option<String> {
     let status = cluster.status(node)?;
@@ -389,7 +424,34 @@ fn committed_batches(disks: &[Rc<RefCell<DiskState>>], history: &History) -> Vec
 }
 
 /// Recovers the log of an image without latency: batch ends with their chains.
-fn stored_log(node: usize, mut image: SimDisk) -> Result<Vec<(u64, [u8; 16])>, String> {
+fn stored_log(node: usize, image: SimDisk) -> Result<Vec<(u64, [u8; 16])>, String> {
+    let (wal, opened) = open(node, image)?;
+    if !opened.report.damage.is_empty() {
+        return Err(format!("the disk of node {node}: {:?}", opened.report.damage));
+    }
+    Ok(wal.batches().map(|info| (info.last.get(), info.chain.0)).collect())
+}
+
+/// What a start on an image finds.
+fn describe_start(node: usize, image: SimDisk) -> String {
+    let (wal, opened) = match open(node, image) {
+        Ok(found) => found,
+        Err(error) => return error,
+    };
+    let aside: Vec<_> = wal.salvage().map(|info| info.last.get()).collect();
+    let unreadable: Vec<_> = wal.damaged().map(|batch| batch.info.last.get()).collect();
+    let (end, claim) = (wal.log_end(), wal.hard_state().and_then(|state| state.claim));
+    let mut told = format!(
+        "a log to {} in term {}, {claim:?}, aside {aside:?}, unreadable {unreadable:?}",
+        end.index, end.term
+    );
+    for damage in opened.report.damage {
+        told += &format!("\n{:>28}{damage:?}", "");
+    }
+    told
+}
+
+fn open(node: usize, mut image: SimDisk) -> Result<(Wal<SimDisk>, Recovered), String> {
     let mut wal: Wal<SimDisk> = Wal::open(config(node).log_config(0), Pool::<AlignedBuf>::new(1 << 20));
     let (mut done, mut events) = (Vec::new(), VecDeque::new());
     for _ in 0..100_000 {
@@ -400,12 +462,7 @@ fn stored_log(node: usize, mut image: SimDisk) -> Result<Vec<(u64, [u8; 16])>, S
         }
         while let Some(event) = events.pop_front() {
             match event {
-                WalEvent::Opened(opened) if !opened.report.damage.is_empty() => {
-                    return Err(format!("the disk of node {node}: {:?}", opened.report.damage));
-                }
-                WalEvent::Opened(_) => {
-                    return Ok(wal.batches().map(|info| (info.last.get(), info.chain.0)).collect());
-                }
+                WalEvent::Opened(opened) => return Ok((wal, opened)),
                 WalEvent::Poisoned(error) => return Err(format!("the disk of node {node}: {error}")),
                 _ => {}
             }

@@ -141,6 +141,32 @@ impl Survey {
     }
 }
 
+impl Survey {
+    /// Whether after `places` this disk may have held a batch behind the committed ones, as far as it can tell: it lost one that it
+    /// had, or its last, or something lies where the next one would.
+    #[must_use]
+    pub fn end_in_doubt(&self, after: &Self, places: &[&Place], committed: &[(u64, [u8; 16])]) -> bool {
+        let is_committed = |slot: &Slot| committed.iter().any(|(_, chain)| *chain == slot.chain);
+        let Some(last) = self.slots.iter().rev().find(|slot| slot.intact && is_committed(slot)) else {
+            return true;
+        };
+        let lost = |slot: &Slot| !after.holds(&slot.chain);
+        if lost(last) || self.slots.iter().any(|slot| slot.intact && !is_committed(slot) && lost(slot)) {
+            return true;
+        }
+        let (end, newest) = (last.offset + last.bytes as u64, last.file.as_str());
+        let generation_of = |file: &str| {
+            let slot = self.slots.iter().find(|slot| slot.file == file);
+            slot.map_or(u32::MAX, |slot| slot.generation)
+        };
+        places.iter().any(|place| {
+            let behind = place.file == newest && place.offset + place.bytes as u64 > end;
+            let header = place.file.starts_with("segment-") && place.offset < BLOCK_BYTES as u64;
+            behind || header || place.file != newest && generation_of(&place.file) > last.generation
+        })
+    }
+}
+
 /// One piece of damage.
 #[derive(Clone, Debug)]
 pub struct Place {
@@ -213,7 +239,7 @@ fn draw_place(rng: &mut Rng, node: usize, surveys: &[Rc<Survey>]) -> Option<Plac
         }
         _ => (["hard-a", "hard-b"][rng.index(2)].to_owned(), rng.below(256), 1),
     };
-    let size = survey.files.get(&file)?.len() as u64;
+    let size = survey.files.get(&file).map(|content| content.len() as u64).filter(|size| *size > 0)?;
     // From one byte to some blocks, sectors or blocks whole.
     let start = offset - offset % sector;
     let sectors = |rng: &mut Rng, at: u64| {
