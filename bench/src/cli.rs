@@ -3,7 +3,8 @@
 use crate::bench::BenchArgs;
 use crate::limit::{FollowerArgs, LimitArgs};
 use crate::node::NodeArgs;
-use crate::{bench, cleanup, exit, limit, node};
+use crate::wal::WalArgs;
+use crate::{bench, cleanup, exit, limit, node, wal};
 use clap::{Parser, Subcommand};
 use ringraft::Config;
 use ringraft::runtime::IdlePolicy;
@@ -26,6 +27,7 @@ enum Command {
     Bench(BenchArgs),
     Limit(LimitArgs),
     Node(NodeArgs),
+    Wal(WalArgs),
     /// A follower of `limit`
     #[command(name = limit::FOLLOWER_COMMAND, hide = true)]
     LimitFollower(FollowerArgs),
@@ -43,6 +45,7 @@ pub fn main() -> ExitCode {
         // It leaves nothing behind when a signal ends it: its files have no names, its followers die with it.
         Command::Limit(args) => limit::run(args),
         Command::Node(args) => caught().and_then(|()| node::run(args)),
+        Command::Wal(args) => wal::run(args),
         Command::LimitFollower(args) => limit::follower_main(args),
     };
     match outcome {
@@ -96,7 +99,7 @@ pub(crate) struct EngineArgs {
     /// Segments kept ready ahead [default: 4]
     #[arg(long, value_name = "N")]
     pub(crate) segments_ahead: Option<usize>,
-    /// A follower that hears no leader for this long, up to twice as long, campaigns [default: 500ms]
+    /// A follower that hears no leader for this long, and a heartbeat interval, up to half as long again, campaigns [default: 500ms]
     #[arg(long, value_name = "TIME", value_parser = duration)]
     pub(crate) election_timeout: Option<Duration>,
     /// An idle leader reminds its followers this often [default: 50ms]

@@ -33,6 +33,8 @@ pub(crate) const IO_URING_MISSING: u8 = 18;
 pub(crate) const NO_SPACE: u8 = 19;
 /// The log failed or is damaged.
 pub(crate) const LOG: u8 = 20;
+/// `wal verify`: the log ends in a torn write that was never acknowledged.
+pub(crate) const TORN_TAIL: u8 = 21;
 
 /// The codes, for `--help`.
 pub(crate) const HELP: &str = "\
@@ -51,6 +53,7 @@ Exit codes:
   18  io_uring is missing or too old
   19  no space for the log
   20  the log failed or is damaged
+  21  wal verify: the log ends in a torn write, which the next start drops
  128+ the number of the signal that interrupted it";
 
 /// A failure whose code is known: one that a child has already told, or that was found without the engine.
@@ -120,5 +123,25 @@ fn code_of_runtime(error: &RuntimeError) -> u8 {
         RuntimeError::CoreUnavailable { .. } => USAGE,
         RuntimeError::DataDirectory { .. } => DIRECTORY,
         _ => FAILURE,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_refusal_of_io_uring_has_the_code_that_the_help_names() {
+        for (refusal, code, said) in [
+            (IoUringRefusal::Sysctl(1), IO_URING_SYSCTL, "kernel.io_uring_disabled is 1"),
+            (IoUringRefusal::Sysctl(2), IO_URING_SYSCTL, "kernel.io_uring_disabled is 2"),
+            (IoUringRefusal::Policy, IO_URING_POLICY, "seccomp filter"),
+            (IoUringRefusal::Missing, IO_URING_MISSING, "ENOSYS"),
+            (IoUringRefusal::TooOld, IO_URING_MISSING, "Linux 5.11"),
+        ] {
+            let error = StopCause::from(StopError::Runtime(RuntimeError::IoUringRefused(refusal)));
+            assert!(error.to_string().contains(said), "{error}");
+            assert_eq!(code_of(&error.into()), code, "{refusal:?}");
+        }
     }
 }

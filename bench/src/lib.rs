@@ -1,4 +1,4 @@
-//! ringraft's tools: `bench` and `limit` measure, `node` runs one member.
+//! ringraft's tools: `bench` and `limit` measure, `node` runs one member, `wal` looks into a data directory.
 //!
 //! `bench` starts a cluster of `ringraft node` processes on loopback, has the leader's own load generator drive
 //! it, and says what a durable commit costs here: beside it stands what the machine could do at best ([`limit`]),
@@ -8,7 +8,8 @@
 //!
 //! The files: `cli.rs` the command line, `node.rs` a member, `load.rs` the load generator, `bench/` the
 //! measurement (`cluster.rs` the processes, `control.rs` what is said to them, `ledger.rs` what was acknowledged,
-//! `verify.rs` the check, `report.rs` the figures), `machine.rs` facts about the machine, `cleanup.rs` signals,
+//! `verify.rs` the check, `report.rs` the figures), `machine.rs` facts about the machine, `wal/` the reader of data
+//! directories, `cleanup.rs` signals,
 //! `exit.rs` exit codes.
 
 mod bench;
@@ -19,3 +20,4 @@ pub mod limit;
 mod load;
 mod machine;
 mod node;
+mod wal;

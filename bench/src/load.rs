@@ -5,8 +5,9 @@
 //! to the next sequence when the outcome is known: so acknowledgements of a stream come in order, and a log that
 //! holds a stream's sequences in rising order holds none of them twice. In the closed loop a stream sends at once;
 //! in the open loop a command is due at a fixed time, takes a free stream, and its latency counts from when it was
-//! due, however long it waited for one (no coordinated omission). After a failover the timetable
-//! starts anew: what was due in the gap is not counted.
+//! due, however long it waited for one (no coordinated omission). The timetable goes on across a failover: what fell
+//! due without a leader is sent late by the next one, as fast as its streams allow, and counts from when it was due.
+//! What waits is not a queue but one time on the clock, so it takes no memory however long the gap.
 //!
 //! A refused command is definitely not in the log: it is sent again under the same sequence. One of unknown outcome
 //! is noted as such and the stream goes on. When the node no longer leads, the generator ends and says so.
@@ -164,14 +165,28 @@ enum Window {
 }
 
 impl Generator {
-    fn new(job: Job, now_ns: u64) -> Self {
+    fn new(job: Job) -> Self {
         let Job { plan, ledger, applied, stop } = job;
-        let streams = plan.streams.min(u32::try_from(ledger.streams()).unwrap_or(u32::MAX));
-        let due = plan.rate.map(|rate| Due { start_ns: now_ns, interval_ns: 1e9 / rate, count: 0 });
+        let count = plan.streams.min(u32::try_from(ledger.streams()).unwrap_or(u32::MAX));
+        let interval_ns = plan.rate.map(|rate| 1e9 / rate);
+        let due = interval_ns.map(|interval_ns| Due { start_ns: plan.due_from_ns, interval_ns, count: 0 });
+        let mut streams = vec![Stream { sequence: 1, started_ns: 0, again: false }; count as usize];
+        let mut free = VecDeque::with_capacity(count as usize);
+        if due.is_some() {
+            for (number, stream) in (0..count).zip(&mut streams) {
+                // What the generator before this one had taken from the timetable and was refused.
+                let due_ns = ledger.owed_ns(number as usize);
+                if due_ns > 0 {
+                    *stream = Stream { started_ns: due_ns, again: true, ..*stream };
+                    free.push_back(number);
+                }
+            }
+        }
+        free.extend((0..count).filter(|number| !streams[*number as usize].again));
         ledger.set_phase(Phase::Running);
         Self {
-            streams: vec![Stream { sequence: 1, started_ns: 0, again: false }; streams as usize],
-            free: (0..streams).collect(),
+            streams,
+            free,
             outstanding: 0,
             due,
             backing_off: false,
@@ -203,6 +218,9 @@ impl Generator {
                             break;
                         }
                         due.count += 1;
+                        // In this order: of a killed generator a command may come twice, but none is left out.
+                        self.ledger.set_owed_ns(number as usize, due_ns);
+                        self.ledger.set(Figure::ServedNs, due.next_ns());
                         due_ns
                     }
                 };
@@ -241,6 +259,7 @@ impl Generator {
             self.outstanding -= 1;
             match outcome {
                 Ok(_) => {
+                    self.ledger.set_owed_ns(number as usize, 0);
                     self.ledger.set_settled(number as usize, stream.sequence);
                     acked += 1;
                     if self.window == Window::Within {
@@ -257,6 +276,7 @@ impl Generator {
                 }
                 Err(ProposeError::Unknown(unknown)) => {
                     let noted = self.ledger.note_unknown(number as usize, stream.sequence);
+                    self.ledger.set_owed_ns(number as usize, 0);
                     self.ledger.set_settled(number as usize, stream.sequence);
                     stream.sequence += 1;
                     stream.again = false;
@@ -403,7 +423,7 @@ pub(crate) fn run_on_thread(handle: &Handle, job: Job) {
     unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1_000_u64, 0_u64, 0_u64, 0_u64) };
     let filler = filler(job.plan.payload_bytes);
     let mut channel = FromThread { pipeline: handle.pipeline(), filler, chunk: BytesMut::new() };
-    let mut generator = Generator::new(job, now_ns());
+    let mut generator = Generator::new(job);
     let mut completions = Vec::new();
     let mut now_ns = self::now_ns();
     let ending = loop {
@@ -438,7 +458,7 @@ async fn run_on_core(handle: &LocalHandle, job: Job) {
     let mut command = vec![0; COMMAND_BYTES_MIN];
     command.extend(filler(job.plan.payload_bytes));
     let mut channel = OnCore { pipeline: handle.pipeline(), command };
-    let mut generator = Generator::new(job, now_ns());
+    let mut generator = Generator::new(job);
     let mut completions = Vec::new();
     let mut now_ns = self::now_ns();
     let ending = loop {
@@ -540,10 +560,18 @@ mod tests {
     }
 
     fn generator(streams: u32, rate: Option<f64>) -> Generator {
-        let plan = Plan { run: 3, streams, payload_bytes: 32, rate, begin_ns: 1_000, end_ns: 1_000_000 };
+        let plan = Plan {
+            run: 3,
+            streams,
+            payload_bytes: 32,
+            rate,
+            due_from_ns: 0,
+            begin_ns: 1_000,
+            end_ns: 1_000_000,
+        };
         let ledger = Arc::new(Ledger::private(streams as usize).unwrap());
         let job = Job { plan, ledger, applied: Arc::default(), stop: Arc::default() };
-        Generator::new(job, 0)
+        Generator::new(job)
     }
 
     fn done(tag: u64) -> Completion {
@@ -590,6 +618,59 @@ mod tests {
         generator.ledger.add_latencies_to(&mut histogram);
         assert_eq!(histogram.len(), 2);
         assert_eq!(generator.wake_ns(5_100), 200, "the third was due long ago");
+    }
+
+    #[test]
+    fn what_fell_due_without_a_leader_is_sent_by_the_next_and_counts_from_when_it_was_due() {
+        // One command each 1000 ns from 0 on; the first leader dies at 10 000, the next is ordered at 500 000.
+        let (streams, rate) = (4, Some(1e6));
+        let mut first = generator(streams, rate);
+        let mut channel = fake(100);
+        first.send(1_500, &mut channel);
+        assert_eq!(channel.taken.len(), 2, "due at 0 and at 1000");
+        first.settle(1_600, &mut vec![done(0)]);
+        first.send(3_000, &mut channel);
+        // Due at 1000, 2000 and 3000 are in flight. That of 2000 is refused, and nothing is taken any more.
+        let refused = Refused { reason: Refusal::Busy, command: Bytes::new() };
+        first.settle(3_100, &mut vec![Completion { tag: 2, outcome: Err(refused.into()) }]);
+        first.send(10_000, &mut fake(0));
+        assert_eq!(first.ledger.get(Figure::ServedNs), 4_000);
+        assert_eq!(first.ledger.unknown_count(), 2);
+
+        let ledger = Ledger::private(streams as usize).unwrap();
+        ledger.succeed(&first.ledger);
+        let plan = Plan { run: 4, due_from_ns: ledger.get(Figure::ServedNs), ..first.plan.clone() };
+        let job = Job { plan, ledger: Arc::new(ledger), applied: Arc::default(), stop: Arc::default() };
+        let mut next = Generator::new(job);
+        let mut channel = fake(1_000);
+        let mut tags = 0;
+        let mut now_ns = 500_000;
+        // As many in flight as there are streams, however much is due.
+        loop {
+            next.send(now_ns, &mut channel);
+            let sent = &channel.taken[tags..];
+            assert!(sent.len() <= streams as usize);
+            let mut completions: Vec<_> = sent.iter().map(|(tag, ..)| done(*tag)).collect();
+            tags = channel.taken.len();
+            now_ns += 1;
+            if completions.is_empty() {
+                break;
+            }
+            next.settle(now_ns, &mut completions);
+        }
+        // 2000, and 4000 to 500 000: each once.
+        assert_eq!(channel.taken.len(), 1 + 497);
+        let ledger = &next.ledger;
+        assert_eq!(ledger.get(Figure::LatencyNsMax), 500_001 - 2_000);
+        assert_eq!(ledger.get(Figure::ServedNs), 501_000);
+        let mut histogram = crate::bench::ledger::latency_histogram();
+        ledger.add_latencies_to(&mut histogram);
+        assert_eq!(histogram.len(), 498);
+        let median = histogram.value_at_quantile(0.5);
+        assert!(
+            median.abs_diff(250_000) < 5_000,
+            "those due in the middle of the gap waited half of it: {median}"
+        );
     }
 
     #[test]

@@ -4,6 +4,7 @@ use crate::exit::{self, Failure};
 use rustix::process::Pid;
 use serde::Serialize;
 use std::fs;
+use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -141,19 +142,53 @@ pub(crate) fn process_written_bytes(pid: Pid) -> Option<u64> {
     io.lines().find_map(|line| line.strip_prefix("write_bytes: ")?.trim().parse().ok())
 }
 
-/// The files under `dir` that a process has open for writing with both `O_DIRECT` and `O_DSYNC`.
-pub(crate) fn durable_files(pid: Pid, dir: &Path) -> usize {
-    let pid = pid.as_raw_nonzero();
-    let Ok(files) = fs::read_dir(format!("/proc/{pid}/fd")) else { return 0 };
-    let durable = |number: &std::ffi::OsStr| {
-        let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{}", number.to_string_lossy())).ok()?;
+/// Segments of a log that a process has open for writing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct LogFiles {
+    /// With both `O_DIRECT` and `O_DSYNC`.
+    pub(crate) durable: usize,
+    /// With one of them, or none.
+    pub(crate) others: usize,
+}
+
+/// The segments in service under `dir` that a process has open for writing, as `/proc` shows it; none where it does
+/// not show it to this process. A process that has ended has nothing open.
+pub(crate) fn log_files(pid: Pid, dir: &Path) -> Option<LogFiles> {
+    log_files_in(&Path::new("/proc").join(pid.as_raw_nonzero().to_string()), dir)
+}
+
+fn log_files_in(process: &Path, dir: &Path) -> Option<LogFiles> {
+    let mut found = LogFiles { durable: 0, others: 0 };
+    let files = match fs::read_dir(process.join("fd")) {
+        Ok(files) => files,
+        // Without a /proc nothing is there either.
+        Err(error) if error.kind() == ErrorKind::NotFound && Path::new("/proc/self/fd").exists() => {
+            return Some(found);
+        }
+        Err(_) => return None,
+    };
+    for file in files.flatten() {
+        // A file may be closed at any moment.
+        let Ok(path) = fs::read_link(file.path()) else { continue };
+        if !path.starts_with(dir) || path.extension().is_none_or(|extension| extension != "wal") {
+            continue;
+        }
+        let info = match fs::read_to_string(process.join("fdinfo").join(file.file_name())) {
+            Ok(info) => info,
+            Err(error) if error.kind() == ErrorKind::NotFound => continue,
+            Err(_) => return None,
+        };
         let flags = info.lines().find_map(|line| line.strip_prefix("flags:"))?;
         let flags = i32::from_str_radix(flags.trim(), 8).ok()?;
-        Some(flags & libc::O_DIRECT != 0 && flags & libc::O_DSYNC != 0)
-    };
-    let in_dir =
-        files.flatten().filter(|file| fs::read_link(file.path()).is_ok_and(|path| path.starts_with(dir)));
-    in_dir.filter(|file| durable(&file.file_name()) == Some(true)).count()
+        if flags & libc::O_ACCMODE == libc::O_RDONLY {
+            continue;
+        }
+        match flags & libc::O_DIRECT != 0 && flags & libc::O_DSYNC != 0 {
+            true => found.durable += 1,
+            false => found.others += 1,
+        }
+    }
+    Some(found)
 }
 
 /// An absolute path without symbolic links.
@@ -179,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_counts_as_durable_only_with_both_flags() {
+    fn a_segment_counts_as_durable_only_with_both_flags() {
         use std::os::unix::fs::OpenOptionsExt as _;
         let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         let open = |name: &str, flags| {
@@ -188,11 +223,33 @@ mod tests {
         };
         let own = rustix::process::getpid();
         let path = canonical(dir.path()).unwrap();
-        let _plain = open("plain", 0);
-        let _direct = open("direct", libc::O_DIRECT);
-        assert_eq!(durable_files(own, &path), 0);
-        let _durable = open("durable", libc::O_DIRECT | libc::O_DSYNC);
-        assert_eq!(durable_files(own, &path), 1);
+        let seen = || {
+            let files = log_files(own, &path).unwrap();
+            (files.durable, files.others)
+        };
+        // Neither a segment that is being made, nor one that is only read, says anything.
+        let _other = open("segment-00000001.new", libc::O_DIRECT);
+        assert_eq!(seen(), (0, 0));
+        let _durable = open("segment-00000002.wal", libc::O_DIRECT | libc::O_DSYNC);
+        let _read = fs::File::open(dir.path().join("segment-00000002.wal")).unwrap();
+        assert_eq!(seen(), (1, 0));
+        let _direct = open("segment-00000003.wal", libc::O_DIRECT);
+        assert_eq!(seen(), (1, 1));
+        let _sync = open("segment-00000004.wal", libc::O_DSYNC);
+        assert_eq!(seen(), (1, 2));
+    }
+
+    #[test]
+    fn what_proc_does_not_show_is_not_taken_for_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(
+            log_files_in(&dir.path().join("absent"), dir.path()),
+            Some(LogFiles { durable: 0, others: 0 }),
+            "a process that has ended"
+        );
+        // Not a directory: as little to be listed as one without the permission, which root would have.
+        fs::write(dir.path().join("fd"), "").unwrap();
+        assert_eq!(log_files_in(dir.path(), dir.path()), None);
     }
 
     #[test]

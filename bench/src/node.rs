@@ -11,6 +11,7 @@ use ringraft::{Config, Handle, LocalHandle, LocalTask, MemberConfig, Node};
 use ringraft_block::{ClusterId, NodeId};
 use rustix::event::{PollFd, PollFlags};
 use rustix::process::{Pid, Signal};
+use std::cell::RefCell;
 use std::io::Write as _;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::AsFd as _;
@@ -120,7 +121,7 @@ pub(crate) fn run(args: &NodeArgs) -> anyhow::Result<()> {
         task
     });
     let node = Node::start_with(config(args)?, move || Counter(counter), tasks.collect())?;
-    let service = Service { handle: node.handle(), applied, mailbox, stop_load: Arc::default() };
+    let service = Service { handle: node.handle(), applied, mailbox, stop_load: RefCell::default() };
     let served = if args.drive {
         service.drive(args.id)
     } else if args.control {
@@ -169,7 +170,8 @@ struct Service {
     applied: Arc<Applied>,
     /// The way to the generator on the core, if it is there.
     mailbox: Option<Arc<Mailbox>>,
-    stop_load: Arc<AtomicBool>,
+    /// Ends the newest load.
+    stop_load: RefCell<Arc<AtomicBool>>,
 }
 
 impl Service {
@@ -206,7 +208,7 @@ impl Service {
             let answer = match order {
                 Order::Status => Answer::Status(NodeStatus::from(self.handle.status())),
                 Order::StopLoad => {
-                    self.stop_load.store(true, Ordering::Relaxed);
+                    self.stop_load();
                     Answer::Taken
                 }
                 Order::Shutdown => {
@@ -223,13 +225,20 @@ impl Service {
         Ok(())
     }
 
+    fn stop_load(&self) {
+        self.stop_load.borrow().store(true, Ordering::Relaxed);
+    }
+
     fn start_load(&self, ledger: &Path, plan: Plan) -> anyhow::Result<()> {
-        self.stop_load.store(false, Ordering::Relaxed);
         self.start_job(Arc::new(Ledger::open(ledger)?), plan)
     }
 
     fn start_job(&self, ledger: Arc<Ledger>, plan: Plan) -> anyhow::Result<()> {
-        let job = Job { plan, ledger, applied: Arc::clone(&self.applied), stop: Arc::clone(&self.stop_load) };
+        // A node that leads again is ordered anew; its former load must not go on beside that.
+        self.stop_load();
+        let stop = Arc::<AtomicBool>::default();
+        self.stop_load.replace(Arc::clone(&stop));
+        let job = Job { plan, ledger, applied: Arc::clone(&self.applied), stop };
         match &self.mailbox {
             Some(mailbox) => mailbox.put(job),
             None => {
@@ -267,6 +276,7 @@ impl Service {
                 streams: u32::try_from(in_flight)?,
                 payload_bytes: usize::try_from(payload_bytes)?.max(load::COMMAND_BYTES_MIN),
                 rate: None,
+                due_from_ns: begin_ns,
                 begin_ns,
                 end_ns: begin_ns + run_ms * 1_000_000,
             };

@@ -45,8 +45,9 @@ pub struct Config {
     /// threads more than it gains unless a core is set apart for it.
     pub idle: IdlePolicy,
 
-    /// A follower that hears no leader for this long, up to twice as long, campaigns. Default: 500 ms, ten
-    /// heartbeats, far above a stalled disk flush of some 100 ms.
+    /// A follower that hears no leader for this long and a heartbeat interval, up to half as long again, campaigns:
+    /// a dead leader is replaced within two election time-outs. Default: 500 ms, ten heartbeats, far above a
+    /// stalled disk flush of some 100 ms.
     pub election_timeout: Duration,
     /// An idle leader reminds its followers this often. Default: 50 ms.
     pub heartbeat_interval: Duration,

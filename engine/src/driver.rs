@@ -10,12 +10,13 @@
 mod log;
 mod peers;
 mod proposing;
+mod stages;
 
 use crate::apply::Applier;
 use crate::config::{BATCH_BYTES_CAP, Config, ConfigError};
 use crate::error::{Refusal, StopCause, StopError, UnknownOutcome};
 use crate::formation::Formation;
-use crate::handle::{Handle, LocalHandle, Shared};
+use crate::handle::{Handle, LocalHandle, PeerStatus, Shared};
 use crate::ingress::Deliveries;
 use crate::outbox::Outbox;
 use crate::proposals::{LocalIngress, ProposalLimits, Proposals};
@@ -23,13 +24,14 @@ use crate::raft::{Action, BatchRun, Configuration, Epoch, Event, Message, Nanos,
 use crate::recent::Recent;
 use crate::runtime::{LocalWakeup, Now, Turn, TurnOutcome, Wakeup};
 use crate::state_machine::StateMachine;
-use crate::wire::Encoder;
+use crate::wire::{AckStages, Encoder};
 use ringraft_block::{Block, BlockBuf, GroupId, Incarnation, LogIndex, NodeId, Pool, round_up_to_block};
 use ringraft_net::link::Link;
 use ringraft_net::{BlockSource, NetEvent, Network};
 use ringraft_wal::disk::Disk;
 use ringraft_wal::format::{BatchInfo, Chain};
 use ringraft_wal::{HardStateUpdate, Wal, WalEvent};
+use stages::Stages;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
@@ -75,6 +77,8 @@ pub struct Driver<D: Disk, L: Link<Buf = D::Buf>, S> {
     pending: VecDeque<(Block<D::Buf>, BatchInfo)>,
     /// Handed to the core just now; taken by its `Persist`.
     incoming: Option<(Block<D::Buf>, BatchInfo)>,
+    /// Where a follower spends its time, for the leader to know.
+    stages: Stages,
     /// Saves that the core asked for and the log's number for each, until they are durable.
     saves: VecDeque<(u64, u64)>,
     /// Messages that must not leave before a save is durable.
@@ -108,6 +112,8 @@ struct Peer<B: BlockBuf> {
     outbox: Outbox<B>,
     /// The incarnation of the session, while there is one.
     session: Option<Incarnation>,
+    /// What it said last, to this leader.
+    stages: Option<AckStages>,
 }
 
 /// Blocks for what the network receives.
@@ -163,7 +169,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         };
         let others = config.members.iter().filter(|member| member.id != config.node);
         Self {
-            peers: others.map(|member| (member.id, Peer { outbox: Outbox::new(), session: None })).collect(),
+            peers: others
+                .map(|member| (member.id, Peer { outbox: Outbox::new(), session: None, stages: None }))
+                .collect(),
             seed,
             timing_seed: seed,
             shared,
@@ -182,6 +190,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             recent: Recent::new(config.recent_bytes_max),
             pending: VecDeque::new(),
             incoming: None,
+            stages: Stages::default(),
             saves: VecDeque::new(),
             deferred: VecDeque::new(),
             no_space: false,
@@ -238,7 +247,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.send_queued();
         self.deliveries.flush();
         self.keep_log();
-        self.close_if_asked();
+        progressed |= self.close_if_asked();
         Ok(progressed)
     }
 
@@ -265,6 +274,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             Action::Persist { batch } => self.persist(batch),
             Action::Truncate { after, epoch } => {
                 self.pending.retain(|(_, info)| info.last <= after);
+                self.stages.truncate_after(after);
                 self.recent.truncate_after(after);
                 self.applier.truncate_after(after);
                 let after = after.min(self.wal.last_index());
@@ -296,6 +306,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
 
     fn role_changed(&mut self, role: Role) {
         tracing::info!(node = %self.config.node, ?role, "role");
+        self.peers.values_mut().for_each(|peer| peer.stages = None);
         if role != Role::Leader {
             let refusal = self.refusal();
             let unknown = |index| UnknownOutcome::LeadershipLost { index };
@@ -309,8 +320,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
 
     // ---- The end
 
-    fn close_if_asked(&mut self) {
-        if !self.closing && self.shared.ingress.shutdown_requested() {
+    /// True when it begins to close: a log with nothing in flight closes in the next turn, which no completion calls for.
+    fn close_if_asked(&mut self) -> bool {
+        let begins = !self.closing && self.shared.ingress.shutdown_requested();
+        if begins {
             self.closing = true;
             let stopped = Refusal::Stopped(StopError::Requested.into());
             self.proposals.borrow_mut().set_gate(Err(stopped));
@@ -319,6 +332,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             }
             self.wal.close(&mut self.disk);
         }
+        begins
     }
 
     fn stop(&mut self, error: StopError) {
@@ -343,6 +357,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.shared.status.publish(|status| {
             status.role = Role::Follower;
             status.leader = None;
+            status.peers.clear();
             status.stopped = Some(cause);
         });
     }
@@ -351,6 +366,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let Some(raft) = self.raft() else { return };
         let (applied, chain) = self.applied();
         let leader = self.leader_hint();
+        let peers = self.peers.iter().filter_map(|(id, peer)| {
+            let matched = raft.progress(*id)?.matched;
+            Some(PeerStatus { id: *id, connected: peer.session.is_some(), matched, stages: peer.stages })
+        });
         self.shared.status.publish(|status| {
             status.formed = true;
             status.role = raft.role();
@@ -361,6 +380,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             status.commit = raft.commit();
             status.applied = applied;
             status.applied_chain = chain.0;
+            status.peers.clear();
+            status.peers.extend(peers);
         });
     }
 }

@@ -13,6 +13,7 @@ use crate::ingress::{Ingress, Submission, Ticket};
 use crate::proposals::LocalIngress;
 use crate::raft::Role;
 use crate::runtime::{LocalWakeup, Wakeup};
+pub use crate::wire::AckStages;
 use bytes::Bytes;
 use ringraft_block::{LogIndex, NodeId, Term};
 use std::future::Future;
@@ -60,10 +61,26 @@ pub struct Status {
     pub applied: LogIndex,
     /// The chain of the log at `applied`.
     pub applied_chain: [u8; 16],
+    /// What a leader knows of the other members, by id; empty while this node does not lead.
+    pub peers: Vec<PeerStatus>,
     /// The address that it listens on, once it does.
     pub listening: Option<SocketAddr>,
     /// Why the node has stopped, if it has.
     pub stopped: Option<StopCause>,
+}
+
+/// What a leader knows of another member.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PeerStatus {
+    /// The member.
+    pub id: NodeId,
+    /// Whether there is a session with it.
+    pub connected: bool,
+    /// The highest index that it has acknowledged as durable.
+    pub matched: LogIndex,
+    /// Where it spent its time on the newest batch that it made durable, as it said last in this session and term. A large
+    /// `durable_us` is a slow disk or a busy core there; what a command waits beyond it is the network, or this leader.
+    pub stages: Option<AckStages>,
 }
 
 impl Status {
@@ -79,6 +96,7 @@ impl Status {
             commit: LogIndex(0),
             applied: LogIndex(0),
             applied_chain: [0; 16],
+            peers: Vec::new(),
             listening: None,
             stopped: None,
         }

@@ -87,7 +87,7 @@ struct AppendAckBody {
     index: u64_le,
     index_term: u64_le,
     refused: u64_le,
-    /// Stage durations of the newest durable batch, in microseconds: received to durable, and of that, queueing.
+    /// See [`AckStages`].
     durable_us: u32_le,
     queued_us: u32_le,
     outcome: u16_le,
@@ -143,11 +143,15 @@ pub(crate) struct AckMessage {
     pub(crate) stages: AckStages,
 }
 
-/// Where a follower spent its time on the newest batch that it reports durable, in microseconds.
+/// Where a follower spent its time on the newest batch from a leader that became durable there, in microseconds,
+/// rounded up. Both are zero on the wire before there was one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct AckStages {
-    pub(crate) durable_us: u32,
-    pub(crate) queued_us: u32,
+pub struct AckStages {
+    /// From when the batch was received to when it was durable.
+    pub durable_us: u32,
+    /// Of that, until the log took it for writing: above zero when the log's writes in flight were at their limit,
+    /// when a segment was not ready, or while a truncation was under way.
+    pub queued_us: u32,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -99,6 +99,7 @@ fn only_the_runtime_knows_the_executor() {
         "driver/log",
         "driver/peers",
         "driver/proposing",
+        "driver/stages",
         "apply",
         "proposals",
         "ingress",

@@ -4,6 +4,7 @@
 use super::control::{Answer, NodeStatus, Order};
 use crate::cli::EngineArgs;
 use crate::exit::{self, Failure};
+use crate::machine::LogFiles;
 use crate::node::LoadFrom;
 use crate::{cleanup, machine};
 use anyhow::{Context as _, bail};
@@ -56,6 +57,8 @@ pub(crate) struct Member {
     arguments: Vec<std::ffi::OsString>,
     messages: PathBuf,
     process: Option<Process>,
+    /// The highest [`NodeStatus::kept`] that any of its processes reported.
+    kept: u64,
     /// What its former processes spent and wrote.
     spent: Usage,
     /// How its latest process ended, once it has.
@@ -105,8 +108,16 @@ impl Cluster {
             }
             arguments.extend(options.engine.to_args());
             let messages = options.dir.join(format!("node-{id}.log"));
-            let member =
-                Member { id, dir, arguments, messages, process: None, spent: Usage::default(), ended: None };
+            let member = Member {
+                id,
+                dir,
+                arguments,
+                messages,
+                process: None,
+                kept: 0,
+                spent: Usage::default(),
+                ended: None,
+            };
             started.members.push(member);
         }
         for member in &mut started.members {
@@ -181,6 +192,20 @@ impl Cluster {
         }
     }
 
+    /// The segments that each live member has open for writing; none where `/proc` does not show them.
+    pub(crate) fn log_files(&mut self) -> anyhow::Result<Vec<(u64, Option<LogFiles>)>> {
+        let mut seen = Vec::new();
+        for member in &mut self.members {
+            let Some(pid) = member.process.as_ref().map(|process| process.pid) else { continue };
+            let files = machine::log_files(pid, &member.dir);
+            // One that has just been killed has nothing open.
+            if member.look()? {
+                seen.push((member.id, files));
+            }
+        }
+        Ok(seen)
+    }
+
     /// Stops the live members in good order. Those that do not are killed; says how many had to be.
     pub(crate) fn stop(&mut self) -> anyhow::Result<usize> {
         let mut killed = 0;
@@ -228,6 +253,19 @@ fn free_ports(count: usize) -> anyhow::Result<Vec<u16>> {
         (0..count).map(bind).collect::<Result<_, _>>().context("looking for free ports")?;
     let port = |listener: &TcpListener| Ok(listener.local_addr()?.port());
     listeners.iter().map(port).collect()
+}
+
+impl Process {
+    /// Notes an answer.
+    fn take(&mut self, answer: &Answer, kept: &mut u64) {
+        match answer {
+            // One that was started again says first, unasked, that it is up.
+            Answer::Ready { .. } => return,
+            Answer::Status(status) => *kept = (*kept).max(status.kept()),
+            Answer::Taken | Answer::Failed { .. } => {}
+        }
+        self.unanswered = self.unanswered.saturating_sub(1);
+    }
 }
 
 impl Member {
@@ -286,6 +324,9 @@ impl Member {
         let Some(status) = process.child.try_wait().context("looking at a node")? else { return Ok(true) };
         self.spent.cpu_ns += process.seen.cpu_ns;
         self.spent.written_bytes += process.seen.written_bytes;
+        while let Ok(answer) = process.answers.try_recv() {
+            process.take(&answer, &mut self.kept);
+        }
         self.process = None;
         self.ended = Some(status);
         match status.code() {
@@ -332,10 +373,8 @@ impl Member {
             cleanup::check()?;
             let left = deadline.saturating_duration_since(Instant::now());
             match process.answers.recv_timeout(left.min(LOOK_AGAIN)) {
-                // One that was started again says first that it is up.
-                Ok(Answer::Ready { .. }) => {}
                 Ok(answer) => {
-                    process.unanswered -= 1;
+                    process.take(&answer, &mut self.kept);
                     // Answers come in the order of the orders: this may be a late one.
                     if process.unanswered == 0 {
                         return Ok(Some(answer));
@@ -346,6 +385,24 @@ impl Member {
             }
         }
         Ok(None)
+    }
+
+    /// Takes the answers that have come, without waiting, and asks for the status again when none is owed. So what a
+    /// killed node had reported is at most as old as the last two calls.
+    pub(crate) fn glance(&mut self) -> anyhow::Result<()> {
+        let Some(process) = &mut self.process else { return Ok(()) };
+        while let Ok(answer) = process.answers.try_recv() {
+            process.take(&answer, &mut self.kept);
+        }
+        if process.unanswered == 0 {
+            self.post(&Order::Status)?;
+        }
+        Ok(())
+    }
+
+    /// The end of what its disk must hold, by all that its processes reported.
+    pub(crate) fn kept(&self) -> u64 {
+        self.kept
     }
 
     /// SIGKILL, as an operator would.
@@ -378,11 +435,6 @@ impl Member {
             total.written_bytes += process.seen.written_bytes;
         }
         total
-    }
-
-    /// Files of its directory that it writes durably: open with `O_DIRECT | O_DSYNC`.
-    pub(crate) fn durable_files(&self) -> usize {
-        self.process.as_ref().map_or(0, |process| machine::durable_files(process.pid, &self.dir))
     }
 
     /// The end of what it said: its error, if it gave one.

@@ -36,6 +36,10 @@ pub(crate) struct Plan {
     pub(crate) payload_bytes: usize,
     /// Commands per second in an open loop; without it the loop is closed.
     pub(crate) rate: Option<f64>,
+    /// The open loop's first command is due at this time: for the first leader when the load begins, for the next one
+    /// the time up to which the timetable has been served, so that what fell due without a leader is sent late and its
+    /// latency counts from when it was due.
+    pub(crate) due_from_ns: u64,
     /// The measured window.
     pub(crate) begin_ns: u64,
     pub(crate) end_ns: u64,
@@ -76,6 +80,19 @@ pub(crate) struct NodeStatus {
     pub(crate) applied_chain: String,
 }
 
+impl NodeStatus {
+    /// The end of what the node's disk holds from now on, whatever happens to the node, as long as the disk keeps what
+    /// it reported as durable.
+    ///
+    /// Not all of `durable`: a new leader may truncate what is durable here and not committed. Not all of `commit`: a
+    /// leader commits what a majority of others holds before its own disk does. Both are taken from one moment of the
+    /// node, and what is committed is never truncated, so the lower of the two is a bound for ever: a later process on
+    /// the directory may report less for a while, and a killed one reports nothing, but the disk must hold it still.
+    pub(crate) fn kept(&self) -> u64 {
+        self.durable.min(self.commit)
+    }
+}
+
 impl From<Status> for NodeStatus {
     fn from(status: Status) -> Self {
         Self {
@@ -98,8 +115,15 @@ mod tests {
 
     #[test]
     fn orders_and_answers_survive_the_line() {
-        let plan =
-            Plan { run: 1, streams: 256, payload_bytes: 128, rate: Some(1e5), begin_ns: 1, end_ns: u64::MAX };
+        let plan = Plan {
+            run: 1,
+            streams: 256,
+            payload_bytes: 128,
+            rate: Some(1e5),
+            due_from_ns: 1,
+            begin_ns: 1,
+            end_ns: u64::MAX,
+        };
         for order in [
             Order::Status,
             Order::Run { ledger: "a b/ledger-1".into(), plan },

@@ -4,7 +4,8 @@
 //! Everything is a 64-bit word, written by plain atomic stores: an acknowledgement costs no system call and no
 //! locked instruction. A stream has at most one command outstanding, so three facts suffice for all of them: the
 //! highest sequence sent, the highest whose outcome is known (`settled`), and a list of those among these whose
-//! outcome is "unknown". Latencies are counted in log-linear buckets, 128 to a doubling: under 0.4 % off.
+//! outcome is "unknown". What the next leader's generator must go on with is there, too: how far the timetable of the
+//! open loop has been served, and when a command that is still owed was due. Latencies are counted in log-linear buckets, 128 to a doubling: under 0.4 % off.
 
 use anyhow::{Context as _, ensure};
 use hdrhistogram::Histogram;
@@ -22,6 +23,8 @@ const SUB_BITS: u32 = 7;
 const SUB_BUCKETS: usize = 1 << SUB_BITS;
 /// Longer latencies count as this long: 18 minutes.
 const LATENCY_NS_MAX: u64 = (1 << 40) - 1;
+/// Words of a stream: sent, settled, owed.
+const STREAM_WORDS: usize = 3;
 const BUCKETS: usize = (40 - SUB_BITS as usize + 1) * SUB_BUCKETS;
 
 /// The single figures, by word.
@@ -46,6 +49,9 @@ pub(crate) enum Figure {
     FirstAckNs,
     LastAckNs,
     LatencyNsMax,
+    /// Up to here, exclusive, the open loop's timetable has been served: every command due before was sent once or
+    /// is among those owed.
+    ServedNs,
     /// Processor time of the generator's own thread, at the window's begin and most recently within it.
     CpuNsAtBegin,
     CpuNs,
@@ -127,7 +133,7 @@ impl Ledger {
     }
 
     fn words(streams: usize) -> usize {
-        HEADER_WORDS + BUCKETS + 2 * streams + 2 * Self::unknown_max(streams)
+        HEADER_WORDS + BUCKETS + STREAM_WORDS * streams + 2 * Self::unknown_max(streams)
     }
 
     /// A generator stops when it loses its leadership, so a stream rarely has more than one unknown outcome.
@@ -201,6 +207,34 @@ impl Ledger {
         self.word(self.sent_at(stream) + 1).store(sequence, Ordering::Release);
     }
 
+    /// When the command of `stream` that has no outcome was due: one that is in flight, or one that was refused and is
+    /// to be sent again. 0 for none.
+    pub(crate) fn owed_ns(&self, stream: usize) -> u64 {
+        self.word(self.sent_at(stream) + 2).load(Ordering::Acquire)
+    }
+
+    pub(crate) fn set_owed_ns(&self, stream: usize, due_ns: u64) {
+        self.word(self.sent_at(stream) + 2).store(due_ns, Ordering::Release);
+    }
+
+    /// Takes over from `former`, whose generator goes on no more: how far the timetable has been served, and the
+    /// commands that it owes and that are definitely not in the log. Both are for as many streams.
+    pub(crate) fn succeed(&self, former: &Self) {
+        self.set(Figure::ServedNs, former.get(Figure::ServedNs));
+        for stream in 0..self.streams.min(former.streams) {
+            // What may be in the log is not sent again: its outcome is unknown.
+            if former.sent(stream) == former.settled(stream) {
+                self.set_owed_ns(stream, former.owed_ns(stream));
+            }
+        }
+    }
+
+    /// Commands whose outcome is not known: those noted, and those in flight when the generator's process died.
+    pub(crate) fn unknown_count(&self) -> u64 {
+        let in_flight = (0..self.streams).filter(|stream| self.sent(*stream) > self.settled(*stream)).count();
+        self.get(Figure::Unknown) + in_flight as u64
+    }
+
     /// Notes that the command may or may not be in the log. Says whether there was room to note it.
     #[must_use]
     pub(crate) fn note_unknown(&self, stream: usize, sequence: u64) -> bool {
@@ -242,11 +276,11 @@ impl Ledger {
     }
 
     fn sent_at(&self, stream: usize) -> usize {
-        HEADER_WORDS + BUCKETS + 2 * stream
+        HEADER_WORDS + BUCKETS + STREAM_WORDS * stream
     }
 
     fn unknown_at(&self) -> usize {
-        HEADER_WORDS + BUCKETS + 2 * self.streams
+        HEADER_WORDS + BUCKETS + STREAM_WORDS * self.streams
     }
 
     fn word(&self, at: usize) -> &AtomicU64 {

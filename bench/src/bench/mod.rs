@@ -197,6 +197,7 @@ pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<()> {
     if !caught_up {
         notes.push("not all nodes had caught up when they were stopped".to_owned());
     }
+    let durable = Durable::of(args.nodes, &cluster.log_files()?)?;
     let killed = cluster.stop()?;
     if killed > 0 {
         notes.push(format!("{killed} nodes did not stop in good order and were killed"));
@@ -210,6 +211,7 @@ pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<()> {
                 node: member.id,
                 dir: member.dir.clone(),
                 committed: status.map(|status| status.commit),
+                kept: member.kept(),
             }
         })
         .collect();
@@ -224,7 +226,7 @@ pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<()> {
 
     let limits = (limit_before.as_ref().map(Limit::from), limit_after.as_ref().map(Limit::from));
     let latencies = watch.latencies();
-    let report = watch.report(&config, environment, verified, limits, notes);
+    let report = watch.report(&config, environment, durable, verified, limits, notes);
     if let Some(file) = &args.hgrm {
         std::fs::write(file, report::hgrm(&latencies))
             .with_context(|| format!("writing {}", file.display()))?;
@@ -301,6 +303,8 @@ fn print(args: &BenchArgs, report: &Report) -> anyhow::Result<()> {
 struct Watch<'a> {
     args: &'a BenchArgs,
     dir: PathBuf,
+    /// When the load begins, warm-up included.
+    start_ns: u64,
     begin_ns: u64,
     end_ns: u64,
     runs: Vec<RunLedger>,
@@ -311,7 +315,6 @@ struct Watch<'a> {
     device: Option<BlockDevice>,
     at_begin: Option<Sample>,
     at_end: Option<Sample>,
-    durable_files: Vec<usize>,
     /// Commits per second in each whole slice of the window.
     rates: Vec<f64>,
     slice: (u64, u64),
@@ -332,7 +335,8 @@ struct Sample {
 
 impl<'a> Watch<'a> {
     fn new(args: &'a BenchArgs, dir: &Path) -> Self {
-        let begin_ns = load::now_ns() + args.warmup.as_nanos() as u64;
+        let start_ns = load::now_ns();
+        let begin_ns = start_ns + args.warmup.as_nanos() as u64;
         let end_ns = begin_ns + args.duration.as_nanos() as u64;
         let progress = ProgressBar::with_draw_target(Some(100), ProgressDrawTarget::stderr_with_hz(10));
         let style = ProgressStyle::with_template("{bar:30} {msg}").expect("the template is valid");
@@ -340,6 +344,7 @@ impl<'a> Watch<'a> {
         Self {
             args,
             dir: dir.to_owned(),
+            start_ns,
             begin_ns,
             end_ns,
             runs: Vec::new(),
@@ -348,7 +353,6 @@ impl<'a> Watch<'a> {
             device: BlockDevice::of(dir),
             at_begin: None,
             at_end: None,
-            durable_files: Vec::new(),
             rates: Vec::new(),
             slice: (begin_ns, 0),
             killed_leader: false,
@@ -364,11 +368,16 @@ impl<'a> Watch<'a> {
         let streams = self.args.streams();
         let path = self.dir.join(format!("ledger-{run}"));
         let ledger = Ledger::create(&path, streams as usize)?;
+        match self.runs.last() {
+            Some(former) => ledger.succeed(&former.ledger),
+            None => ledger.set(Figure::ServedNs, self.start_ns),
+        }
         let plan = Plan {
             run,
             streams,
             payload_bytes: self.args.payload,
             rate: self.args.rate,
+            due_from_ns: ledger.get(Figure::ServedNs),
             begin_ns: self.begin_ns,
             end_ns: self.end_ns,
         };
@@ -393,7 +402,7 @@ impl<'a> Watch<'a> {
             cleanup::sleep(WATCH_EVERY)?;
             let now_ns = load::now_ns();
             self.look_at_members(cluster, now_ns)?;
-            self.sample(cluster, now_ns);
+            self.sample(cluster, now_ns)?;
             self.kill_leader_when_due(cluster, now_ns)?;
             let (node, _) = self.leaders.last().copied().context("a generator was ordered")?;
             let alive = cluster.member(node)?.is_alive();
@@ -427,7 +436,7 @@ impl<'a> Watch<'a> {
             }
         }
         // The last slice, and what a killed process could not say.
-        self.sample(cluster, load::now_ns());
+        self.sample(cluster, load::now_ns())?;
         self.progress.finish_and_clear();
         Ok(())
     }
@@ -438,8 +447,7 @@ impl<'a> Watch<'a> {
 
     fn is_stalled(&self, now_ns: u64) -> anyhow::Result<bool> {
         let ledger = &self.current()?.ledger;
-        let ordered_ns = self.begin_ns.saturating_sub(self.args.warmup.as_nanos() as u64);
-        let last_ns = ledger.get(Figure::LastAckNs).max(ordered_ns);
+        let last_ns = ledger.get(Figure::LastAckNs).max(self.start_ns);
         // A slow open loop may have nothing to acknowledge.
         let interval_ns = self.args.rate.map_or(0, |rate| (2e9 / rate) as u64);
         Ok(now_ns > last_ns + STALLED_NS.max(interval_ns))
@@ -498,7 +506,7 @@ impl<'a> Watch<'a> {
     }
 
     /// Takes what is to be taken at the window's begin and end and at each slice of it.
-    fn sample(&mut self, cluster: &mut Cluster, now_ns: u64) {
+    fn sample(&mut self, cluster: &mut Cluster, now_ns: u64) -> anyhow::Result<()> {
         if self.at_begin.is_none() && now_ns >= self.begin_ns {
             self.at_begin = Some(self.usage(cluster));
             self.slice = (now_ns, self.measured());
@@ -508,7 +516,7 @@ impl<'a> Watch<'a> {
         }
         if now_ns < self.begin_ns || now_ns > self.end_ns || now_ns < self.slice.0 + SLICE_NS {
             self.show(now_ns, None);
-            return;
+            return Ok(());
         }
         let measured = self.measured();
         let rate = (measured - self.slice.1) as f64 * 1e9 / (now_ns - self.slice.0) as f64;
@@ -516,11 +524,10 @@ impl<'a> Watch<'a> {
         self.slice = (now_ns, measured);
         for member in cluster.members() {
             member.sample();
-        }
-        if self.durable_files.is_empty() {
-            self.durable_files = cluster.members().iter().map(|member| member.durable_files()).collect();
+            member.glance()?;
         }
         self.show(now_ns, Some(rate));
+        Ok(())
     }
 
     fn usage(&self, cluster: &mut Cluster) -> Sample {
@@ -596,6 +603,7 @@ impl<'a> Watch<'a> {
         self,
         config: &ringraft::Config,
         environment: machine::Environment,
+        durable: Durable,
         verified: Option<Verified>,
         (before, after): (Option<Limit>, Option<Limit>),
         mut notes: Vec<String>,
@@ -653,18 +661,24 @@ impl<'a> Watch<'a> {
         if commits == 0 {
             notes.push("nothing was committed within the window".to_owned());
         }
-        let majority = args.nodes / 2 + 1;
-        let durable = Durable {
-            acknowledgement: format!(
-                "durable (O_DIRECT | O_DSYNC) on {majority} of {} nodes and applied on the leader",
-                args.nodes
-            ),
-            nodes: args.nodes,
-            majority,
-            durable_files_seen: self.durable_files.clone(),
+        if !durable.seen {
+            notes.push(
+                "/proc did not show how the nodes opened their logs, so it was not seen that acknowledgements are durable"
+                    .to_owned(),
+            );
+        }
+        let acked = self.sum(Figure::Acked);
+        let run_s = (self.end_ns - self.start_ns) as f64 / 1e9;
+        let due = args.rate.map(|rate| (rate * run_s).ceil() as u64);
+        let outcomes = Outcomes {
+            acked,
+            unknown: self.runs.iter().map(|run| run.ledger.unknown_count()).sum(),
+            refused: self.sum(Figure::Refused),
+            due,
+            missed: due.map(|due| due.saturating_sub(acked)),
         };
-        if !durable.seen_everywhere() && !self.durable_files.is_empty() {
-            notes.push("not every node was seen with a log file open with O_DIRECT | O_DSYNC".to_owned());
+        if let Some(rate) = args.rate {
+            notes.extend(report::shortfall(rate * window_s, commits, outcomes.unknown));
         }
         let leaders = self.runs.iter().zip(&self.leaders).map(|(run, (node, term))| Leader {
             node: *node,
@@ -715,11 +729,7 @@ impl<'a> Watch<'a> {
             spread: Spread::of(SLICE_NS / 1_000_000, self.rates.clone()),
             failover: self.failover(config.election_timeout),
             leaders: leaders.collect(),
-            outcomes: Outcomes {
-                acked: self.sum(Figure::Acked),
-                unknown: self.sum(Figure::Unknown),
-                refused: self.sum(Figure::Refused),
-            },
+            outcomes,
             limit_before: before,
             limit_after: after,
             notes,

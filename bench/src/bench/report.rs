@@ -3,8 +3,9 @@
 use super::ledger::Ending;
 use super::verify::Verified;
 use crate::limit::LimitReport;
-use crate::machine::Environment;
+use crate::machine::{Environment, LogFiles};
 use crate::node::LoadFrom;
+use anyhow::ensure;
 use comfy_table::{CellAlignment, ColumnConstraint, ContentArrangement, Table, presets};
 use hdrhistogram::Histogram;
 use serde::Serialize;
@@ -109,14 +110,46 @@ pub(crate) struct Durable {
     pub(crate) acknowledgement: String,
     pub(crate) nodes: usize,
     pub(crate) majority: usize,
-    /// Files of each node's log that were seen open with `O_DIRECT | O_DSYNC` during the run.
+    /// Every live node was seen to write its segments with `O_DIRECT | O_DSYNC`, and none otherwise. False when `/proc`
+    /// did not show it; a node that was seen to do otherwise fails the run.
+    pub(crate) seen: bool,
+    /// Segments of each node's log that were seen open with these flags at the end of the run; 0 for one that had ended.
     pub(crate) durable_files_seen: Vec<usize>,
 }
 
 impl Durable {
-    /// Whether each node was seen to write its log as the acknowledgement says.
-    pub(crate) fn seen_everywhere(&self) -> bool {
-        self.durable_files_seen.len() == self.nodes && !self.durable_files_seen.contains(&0)
+    /// Judges by the segments that each live node had open for writing; none where `/proc` did not show them. Fails
+    /// when a node was seen to do anything else than an acknowledgement promises.
+    pub(crate) fn of(nodes: usize, live: &[(u64, Option<LogFiles>)]) -> anyhow::Result<Self> {
+        for (node, files) in live {
+            let Some(LogFiles { durable, others }) = files else { continue };
+            ensure!(
+                *others == 0,
+                "node {node} has {others} segments of its log open for writing without O_DIRECT | O_DSYNC: what it \
+                 acknowledges is not durable, so there is no result"
+            );
+            ensure!(
+                *durable > 0,
+                "node {node} was not seen with a segment of its log open with O_DIRECT | O_DSYNC, so there is no proof \
+                 that what it acknowledges is durable, and no result"
+            );
+        }
+        let majority = nodes / 2 + 1;
+        let seen = !live.is_empty() && live.iter().all(|(_, files)| files.is_some());
+        let durable_of = |node: u64| {
+            let files = live.iter().find(|(id, _)| *id == node).and_then(|(_, files)| *files);
+            files.map_or(0, |files| files.durable)
+        };
+        let how = if seen { "durable" } else { "meant to be durable" };
+        Ok(Self {
+            acknowledgement: format!(
+                "{how} (O_DIRECT | O_DSYNC) on {majority} of {nodes} nodes and applied on the leader"
+            ),
+            nodes,
+            majority,
+            seen,
+            durable_files_seen: (1..=nodes as u64).map(durable_of).collect(),
+        })
     }
 }
 
@@ -278,6 +311,36 @@ pub(crate) struct Outcomes {
     pub(crate) unknown: u64,
     /// Definite refusals, each followed by another attempt or by the end of its generator.
     pub(crate) refused: u64,
+    /// Commands on the open loop's timetable.
+    pub(crate) due: Option<u64>,
+    /// Those of them that were not acknowledged: of unknown outcome, or not sent before the end.
+    pub(crate) missed: Option<u64>,
+}
+
+/// An open loop that commits less than is due, by more than this part of it, is not measured at its rate.
+const SHORTFALL: f64 = 0.01;
+
+/// What to say of an open loop in whose window `due` commands were due and `commits` acknowledged; over the whole run
+/// the outcome of `unknown` ones is not known.
+pub(crate) fn shortfall(due: f64, commits: u64, unknown: u64) -> Vec<String> {
+    let mut notes = Vec::new();
+    let missing = due - commits as f64;
+    if missing > SHORTFALL * due {
+        notes.push(format!(
+            "{} of the {} commands due within the window were not acknowledged in it ({:.1} %): the latencies are those \
+             of the others",
+            thousands(missing),
+            thousands(due),
+            100.0 * missing / due
+        ));
+    }
+    if unknown > 0 {
+        notes.push(format!(
+            "the outcome of {} commands is unknown; they count as missed and are not in the latencies",
+            thousands(unknown as f64)
+        ));
+    }
+    notes
 }
 
 /// The report for people.
@@ -368,8 +431,7 @@ pub(crate) fn render(report: &Report) -> String {
         environment.cpu, environment.cpus, environment.kernel, environment.file_system
     );
     let _ = writeln!(out, "{table}");
-    let seen =
-        if report.durable.seen_everywhere() { " (these flags were seen in /proc on every node)" } else { "" };
+    let seen = if report.durable.seen { " (these flags were seen in /proc on every live node)" } else { "" };
     let _ = writeln!(out, "An acknowledged command is {}{seen}.", report.durable.acknowledgement);
     if let Some(failover) = &report.failover {
         let leaders: Vec<_> = report
@@ -466,6 +528,32 @@ mod tests {
         let fields: Vec<_> = last.split_whitespace().collect();
         assert_eq!(fields[1..], ["1.000000000000", "1000"], "{text}");
         assert!(text.contains("Total count    =         1000"), "{text}");
+    }
+
+    #[test]
+    fn an_open_loop_that_falls_short_by_more_than_one_percent_says_so() {
+        assert_eq!(shortfall(10_000.0, 9_900, 0), [""; 0]);
+        assert_eq!(shortfall(10_000.0, 10_200, 0), [""; 0]);
+        let notes = shortfall(10_000.0, 9_899, 7);
+        assert_eq!(notes.len(), 2, "{notes:?}");
+        assert!(notes[0].contains("101 of the") && notes[0].contains("(1.0 %)"), "{notes:?}");
+        assert!(notes[1].contains("7 commands is unknown"), "{notes:?}");
+    }
+
+    #[test]
+    fn durable_is_said_only_when_every_live_node_was_seen_to_be() {
+        let files = |durable, others| Some(LogFiles { durable, others });
+        let good = Durable::of(3, &[(1, files(2, 0)), (3, files(1, 0))]).unwrap();
+        assert_eq!(good.durable_files_seen, [2, 0, 1]);
+        assert!(good.seen && good.acknowledgement.starts_with("durable"), "{good:?}");
+        for unseen in [&[][..], &[(1, files(2, 0)), (2, None)]] {
+            let unseen = Durable::of(3, unseen).unwrap();
+            assert!(!unseen.seen && unseen.acknowledgement.starts_with("meant to be"), "{unseen:?}");
+        }
+        for (files, said) in [(files(0, 0), "was not seen"), (files(2, 1), "is not durable")] {
+            let error = Durable::of(3, &[(1, None), (2, files)]).unwrap_err().to_string();
+            assert!(error.starts_with("node 2 ") && error.contains(said), "{error}");
+        }
     }
 
     #[test]

@@ -9,25 +9,20 @@
 //! That no command is there twice follows from the order: a stream's next sequence is sent when the outcome of the
 //! one before is known, so its sequences must rise along the log.
 
+mod log;
+
 use super::ledger::Ledger;
 use crate::load;
-use anyhow::{Context as _, ensure};
-use ringraft_block::{BLOCK_BYTES, LogIndex, Term, round_up_to_block};
-use ringraft_wal::format::{
-    BatchInfo, BatchKind, Chain, ENVELOPE_BYTES, HardState, SegmentHeader, SegmentOrigin, parse_image,
-    read_envelope, read_hard_state, read_segment_header, slot_bytes, slots_start,
-};
+use log::Log;
+use ringraft_block::LogIndex;
+use ringraft_wal::format::BatchKind;
 use serde::Serialize;
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
-use std::fs::File;
-use std::os::unix::fs::FileExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// Problems of one kind that are spelled out; the others are counted.
 const PROBLEMS_SHOWN: usize = 8;
-/// A segment is read in pieces of this size.
-const READ_BYTES: usize = 8 << 20;
 
 /// What the check found.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -52,6 +47,8 @@ pub(crate) struct Verified {
     pub(crate) chains_equal: bool,
     /// A majority of the nodes holds everything that is committed.
     pub(crate) on_majority: bool,
+    /// Every node's disk holds all that the node ever reported as durable and committed, also of a minority.
+    pub(crate) complete: bool,
     /// The end of what is committed.
     pub(crate) committed: u64,
     pub(crate) nodes: Vec<VerifiedNode>,
@@ -68,6 +65,8 @@ pub(crate) struct VerifiedNode {
     pub(crate) batches: usize,
     /// The last index on its disk.
     pub(crate) last: u64,
+    /// The last index that it reported as durable and committed.
+    pub(crate) kept: u64,
 }
 
 impl fmt::Display for Verified {
@@ -80,7 +79,7 @@ impl fmt::Display for Verified {
             return write!(
                 f,
                 "Verified from disk: all {} acknowledged commands are in the log once{unknown}; the logs of {} nodes are \
-                 equal by chain.",
+                 equal by chain, and hold what each node reported as durable and committed.",
                 self.acked,
                 self.nodes.len()
             );
@@ -103,6 +102,8 @@ pub(crate) struct NodeDir {
     pub(crate) dir: PathBuf,
     /// The end of what the node knew to be committed when it stopped in good order.
     pub(crate) committed: Option<u64>,
+    /// What its disk must hold at the least; see [`NodeStatus::kept`](super::control::NodeStatus::kept).
+    pub(crate) kept: u64,
 }
 
 /// What a generator did.
@@ -123,11 +124,21 @@ pub(crate) fn verify(
         read.into_iter().map(|thread| thread.join().expect("reading a log does not panic")).collect()
     });
     let logs: Vec<Log> = logs.into_iter().collect::<Result<_, _>>()?;
-    let mut verified = Verified { chains_equal: true, on_majority: true, ..Verified::default() };
+    let mut verified =
+        Verified { chains_equal: true, on_majority: true, complete: true, ..Verified::default() };
     for (node, log) in nodes.iter().zip(&logs) {
         let (batches, last) = (log.batches.len(), log.last().get());
-        verified.nodes.push(VerifiedNode { node: node.node, batches, last });
+        verified.nodes.push(VerifiedNode { node: node.node, batches, last, kept: node.kept });
         verified.problems.extend(log.problems.iter().map(|problem| format!("node {}: {problem}", node.node)));
+        if last < node.kept {
+            verified.complete = false;
+            verified.problems.push(format!(
+                "node {}: it reported {} as durable and committed, but the log in {} ends at {last}",
+                node.node,
+                node.kept,
+                node.dir.display()
+            ));
+        }
     }
 
     // What is committed: as the nodes said, or else as far as a majority's disks go.
@@ -283,225 +294,17 @@ impl RunCheck<'_> {
     }
 }
 
-/// A batch and where it is.
-#[derive(Clone, Copy)]
-struct Found {
-    info: BatchInfo,
-    segment: usize,
-    offset: u64,
-}
-
-/// A node's log as its disk holds it.
-struct Log {
-    segments: Vec<Segment>,
-    start: (LogIndex, Term, Chain),
-    batches: Vec<Found>,
-    problems: Vec<String>,
-}
-
-struct Segment {
-    path: PathBuf,
-    header: SegmentHeader,
-}
-
-impl Log {
-    fn read(dir: &Path) -> anyhow::Result<Self> {
-        let (mut segments, mut hard_state) = (Vec::new(), None);
-        for entry in std::fs::read_dir(dir).with_context(|| format!("reading {}", dir.display()))? {
-            let path = entry?.path();
-            if path.is_file() {
-                look_into(path, &mut segments, &mut hard_state)?;
-            }
-        }
-        segments.sort_by_key(|segment| segment.header.generation);
-        let mut log = Self {
-            segments,
-            start: (LogIndex(0), Term(0), Chain::default()),
-            batches: Vec::new(),
-            problems: Vec::new(),
-        };
-        let Some(hard_state) = hard_state else {
-            log.problems.push("there is no valid hard state".to_owned());
-            return Ok(log);
-        };
-        log.start = (hard_state.start.index, hard_state.start.term, hard_state.start.chain);
-        for number in 0..log.segments.len() {
-            let header = log.segments[number].header;
-            if header.node != hard_state.node || header.incarnation != hard_state.incarnation {
-                log.problems.push(format!("{} is of another node", log.segments[number].path.display()));
-                continue;
-            }
-            if let SegmentOrigin::Cut { cut, after } = header.origin {
-                log.cut_after(cut.index);
-                let (index, _, chain) = log.end();
-                // Before the cluster is formed there is no chain to agree on.
-                if index != after.index || (index.get() > 0 && chain != after.chain) {
-                    log.problems.push(format!(
-                        "segment {} says that the log ended at {} with chain {}; it ends at {index} with {chain}",
-                        header.generation, after.index, after.chain
-                    ));
-                }
-            }
-            log.read_segment(number)?;
-            let next = log.segments.get(number + 1).map(|next| next.header.generation);
-            let newest_before_cut = header.generation <= hard_state.generation
-                && next.is_none_or(|generation| generation > hard_state.generation);
-            if newest_before_cut && header.epoch < hard_state.epoch {
-                // The cut is recorded, though perhaps no segment after it was begun.
-                log.cut_after(hard_state.cut.index);
-            }
-        }
-        Ok(log)
-    }
-
-    /// The position and chain at the log's end.
-    fn end(&self) -> (LogIndex, Term, Chain) {
-        self.batches.last().map_or(self.start, |found| (found.info.last, found.info.term, found.info.chain))
-    }
-
-    fn last(&self) -> LogIndex {
-        self.end().0
-    }
-
-    fn last_term(&self) -> Term {
-        self.end().1
-    }
-
-    fn cut_after(&mut self, index: LogIndex) {
-        while self.batches.last().is_some_and(|found| found.info.last > index) {
-            self.batches.pop();
-        }
-    }
-
-    fn read_segment(&mut self, number: usize) -> anyhow::Result<()> {
-        let Segment { path, header } = &self.segments[number];
-        let header = *header;
-        let mut file = Pieces::open(path)?;
-        let mut offset = slots_start(header.segment_bytes);
-        while let Some(bytes) = file.at(offset, BLOCK_BYTES)? {
-            let Ok(envelope) = read_envelope(bytes) else { break };
-            let here = envelope.nonce == header.nonce
-                && envelope.generation == header.generation
-                && envelope.offset == offset
-                && envelope.cluster == header.cluster;
-            let image_bytes = envelope.image_bytes as usize;
-            if !here {
-                break;
-            }
-            let Some(slot) = file.at(offset, slot_bytes(image_bytes))? else { break };
-            let Some(Ok(view)) = slot.get(ENVELOPE_BYTES..ENVELOPE_BYTES + image_bytes).map(parse_image)
-            else {
-                break;
-            };
-            let info = view.info();
-            let (end, _, chain) = self.end();
-            // A later write of a batch may be there though an earlier one was lost in a crash.
-            if info.first != end.next() || !view.verify_chain(chain) || info.chain != envelope.chain {
-                break;
-            }
-            self.batches.push(Found { info, segment: number, offset });
-            offset += slot_bytes(image_bytes) as u64;
-        }
-        Ok(())
-    }
-
-    /// The first index, up to `end`, at which this log is another than `other`, as far as both go.
-    fn differs_from(&self, other: &Self, end: u64) -> Option<LogIndex> {
-        let shorter = self.last().min(other.last()).get().min(end);
-        let pairs = self.batches.iter().zip(&other.batches);
-        let mut pairs = pairs.take_while(|(a, b)| a.info.last.min(b.info.last).get() <= shorter);
-        let differs = |(a, b): &(&Found, &Found)| a.info.last != b.info.last || a.info.chain != b.info.chain;
-        pairs.find(differs).map(|(a, _)| a.info.last)
-    }
-
-    /// Reads the commands again, in order, up to `end`.
-    fn for_each_command(&self, end: LogIndex, mut each: impl FnMut(&[u8])) -> anyhow::Result<()> {
-        let mut file: Option<(usize, Pieces)> = None;
-        let batches = self.batches.iter().take_while(|found| found.info.last <= end);
-        for found in batches.filter(|found| found.info.kind == BatchKind::Commands) {
-            if file.as_ref().is_none_or(|(segment, _)| *segment != found.segment) {
-                file = Some((found.segment, Pieces::open(&self.segments[found.segment].path)?));
-            }
-            let Some((_, file)) = &mut file else { continue };
-            let image_bytes = found.info.image_bytes as usize;
-            let slot = file.at(found.offset, slot_bytes(image_bytes))?.context("the file became shorter")?;
-            let image =
-                slot.get(ENVELOPE_BYTES..ENVELOPE_BYTES + image_bytes).context("the file became shorter")?;
-            let view = parse_image(image).context("a batch changed between two reads")?;
-            ensure!(view.info() == found.info, "a batch changed between two reads");
-            view.commands().for_each(|command| each(command.bytes));
-        }
-        Ok(())
-    }
-}
-
-/// Sorts a file: a segment in service, a copy of the hard state, or something else.
-fn look_into(
-    path: PathBuf,
-    segments: &mut Vec<Segment>,
-    hard_state: &mut Option<HardState>,
-) -> anyhow::Result<()> {
-    let file = File::open(&path).with_context(|| format!("opening {}", path.display()))?;
-    let bytes = read_at(&file, 0, ringraft_wal::format::HARD_STATE_FILE_BYTES)
-        .with_context(|| format!("reading {}", path.display()))?;
-    if let Ok(header) = read_segment_header(&bytes) {
-        segments.push(Segment { path, header });
-    } else if let Ok(read) = read_hard_state(&bytes)
-        && hard_state.as_ref().is_none_or(|known| known.sequence < read.sequence)
-    {
-        *hard_state = Some(read);
-    }
-    Ok(())
-}
-
-/// A file, read forwards in large pieces.
-struct Pieces {
-    file: File,
-    path: PathBuf,
-    start: u64,
-    piece: Vec<u8>,
-}
-
-impl Pieces {
-    fn open(path: &Path) -> anyhow::Result<Self> {
-        let file = File::open(path).with_context(|| format!("opening {}", path.display()))?;
-        let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Sequential);
-        Ok(Self { file, path: path.to_owned(), start: 0, piece: Vec::new() })
-    }
-
-    /// `bytes` bytes at `offset`; none where the file ends before.
-    fn at(&mut self, offset: u64, bytes: usize) -> anyhow::Result<Option<&[u8]>> {
-        let end = self.start + self.piece.len() as u64;
-        if offset < self.start || offset + bytes as u64 > end {
-            let wanted = READ_BYTES.max(round_up_to_block(bytes));
-            self.piece = read_at(&self.file, offset, wanted)
-                .with_context(|| format!("reading {}", self.path.display()))?;
-            self.start = offset;
-        }
-        let at = (offset - self.start) as usize;
-        Ok(self.piece.get(at..at + bytes))
-    }
-}
-
-/// Up to `bytes` bytes; fewer at the end of the file.
-fn read_at(file: &File, offset: u64, bytes: usize) -> std::io::Result<Vec<u8>> {
-    let mut buffer = vec![0; bytes];
-    let mut filled = 0;
-    while filled < bytes {
-        match file.read_at(&mut buffer[filled..], offset + filled as u64) {
-            Ok(0) => break,
-            Ok(count) => filled += count,
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    buffer.truncate(filled);
-    Ok(buffer)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ringraft_block::{AlignedBuf, ClusterId, GroupId, Incarnation, NodeId, Pool, Term};
+    use ringraft_wal::format::{
+        BatchBuilder, Chain, Cut, Envelope, HARD_STATE_FILE_BYTES, HardState, LogStart, PriorContent, Seal,
+        SegmentHeader, SegmentOrigin, slots_start, write_envelope, write_hard_state, write_segment_header,
+    };
+    use std::convert::Infallible;
+    use std::os::unix::fs::FileExt as _;
+    use std::path::Path;
 
     const PAYLOAD_BYTES: usize = 24;
 
@@ -577,6 +380,167 @@ mod tests {
             let verified = check([(1, 1), (0, 0)], &[], &[(A, 1), stranger]);
             assert_eq!((verified.never_sent, verified.present), (1, 1), "{stranger:?}");
         }
+    }
+
+    /// Index `n` of the test log is the `n`th command of stream A.
+    const BATCHES: u64 = 6;
+    const SEGMENT_BYTES: u64 = 64 << 10;
+
+    /// A data directory as a node leaves it: a hard state, a segment with `BATCHES` batches of one command each, and
+    /// one made ready. Says where each slot begins.
+    fn data_directory(dir: &Path) -> Vec<u64> {
+        let (cluster, node, incarnation, group) = (ClusterId(1), NodeId(1), Incarnation(3), GroupId(0));
+        let start = LogStart { index: LogIndex(0), term: Term(0), chain: Chain([7; 16]) };
+        let mut block = vec![0; HARD_STATE_FILE_BYTES];
+        write_hard_state(
+            &mut block,
+            &HardState {
+                cluster,
+                node,
+                incarnation,
+                boot: 1,
+                sequence: 1,
+                group,
+                term: Term(1),
+                vote: None,
+                epoch: 1,
+                cut: Cut::default(),
+                generation: 0,
+                start,
+                witness: LogIndex(0),
+                configuration: Vec::new(),
+            },
+        );
+        std::fs::write(dir.join("hard-a"), block).unwrap();
+
+        let mut segment = vec![0; SEGMENT_BYTES as usize];
+        let (nonce, epoch, boot, generation) = (5, 1, 1, 1);
+        let origin = SegmentOrigin::Cut { cut: Cut::default(), after: start };
+        write_segment_header(
+            &mut segment,
+            &SegmentHeader {
+                cluster,
+                node,
+                incarnation,
+                segment_bytes: SEGMENT_BYTES,
+                nonce,
+                epoch,
+                boot,
+                generation,
+                group,
+                prior_content: PriorContent::Zeros,
+                origin,
+            },
+        );
+        let pool = Pool::new(0);
+        let (mut offset, mut chain, mut offsets) = (slots_start(SEGMENT_BYTES), start.chain, Vec::new());
+        for index in 1..=BATCHES {
+            let block = pool.take(8192, |bytes| Ok::<_, Infallible>(AlignedBuf::zeroed(bytes))).unwrap();
+            let mut builder = BatchBuilder::new(block);
+            builder.push(&command(A, index), None).unwrap();
+            let (mut block, info) = builder.seal(Seal {
+                group,
+                term: Term(1),
+                first: LogIndex(index),
+                kind: BatchKind::Commands,
+                time_ms: 0,
+                previous_chain: chain,
+            });
+            write_envelope(
+                &mut block,
+                &Envelope {
+                    cluster,
+                    nonce,
+                    generation,
+                    group,
+                    offset,
+                    epoch,
+                    boot,
+                    durable_through: LogIndex(index - 1),
+                    term: Term(1),
+                    first: info.first,
+                    last: info.last,
+                    chain: info.chain,
+                    image_bytes: info.image_bytes,
+                },
+            );
+            let slot = info.slot_bytes();
+            segment[offset as usize..][..slot].copy_from_slice(&block[..slot]);
+            offsets.push(offset);
+            (offset, chain) = (offset + slot as u64, info.chain);
+        }
+        std::fs::write(dir.join("segment-00000001.wal"), segment).unwrap();
+        std::fs::write(dir.join("segment-00000002.wal"), vec![0; SEGMENT_BYTES as usize]).unwrap();
+        offsets
+    }
+
+    /// Three nodes that acknowledged everything and said so when they stopped; `change` is done to the third's
+    /// directory.
+    fn verify_three(kept: u64, change: impl FnOnce(&Path, &[u64])) -> Verified {
+        let dir = tempfile::tempdir().unwrap();
+        let nodes: Vec<NodeDir> = (1..=3)
+            .map(|node| {
+                let dir = dir.path().join(node.to_string());
+                std::fs::create_dir(&dir).unwrap();
+                NodeDir { node, dir, committed: Some(BATCHES), kept: BATCHES }
+            })
+            .collect();
+        let offsets: Vec<_> = nodes.iter().map(|node| data_directory(&node.dir)).collect();
+        change(&nodes[2].dir, &offsets[2]);
+        let mut nodes = nodes;
+        nodes[2].kept = kept;
+        let ledger = Ledger::private(1).unwrap();
+        ledger.set_sent(0, BATCHES);
+        ledger.set_settled(0, BATCHES);
+        verify(&nodes, &[RunLedger { run: 1, ledger }], PAYLOAD_BYTES).unwrap()
+    }
+
+    fn overwrite(file: &Path, offset: u64, bytes: &[u8]) {
+        let file = std::fs::OpenOptions::new().write(true).open(file).unwrap();
+        file.write_all_at(bytes, offset).unwrap();
+    }
+
+    #[test]
+    fn three_equal_directories_are_good() {
+        let verified = verify_three(BATCHES, |_, _| {});
+        assert!(verified.ok && verified.complete && verified.chains_equal, "{verified:?}");
+        assert_eq!((verified.acked, verified.present, verified.committed), (BATCHES, BATCHES, BATCHES));
+    }
+
+    #[test]
+    fn a_minority_node_that_lost_batches_it_reported_as_durable_is_found() {
+        let lost = |dir: &Path, slots: &[u64]| {
+            overwrite(&dir.join("segment-00000001.wal"), slots[4], &[0; 4096]);
+        };
+        let verified = verify_three(BATCHES, lost);
+        assert!(!verified.ok && !verified.complete, "{verified:?}");
+        assert!(verified.chains_equal && verified.on_majority && verified.missing == 0, "{verified:?}");
+        let [problem] = &verified.problems[..] else { panic!("{verified:?}") };
+        for said in ["node 3", "reported 6 as durable", "ends at 4"] {
+            assert!(problem.contains(said), "{said}: {problem}");
+        }
+        // What it had never reported, it may lack.
+        let verified = verify_three(4, lost);
+        assert!(verified.ok && verified.complete, "{verified:?}");
+    }
+
+    #[test]
+    fn a_segment_whose_header_cannot_be_read_is_found_also_where_nothing_in_it_is_missed() {
+        for (bytes, said) in [(&[0xff; 64][..], "magic"), (&[0; 512], "blank, but its slots are not")] {
+            let verified = verify_three(0, |dir, _| overwrite(&dir.join("segment-00000001.wal"), 0, bytes));
+            assert!(!verified.ok && verified.complete, "{verified:?}");
+            let [problem] = &verified.problems[..] else { panic!("{verified:?}") };
+            assert!(problem.contains("node 3: ") && problem.contains("segment-00000001.wal"), "{problem}");
+            assert!(problem.contains(said), "{said}: {problem}");
+        }
+        let verified = verify_three(BATCHES, |dir, _| {
+            overwrite(&dir.join("segment-00000002.wal"), 100, &[1]);
+        });
+        assert!(!verified.ok && verified.problems[0].contains("segment-00000002.wal"), "{verified:?}");
+        let verified = verify_three(BATCHES, |dir, _| {
+            overwrite(&dir.join("segment-00000001.wal"), SEGMENT_BYTES, &[0; 4096]);
+        });
+        assert!(!verified.ok && verified.problems[0].contains("65536 bytes"), "{verified:?}");
     }
 
     #[test]

@@ -4,7 +4,7 @@ use super::{APPLY_READ, Driver, GROUP, Life, SPACE_RETRY_NS, WITNESS_DELAY_NS, r
 use crate::config::{self, ConfigError};
 use crate::error::StopError;
 use crate::formation::{self, Formation, FormationError, Step};
-use crate::raft::{BatchRun, Boot, Configuration, Epoch, Event, LogId, Nanos, Raft};
+use crate::raft::{BatchRun, Boot, Configuration, Epoch, Event, LogId, Nanos, Raft, Role};
 use crate::state_machine::StateMachine;
 use crate::wire::{self, FormationMessage};
 use ringraft_block::NodeId;
@@ -37,6 +37,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             WalEvent::Opened(recovered) => self.opened(&recovered),
             WalEvent::Persisted { epoch, last } => {
                 self.witness_at_ns = self.now.monotonic_ns.saturating_add(WITNESS_DELAY_NS);
+                // Not `last`, which a truncation since may have overtaken.
+                self.stages.durable(self.wal.durable_through(), self.now.monotonic_ns);
                 self.step(Event::Persisted { epoch: Epoch(epoch), last })
             }
             WalEvent::HardStateSaved { sequence } => self.saved(sequence),
@@ -117,6 +119,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 "the core persists {batch:?}, which was not handed in"
             )));
         };
+        if self.raft().is_some_and(|raft| raft.role() != Role::Leader) {
+            self.stages.received(info.last, self.now.monotonic_ns);
+        }
         self.pending.push_back((block, info));
         self.write_pending();
         Ok(())
@@ -129,6 +134,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 break;
             }
             let Some((block, info)) = self.pending.pop_front() else { break };
+            self.stages.submitted(info.last, self.now.monotonic_ns);
             let block = self.wal.append(&mut self.disk, block, info);
             self.recent.push(info, block);
         }

@@ -6,7 +6,7 @@ use crate::formation::FormationError;
 use crate::outbox::{Head, Outgoing};
 use crate::raft::{AppendOutcome, Event, Message, Raft, Role};
 use crate::state_machine::StateMachine;
-use crate::wire::{self, AckMessage, AckStages, AppendMessage, Body, FormationMessage};
+use crate::wire::{self, AckMessage, AppendMessage, Body, FormationMessage};
 use ringraft_block::{Block, LogIndex, NodeId};
 use ringraft_net::link::Link;
 use ringraft_net::{Frame, NetEvent, RejectReason, Rejection};
@@ -55,7 +55,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             }
             NetEvent::PeerDisconnected { peer, cause, .. } => {
                 let Some(state) = self.peers.get_mut(&peer) else { return Ok(()) };
-                state.session = None;
+                (state.session, state.stages) = (None, None);
                 state.outbox.clear();
                 tracing::info!(node = %self.config.node, %peer, %cause, "session ended");
                 if let Life::Forming(formation) = &mut self.life {
@@ -157,12 +157,15 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     }
 
     fn on_ack(&mut self, from: NodeId, message: AckMessage) -> Result<(), StopError> {
-        let AckMessage { ack, chain, .. } = message;
+        let AckMessage { ack, chain, stages } = message;
         if let AppendOutcome::Matched { matched } = ack.outcome {
             let leads =
                 self.raft().is_some_and(|raft| raft.role() == Role::Leader && raft.term() == ack.term);
             if leads && self.chain_at(matched.index) != Some(chain) {
                 return self.refuse(from, "an ack that names another chain than this leader's log");
+            }
+            if let Some(peer) = self.peers.get_mut(&from).filter(|_| leads && stages.durable_us > 0) {
+                peer.stages = Some(stages);
             }
         }
         self.step(Event::Received { from, message: Message::AppendAck(ack) })
@@ -185,7 +188,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                     AppendOutcome::Matched { matched } => chain_at(matched.index)?,
                     _ => Chain::default(),
                 };
-                Outgoing::Ack(AckMessage { ack, chain, stages: AckStages::default() })
+                Outgoing::Ack(AckMessage { ack, chain, stages: self.stages.newest() })
             }
             Message::Vote(vote) => Outgoing::Vote(vote),
             Message::VoteReply(reply) => Outgoing::VoteReply(reply),

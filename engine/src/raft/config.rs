@@ -8,12 +8,13 @@ use ringraft_block::NodeId;
 pub struct RaftConfig {
     /// This node.
     pub id: NodeId,
-    /// The shortest time without a leader before a node campaigns; each wait is drawn from `[t, 2t)`. Also the
-    /// time for which a follower sticks to a leader that it heard, and for which a leader goes on without
-    /// hearing a quorum.
+    /// The time `t` for which a follower sticks to a leader that it heard, and for which a leader goes on without
+    /// hearing a quorum. A node that hears no leader campaigns after a wait drawn from `[t + h, 1.5 t + h)`, where
+    /// `h` is the heartbeat interval: within two election time-outs a new leader follows a dead one. Why that
+    /// range: see `election_wait` in `election.rs`.
     pub election_timeout: Nanos,
-    /// The longest time between two appends that ask a peer for an immediate answer. At most half of
-    /// `election_timeout`.
+    /// The longest time between two appends that ask a peer for an immediate answer. At most a third of
+    /// `election_timeout`: then the longest wait, 1.5 t + h, leaves a sixth of `t` for the election itself.
     pub heartbeat_interval: Nanos,
     /// How long a commit index that no append carried waits before it is sent alone. 1 ms by default: with
     /// traffic it never happens, without traffic a follower applies 1 ms later than it could.
@@ -57,7 +58,7 @@ impl RaftConfig {
         if self.election_timeout.0 == 0 || self.election_timeout.0 > ELECTION_TIMEOUT_MAX.0 {
             return Err(ConfigError::ElectionTimeout { got: self.election_timeout });
         }
-        if self.heartbeat_interval.0 == 0 || self.heartbeat_interval.0 > self.election_timeout.0 / 2 {
+        if self.heartbeat_interval.0 == 0 || self.heartbeat_interval.0 > self.election_timeout.0 / 3 {
             return Err(ConfigError::HeartbeatInterval {
                 got: self.heartbeat_interval,
                 election_timeout: self.election_timeout,
@@ -91,8 +92,9 @@ pub enum ConfigError {
         /// What was given.
         got: Nanos,
     },
-    /// A follower must get at least two chances to hear its leader within an election time-out.
-    #[error("heartbeat interval of {} ns is not within 1 ns and half of the election time-out ({} ns)", got.0, election_timeout.0)]
+    /// A follower must get some chances to hear its leader within an election time-out, and a wait of 1.5 time-outs
+    /// and a heartbeat must end well within two.
+    #[error("heartbeat interval of {} ns is not within 1 ns and a third of the election time-out ({} ns)", got.0, election_timeout.0)]
     HeartbeatInterval {
         /// What was given.
         got: Nanos,
@@ -122,7 +124,7 @@ mod tests {
         assert_eq!(good.validate(), Ok(()));
         assert_eq!(RaftConfig::new(NodeId(0), 7).validate(), Err(ConfigError::ZeroId));
         let timeout = good.election_timeout;
-        let late = RaftConfig { heartbeat_interval: Nanos(timeout.0 / 2 + 1), ..good.clone() };
+        let late = RaftConfig { heartbeat_interval: Nanos(timeout.0 / 3 + 1), ..good.clone() };
         assert!(matches!(late.validate(), Err(ConfigError::HeartbeatInterval { .. })));
         let never = RaftConfig { election_timeout: Nanos::NEVER, ..good.clone() };
         assert!(matches!(never.validate(), Err(ConfigError::ElectionTimeout { .. })));

@@ -4,7 +4,8 @@ use super::check::Recorder;
 use super::disk::SimDisk;
 use super::link::{SimLink, address_of};
 use super::node::{
-    Answer, Boot, CANDIDATE, Cluster, ImageLog, LEADER, RefusedAtOnce, SimNode, Tuning, Turned, View,
+    Answer, Boot, CANDIDATE, Cluster, ImageLog, LEADER, RefusedAtOnce, SimNode, StopReason, Tuning, Turned,
+    View,
 };
 use ringraft::config::{Config, MemberConfig};
 use ringraft::driver::Driver;
@@ -32,15 +33,22 @@ pub struct EngineNode {
     remote: Pipeline,
     local: LocalPipeline,
     completions: Vec<Completion>,
+    /// As configured.
+    apply_bytes_per_turn: usize,
 }
 
 /// The recorder as a state machine.
-pub struct Applied(Recorder);
+pub struct Applied {
+    recorder: Recorder,
+    /// What it was given, in bytes of commands.
+    bytes: usize,
+}
 
 impl StateMachine for Applied {
     fn apply(&mut self, batch: &CommittedBatch<'_>, replies: &mut Replies) {
         for command in batch.commands() {
-            self.0.apply(command.index.get(), command.term.get(), command.bytes);
+            self.recorder.apply(command.index.get(), command.term.get(), command.bytes);
+            self.bytes += command.bytes.len();
             replies.push_empty();
         }
     }
@@ -69,6 +77,13 @@ fn config(node: usize, nodes: usize, tuning: &Tuning) -> Config {
         command_bytes_max: COMMAND_BYTES_MAX,
         writes_in_flight_max: tuning.writes_in_flight_max,
         window_batches: tuning.window_batches,
+        window_bytes: tuning.window_bytes,
+        write_bytes_in_flight_max: tuning.write_bytes_in_flight_max,
+        uncommitted_bytes_max: tuning.uncommitted_bytes_max,
+        ingress_capacity: tuning.ingress_capacity,
+        recent_bytes_max: tuning.recent_bytes_max,
+        apply_bytes_per_turn: tuning.apply_bytes_per_turn,
+        commit_notice_delay: Duration::from_micros(tuning.commit_notice_us),
         ..Config::new(ClusterId(0x5eed), id_of(node), members, "simulated")
     }
 }
@@ -83,10 +98,13 @@ impl Cluster for Engine {
         let Boot { node, nodes, disk, link, recorder, seed, tuning } = boot;
         let config = config(node, nodes, &tuning);
         let wakeup = Arc::new(Wakeup::new());
-        let (driver, handle) = Driver::with_backend(config, seed, wakeup, disk, link, Applied(recorder))
+        let machine = Applied { recorder, bytes: 0 };
+        let (driver, handle) = Driver::with_backend(config, seed, wakeup, disk, link, machine)
             .unwrap_or_else(|error| panic!("{error}"));
         let local = driver.local_handle(LocalWakeup::default()).pipeline();
-        EngineNode { driver, remote: handle.pipeline(), local, handle, completions: Vec::new() }
+        let (remote, completions) = (handle.pipeline(), Vec::new());
+        let apply_bytes_per_turn = tuning.apply_bytes_per_turn;
+        EngineNode { driver, remote, local, handle, completions, apply_bytes_per_turn }
     }
 
     fn recover(
@@ -123,11 +141,15 @@ impl Cluster for Engine {
 
 impl SimNode for EngineNode {
     fn turn(&mut self, monotonic_ns: u64, wall_ms: u64) -> Turned {
+        let before = self.driver.machine().bytes;
         let outcome = self.driver.turn(Now { monotonic_ns, wall_ms });
+        let full = self.driver.machine().bytes - before >= self.apply_bytes_per_turn;
+        let behind = self.driver.raft().is_some_and(|raft| raft.commit() > self.driver.applied().0);
         Turned {
             progressed: outcome.progressed,
             next_deadline_ns: outcome.next_deadline_ns,
             stopped: outcome.stop,
+            apply_paused: full && behind,
         }
     }
 
@@ -137,6 +159,10 @@ impl SimNode for EngineNode {
             _ => self.remote.submit(tag, command.to_vec()),
         };
         submitted.map_err(|refused| RefusedAtOnce { leader: leader_in(&refused.reason) })
+    }
+
+    fn shutdown(&mut self) {
+        self.handle.shutdown();
     }
 
     fn answers(&mut self, out: &mut Vec<(u64, Answer)>) {
@@ -189,8 +215,9 @@ impl SimNode for EngineNode {
         format!("{raft:?}, {:?}, applied {:?}", self.driver.wal().stats(), self.driver.applied())
     }
 
-    fn stop_reason(&self) -> Option<String> {
-        self.handle.status().stopped.map(|cause| cause.to_string())
+    fn stop_reason(&self) -> Option<StopReason> {
+        let cause = self.handle.status().stopped?;
+        Some(StopReason { text: cause.to_string(), orderly: cause.is_orderly() })
     }
 
     fn check(&self) -> Result<(), String> {

@@ -46,6 +46,10 @@ marks! {
     PowerCut = "power_cuts", true;
     /// All machines lost power at once.
     PowerCutOfAll = "power_cuts_of_all", true;
+    /// A node was asked to stop, and did so in good order.
+    OrderlyStop = "orderly_stops", true;
+    /// A node that was to stop in good order crashed first.
+    CrashWhileClosing = "crashes_while_closing", false;
     /// A node was started again.
     Restart = "restarts", true;
     /// A crash met writes in flight.
@@ -86,6 +90,8 @@ marks! {
     StalledDisk = "stalled_disks", true;
     /// A disk operation failed by request of the fault schedule.
     DiskFault = "disk_faults", false;
+    /// A node had more to apply than it may in one turn.
+    ApplyPaused = "apply_pauses", true;
     /// A log went on in another segment.
     Rollover = "rollovers", false;
     /// A command was acknowledged.

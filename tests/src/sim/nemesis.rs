@@ -18,6 +18,10 @@ pub enum Trouble {
     PowerCut,
     /// All machines lose power.
     PowerCutOfAll,
+    /// One process is asked to stop in good order.
+    Shutdown,
+    /// The leader is asked to stop in good order.
+    ShutdownLeader,
     /// One node loses all its links.
     Isolate,
     /// The leader loses all its links.
@@ -49,11 +53,13 @@ pub enum Trouble {
 }
 
 /// Kinds with their weights. Failing disks only on request.
-const TROUBLES: [(Trouble, u64); 15] = [
+const TROUBLES: [(Trouble, u64); 17] = [
     (Trouble::Kill, 5),
     (Trouble::KillLeader, 4),
     (Trouble::PowerCut, 3),
     (Trouble::PowerCutOfAll, 2),
+    (Trouble::Shutdown, 3),
+    (Trouble::ShutdownLeader, 2),
     (Trouble::Isolate, 2),
     (Trouble::IsolateLeader, 5),
     (Trouble::Split, 2),

@@ -14,6 +14,8 @@ pub struct Turned {
     pub next_deadline_ns: u64,
     /// The node has stopped for good.
     pub stopped: bool,
+    /// It stopped applying because it had applied as much as it may in a turn.
+    pub apply_paused: bool,
 }
 
 /// What a node is and knows after a turn.
@@ -75,6 +77,15 @@ pub struct RefusedAtOnce {
     pub leader: Option<usize>,
 }
 
+/// Why a node stopped.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StopReason {
+    /// For people.
+    pub text: String,
+    /// It was asked to, and did so in good order.
+    pub orderly: bool,
+}
+
 /// One process.
 pub trait SimNode {
     /// Takes a turn.
@@ -85,6 +96,9 @@ pub trait SimNode {
     /// # Errors
     /// A refusal that is known at once; no answer follows.
     fn propose(&mut self, tag: u64, command: &[u8]) -> Result<(), RefusedAtOnce>;
+
+    /// Asks it to stop in good order.
+    fn shutdown(&mut self);
 
     /// Moves the answers that have arrived to `out`.
     fn answers(&mut self, out: &mut Vec<(u64, Answer)>);
@@ -102,7 +116,7 @@ pub trait SimNode {
     fn describe(&self) -> String;
 
     /// Why it stopped.
-    fn stop_reason(&self) -> Option<String>;
+    fn stop_reason(&self) -> Option<StopReason>;
 
     /// Checks what must hold of its state.
     ///
@@ -154,6 +168,20 @@ pub struct Tuning {
     pub writes_in_flight_max: usize,
     /// Appends in flight to one follower.
     pub window_batches: usize,
+    /// Their bytes.
+    pub window_bytes: usize,
+    /// Bytes of durable writes in flight.
+    pub write_bytes_in_flight_max: usize,
+    /// Bytes of uncommitted commands.
+    pub uncommitted_bytes_max: usize,
+    /// Commands that wait to be taken by the core.
+    pub ingress_capacity: usize,
+    /// Bytes of batches kept in memory.
+    pub recent_bytes_max: usize,
+    /// Bytes of commands that are applied in one turn.
+    pub apply_bytes_per_turn: usize,
+    /// How long a commit index waits for an append to ride on, in microseconds.
+    pub commit_notice_us: u64,
 }
 
 impl Tuning {
@@ -169,6 +197,14 @@ impl Tuning {
             batch_bytes_max: 4096 << rng.below(4),
             writes_in_flight_max: rng.between(1, 4) as usize,
             window_batches: rng.between(1, 16) as usize,
+            window_bytes: 4096 << rng.below(8),
+            write_bytes_in_flight_max: 4096 << rng.below(8),
+            // The largest command fits.
+            uncommitted_bytes_max: (40 << 10) << rng.below(6),
+            ingress_capacity: 1 << rng.below(6),
+            recent_bytes_max: [0, 16 << 10, 256 << 10, 32 << 20][rng.index(4)],
+            apply_bytes_per_turn: [1, 100, 2_000, 50_000, 1 << 20][rng.index(5)],
+            commit_notice_us: [0, 100, 1_000, 5_000][rng.index(4)],
         }
     }
 }

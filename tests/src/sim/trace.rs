@@ -50,6 +50,10 @@ kinds! {
     Kill: "kill",
     /// A node lost power: its life.
     PowerCut: "power cut",
+    /// A node was asked to stop: its life.
+    Shutdown: "shutdown",
+    /// A node stopped in good order: its life.
+    Closed: "closed",
     /// A node was started: its life.
     Boot: "boot",
     /// A node stopped by itself.

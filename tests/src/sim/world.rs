@@ -143,6 +143,8 @@ struct Machine<N> {
     /// A client has proposed something since the last turn.
     called: bool,
     view: View,
+    /// It was asked to stop in good order.
+    closing: bool,
     /// Turns until it ends, and how.
     doomed: Option<(u64, Doom)>,
     /// Consecutive turns that nothing from outside called for, and when the first of them was.
@@ -155,6 +157,8 @@ struct Machine<N> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Doom {
     One(Crash),
+    /// It is asked to stop in good order.
+    Shutdown,
     /// All machines lose power with it.
     All,
     /// It loses all its links.
@@ -270,6 +274,7 @@ impl<'a, C: Cluster> World<'a, C> {
                 wake_at: Time::MAX,
                 called: false,
                 view: View::default(),
+                closing: false,
                 doomed: None,
                 idle_turns: 0,
                 idle_since: 0,
@@ -455,6 +460,7 @@ impl<'a, C: Cluster> World<'a, C> {
         machine.wake_at = 0;
         machine.busy_until = now;
         machine.paused_until = 0;
+        machine.closing = false;
         machine.doomed = None;
         machine.heard_at.fill(now);
     }
@@ -490,9 +496,13 @@ impl<'a, C: Cluster> World<'a, C> {
                     .fail(|| format!("node {node} spins: {turned:?}, to wake at {until}"));
             }
         }
+        if turned.apply_paused {
+            self.context.cover(Mark::ApplyPaused);
+        }
         if turned.stopped {
             self.context.record(node, What::Stopped, 0, 0);
-            let reason = process.stop_reason().unwrap_or_else(|| "for no reason given".to_owned());
+            let reason = process.stop_reason();
+            let orderly = machine.closing && reason.as_ref().is_some_and(|reason| reason.orderly);
             // Its last answers count like any other: a node that acknowledges while it stops is believed.
             let mut answers = std::mem::take(&mut self.answers);
             process.answers(&mut answers);
@@ -500,12 +510,14 @@ impl<'a, C: Cluster> World<'a, C> {
                 self.answered(node, tag, &answer);
             }
             self.answers = answers;
-            if self.options.disk_faults {
+            if orderly {
+                self.closed(node);
+            } else if self.options.disk_faults {
                 // Whoever runs it mends the disk and starts it again.
                 self.crash(node, Crash::Kill);
                 self.mend_disk(node);
             } else {
-                self.history.borrow_mut().fail(|| format!("node {node} stopped: {reason}"));
+                self.history.borrow_mut().fail(|| format!("node {node} stopped: {reason:?}"));
             }
             return;
         }
@@ -527,6 +539,10 @@ impl<'a, C: Cluster> World<'a, C> {
             Some((0, Doom::One(how))) => {
                 let how = *how;
                 self.crash(node, how);
+            }
+            Some((0, Doom::Shutdown)) => {
+                *doomed = None;
+                self.shut_down(node);
             }
             Some((0, Doom::All)) => {
                 self.context.cover(Mark::PowerCutOfAll);
@@ -594,7 +610,6 @@ impl<'a, C: Cluster> World<'a, C> {
     }
 
     fn crash(&mut self, node: usize, how: Crash) {
-        let now = self.context.now();
         let machine = &mut self.machines[node];
         if machine.process.is_none() && how == Crash::Kill {
             return;
@@ -605,6 +620,16 @@ impl<'a, C: Cluster> World<'a, C> {
         };
         self.context.record(node, what, machine.lives, 0);
         self.context.cover(mark);
+        if machine.process.is_some() && machine.closing {
+            self.context.cover(Mark::CrashWhileClosing);
+        }
+        self.take_down(node, how);
+    }
+
+    /// The process is gone, and whatever it had not finished with it.
+    fn take_down(&mut self, node: usize, how: Crash) {
+        let now = self.context.now();
+        let machine = &mut self.machines[node];
         let running = machine.process.take().is_some();
         machine.view = View::default();
         machine.wake_at = Time::MAX;
@@ -755,6 +780,8 @@ impl<'a, C: Cluster> World<'a, C> {
             Trouble::KillLeader => self.doom(leader, Doom::One(Crash::Kill)),
             Trouble::PowerCut => self.doom(node, Doom::One(Crash::PowerCut)),
             Trouble::PowerCutOfAll => self.doom(node, Doom::All),
+            Trouble::Shutdown => self.doom(node, Doom::Shutdown),
+            Trouble::ShutdownLeader => self.doom(leader, Doom::Shutdown),
             Trouble::Isolate => self.cut_where(length, |from, to| (from == node) != (to == node)),
             Trouble::IsolateLeader => self.doom(leader, Doom::Isolated),
             Trouble::Split => {
@@ -973,5 +1000,6 @@ fn id_of(tag: u64) -> CommandId {
     CommandId { client: (tag >> 32) as usize, sequence: (tag & 0xffff_ffff) as usize }
 }
 
+mod closing;
 #[cfg(test)]
 mod tests;

@@ -2,7 +2,7 @@
 //! simulator must notice is easy to do wrong here on purpose.
 
 use super::*;
-use crate::sim::node::{ImageLog, RefusedAtOnce, Turned};
+use crate::sim::node::{ImageLog, RefusedAtOnce, StopReason, Turned};
 use ringraft_block::{AlignedBuf, BLOCK_BYTES, Block, Pool, crc32c, round_up_to_block};
 use ringraft_wal::disk::{Access, Disk, DiskDone, DiskErrorKind, DiskOp, DiskOpId, DiskOutput, FileId};
 use std::convert::Infallible;
@@ -18,6 +18,8 @@ enum Wrong {
     NeverFlush,
     /// Forgets to apply one command in some.
     Skip,
+    /// Stops at once when asked to, whatever it has begun.
+    CloseEarly,
 }
 
 struct Scribes(Wrong);
@@ -35,6 +37,7 @@ struct Scribe {
     last: u64,
     applied: u64,
     writing: bool,
+    closing: bool,
     waiting: Vec<(u64, Vec<u8>)>,
     answers: Vec<(u64, Answer)>,
     done: Vec<DiskDone<AlignedBuf>>,
@@ -156,7 +159,9 @@ impl SimNode for Scribe {
             let access = self.access();
             self.submit(DiskOp::Open { name: "scribe".to_owned(), access });
         }
-        if self.stage == Stage::Ready && !self.writing && !self.waiting.is_empty() {
+        let quiet = self.stage == Stage::Ready && !self.writing;
+        let stopped = self.closing && (quiet || self.wrong == Wrong::CloseEarly);
+        if quiet && !stopped && !self.waiting.is_empty() {
             progressed = true;
             self.writing = true;
             self.last += 1;
@@ -170,7 +175,7 @@ impl SimNode for Scribe {
                 self.finish();
             }
         }
-        Turned { progressed, next_deadline_ns: u64::MAX, stopped: false }
+        Turned { progressed, next_deadline_ns: u64::MAX, stopped, apply_paused: false }
     }
 
     fn propose(&mut self, tag: u64, command: &[u8]) -> Result<(), RefusedAtOnce> {
@@ -179,6 +184,10 @@ impl SimNode for Scribe {
         }
         self.waiting.push((tag, command.to_vec()));
         Ok(())
+    }
+
+    fn shutdown(&mut self) {
+        self.closing = true;
     }
 
     fn answers(&mut self, out: &mut Vec<(u64, Answer)>) {
@@ -216,8 +225,8 @@ impl SimNode for Scribe {
         format!("{} applied", self.applied)
     }
 
-    fn stop_reason(&self) -> Option<String> {
-        None
+    fn stop_reason(&self) -> Option<StopReason> {
+        self.closing.then(|| StopReason { text: String::new(), orderly: true })
     }
 
     fn check(&self) -> Result<(), String> {
@@ -240,6 +249,7 @@ impl Cluster for Scribes {
             last: 0,
             applied: 0,
             writing: false,
+            closing: false,
             waiting: Vec::new(),
             answers: Vec::new(),
             done: Vec::new(),
@@ -294,7 +304,14 @@ fn a_node_that_does_everything_right_survives_every_seed() {
         }
         coverage.merge(&report.coverage);
     }
-    for mark in [Mark::Kill, Mark::PowerCut, Mark::TornWrite, Mark::UnknownLost, Mark::UnknownCommitted] {
+    for mark in [
+        Mark::Kill,
+        Mark::PowerCut,
+        Mark::OrderlyStop,
+        Mark::TornWrite,
+        Mark::UnknownLost,
+        Mark::UnknownCommitted,
+    ] {
         assert!(coverage.of(mark) > 0, "{}", mark.name());
     }
 }
@@ -319,6 +336,12 @@ fn a_node_that_acknowledges_before_durability_is_caught_by_its_image_and_by_its_
 #[test]
 fn a_node_that_never_flushes_is_caught() {
     assert!(first_failure(Wrong::NeverFlush, &options(0)).is_some());
+}
+
+#[test]
+fn a_node_that_stops_before_its_writes_have_ended_is_caught() {
+    let message = first_failure(Wrong::CloseEarly, &options(0)).unwrap();
+    assert!(message.contains("stopped in good order"), "{message}");
 }
 
 #[test]

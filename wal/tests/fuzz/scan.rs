@@ -1,0 +1,461 @@
+//! Recovery over a directory that was tampered with: a valid log of one of several shapes, then a few alterations of a kind that devices
+//! (and worse) produce. Random files alone would never get past the first magic.
+//!
+//! What must hold whatever the alterations were:
+//! 1. The start ends, with an open log or with a typed error, and asks for no more memory than the files can account for.
+//! 2. What an open log holds is a prefix of what was appended, byte for byte, each batch whole and chained to the one before.
+//! 3. The log is never shortened in silence. A batch that is missing without a report of damage must look like a write that was
+//!    torn (one of its sectors is blank now), and nothing intact may say that the log was durable through it.
+//! 4. A start changes nothing for the next: it finds the same log, or the same damage, and damage leaves the files alone.
+//! 5. An open log can be appended to, and a later start does not lose that in silence.
+
+use crate::alloc::allocated;
+use crate::memory::{Directory, Unreadable};
+use crate::scenario::{Expected, Scenario, Slot, Start, scenarios, start};
+use crate::sweep::{corpus, input, sweep_one};
+use bolero::TypeGenerator;
+use ringraft_block::{BLOCK_BYTES, LogIndex, SECTOR_BYTES};
+use ringraft_wal::format::{
+    BatchInfo, ENVELOPE_BYTES, SegmentOrigin, read_envelope, read_hard_state, read_segment_header,
+    write_envelope, write_segment_header,
+};
+use ringraft_wal::{RecoveryReport, WalError};
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+#[derive(Debug, TypeGenerator)]
+struct Tampering {
+    scenario: u8,
+    first: Alteration,
+    second: Option<Alteration>,
+    third: Option<Alteration>,
+}
+
+/// A place in the directory.
+#[derive(Clone, Debug, TypeGenerator)]
+enum Spot {
+    /// In a written slot: envelope, start of the image, anywhere.
+    Envelope(u8, u16),
+    Image(u8, u16),
+    /// In a segment's header block.
+    Header(u8, u16),
+    /// Anywhere in a file, the hard state's included.
+    File(u8, u32),
+}
+
+#[derive(Clone, Debug, TypeGenerator)]
+enum Alteration {
+    /// Bits rot.
+    Flip(Spot, u8),
+    /// Sectors hold something else: never written, or garbage.
+    Blank(Spot, u8),
+    Garbage(Spot, u8, u8),
+    Bytes(Spot, Vec<u8>),
+    /// A block, or a slot, is written to another place as well (or there instead).
+    Copy(Spot, Spot, u8),
+    CopySlot(u8, u8),
+    /// The device cannot read a block.
+    Unreadable(Spot),
+    /// Both copies of the hard state rot.
+    HardState(u16, u8),
+    /// A file has lost its end.
+    Truncate(u8, u32),
+    /// A file has got a tail.
+    Extend(u8, u8),
+    /// An intact envelope says something else.
+    Forge(u8, Forgery),
+    /// An intact segment header says something else.
+    ForgeHeader(u8, Forgery),
+}
+
+#[derive(Clone, Debug, TypeGenerator)]
+enum Forgery {
+    Nonce(u64),
+    Generation(u8),
+    Epoch(u8),
+    Boot(u8),
+    Offset(u8),
+    DurableThrough(u16),
+    Term(u8),
+    First(u16),
+    Last(u16),
+    ImageBytes(u32),
+    SegmentBytes(u32),
+}
+
+/// What an outcome is called in the corpus.
+type Outcome = String;
+
+/// The directory after the alterations.
+struct Altered<'a> {
+    scenario: &'a Scenario,
+    directory: Directory,
+    unreadable: Unreadable,
+    /// A checksum was made to fit by hand, which no device does.
+    forged: bool,
+}
+
+impl<'a> Altered<'a> {
+    fn new(scenario: &'a Scenario) -> Self {
+        let directory = scenario.directory.clone();
+        Self { scenario, directory, unreadable: Unreadable::new(), forged: false }
+    }
+
+    /// Half of the time one of the last that were written, where a torn write and damage look alike.
+    fn slot(&self, number: u8) -> &'a Slot {
+        let slots = &self.scenario.slots;
+        let (half, number) = (number % 2, usize::from(number / 2));
+        if half == 0 { &slots[number % slots.len()] } else { self.scenario.slot_from_end(number % 3) }
+    }
+
+    /// The name of a file, and for segments only, of a segment.
+    fn file(&self, number: u8, segments_only: bool) -> String {
+        let names: Vec<_> =
+            self.directory.keys().filter(|name| !segments_only || name.starts_with("segment")).collect();
+        names[usize::from(number) % names.len()].clone()
+    }
+
+    fn spot(&self, spot: &Spot) -> (String, usize) {
+        match spot {
+            Spot::Envelope(slot, at) => {
+                let slot = self.slot(*slot);
+                (slot.file.clone(), slot.offset + usize::from(*at) % ENVELOPE_BYTES)
+            }
+            Spot::Image(slot, at) => {
+                let slot = self.slot(*slot);
+                let room = slot.bytes - ENVELOPE_BYTES;
+                (slot.file.clone(), slot.offset + ENVELOPE_BYTES + usize::from(*at) % room)
+            }
+            Spot::Header(file, at) => (self.file(*file, true), usize::from(*at) % SECTOR_BYTES),
+            Spot::File(file, at) => {
+                let file = self.file(*file, false);
+                let at = *at as usize % self.directory[&file].len().max(1);
+                (file, at)
+            }
+        }
+    }
+
+    /// The bytes from a spot on, at most `count`.
+    fn bytes_at(&mut self, file: &str, at: usize, count: usize) -> &mut [u8] {
+        let content = self.directory.get_mut(file).expect("the file is there");
+        let end = content.len().min(at + count);
+        &mut content[at.min(end)..end]
+    }
+
+    fn sectors_at(&mut self, spot: &Spot, count: u8) -> &mut [u8] {
+        let (file, at) = self.spot(spot);
+        let at = at - at % SECTOR_BYTES;
+        self.bytes_at(&file, at, (usize::from(count) % 9 + 1) * SECTOR_BYTES)
+    }
+
+    fn apply(&mut self, alteration: &Alteration) {
+        match alteration {
+            Alteration::Flip(spot, bit) => {
+                let (file, at) = self.spot(spot);
+                if let Some(byte) = self.bytes_at(&file, at, 1).first_mut() {
+                    *byte ^= 1 << (bit % 8);
+                }
+            }
+            Alteration::Blank(spot, sectors) => self.sectors_at(spot, *sectors).fill(0),
+            Alteration::Garbage(spot, sectors, salt) => {
+                for (at, byte) in self.sectors_at(spot, *sectors).iter_mut().enumerate() {
+                    *byte = (at as u8).wrapping_mul(31) ^ salt | 1;
+                }
+            }
+            Alteration::Bytes(spot, bytes) => {
+                let (file, at) = self.spot(spot);
+                let place = self.bytes_at(&file, at, bytes.len());
+                place.copy_from_slice(&bytes[..place.len()]);
+            }
+            Alteration::Copy(from, to, blocks) => {
+                let ((from, from_at), (to, to_at)) = (self.spot(from), self.spot(to));
+                let count = (usize::from(*blocks) % 3 + 1) * BLOCK_BYTES;
+                let bytes = self.bytes_at(&from, from_at - from_at % BLOCK_BYTES, count).to_vec();
+                let place = self.bytes_at(&to, to_at - to_at % BLOCK_BYTES, bytes.len());
+                place.copy_from_slice(&bytes[..place.len()]);
+            }
+            Alteration::CopySlot(from, to) => {
+                let (from, to) = (self.slot(*from), self.slot(*to));
+                let bytes = self.bytes_at(&from.file, from.offset, from.bytes).to_vec();
+                let place = self.bytes_at(&to.file, to.offset, bytes.len());
+                place.copy_from_slice(&bytes[..place.len()]);
+            }
+            Alteration::Unreadable(spot) => {
+                let (file, at) = self.spot(spot);
+                self.unreadable.insert((file, at - at % BLOCK_BYTES));
+            }
+            Alteration::HardState(at, bit) => {
+                for name in ["hard-a", "hard-b"] {
+                    if let Some(byte) = self.bytes_at(name, usize::from(*at) % 300, 1).first_mut() {
+                        *byte ^= 1 << (bit % 8);
+                    }
+                }
+            }
+            Alteration::Truncate(file, length) => {
+                let file = self.file(*file, false);
+                let content = self.directory.get_mut(&file).expect("the file is there");
+                content.truncate(*length as usize % (content.len() + 1));
+            }
+            Alteration::Extend(file, blocks) => {
+                let file = self.file(*file, false);
+                let content = self.directory.get_mut(&file).expect("the file is there");
+                content.resize(content.len() + usize::from(*blocks) * SECTOR_BYTES, 0);
+            }
+            Alteration::Forge(slot, forgery) => {
+                let slot = self.slot(*slot);
+                let place = self.bytes_at(&slot.file, slot.offset, ENVELOPE_BYTES);
+                if let Ok(mut envelope) = read_envelope(place) {
+                    match forgery {
+                        Forgery::Nonce(value) => envelope.nonce = *value,
+                        Forgery::Generation(value) => envelope.generation = u32::from(*value),
+                        Forgery::Epoch(value) => envelope.epoch = u64::from(*value),
+                        Forgery::Boot(value) => envelope.boot = u64::from(*value),
+                        Forgery::Offset(value) => envelope.offset = u64::from(*value) * BLOCK_BYTES as u64,
+                        Forgery::DurableThrough(value) => envelope.durable_through.0 = u64::from(*value),
+                        Forgery::Term(value) => envelope.term.0 = u64::from(*value),
+                        Forgery::First(value) => envelope.first.0 = u64::from(*value),
+                        Forgery::Last(value) => envelope.last.0 = u64::from(*value),
+                        Forgery::ImageBytes(value) | Forgery::SegmentBytes(value) => {
+                            envelope.image_bytes = *value
+                        }
+                    }
+                    write_envelope(place, &envelope);
+                    self.forged = true;
+                }
+            }
+            Alteration::ForgeHeader(file, forgery) => {
+                let file = self.file(*file, true);
+                let place = self.bytes_at(&file, 0, SECTOR_BYTES);
+                if let Ok(mut header) = read_segment_header(place) {
+                    match forgery {
+                        Forgery::Nonce(value) => header.nonce = *value,
+                        Forgery::Generation(value) | Forgery::Offset(value) | Forgery::Term(value) => {
+                            header.generation = u32::from(*value);
+                        }
+                        Forgery::Epoch(value) => header.epoch = u64::from(*value),
+                        Forgery::Boot(value) => header.boot = u64::from(*value),
+                        Forgery::SegmentBytes(value) | Forgery::ImageBytes(value) => {
+                            header.segment_bytes = u64::from(*value);
+                        }
+                        Forgery::DurableThrough(value) | Forgery::First(value) | Forgery::Last(value) => {
+                            if let SegmentOrigin::Cut { cut, after } = &mut header.origin {
+                                cut.index.0 = u64::from(*value);
+                                after.index = cut.index;
+                            } else {
+                                header.origin = SegmentOrigin::Rollover { previous: u32::from(*value) };
+                            }
+                        }
+                    }
+                    write_segment_header(place, &header);
+                    self.forged = true;
+                }
+            }
+        }
+    }
+
+    /// The sectors of a range that are as they were.
+    fn intact(&self, file: &str, range: Range<usize>) -> bool {
+        let same = self.directory.get(file).and_then(|content| content.get(range.clone()))
+            == self.scenario.directory.get(file).and_then(|content| content.get(range.clone()));
+        let lost =
+            |(name, at): &(String, usize)| name == file && *at < range.end && range.start < *at + BLOCK_BYTES;
+        same && !self.unreadable.iter().any(lost)
+    }
+
+    /// Whether a segment that waits for its turn has been altered, or a name that may be used again has blocks that cannot be read.
+    fn free_segment_is_dirty(&self) -> bool {
+        let dirty = |(name, content): (&String, &Vec<u8>)| {
+            name.ends_with(".free") && content.iter().any(|byte| *byte != 0)
+        };
+        !self.unreadable.is_empty() || self.directory.iter().any(dirty)
+    }
+
+    /// Whether something intact says that the log was durable through `missing`: the hard state, the cut in a segment header, or a later
+    /// envelope of its epoch or a newer one.
+    fn vouched(&self, missing: &Expected) -> bool {
+        let at_least = |index: LogIndex| index >= missing.info.last;
+        let copies: Vec<_> = ["hard-a", "hard-b"]
+            .iter()
+            .filter_map(|name| read_hard_state(self.directory.get(*name)?).ok())
+            .collect();
+        let newest = copies.iter().max_by_key(|state| state.sequence);
+        let vouched_by_hard_state = newest.is_some_and(|state| at_least(state.witness.max(state.cut.index)));
+        let headed = |slot: &Slot| self.intact(&slot.file, 0..SECTOR_BYTES);
+        let vouched_by_envelope = self.scenario.slots.iter().any(|slot| {
+            slot.envelope.epoch >= missing.epoch
+                && at_least(slot.envelope.durable_through)
+                && headed(slot)
+                && self.intact(&slot.file, slot.offset..slot.offset + ENVELOPE_BYTES)
+        });
+        vouched_by_hard_state || vouched_by_envelope
+    }
+
+    /// Whether the slot of a batch has a sector that is blank now and was not.
+    fn looks_torn(&self, missing: &Expected) -> bool {
+        let is_it =
+            |slot: &&Slot| slot.envelope.epoch == missing.epoch && slot.envelope.chain == missing.info.chain;
+        let slot = self.scenario.slots.iter().find(is_it).expect("an appended batch has a slot");
+        let Some(content) = self.directory.get(&slot.file) else { return false };
+        let before = &self.scenario.directory[&slot.file];
+        (slot.offset..slot.offset + slot.bytes).step_by(SECTOR_BYTES).any(|at| {
+            let blank = |bytes: &[u8]| bytes.iter().all(|byte| *byte == 0);
+            content.get(at..at + SECTOR_BYTES).is_none_or(blank) && !blank(&before[at..at + SECTOR_BYTES])
+        })
+    }
+}
+
+thread_local! {
+    static SCENARIOS: &'static [Scenario] = Box::leak(scenarios().into_boxed_slice());
+}
+
+fn tampered(tampering: &Tampering) -> Outcome {
+    let scenarios = SCENARIOS.with(|scenarios| *scenarios);
+    let scenario = &scenarios[usize::from(tampering.scenario) % scenarios.len()];
+    let mut altered = Altered::new(scenario);
+    altered.apply(&tampering.first);
+    for alteration in [&tampering.second, &tampering.third].into_iter().flatten() {
+        altered.apply(alteration);
+    }
+    let files = altered.directory.clone();
+    let largest_file = files.values().map(Vec::len).max().unwrap_or(0);
+    let (started, memory) = allocated(|| start(files, altered.unreadable.clone()));
+    // Reads are done in pieces of 1 MiB at most; a segment is held in memory once.
+    let bound = largest_file.max(140 * 1024).max(1 << 20) + BLOCK_BYTES;
+    assert!(memory.largest <= bound, "{} bytes were asked for at once", memory.largest);
+    match started {
+        Start::Stopped(error, after) => {
+            stopped(&altered, &error, after);
+            name_of(&error)
+        }
+        Start::Opened(mut node, report) => {
+            let read = node.read_all();
+            let infos = node.batches();
+            assert_eq!(infos, read.iter().map(|batch| batch.info).collect::<Vec<_>>());
+            assert!(read.len() <= scenario.log.len(), "nothing comes back that was cut off");
+            for (batch, expected) in read.iter().zip(&scenario.log) {
+                assert_eq!(batch.info, expected.info);
+                assert!(
+                    batch.image() == expected.image,
+                    "the batch at {} is what was appended",
+                    batch.info.first
+                );
+            }
+            let missing = scenario.log.get(read.len());
+            if let Some(missing) = missing {
+                not_in_silence(&altered, missing, &report);
+            }
+            let outcome = if missing.is_some() { "opened-shorter" } else { "opened-whole" };
+            opened_again(node.kill(), &altered, read.len());
+            outcome.to_owned()
+        }
+    }
+}
+
+fn stopped(altered: &Altered<'_>, error: &WalError, after: Directory) {
+    assert!(!matches!(error, WalError::Protocol { .. } | WalError::Config(_)), "{error}");
+    if matches!(error, WalError::Damaged(_)) {
+        assert!(after == altered.directory, "damage leaves the files as they are");
+    }
+    match start(after, altered.unreadable.clone()) {
+        Start::Stopped(again, _) => assert_eq!(again, *error, "the next start says the same"),
+        Start::Opened(..) => panic!("a start that stopped with {error} mended something"),
+    }
+}
+
+fn not_in_silence(altered: &Altered<'_>, missing: &Expected, report: &RecoveryReport) {
+    assert_eq!(report.damage, None, "a log with damage does not open");
+    let first = missing.info.first;
+    assert!(altered.looks_torn(missing), "the batch at {first} is gone and was not torn");
+    // A forged header or envelope is not intact, and may pretend that what vouches is of another life.
+    assert!(
+        altered.forged || !altered.vouched(missing),
+        "the batch at {first} is gone and was known to be durable"
+    );
+}
+
+/// Another start finds the same log, which can then be appended to. What a free segment holds is looked at only once it is in service, so
+/// one that was altered is told by the next start, as damage behind the end of the log.
+fn opened_again(directory: Directory, altered: &Altered<'_>, kept: usize) {
+    let same = |infos: &[BatchInfo]| {
+        infos.iter().zip(&altered.scenario.log[..kept]).all(|(info, expected)| *info == expected.info)
+    };
+    let told = |error: WalError| {
+        let damaged = matches!(error, WalError::Damaged(_));
+        assert!(damaged && altered.free_segment_is_dirty(), "a log that opened does not open again: {error}");
+    };
+    let mut node = match start(directory, altered.unreadable.clone()) {
+        Start::Opened(node, _) => node,
+        Start::Stopped(error, _) => return told(error),
+    };
+    let infos = node.batches();
+    assert!(infos.len() == kept && same(&infos), "the next start finds the same log");
+    let appended: Vec<_> = (0..3).map(|_| node.append(2, 100).info).collect();
+    match start(node.kill(), altered.unreadable.clone()) {
+        Start::Opened(node, report) => {
+            let infos = node.batches();
+            assert_eq!(report.damage, None);
+            assert!(same(&infos) && infos[kept..] == appended, "what was appended is found");
+        }
+        Start::Stopped(error, _) => told(error),
+    }
+}
+
+fn name_of(error: &WalError) -> Outcome {
+    match error {
+        WalError::Damaged(damage) => format!("damaged-{:?}", damage.cause).to_lowercase(),
+        other => {
+            let debug = format!("{other:?}").to_lowercase();
+            let name: String = debug.chars().take_while(char::is_ascii_alphanumeric).collect();
+            name
+        }
+    }
+}
+
+#[test]
+fn an_untouched_directory_has_its_whole_log() {
+    for scenario in scenarios() {
+        let Start::Opened(mut node, report) = start(scenario.directory, Unreadable::new()) else {
+            panic!("the log opens");
+        };
+        assert_eq!((report.damage, report.torn_bytes), (None, 0));
+        let read = node.read_all();
+        assert_eq!(read.len(), scenario.log.len());
+        assert!(read.iter().zip(&scenario.log).all(|(batch, expected)| batch.image() == expected.image));
+    }
+}
+
+/// Inputs of the sweep. They reach every outcome.
+const INPUTS: u64 = 4000;
+
+/// How a start can end after tampering, but for what only a real device reports.
+const OUTCOMES: [&str; 10] = [
+    "damaged-enveloperotten",
+    "damaged-imagerotten",
+    "damaged-lost",
+    "damaged-misplaced",
+    "damaged-segmentheader",
+    "damaged-segmentmissing",
+    "hardstatebehind",
+    "hardstatelost",
+    "opened-shorter",
+    "opened-whole",
+];
+
+#[test]
+fn recovery_of_a_mutated_directory() {
+    let target = "scan__recovery_of_a_mutated_directory";
+    bolero::check!().with_iterations(0).with_type::<Tampering>().for_each(|tampering: &Tampering| {
+        tampered(tampering);
+    });
+    // The first input of each outcome is a part of the corpus.
+    let mut found = BTreeMap::new();
+    for number in 0..INPUTS {
+        if let Some(outcome) = sweep_one(number, tampered) {
+            found.entry(outcome).or_insert(number);
+        }
+    }
+    let reached: Vec<_> = found.keys().map(String::as_str).collect();
+    assert_eq!(reached, OUTCOMES, "the inputs reach every outcome");
+    let files: Vec<_> = found.into_iter().map(|(outcome, number)| (outcome, input(number))).collect();
+    corpus(target, &files);
+}
