@@ -4,7 +4,8 @@
 use super::fields::{Field, FieldAt, layout};
 use super::{Chain, ENVELOPE_BYTES, FORMAT_VERSION, crc_without, field_range, slot_bytes};
 use ringraft_block::{
-    Block, BlockBuf, GroupId, LogIndex, SECTOR_BYTES, Term, crc32c, crc32c_append, crc32c_sectors,
+    Block, BlockBuf, GroupId, LogIndex, SECTOR_BYTES, Term, crc32c, crc32c_append, crc32c_numbered,
+    crc32c_sectors,
 };
 use rkyv::api::low;
 use rkyv::rancor::Failure;
@@ -839,7 +840,7 @@ fn chunk_of(checksums_at: usize, ordinal: usize) -> Range<usize> {
 }
 
 fn sector_checksum(seed: u32, ordinal: usize, chunk: &[u8]) -> u32 {
-    stored(crc32c_append(crc32c_append(seed, &(ordinal as u32).to_le_bytes()), chunk))
+    stored(crc32c_numbered(seed, ordinal as u32, chunk))
 }
 
 /// Hands the checksums of all sectors of an image to `each`, in order. `content` is what lies before the checksum table.
