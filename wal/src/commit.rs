@@ -49,6 +49,11 @@ impl Window {
         self.writes.len() + self.void.len()
     }
 
+    /// Whether a write to the segment is in flight.
+    pub(crate) fn writes_to(&self, generation: u32) -> bool {
+        self.writes.iter().chain(&self.void).any(|write| write.generation == generation && !write.done)
+    }
+
     pub(crate) fn bytes_in_flight(&self) -> usize {
         self.bytes
     }

@@ -1,11 +1,15 @@
 //! Damage: what a start does about it, what it claims and keeps, and how batches are repaired.
 
+use crate::disk::{DiskErrorKind, DiskOp};
 use crate::error::DamageCause;
-use crate::format::{BatchInfo, Chain, Claim, ENVELOPE_BYTES, read_envelope, slots_start};
-use crate::testing::{Device, Harness, Rng};
+use crate::format::{
+    BatchInfo, Chain, Claim, ENVELOPE_BYTES, HARD_STATE_FILE_BYTES, HardState, LAYOUTS, LogStart,
+    read_envelope, read_hard_state, slots_start, write_hard_state,
+};
+use crate::testing::{Device, Fate, Harness, Rng};
 use crate::tests::{four_batches, last_segment, slot_at};
-use crate::{DamagedBatch, ReadError, Recovered};
-use ringraft_block::{BLOCK_BYTES, LogIndex, SECTOR_BYTES, Term};
+use crate::{DamagedBatch, ReadError, Recovered, RepairError, WalEvent};
+use ringraft_block::{AlignedBuf, BLOCK_BYTES, Block, LogIndex, SECTOR_BYTES, Term};
 
 /// What a start made of a device.
 #[derive(Debug, PartialEq)]
@@ -114,7 +118,7 @@ fn a_batch_with_a_rotten_image_stays_in_the_log_and_one_with_a_rotten_envelope_c
                 } else {
                     let claim = recovered.claim.unwrap();
                     assert!(!claim.certain && claim.term == Term(1), "{claim:?}");
-                    assert_eq!(claim.last, LogIndex(if closed { 8 } else { 6 }));
+                    assert_eq!(claim.last, LogIndex(if closed { 8 } else { 7 }));
                 }
             }
         }
@@ -589,10 +593,14 @@ fn random_damage(seed: u64) -> Seen {
     for salvaged in &salvage {
         let batch = appended.iter().find(|batch| batch.info.chain == salvaged.chain).expect("no wrong batch");
         let before = appended.iter().find(|before| before.info.last == salvaged.first.previous());
+        if before.is_none() && salvaged.first > LogIndex(1) {
+            // Nothing is left of the one before, which was in flight.
+            continue;
+        }
         let previous = before.map_or(Chain::default(), |before| before.info.chain);
         harness.wal.read_salvage(&mut harness.disk, 2, salvaged.first, previous);
         harness.settle();
-        let read = harness.take_read().expect("salvage is readable");
+        let read = harness.take_read().unwrap_or_else(|error| panic!("{error} {salvaged:?} {recovered:?}"));
         assert_eq!(read[0].image(), &batch.bytes[ENVELOPE_BYTES..]);
         harness.wal.read_salvage(&mut harness.disk, 3, salvaged.first, Chain([9; 16]));
         harness.settle();
@@ -605,4 +613,630 @@ fn random_damage(seed: u64) -> Seen {
         salvaged: salvage.len(),
         whole: usize::from(claim.is_none() && damaged.is_empty()),
     }
+}
+
+/// The hard state on disk, changed.
+fn change_hard_state(device: &mut Device, change: impl Fn(&mut HardState)) {
+    for name in ["hard-a", "hard-b"] {
+        let mut state = read_hard_state(device.content(name)).unwrap();
+        change(&mut state);
+        let mut block = vec![0; HARD_STATE_FILE_BYTES];
+        write_hard_state(&mut block, &state);
+        device.corrupt(name, 0, |bytes| bytes.copy_from_slice(&block), HARD_STATE_FILE_BYTES);
+    }
+}
+
+#[test]
+fn damage_before_the_start_of_the_log_is_no_damage() {
+    let whole = Whole::new();
+    let names: Vec<&String> = whole.batches.iter().map(|batch| &batch.name).collect();
+    // The start lies within the second segment.
+    let second = names.iter().position(|name| *name != names[0]).unwrap();
+    let start = whole.batches[second + 4].info;
+    let mut device = whole.device.clone();
+    change_hard_state(&mut device, |state| {
+        state.start = LogStart { index: start.last, term: start.term, chain: start.chain };
+    });
+    let expected: Vec<Chain> = whole.batches[second + 5..].iter().map(|batch| batch.info.chain).collect();
+    let (harness, _) = Sick::new(device.clone()).opens();
+    assert_eq!(harness.chains(), expected);
+    for ordinal in 0..second + 5 {
+        for offset in [0, 700] {
+            let batch = &whole.batches[ordinal];
+            let mut sick = Sick::new(device.clone());
+            sick.flip(&batch.name, batch.at + offset);
+            let (harness, recovered) = sick.opens();
+            assert_eq!(harness.chains(), expected, "batch {ordinal}");
+            assert_eq!((recovered.report.damage, recovered.claim), (Vec::new(), None), "batch {ordinal}");
+        }
+    }
+    // The segments before it are gone.
+    let mut sick = Sick::new(device.clone());
+    sick.device.remove(names[0]);
+    let (harness, recovered) = sick.opens();
+    assert_eq!((harness.chains(), recovered.claim), (expected.clone(), None));
+    // The first batch behind the start counts.
+    let batch = &whole.batches[second + 5];
+    let mut sick = Sick::new(device);
+    sick.flip(&batch.name, batch.at);
+    let (harness, recovered) = sick.opens();
+    assert_eq!((harness.chains().len(), recovered.claim), (0, certain(3, 60)));
+}
+
+/// Sets four bytes at `at` so that the crc32c field at `crc` comes out as zero: the checksum is linear in the bits.
+fn with_crc_zero(bytes: &mut [u8], at: usize, crc: usize) {
+    bytes[crc..crc + 4].fill(0);
+    let sum = |bytes: &[u8]| ringraft_block::crc32c(bytes);
+    let wanted = sum(bytes);
+    let mut basis: Vec<(u32, u32)> = Vec::new();
+    for bit in 0..32 {
+        bytes[at + bit / 8] ^= 1 << (bit % 8);
+        let (mut effect, mut bits) = (sum(bytes) ^ wanted, 1u32 << bit);
+        bytes[at + bit / 8] ^= 1 << (bit % 8);
+        for (other, other_bits) in &basis {
+            if effect ^ other < effect {
+                (effect, bits) = (effect ^ other, bits ^ other_bits);
+            }
+        }
+        assert_ne!(effect, 0);
+        basis.push((effect, bits));
+        basis.sort_by_key(|(effect, _)| std::cmp::Reverse(*effect));
+    }
+    let (mut rest, mut flips) = (wanted, 0);
+    for (effect, bits) in &basis {
+        if rest ^ effect < rest {
+            (rest, flips) = (rest ^ effect, flips ^ bits);
+        }
+    }
+    assert_eq!(rest, 0);
+    for bit in 0..32 {
+        bytes[at + bit / 8] ^= ((flips >> bit & 1) as u8) << (bit % 8);
+    }
+    assert_eq!(sum(bytes), 0);
+}
+
+#[test]
+fn an_envelope_whose_checksum_is_zero_is_an_envelope_as_any_other() {
+    let (device, slots) = four_batches(true);
+    let (name, at) = &slots[0];
+    let field = |name: &str| {
+        let (_, fields) = LAYOUTS.iter().find(|(layout, _)| *layout == "envelope").unwrap();
+        fields.iter().find(|field| field.name == name).unwrap().at
+    };
+    // Its nonce is what may vary, so it must come out as misplaced, and not as torn or rotten.
+    let mut sector = device.content(name)[*at..at + ENVELOPE_BYTES].to_vec();
+    with_crc_zero(&mut sector, field("nonce"), field("crc"));
+    assert!(read_envelope(&sector).is_ok());
+    // Blank sectors have no such luck: an envelope has a magic number.
+    assert!(read_envelope(&[0; ENVELOPE_BYTES]).is_err());
+    let mut sick = Sick::new(device);
+    sick.device.corrupt(name, *at, |bytes| bytes.copy_from_slice(&sector), ENVELOPE_BYTES);
+    let (_, recovered) = sick.opens();
+    assert_eq!(recovered.claim, certain(1, 8));
+}
+
+// Repair.
+
+/// A log in several segments, the last bytes of every batch, and where each lies.
+struct Whole {
+    device: Device,
+    batches: Vec<Appended>,
+}
+
+impl Whole {
+    fn new() -> Self {
+        let (device, names) = sixty_batches();
+        let mut batches = Vec::new();
+        let mut harness = Harness::start(device.clone());
+        harness.open();
+        for info in harness.wal.batches() {
+            let (name, at) = slot_at(&harness, info.first);
+            let end = at + ENVELOPE_BYTES + info.image_bytes as usize;
+            let bytes = device.content(&name)[at..end].to_vec();
+            assert!(names.contains(&name));
+            batches.push(Appended { info, name, at, bytes });
+        }
+        Self { device, batches }
+    }
+
+    /// The images of these batches are rotten.
+    fn rotten(&self, firsts: &[u64]) -> Sick {
+        let mut sick = Sick::new(self.device.clone());
+        for first in firsts {
+            let batch = self.batch(*first);
+            sick.flip(&batch.name, batch.at + 3 * SECTOR_BYTES);
+        }
+        sick
+    }
+
+    fn batch(&self, first: u64) -> &Appended {
+        self.batches.iter().find(|batch| batch.info.first == LogIndex(first)).unwrap()
+    }
+
+    /// The image of a batch as it comes from a peer.
+    fn fetched(&self, harness: &mut Harness, first: u64) -> Block<AlignedBuf> {
+        let batch = self.batch(first);
+        let pool = harness.pool.clone();
+        let mut block = crate::ops::take(&pool, &mut harness.disk, batch.info.slot_bytes()).unwrap();
+        block[ENVELOPE_BYTES..batch.bytes.len()].copy_from_slice(&batch.bytes[ENVELOPE_BYTES..]);
+        block
+    }
+
+    fn repair(&self, harness: &mut Harness, first: u64) {
+        let block = self.fetched(harness, first);
+        harness.wal.repair(&mut harness.disk, LogIndex(first), block).unwrap();
+    }
+
+    /// Everything that is not listed as damaged reads back as it was written.
+    fn reads_back(&self, harness: &mut Harness, damaged: &[u64]) {
+        let listed: Vec<u64> = harness.wal.damaged().map(|batch| batch.info.first.get()).collect();
+        assert_eq!(listed, damaged);
+        for batch in &self.batches {
+            if batch.info.first > harness.wal.last_index() {
+                break;
+            }
+            harness.wal.read(&mut harness.disk, 1, batch.info.first, 1);
+            harness.settle();
+            let read = harness.take_read();
+            if damaged.contains(&batch.info.first.get()) {
+                assert!(matches!(read, Err(ReadError::Damaged { .. })), "{read:?}");
+            } else {
+                assert_eq!(read.unwrap()[0].image(), &batch.bytes[ENVELOPE_BYTES..]);
+            }
+        }
+    }
+}
+
+fn told(harness: &mut Harness) -> Vec<(bool, u64)> {
+    let events = std::mem::take(&mut harness.events);
+    let tell = |event| match event {
+        WalEvent::Repaired { first, .. } => Some((true, first.get())),
+        WalEvent::DamageFound(batch) => Some((false, batch.info.first.get())),
+        WalEvent::Poisoned(error) => panic!("{error}"),
+        _ => None,
+    };
+    events.into_iter().filter_map(tell).collect()
+}
+
+#[test]
+fn repaired_batches_are_whole_again_in_an_ordinary_segment() {
+    let whole = Whole::new();
+    // Two in one segment, one in another; one whose header is intact, so that all but the bytes is known of it.
+    let mut sick = whole.rotten(&[20, 22, 40]);
+    let batch = whole.batch(22);
+    sick.flip(&batch.name, batch.at + ENVELOPE_BYTES + 8);
+    sick.unreadable.push((whole.batch(21).name.clone(), 130 * 1024 - 2048));
+    sick.unreadable.clear();
+    let (mut harness, _) = sick.opens();
+    whole.reads_back(&mut harness, &[20, 22, 40]);
+    assert_eq!(harness.wal.batch_starting_at(LogIndex(20)).unwrap(), whole.batch(20).info);
+    assert_eq!(harness.wal.batch_starting_at(LogIndex(22)).unwrap().time_ms, 0, "its envelope does not say");
+    told(&mut harness);
+    for first in [40, 22, 20] {
+        whole.repair(&mut harness, first);
+        whole.repair(&mut harness, first);
+    }
+    harness.settle();
+    let mut repaired = told(&mut harness);
+    repaired.sort();
+    assert_eq!(repaired, [(true, 20), (true, 22), (true, 40)]);
+    assert_eq!(harness.wal.batch_starting_at(LogIndex(22)).unwrap(), whole.batch(22).info);
+    assert_eq!(harness.wal.first_damaged(), None);
+    whole.reads_back(&mut harness, &[]);
+    assert!(harness.disk.device.names().iter().all(|name| !name.ends_with(".new")));
+    for batch in &whole.batches {
+        let content = harness.disk.device.content(&batch.name);
+        let end = batch.at + batch.bytes.len();
+        assert_eq!(content[batch.at + ENVELOPE_BYTES..end], batch.bytes[ENVELOPE_BYTES..]);
+        assert!(content[end..end.next_multiple_of(BLOCK_BYTES)].iter().all(|byte| *byte == 0));
+    }
+    let (mut harness, recovered) = Sick::new(harness.crash(|| false)).opens();
+    assert_eq!((recovered.report.damage, recovered.claim), (Vec::new(), None));
+    whole.reads_back(&mut harness, &[]);
+}
+
+#[test]
+fn an_image_that_is_not_the_batchs_is_refused() {
+    let whole = Whole::new();
+    let (mut harness, _) = whole.rotten(&[20, 22]).opens();
+    let mut offer = |first: u64, of: u64, change: fn(&mut [u8])| {
+        let mut block = whole.fetched(&mut harness, of);
+        change(&mut block);
+        harness.wal.repair(&mut harness.disk, LogIndex(first), block)
+    };
+    let first = LogIndex(20);
+    assert_eq!(offer(20, 22, |_| ()), Err(RepairError::Other { first }));
+    assert!(matches!(offer(20, 20, |block| block[2000] ^= 1), Err(RepairError::Image { .. })));
+    assert_eq!(offer(21, 21, |_| ()), Err(RepairError::NotDamaged { first: LogIndex(21) }));
+    assert_eq!(offer(20, 20, |block| block[..ENVELOPE_BYTES].fill(7)), Ok(()));
+    harness.settle();
+    assert_eq!(told(&mut harness).last(), Some(&(true, 20)));
+    // What waits is bounded.
+    let firsts: Vec<u64> = (2..60).collect();
+    let (mut harness, _) = whole.rotten(&firsts).opens();
+    let mut taken = 0;
+    for first in firsts {
+        let block = whole.fetched(&mut harness, first);
+        match harness.wal.repair(&mut harness.disk, LogIndex(first), block) {
+            Ok(()) => taken += 1,
+            Err(error) => assert_eq!((error, taken > 10), (RepairError::Busy, true)),
+        }
+    }
+    harness.settle();
+    let repaired = told(&mut harness).into_iter().filter(|(repaired, _)| *repaired).count();
+    assert_eq!(repaired, taken);
+}
+
+#[test]
+fn a_rebuild_that_crashes_after_any_operation_loses_nothing() {
+    let whole = Whole::new();
+    let sick = whole.rotten(&[20, 22]);
+    let mut outcomes = [0; 2];
+    for survives in 0..3 {
+        let mut rng = Rng(survives);
+        for operations in 0.. {
+            let mut harness = sick.clone().start();
+            harness.open();
+            whole.repair(&mut harness, 20);
+            let finished = !(0..operations).all(|_| harness.step());
+            let repaired = told(&mut harness).contains(&(true, 20));
+            let device = harness.crash(|| survives == 1 || survives == 2 && rng.below(2) == 0);
+            let (mut harness, recovered) = Sick::new(device).opens();
+            assert_eq!(recovered.claim, None);
+            assert_eq!(harness.chains().len(), 60);
+            let still = harness.wal.damaged().any(|batch| batch.info.first == LogIndex(20));
+            assert!(!(still && repaired), "what was told is durable");
+            outcomes[usize::from(still)] += 1;
+            whole.reads_back(&mut harness, if still { &[20, 22] } else { &[22] });
+            if finished {
+                assert!(repaired && operations > 8);
+                break;
+            }
+        }
+    }
+    assert!(outcomes.iter().all(|count| *count > 2), "{outcomes:?}");
+}
+
+/// Lets everything happen but the `nth` operation of the rebuild, which fails.
+fn fail_rebuild(harness: &mut Harness, nth: usize, kind: DiskErrorKind) -> Option<String> {
+    let mut seen = 0;
+    let mut failed = None;
+    while let Some((id, op)) = harness.disk.queue.front() {
+        let ours = id.0 >> 48 & 0xff == 9;
+        let what = crate::testing::describe(op);
+        let is_read = matches!(op, DiskOp::Read { .. });
+        seen += usize::from(ours);
+        if ours && seen == nth + 1 {
+            failed = Some(what);
+            if is_read && kind == DiskErrorKind::NoSpace {
+                harness.disk.complete(0, Fate::Happen);
+            } else {
+                harness.disk.complete(0, Fate::Fail(kind));
+            }
+        } else {
+            harness.disk.complete(0, Fate::Happen);
+        }
+        harness.turn();
+    }
+    failed
+}
+
+#[test]
+fn no_space_for_a_rebuild_is_tried_again_and_any_other_failed_write_stops_the_log() {
+    let whole = Whole::new();
+    let sick = whole.rotten(&[20, 22]);
+    for kind in [DiskErrorKind::NoSpace, DiskErrorKind::Io] {
+        for nth in 0.. {
+            let mut harness = sick.clone().start();
+            harness.open();
+            whole.repair(&mut harness, 20);
+            let Some(failed) = fail_rebuild(&mut harness, nth, kind) else {
+                assert!(nth > 8, "{nth}");
+                break;
+            };
+            let survives = kind == DiskErrorKind::NoSpace
+                && ["create", "write", "flush", "rename"].iter().any(|what| failed.starts_with(what))
+                || failed.starts_with("read")
+                || failed.starts_with("open");
+            assert_eq!(harness.wal.poisoned().is_none(), survives, "{failed}: {:?}", harness.wal.poisoned());
+            if survives {
+                harness.wal.retry_space();
+                harness.settle();
+                let told = told(&mut harness);
+                assert!(told.contains(&(true, 20)), "{failed}");
+                whole.reads_back(&mut harness, &[22]);
+                let names = harness.disk.device.names();
+                assert!(names.iter().all(|name| !name.ends_with(".new")), "{failed}");
+                Sick::new(harness.shut_down()).opens();
+            } else {
+                let (mut harness, _) = Sick::new(harness.crash(|| false)).opens();
+                let still = harness.wal.damaged().any(|batch| batch.info.first == LogIndex(20));
+                whole.reads_back(&mut harness, if still { &[20, 22] } else { &[22] });
+            }
+        }
+    }
+}
+
+#[test]
+fn a_truncation_that_overtakes_a_rebuild_stays_a_truncation() {
+    let whole = Whole::new();
+    let sick = whole.rotten(&[20, 22]);
+    // Before the segment; within it, before and behind the repaired batch.
+    for keep in [3, 19, 21] {
+        for operations in 0.. {
+            let mut harness = sick.clone().start();
+            harness.open();
+            whole.repair(&mut harness, 20);
+            let finished = !(0..operations).all(|_| harness.step());
+            harness.wal.truncate_after(&mut harness.disk, LogIndex(keep));
+            harness.settle();
+            assert!(harness.wal.poisoned().is_none());
+            assert_eq!(harness.wal.last_index(), LogIndex(keep));
+            let damaged = harness.wal.first_damaged();
+            assert_eq!(damaged, None, "repaired, or cut off");
+            whole.reads_back(&mut harness, &[]);
+            harness.append_durably(9, 1, 100, 1);
+            let names = harness.disk.device.names();
+            assert!(names.iter().all(|name| !name.ends_with(".new")));
+            let gone = names.iter().all(|name| *name != whole.batch(20).name);
+            assert_eq!(gone, keep == 3, "nothing comes back: {names:?}");
+            let (harness, recovered) = Sick::new(harness.shut_down()).opens();
+            assert_eq!((recovered.claim, harness.chains().len() as u64), (None, keep + 1));
+            if finished {
+                break;
+            }
+        }
+    }
+}
+
+#[test]
+fn damage_found_by_a_read_is_told_once_and_the_log_rolls_over_to_repair_what_it_appends_to() {
+    let mut harness = Harness::fresh();
+    for salt in 0..4 {
+        harness.append_durably(1, 2, 400, salt);
+    }
+    let (name, at) = slot_at(&harness, LogIndex(3));
+    let info = harness.wal.batch_starting_at(LogIndex(3)).unwrap();
+    let original = harness.disk.device.content(&name)[at..at + BLOCK_BYTES].to_vec();
+    harness.disk.device.corrupt(&name, at + 700, |bytes| bytes[0] ^= 1, 1);
+    for first in [1, 3, 3] {
+        harness.wal.read(&mut harness.disk, 1, LogIndex(first), 1 << 20);
+    }
+    harness.settle();
+    let reads = [(); 3].map(|()| harness.take_read());
+    assert!(matches!(reads[0], Err(ReadError::Damaged { first: LogIndex(3), .. })));
+    assert!(matches!(reads[2], Err(ReadError::Damaged { first: LogIndex(3), .. })));
+    assert_eq!(told(&mut harness), [(false, 3)]);
+    // A read ends before what is known to be damaged.
+    harness.wal.read(&mut harness.disk, 1, LogIndex(1), 1 << 20);
+    harness.settle();
+    assert_eq!(harness.take_read().unwrap().len(), 1);
+    let [damaged] = &harness.wal.damaged().collect::<Vec<_>>()[..] else { panic!() };
+    assert_eq!((damaged.info, damaged.offset), (info, at as u64));
+    assert_eq!(harness.wal.chain_at(LogIndex(2)), Some(damaged.previous));
+    // With an append in flight on the same segment.
+    harness.append(1, 1, 100, 9);
+    let pool = harness.pool.clone();
+    let mut block = crate::ops::take(&pool, &mut harness.disk, BLOCK_BYTES).unwrap();
+    block.copy_from_slice(&original);
+    harness.wal.repair(&mut harness.disk, LogIndex(3), block).unwrap();
+    assert!(harness.disk.queue.iter().all(|(id, _)| id.0 >> 48 & 0xff != 9), "it waits for the append");
+    harness.settle();
+    assert_eq!(harness.wal.stats().rollovers, 1);
+    assert_eq!(told(&mut harness), [(true, 3)]);
+    harness.append_durably(1, 1, 100, 10);
+    assert_eq!(harness.read_all().len(), 6);
+    let chains = harness.chains();
+    let (harness, recovered) = Sick::new(harness.crash(|| false)).opens();
+    assert_eq!((harness.chains(), recovered.report.damage), (chains, Vec::new()));
+}
+
+#[test]
+fn a_rebuild_that_meets_an_unreadable_batch_waits_for_its_repair_too() {
+    let whole = Whole::new();
+    let (mut harness, _) = whole.rotten(&[20]).opens();
+    let other = whole.batch(22);
+    harness.disk.unreadable.push((other.name.clone(), other.at as u64));
+    told(&mut harness);
+    whole.repair(&mut harness, 20);
+    // Until both are there, the old file stays: what cannot be read now may be readable another time.
+    harness.settle();
+    assert_eq!(told(&mut harness), [(false, 22)]);
+    assert_eq!(harness.wal.damaged().count(), 2);
+    whole.repair(&mut harness, 22);
+    harness.settle();
+    let mut repaired = told(&mut harness);
+    repaired.sort();
+    assert_eq!(repaired, [(true, 20), (true, 22)]);
+    harness.disk.unreadable.clear();
+    whole.reads_back(&mut harness, &[]);
+}
+
+#[test]
+fn the_scrubber_finds_all_damage_once_within_its_budget() {
+    let whole = Whole::new();
+    let mut harness = Harness::start(whole.device.clone());
+    harness.open();
+    for salt in 0..3 {
+        harness.append_durably(9, 1, 3000, salt);
+    }
+    let active = slot_at(&harness, LogIndex(62));
+    for (first, offset) in [(7, 0), (20, 700), (60, 3000)] {
+        let batch = whole.batch(first);
+        harness.disk.device.corrupt(&batch.name, batch.at + offset, |bytes| bytes[0] ^= 1, 1);
+    }
+    let unreadable = whole.batch(33);
+    harness.disk.unreadable.push((unreadable.name.clone(), unreadable.at as u64 + 4096));
+    harness.disk.device.corrupt(&active.0, active.1 + 700, |bytes| bytes[0] ^= 1, 1);
+    told(&mut harness);
+    let (mut found, mut granted) = (Vec::new(), 0);
+    while harness.wal.scrub_status().passes == 0 {
+        harness.wal.scrub_step(&mut harness.disk, 20_000);
+        granted += 20_000;
+        loop {
+            let reads = harness.disk.queue.iter().filter(|(_, op)| matches!(op, DiskOp::Read { .. })).count();
+            assert!(reads <= 2);
+            if !harness.step() {
+                break;
+            }
+        }
+        let status = harness.wal.scrub_status();
+        assert!(status.bytes <= granted + 8192, "{status:?} {granted}");
+        found.extend(told(&mut harness));
+        assert!(granted < 2_000_000, "it comes to an end: {status:?}");
+    }
+    assert_eq!(found, [(false, 7), (false, 20), (false, 33), (false, 60)]);
+    assert_eq!(harness.wal.scrub_status().found, 4);
+    assert!(harness.wal.scrub_status().bytes >= 60 * 8192);
+    for _ in 0..100 {
+        harness.wal.scrub_step(&mut harness.disk, 20_000);
+        harness.settle();
+    }
+    assert!(harness.wal.scrub_status().passes >= 2);
+    assert_eq!(told(&mut harness), [], "each is told once");
+    let bytes = harness.wal.scrub_status().bytes;
+    harness.settle();
+    assert_eq!(harness.wal.scrub_status().bytes, bytes, "nothing is read without a budget");
+    harness.shut_down();
+}
+
+#[test]
+fn a_claim_and_what_is_kept_under_it_last_until_its_release_is_durable() {
+    let (device, names) = sixty_batches();
+    let content = device.content(&names[1]);
+    let mut sick = Sick::new(device.clone());
+    sick.flip(&names[1], slots_start(content.len() as u64) as usize + 2 * 8192);
+    let (mut harness, _) = sick.opens();
+    let expected = outcome(&harness);
+    assert!(expected.claim.is_some());
+    // Appends, a truncation and further starts go on under it.
+    harness.append_durably(9, 1, 100, 1);
+    let end = LogIndex(harness.wal.last_index().get() - 1);
+    harness.wal.truncate_after(&mut harness.disk, end);
+    harness.settle();
+    harness.append_durably(9, 1, 100, 2);
+    let chains = harness.chains();
+    let (harness, recovered) = Sick::new(harness.crash(|| false)).opens();
+    assert_eq!((harness.chains(), recovered.claim), (chains.clone(), expected.claim));
+    assert_eq!(harness.wal.salvage().collect::<Vec<_>>(), expected.salvage, "what was kept is kept");
+    // A truncation into what the salvage continued makes it void; the claim and the files stay.
+    {
+        let mut harness = Harness::start(harness.disk.device.clone());
+        harness.open();
+        let end = LogIndex(end.get() - 2);
+        harness.wal.truncate_after(&mut harness.disk, end);
+        harness.settle();
+        assert_eq!(harness.wal.salvage().count(), 0);
+        assert!(names[2..].iter().all(|name| harness.disk.device.names().contains(name)));
+        for salt in 0..6 {
+            harness.append_durably(9, 1, 100, salt);
+        }
+        let (harness, recovered) = Sick::new(harness.crash(|| false)).opens();
+        assert_eq!((recovered.claim, harness.wal.salvage().count()), (expected.claim, 0));
+    }
+    for operations in 0.. {
+        let mut released = Harness::start(harness.disk.device.clone());
+        released.open();
+        let sequence = released.wal.release_claim(&mut released.disk);
+        assert_eq!(released.wal.salvage().count(), 0);
+        let finished = !(0..operations).all(|_| released.step());
+        let saved = released
+            .events
+            .iter()
+            .any(|event| matches!(event, WalEvent::HardStateSaved { sequence: saved } if *saved >= sequence));
+        let gone = names[2..].iter().filter(|name| !released.disk.device.names().contains(name)).count();
+        assert!(saved || gone == 0, "nothing goes before the release is durable");
+        let (after, recovered) = Sick::new(released.crash(|| true)).opens();
+        assert_eq!(after.chains(), chains);
+        assert!(recovered.claim.is_none() || !saved);
+        assert_eq!(recovered.claim.is_some(), after.wal.salvage().count() > 0);
+        if finished {
+            assert!(gone == names.len() - 2 && operations > 2);
+            break;
+        }
+    }
+}
+
+#[test]
+fn more_unreadable_batches_than_may_wait_are_repaired_in_several_rebuilds() {
+    let config =
+        crate::WalConfig { segment_bytes: 36 << 20, batch_bytes_max: 2 << 20, ..crate::testing::config() };
+    let mut harness = Harness::start_with(Device::default(), config.clone());
+    harness.open();
+    for salt in 0..6 {
+        harness.append_durably(1, 1, 1 << 20, salt);
+    }
+    let device = harness.shut_down();
+    let mut harness = Harness::start_with(device, config);
+    harness.open();
+    let originals: Vec<_> = harness.read_all();
+    assert_eq!(originals.len(), 6);
+    for batch in &originals {
+        let (name, at) = slot_at(&harness, batch.info.first);
+        harness.disk.unreadable.push((name, at as u64 + 65536));
+        harness.wal.read(&mut harness.disk, 1, batch.info.first, 1);
+        harness.settle();
+        assert!(harness.take_read().is_err());
+    }
+    told(&mut harness);
+    let (mut repaired, mut rounds) = (Vec::new(), 0);
+    while repaired.len() < 6 {
+        rounds += 1;
+        assert!(rounds < 6, "it comes to an end: {repaired:?}");
+        let damaged: Vec<LogIndex> = harness.wal.damaged().map(|batch| batch.info.first).collect();
+        for first in damaged {
+            let batch = originals.iter().find(|batch| batch.info.first == first).unwrap();
+            let pool = harness.pool.clone();
+            let mut block = crate::ops::take(&pool, &mut harness.disk, batch.info.slot_bytes()).unwrap();
+            let image = batch.image();
+            block[ENVELOPE_BYTES..ENVELOPE_BYTES + image.len()].copy_from_slice(image);
+            match harness.wal.repair(&mut harness.disk, first, block) {
+                Ok(()) | Err(RepairError::Busy) => {}
+                Err(error) => panic!("{error}"),
+            }
+        }
+        harness.settle();
+        repaired.extend(told(&mut harness).into_iter().filter(|(is_repaired, _)| *is_repaired));
+        if !repaired.is_empty() {
+            // The segment is another file now.
+            harness.disk.unreadable.clear();
+        }
+    }
+    assert!(rounds > 1, "they did not fit at once");
+    let again: Vec<Vec<u8>> = harness.read_all().iter().map(|batch| batch.image().to_vec()).collect();
+    assert!(again.iter().zip(&originals).all(|(again, original)| again == original.image()));
+}
+
+#[test]
+fn damage_to_what_was_appended_under_a_claim_drops_the_older_salvage_and_leaves_no_certainty() {
+    let (device, slots) = four_batches(true);
+    let mut sick = Sick::new(device);
+    sick.flip(&slots[1].0, slots[1].1);
+    let (mut harness, recovered) = sick.opens();
+    assert_eq!((recovered.claim, harness.wal.salvage().count()), (certain(1, 8), 2));
+    // A leader appends over the positions of the salvage.
+    for salt in 0..3 {
+        harness.append_durably(5, 2, 400, 90 + salt);
+    }
+    let chains = harness.chains();
+    let (name, at) = slot_at_chain(&harness, chains[2]);
+    let mut sick = Sick::new(harness.crash(|| false));
+    sick.flip(&name, at);
+    let (harness, recovered) = sick.opens();
+    assert_eq!(harness.chains(), chains[..2]);
+    let salvage: Vec<Chain> = harness.wal.salvage().map(|info| info.chain).collect();
+    assert_eq!(salvage, chains[3..], "only what lay behind this cut");
+    assert_eq!(recovered.claim, Some(Claim { term: Term(5), last: LogIndex(8), certain: false }));
+}
+
+fn slot_at_chain(harness: &Harness, chain: Chain) -> (String, usize) {
+    for name in harness.disk.device.names().iter().filter(|name| name.ends_with(".wal")) {
+        let content = harness.disk.device.content(name);
+        for at in (slots_start(content.len() as u64) as usize..content.len()).step_by(BLOCK_BYTES) {
+            if read_envelope(&content[at..]).is_ok_and(|envelope| envelope.chain == chain) {
+                return (name.clone(), at);
+            }
+        }
+    }
+    panic!("no slot has chain {chain}")
 }

@@ -40,9 +40,6 @@ pub enum WalError {
         /// What the log was doing.
         what: &'static str,
     },
-    /// Acknowledged batches are damaged or missing. Nothing on disk was changed.
-    #[error("{0}. Nothing was changed; restore this node from its peers: wipe the directory and add it anew")]
-    Damaged(Damage),
     /// The directory belongs to another node or cluster.
     #[error(
         "the data directory belongs to node {found_node} of cluster {found_cluster}, not to node {node} of cluster \

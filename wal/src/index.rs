@@ -142,6 +142,21 @@ impl Index {
         self.row(at).is_some_and(|row| row.generation == generation)
     }
 
+    /// The ordinal of the first batch that ends behind `index`.
+    pub(crate) fn ordinal_behind(&self, index: LogIndex) -> usize {
+        let after = self.partition(|row| row.first <= index);
+        match after.checked_sub(1).and_then(|at| self.at(at)) {
+            Some((info, _)) if info.last > index => after - 1,
+            _ => after,
+        }
+    }
+
+    /// The last index before the segment.
+    pub(crate) fn end_before(&self, generation: u32) -> LogIndex {
+        let at = self.partition(|row| row.generation < generation);
+        self.row(at).map_or(self.last, |row| row.first.previous())
+    }
+
     /// The ordinal of the first batch whose slot begins at `place` or later in the order of the segments.
     pub(crate) fn ordinal_at_place(&self, place: Place) -> usize {
         self.partition(|row| row.place() < place)

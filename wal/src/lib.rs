@@ -26,7 +26,7 @@
 //! 2. **A prefix.** After any crash the log is a prefix of what was appended, and contains all that was acknowledged and not
 //!    truncated since.
 //! 3. **Torn is not damaged.** A torn tail that was never acknowledged is dropped silently. Damage to what was, or may have been,
-//!    acknowledged is recognised as damage, reported with segment and offset ([`Damage`]), never truncated and never handed
+//!    acknowledged is recognised as damage, reported with segment and offset ([`Damage`]), never dropped silently and never handed
 //!    out. Stated residual: one of the last `writes_in_flight_max` acknowledged writes that the device lost entirely, with
 //!    nothing later that vouches for it, looks like a write that was never made. The witness in the hard state narrows that window: it is recorded with every save, at a
 //!    start, at [`Wal::close`] and by [`Wal::save_witness`].
@@ -35,9 +35,16 @@
 //!    when a segment cannot be made, the log says so ([`WalEvent::NoSpace`]) and lives on; when a write fails, it stops.
 //! 5. **Recovery is total and idempotent.** What a start finds is judged by an exhaustive table (`recovery/table.rs`). A crash during
 //!    recovery changes nothing that was acknowledged, and the next start finds the same log.
+//! 6. **Damage stays contained.** A log with damage opens, and says what it lacks. A batch whose envelope is intact is *known*: it
+//!    stays in the log, which goes on behind it, until its image has come from a peer ([`Wal::damaged`], [`Wal::repair`]). Where not
+//!    even that is known, the log is cut before the damage, and what it held there is *claimed* ([`format::Claim`]), durably, before
+//!    [`WalEvent::Opened`]; what is intact behind the cut is *salvage* ([`Wal::salvage`]). A claim is certain only when the end of the
+//!    log that was there is proved; it is in force at every start until [`Wal::release_claim`]. No file that may hold a batch of
+//!    the log is removed on a checksum's word: not before its intact replacement is durable, or the claim is released.
 //!
-//! For now a log with damage does not open: it reports [`WalEvent::Opened`] with the damage in the report, then stops with
-//! [`WalError::Damaged`], and leaves the directory as it found it.
+//! What a claim cannot know is the residual of promise 3 once more, and a last segment whose very name is gone. A segment that began
+//! with a cut and is lost together with that cut may let void batches of an older epoch stand at the end of the log; the
+//! claim covers what replaced them.
 //!
 //! # How
 //!
@@ -70,6 +77,20 @@
 //! 3. Segments without a batch of the log are removed, a segment of the new epoch is headed. *Crash:* the cut without a segment is
 //!    applied by the next start.
 //!
+//! With damage that nobody can tell, the cut lies before it and the claim is saved with the cut, in one. *Crash before:* the next start
+//! finds the damage again, and comes to the same. *After:* it finds the cut and the claim, and what is behind the cut as
+//! salvage again. Under a claim, step 3 leaves all segments that are older than the claim.
+//!
+//! **Rebuilding a segment** (in the background)
+//! 1. The segment is left, if it is the one that is appended to. `segment-N.new` is created; every block of `segment-N.wal` is copied
+//!    to it, with the repaired slots in their places; it is flushed and closed. *Crash:* removed by the next start, which finds the
+//!    damage as it was.
+//! 2. It is renamed to `segment-N.wal`, the directory synced. *Crash between:* either file has the name; nothing but the repaired slots
+//!    differs. [`WalEvent::Repaired`].
+//!
+//! **Releasing a claim**: the hard state is saved without it. *Crash before:* the claim is in force. Then the segments that hold no
+//! batch of the log are removed. *Crash:* removed by the next start.
+//!
 //! **Making a segment** (in the background)
 //! 1. `segment-N.new` is created, filled with zeros, flushed, closed. *Crash:* removed by the next start.
 //! 2. Renamed to `.free`, directory synced. *Crash:* the next start finds either name.
@@ -97,9 +118,8 @@
 //!
 //! # Not yet
 //!
-//! Purging and recycling of segments, starting the log anew behind a snapshot, and repair of a damaged log from peers. Their places are
-//! reserved: the region for a former life's sector checksums in every segment, the log start in the hard state, the identity in
-//! [`Damage`].
+//! Purging and recycling of segments, and starting the log anew behind a snapshot. Their places are reserved: the region for a former
+//! life's sector checksums in every segment, the log start in the hard state.
 
 mod commit;
 #[cfg(test)]

@@ -17,12 +17,12 @@ use crate::format::{
 use crate::hard_state::HardStateStore;
 use crate::index::{Index, Place};
 use crate::ops::{Ops, Owner, Random, owner_of};
-use crate::read::{REQUESTS_MAX, Reads, StoredBatch, close};
+use crate::read::{READS_IN_FLIGHT, REQUESTS_MAX, Reads, StoredBatch, close};
 use crate::recovery::{Found, Recovery, RecoveryReport};
-use crate::repair::DamagedBatch;
+use crate::repair::{self, DamagedBatch, Repairs};
 use crate::reserve::{Maker, Standby};
 use crate::salvage::Salvage;
-use crate::scrub::ScrubStatus;
+use crate::scrub::{self, Scrub, ScrubStatus};
 use crate::segment::{Descriptor, Segment, SegmentName, SegmentTable};
 use ringraft_block::{
     BLOCK_BYTES, Block, BlockBuf, ClusterId, GroupId, LogIndex, NodeId, Pool, SharedBlock, Term,
@@ -99,7 +99,6 @@ impl WalConfig {
 }
 
 /// What the log tells its user.
-#[expect(clippy::large_enum_variant, reason = "the large one comes once, and the queue is short")]
 pub enum WalEvent<B: BlockBuf> {
     /// The log is recovered and open. The first event, but for `Poisoned`.
     Opened(Recovered),
@@ -318,6 +317,8 @@ pub struct Wal<D: Disk> {
     boot: u64,
     next_generation: u32,
     reads: Reads<D::Buf>,
+    repairs: Repairs<D::Buf>,
+    scrub: Scrub<D::Buf>,
     short_of_space: bool,
     stats: WalStats,
 }
@@ -354,7 +355,9 @@ impl<D: Disk> Wal<D> {
             epoch: 0,
             boot: 0,
             next_generation: 1,
-            reads: Reads::new(),
+            reads: Reads::new(READS_IN_FLIGHT),
+            repairs: Repairs::new(),
+            scrub: Scrub::new(),
             short_of_space: false,
             stats: WalStats::default(),
         }
@@ -479,16 +482,98 @@ impl<D: Disk> Wal<D> {
         self.index.damaged().next().map(|(first, _)| first)
     }
 
+    fn with_scrub(&mut self, disk: &mut D, work: impl FnOnce(&mut Scrub<D::Buf>, &mut scrub::Tools<'_, D>)) {
+        let mut tools = scrub::Tools {
+            disk,
+            ops: &mut self.ops,
+            pool: &self.pool,
+            index: &self.index,
+            segments: &mut self.segments,
+            active: self.active.map(|active| active.generation),
+            durable_through: self.window.durable_through(),
+        };
+        work(&mut self.scrub, &mut tools);
+    }
+
+    /// Begins to rebuild the next segment that has repaired batches waiting. One that is still appended to is left first: the log goes
+    /// on in the next.
+    fn advance_repairs(&mut self, disk: &mut D) {
+        self.repairs.forget_void(&self.index);
+        let Some(generation) = self.repairs.next_generation() else { return };
+        if self.active.is_some_and(|active| active.generation == generation) {
+            if self.cut.is_some() || !self.standby_fits() {
+                return;
+            }
+            self.stats.rollovers += 1;
+            self.activate();
+        }
+        if self.window.writes_to(generation) {
+            return;
+        }
+        let Some(segment) = self.segments.get_mut(generation) else { return };
+        // Held, so that the file is not removed while a new one takes its place.
+        segment.operations += 1;
+        let mut tools = repair::Tools {
+            disk,
+            ops: &mut self.ops,
+            pool: &self.pool,
+            index: &self.index,
+            segments: &self.segments,
+        };
+        if let Some(segment) = self.segments.get(generation) {
+            self.repairs.begin(&mut tools, segment);
+        }
+    }
+
+    fn repair_done(
+        &mut self,
+        disk: &mut D,
+        done: DiskDone<D::Buf>,
+        events: &mut VecDeque<WalEvent<D::Buf>>,
+    ) -> Result<(), WalError> {
+        if self.stage != Stage::Open {
+            self.repairs.stop();
+        }
+        let tools = repair::Tools {
+            disk,
+            ops: &mut self.ops,
+            pool: &self.pool,
+            index: &self.index,
+            segments: &self.segments,
+        };
+        let progress = self.repairs.handle(tools, done)?;
+        if let Some(generation) = progress.ended {
+            self.release(generation);
+        }
+        if let Some(segment) = progress.replaced.and_then(|generation| self.segments.get_mut(generation)) {
+            segment.is_replaced = segment.descriptor != Descriptor::Closed;
+        }
+        for info in progress.repaired {
+            if self.index.damage_of(info.first).is_some()
+                && self.index.chain_at(info.last) == Some(info.chain)
+            {
+                self.index.repaired(&info);
+                let (first, last) = (info.first, info.last);
+                tracing::info!(%first, %last, "a damaged batch was repaired");
+                events.push_back(WalEvent::Repaired { first, last });
+            }
+        }
+        for first in progress.found {
+            self.found_damaged(first, events);
+        }
+        Ok(())
+    }
+
     /// A read has found a batch damaged that was intact when the log was opened, or written since.
-    fn found_damaged(&mut self, first: LogIndex, events: &mut VecDeque<WalEvent<D::Buf>>) {
+    fn found_damaged(&mut self, first: LogIndex, events: &mut VecDeque<WalEvent<D::Buf>>) -> bool {
         let cause = DamageCause::ImageRotten;
-        if self.index.damage(first, cause)
-            && let Some(batch) = self.damaged_batch(first, cause)
-        {
+        let is_new = self.index.damage(first, cause);
+        if is_new && let Some(batch) = self.damaged_batch(first, cause) {
             let DamagedBatch { segment, offset, .. } = &batch;
             tracing::warn!(%first, segment, offset, "a batch is damaged on disk");
             events.push_back(WalEvent::DamageFound(batch));
         }
+        is_new
     }
 
     fn damaged_batch(&self, first: LogIndex, cause: DamageCause) -> Option<DamagedBatch> {
@@ -510,12 +595,16 @@ impl<D: Disk> Wal<D> {
     /// # Errors
     /// When no such batch is damaged, the image is not its image, or too much is queued.
     pub fn repair(&mut self, disk: &mut D, first: LogIndex, block: Block<D::Buf>) -> Result<(), RepairError> {
-        let _ = (disk, block);
-        Err(RepairError::NotDamaged { first })
+        if self.stage != Stage::Open || self.poison.is_some() {
+            return Err(RepairError::Stopped);
+        }
+        self.repairs.queue(&self.index, &self.segments, first, block)?;
+        self.advance_repairs(disk);
+        Ok(())
     }
 
-    /// Intact batches behind the place where damage cut the log, by first index and term: the log held them before, and some may
-    /// belong to it again. Empty without a claim.
+    /// Intact batches behind the place where damage cut the log, by first index, one for each: the log held them before, and some may
+    /// belong to it again. Empty without a claim, and once a truncation has cut off what they continued.
     pub fn salvage(&self) -> impl Iterator<Item = BatchInfo> + '_ {
         self.salvage.iter()
     }
@@ -543,6 +632,7 @@ impl<D: Disk> Wal<D> {
         let state = &mut self.open_hard_state().state;
         state.claim = None;
         state.claim_epoch = 0;
+        state.claim_cut = LogIndex(0);
         let sequence = self.ask_save(disk);
         self.salvage.release(sequence);
         sequence
@@ -550,13 +640,15 @@ impl<D: Disk> Wal<D> {
 
     /// Lets the scrubber read about `budget_bytes` of closed segments.
     pub fn scrub_step(&mut self, disk: &mut D, budget_bytes: u64) {
-        let _ = (disk, budget_bytes);
+        if self.stage == Stage::Open && self.poison.is_none() {
+            self.with_scrub(disk, |scrub, tools| scrub.grant(tools, budget_bytes));
+        }
     }
 
     /// How far the scrubber has come.
     #[must_use]
     pub fn scrub_status(&self) -> ScrubStatus {
-        ScrubStatus::default()
+        self.scrub.status
     }
 
     // What is asked of the log.
@@ -636,9 +728,11 @@ impl<D: Disk> Wal<D> {
         assert_eq!(self.stage, Stage::Open, "an open log is truncated");
         assert!(self.index.chain_at(index).is_some(), "the log is cut at the end of a batch");
         self.epoch += 1;
+        self.salvage.cut_after(index);
         self.index.truncate_after(index);
         self.window.cut_after(index);
         self.reads.cut_after(index);
+        self.scrub.reads.cut_after(index);
         self.persisted_told = self.persisted_told.min(index);
         self.active = None;
         let place = self.index.end_place();
@@ -739,6 +833,7 @@ impl<D: Disk> Wal<D> {
         if let Some(maker) = self.maker.as_mut() {
             maker.retry();
         }
+        self.repairs.retry();
     }
 
     /// Finishes what is in flight, records how far the log is durable, and closes the files. [`WalEvent::Closed`] is the last event. A
@@ -748,6 +843,7 @@ impl<D: Disk> Wal<D> {
         if self.stage == Stage::Open && self.poison.is_none() {
             self.stage = Stage::Closing;
             self.reads.stop();
+            self.scrub.reads.stop();
             self.has_drained(disk);
         }
     }
@@ -812,6 +908,10 @@ impl<D: Disk> Wal<D> {
         self.advance_removal(disk);
         let active = self.active.map(|active| active.generation);
         self.reads.advance(disk, &mut self.ops, &self.pool, &mut self.segments, active);
+        if self.stage == Stage::Open {
+            self.with_scrub(disk, |scrub, tools| scrub.advance(tools));
+            self.advance_repairs(disk);
+        }
         Ok(())
     }
 
@@ -856,16 +956,20 @@ impl<D: Disk> Wal<D> {
                 }
             }
             Owner::Read => {
-                let Some(generation) = self.reads.handle(&self.index, &self.segments, done) else {
+                let is_scrub = self.scrub.reads.is_reading(done.id);
+                let reads = if is_scrub { &mut self.scrub.reads } else { &mut self.reads };
+                let Some(generation) = reads.handle(&self.index, &self.segments, done) else {
                     return Err(stray);
                 };
+                let damaged = reads.take_damaged();
                 self.release(generation);
-                for first in self.reads.take_damaged() {
-                    self.found_damaged(first, events);
+                for first in damaged {
+                    let found = self.found_damaged(first, events);
+                    self.scrub.status.found += u64::from(is_scrub && found);
                 }
             }
             Owner::Descriptor => self.descriptor_done(done)?,
-            Owner::Repair | Owner::Scrub => return Err(stray),
+            Owner::Repair => self.repair_done(disk, done, events)?,
             Owner::Removal => {
                 if self.removal.operation != Some(done.id) {
                     return Err(stray);
@@ -889,6 +993,8 @@ impl<D: Disk> Wal<D> {
             fresh,
             index,
             claim,
+            claim_epoch,
+            claim_cut,
             salvage,
             unplaced,
             segments,
@@ -901,10 +1007,13 @@ impl<D: Disk> Wal<D> {
         self.boot = hard_state.boot + 1;
         // The claim becomes durable with the cut, before anyone learns that the log is open.
         hard_state.claim = claim;
-        if claim.is_some() && hard_state.claim_epoch == 0 {
-            hard_state.claim_epoch = self.epoch;
-        }
-        self.salvage = Salvage::new(salvage, unplaced, hard_state.claim_epoch);
+        hard_state.claim_epoch = match (claim, claim_epoch) {
+            (None, _) => 0,
+            (Some(_), 0) => self.epoch,
+            (Some(_), epoch) => epoch,
+        };
+        hard_state.claim_cut = claim_cut;
+        self.salvage = Salvage::new(salvage, unplaced, hard_state.claim_epoch, claim_cut);
         for damage in &report.damage {
             tracing::warn!(%damage, "the log is damaged");
         }
@@ -931,6 +1040,7 @@ impl<D: Disk> Wal<D> {
                 descriptor: Descriptor::Closed,
                 operations: 0,
                 used: 0,
+                is_replaced: false,
             };
             // A segment without a batch of the log is never needed again: its cut, if it began with one, is contained in
             // the new one.
@@ -1138,6 +1248,7 @@ impl<D: Disk> Wal<D> {
             descriptor: Descriptor::Open(file),
             operations: 0,
             used: 0,
+            is_replaced: false,
         });
         self.active = Some(active);
         if let Some(maker) = self.maker.as_mut() {
@@ -1224,12 +1335,14 @@ impl<D: Disk> Wal<D> {
 
     fn descriptor_done(&mut self, done: DiskDone<D::Buf>) -> Result<(), WalError> {
         let what = "opening a segment";
-        if let Some(generation) = self.reads.opened(done.id) {
+        let opened = self.reads.opened(done.id).or_else(|| self.scrub.reads.opened(done.id));
+        if let Some(generation) = opened {
             let descriptor = match done.result {
                 Ok(DiskOutput::Opened { file, .. }) => Descriptor::Open(file),
                 Ok(_) => return Err(WalError::Protocol { what }),
                 Err(error) => {
                     self.reads.fail_segment(generation, &error);
+                    self.scrub.reads.fail_segment(generation, &error);
                     Descriptor::Closed
                 }
             };
@@ -1292,6 +1405,7 @@ impl<D: Disk> Wal<D> {
             self.poison = Some(error);
             self.recovery = None;
             self.reads.stop();
+            self.scrub.reads.stop();
         }
     }
 
@@ -1299,6 +1413,7 @@ impl<D: Disk> Wal<D> {
         if self.close_asked && self.stage == Stage::Open {
             self.stage = Stage::Closing;
             self.reads.stop();
+            self.scrub.reads.stop();
         }
         if self.stage == Stage::Closing && self.poison.is_none() && !self.has_drained(disk) {
             return;
@@ -1336,7 +1451,8 @@ impl<D: Disk> Wal<D> {
         let hard_state = self.hard_state.iter_mut().flat_map(HardStateStore::take_files);
         let removed = self.removal.segments.iter();
         let segments = self.segments.iter().chain(removed).filter_map(Segment::file);
-        let files: Vec<FileId> = hard_state.chain(segments).chain(self.standby.take_file()).collect();
+        let files = hard_state.chain(segments).chain(self.standby.take_file());
+        let files: Vec<FileId> = files.chain(self.repairs.take_files()).collect();
         for file in files {
             self.ops.submit(disk, Owner::Descriptor, DiskOp::Close { file });
         }

@@ -23,13 +23,11 @@ pub(crate) enum Owner {
     Removal = 8,
     /// Writing repaired batches into a new copy of their segment.
     Repair = 9,
-    /// Reading closed segments to find damage.
-    Scrub = 10,
 }
 
 impl Owner {
     fn of(id: DiskOpId) -> Option<Self> {
-        const ALL: [Owner; 10] = [
+        const ALL: [Owner; 9] = [
             Owner::Recovery,
             Owner::HardState,
             Owner::Maker,
@@ -39,7 +37,6 @@ impl Owner {
             Owner::Descriptor,
             Owner::Removal,
             Owner::Repair,
-            Owner::Scrub,
         ];
         ALL.into_iter().find(|owner| *owner as u64 == id.0 >> 48 & 0xff)
     }

@@ -18,8 +18,8 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::rc::Rc;
 
-/// So many reads of batches are on their way at once.
-const READS_IN_FLIGHT: usize = 8;
+/// So many reads of batches are on their way at once for the log's user.
+pub(crate) const READS_IN_FLIGHT: usize = 8;
 /// So many requests may wait.
 pub(crate) const REQUESTS_MAX: usize = 64;
 /// A request returns at most so many batches.
@@ -66,15 +66,14 @@ enum ItemState<B: BlockBuf> {
     Waiting,
     Reading(DiskOpId),
     Here(SharedBlock<B>),
-    /// It is not what was asked for. Only of salvage, where several may be tried.
+    /// It is not what was asked for. Only of salvage, of which that is not known before.
     Failed,
 }
 
 struct Request<B: BlockBuf> {
     token: u64,
     items: Vec<Item<B>>,
-    /// The items are not of the log, so what happens to the log does not concern them: all begin at this index, and one at most
-    /// is the answer.
+    /// The item is not of the log, so what happens to the log does not concern it; it begins at this index.
     salvage: Option<LogIndex>,
     /// The first failure; nothing more is started, and what is in flight is awaited.
     error: Option<ReadError>,
@@ -97,7 +96,7 @@ impl<B: BlockBuf> Request<B> {
             _ => None,
         });
         if let Some(first) = self.salvage {
-            let batches: Vec<_> = blocks.take(1).collect();
+            let batches: Vec<_> = blocks.collect();
             return if batches.is_empty() { Err(ReadError::NotFound { first }) } else { Ok(batches) };
         }
         Ok(blocks.collect())
@@ -111,6 +110,7 @@ pub(crate) type ReadResult<B> = (u64, Result<Vec<StoredBatch<B>>, ReadError>);
 pub(crate) struct Reads<B: BlockBuf> {
     requests: VecDeque<Request<B>>,
     in_flight: usize,
+    in_flight_max: usize,
     /// Segments being opened.
     opening: Vec<(DiskOpId, u32)>,
     /// Counts up with every use of a segment.
@@ -120,8 +120,20 @@ pub(crate) struct Reads<B: BlockBuf> {
 }
 
 impl<B: BlockBuf> Reads<B> {
-    pub(crate) fn new() -> Self {
-        Self { requests: VecDeque::new(), in_flight: 0, opening: Vec::new(), clock: 0, damaged: Vec::new() }
+    pub(crate) fn new(in_flight_max: usize) -> Self {
+        Self {
+            requests: VecDeque::new(),
+            in_flight: 0,
+            in_flight_max,
+            opening: Vec::new(),
+            clock: 0,
+            damaged: Vec::new(),
+        }
+    }
+
+    pub(crate) fn is_reading(&self, id: DiskOpId) -> bool {
+        let reads = |item: &Item<B>| matches!(item.state, ItemState::Reading(other) if other == id);
+        self.requests.iter().any(|request| request.items.iter().any(reads))
     }
 
     /// The first indices of the batches that were found damaged since the last call.
@@ -134,7 +146,7 @@ impl<B: BlockBuf> Reads<B> {
     }
 
     /// Queues a request for the durable batches from `first` on, as many as fit `bytes_max`, at least one. It ends before a batch
-    /// that is known to be damaged.
+    /// that is known to be damaged. Returns the bytes that will be read.
     pub(crate) fn request(
         &mut self,
         index: &Index,
@@ -143,10 +155,11 @@ impl<B: BlockBuf> Reads<B> {
         token: u64,
         first: LogIndex,
         bytes_max: usize,
-    ) {
+    ) -> usize {
         let mut items = Vec::new();
         let mut damaged = None;
         let mut bytes = 0usize;
+        let mut asked = 0;
         let mut ordinal = index.ordinal_starting_at(first);
         while let Some((info, place)) = ordinal.and_then(|ordinal| index.at(ordinal)) {
             bytes = bytes.saturating_add(info.slot_bytes());
@@ -161,18 +174,20 @@ impl<B: BlockBuf> Reads<B> {
                 damaged = Some(ReadError::Damaged { first, segment: segment.to_string(), offset });
                 break;
             }
+            asked = bytes;
             items.push(Item { info, place, previous, state: ItemState::Waiting });
             ordinal = ordinal.map(|ordinal| ordinal + 1);
         }
         let error = items.is_empty().then(|| damaged.unwrap_or(ReadError::NotFound { first }));
         self.requests.push_back(Request { token, items, salvage: None, error });
+        asked
     }
 
-    /// Queues a request for the one of the `candidates`, which begin at `first` and are not of the log, whose chain continues
+    /// Queues a request for a batch that begins at `first` and is not of the log. It is answered only when its chain continues
     /// `previous`.
-    pub(crate) fn request_salvage<'a>(
+    pub(crate) fn request_salvage(
         &mut self,
-        candidates: impl Iterator<Item = &'a Salvaged>,
+        batch: Option<&Salvaged>,
         token: u64,
         first: LogIndex,
         previous: Chain,
@@ -183,7 +198,7 @@ impl<B: BlockBuf> Reads<B> {
             previous,
             state: ItemState::Waiting,
         };
-        let items = candidates.map(item).collect();
+        let items = batch.map(item).into_iter().collect();
         self.requests.push_back(Request { token, items, salvage: Some(first), error: None });
     }
 
@@ -229,7 +244,7 @@ impl<B: BlockBuf> Reads<B> {
         let mut requests = std::mem::take(&mut self.requests);
         for request in &mut requests {
             for item in &mut request.items {
-                if request.error.is_some() || self.in_flight == READS_IN_FLIGHT {
+                if request.error.is_some() || self.in_flight == self.in_flight_max {
                     break;
                 }
                 if !matches!(item.state, ItemState::Waiting) {
@@ -245,6 +260,14 @@ impl<B: BlockBuf> Reads<B> {
                     break;
                 };
                 segment.used = self.clock;
+                // The segment was rebuilt: its name means another file than the one that is open.
+                segment.is_replaced &= segment.descriptor != Descriptor::Closed;
+                if segment.is_replaced {
+                    if segment.operations == 0 && close(disk, ops, segment).is_some() {
+                        segment.is_replaced = false;
+                    }
+                    break;
+                }
                 let Some(file) = segment.file() else {
                     if segment.descriptor == Descriptor::Closed {
                         self.open(disk, ops, segment);

@@ -30,7 +30,7 @@ use crate::index::Index;
 use crate::ops::{Ops, Owner, Random, take};
 use crate::salvage::Salvaged;
 use crate::segment::{SegmentName, Stage};
-use ringraft_block::{AlignedBuf, BLOCK_BYTES, Block, BlockBuf, Incarnation, Pool};
+use ringraft_block::{AlignedBuf, BLOCK_BYTES, Block, BlockBuf, Incarnation, LogIndex, Pool};
 use scan::{LogScan, ScanOutcome, SegmentBytes};
 
 pub(crate) use scan::Scanned;
@@ -71,6 +71,9 @@ pub(crate) struct Found {
     pub(crate) index: Index,
     /// The claim that is in force from this start on.
     pub(crate) claim: Option<Claim>,
+    /// The epoch that began under it; 0 when it begins with this start.
+    pub(crate) claim_epoch: u64,
+    pub(crate) claim_cut: LogIndex,
     pub(crate) salvage: Vec<Salvaged>,
     /// Files that may hold batches, though nobody can tell which.
     pub(crate) unplaced: Vec<SegmentName>,
@@ -375,6 +378,7 @@ impl<B: BlockBuf> Recovery<B> {
             witness: Default::default(),
             claim: None,
             claim_epoch: 0,
+            claim_cut: Default::default(),
             configuration: Vec::new(),
         }
     }
@@ -648,6 +652,8 @@ impl<B: BlockBuf> Recovery<B> {
             fresh: self.fresh,
             index: outcome.index,
             claim: outcome.claim,
+            claim_epoch: outcome.claim_epoch,
+            claim_cut: outcome.claim_cut,
             salvage: outcome.salvage,
             unplaced: std::mem::take(&mut self.unplaced),
             segments: outcome.segments,

@@ -22,21 +22,28 @@ pub(crate) struct Salvaged {
 /// What is kept under a claim.
 #[derive(Default)]
 pub(crate) struct Salvage {
-    /// By first index and term.
+    /// By first index, one for each.
     batches: Vec<Salvaged>,
     generations: BTreeSet<u32>,
     /// Files that nobody can place.
     unplaced: Vec<SegmentName>,
     /// Segments of older epochs are kept; 0 without a claim.
     claim_epoch: u64,
+    /// What the log had left when the claim was made.
+    claim_cut: LogIndex,
     /// The save that makes the release durable.
     releasing: Option<u64>,
 }
 
 impl Salvage {
-    pub(crate) fn new(batches: Vec<Salvaged>, unplaced: Vec<SegmentName>, claim_epoch: u64) -> Self {
+    pub(crate) fn new(
+        batches: Vec<Salvaged>,
+        unplaced: Vec<SegmentName>,
+        claim_epoch: u64,
+        claim_cut: LogIndex,
+    ) -> Self {
         let generations = batches.iter().map(|batch| batch.place.generation).collect();
-        Self { batches, generations, unplaced, claim_epoch, releasing: None }
+        Self { batches, generations, unplaced, claim_epoch, claim_cut, releasing: None }
     }
 
     /// Keeps a file that nobody can place.
@@ -48,10 +55,18 @@ impl Salvage {
         self.batches.iter().map(|batch| batch.info)
     }
 
-    /// The batches that begin at `first`, in order of term.
-    pub(crate) fn starting_at(&self, first: LogIndex) -> impl Iterator<Item = &Salvaged> {
-        let at = self.batches.partition_point(|batch| batch.info.first < first);
-        self.batches[at..].iter().take_while(move |batch| batch.info.first == first)
+    /// The batch that begins at `first`.
+    pub(crate) fn starting_at(&self, first: LogIndex) -> Option<&Salvaged> {
+        let at = self.batches.binary_search_by_key(&first, |batch| batch.info.first).ok()?;
+        self.batches.get(at)
+    }
+
+    /// The log is truncated. When that cuts off a part of what the salvage continued, it is void with it. Its files stay until the
+    /// release.
+    pub(crate) fn cut_after(&mut self, index: LogIndex) {
+        if index < self.claim_cut {
+            self.batches.clear();
+        }
     }
 
     /// Whether a segment that the log no longer needs is to be kept.

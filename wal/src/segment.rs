@@ -71,6 +71,8 @@ pub(crate) struct Segment {
     pub(crate) operations: u32,
     /// The turn of the log's use counter when it was last read.
     pub(crate) used: u64,
+    /// The name means another file than the descriptor: it is closed before the next read.
+    pub(crate) is_replaced: bool,
 }
 
 /// The state of a segment's open file.

@@ -390,7 +390,7 @@ impl TestDisk {
     }
 }
 
-fn describe(op: &DiskOp<AlignedBuf>) -> String {
+pub(crate) fn describe(op: &DiskOp<AlignedBuf>) -> String {
     match op {
         DiskOp::List => "list".to_owned(),
         DiskOp::Create { name, .. } => format!("create {name}"),

@@ -85,8 +85,13 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             // `Closed` follows.
             return Ok(());
         }
-        if let Some(damage) = recovered.report.damage.first() {
-            return Err(ringraft_wal::WalError::Damaged(damage.clone()).into());
+        if recovered.claim.is_some() || !recovered.report.damage.is_empty() {
+            let damage = recovered.report.damage.first();
+            return Err(StopError::Read(ReadError::Damaged {
+                first: damage.map_or(self.wal.last_index().next(), |damage| damage.first),
+                segment: damage.map_or_else(String::new, |damage| damage.segment.clone()),
+                offset: damage.map_or(0, |damage| damage.offset),
+            }));
         }
         let state = &recovered.hard_state;
         self.incarnation = state.incarnation;

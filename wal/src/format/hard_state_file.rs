@@ -56,8 +56,7 @@ layout! {
 // without claims wrote, and the fingerprint is theirs.
 layout! {
     ClaimRecord: 32 {
-        kind: u32,
-        zero: u32,
+        cut_and_kind: u64,
         epoch: u64,
         term: Term,
         last: LogIndex,
@@ -70,8 +69,9 @@ const _: () = {
     assert!(last.at + last.bytes == record[record.len() - 1].bytes, "the claim fills the reserved part");
 };
 
-const CLAIM_CERTAIN: u32 = 1;
-const CLAIM_UNCERTAIN: u32 = 2;
+// The two lowest bits beside the index of the cut.
+const CLAIM_CERTAIN: u64 = 1;
+const CLAIM_UNCERTAIN: u64 = 2;
 
 const CRC_FIELD: std::ops::Range<usize> = field_range(FileHeader::FIELDS, "crc");
 const RECORD_AT: usize = FileHeader::BYTES;
@@ -145,6 +145,8 @@ pub struct HardState {
     /// The epoch that the first cut under the claim opened: what older segments hold behind their log is kept. 0 without a
     /// claim.
     pub claim_epoch: u64,
+    /// The last index that was left when the claim was made; what was cut off behind it is not void.
+    pub claim_cut: LogIndex,
     /// The formed base configuration in the engine's encoding; empty when the cluster is not formed.
     pub configuration: Vec<u8>,
 }
@@ -275,7 +277,7 @@ pub fn read_hard_state(bytes: &[u8]) -> Result<HardState, HardStateError> {
     {
         return Err(HardStateError::Range("configuration length"));
     }
-    let (claim, claim_epoch) = read_claim(&record)?;
+    let (claim, claim_epoch, claim_cut) = read_claim(&record)?;
     if record.cut_generation > record.generation {
         return Err(HardStateError::Range("generation"));
     }
@@ -295,6 +297,7 @@ pub fn read_hard_state(bytes: &[u8]) -> Result<HardState, HardStateError> {
         witness: record.witness,
         claim,
         claim_epoch,
+        claim_cut,
         configuration: configuration.to_vec(),
     })
 }
@@ -302,21 +305,22 @@ pub fn read_hard_state(bytes: &[u8]) -> Result<HardState, HardStateError> {
 fn write_claim(state: &HardState) -> [u8; ClaimRecord::BYTES] {
     let Some(claim) = state.claim else { return [0; ClaimRecord::BYTES] };
     let kind = if claim.certain { CLAIM_CERTAIN } else { CLAIM_UNCERTAIN };
-    ClaimRecord { kind, zero: 0, epoch: state.claim_epoch, term: claim.term, last: claim.last }.encode()
+    let cut_and_kind = state.claim_cut.get() << 2 | kind;
+    ClaimRecord { cut_and_kind, epoch: state.claim_epoch, term: claim.term, last: claim.last }.encode()
 }
 
-fn read_claim(record: &GroupRecord) -> Result<(Option<Claim>, u64), HardStateError> {
+fn read_claim(record: &GroupRecord) -> Result<(Option<Claim>, u64, LogIndex), HardStateError> {
     if record.reserved == [0; ClaimRecord::BYTES] {
-        return Ok((None, 0));
+        return Ok((None, 0, LogIndex(0)));
     }
-    let ClaimRecord { kind, zero, epoch, term, last } = ClaimRecord::decode(&record.reserved);
-    let certain = match kind {
+    let ClaimRecord { cut_and_kind, epoch, term, last } = ClaimRecord::decode(&record.reserved);
+    let certain = match cut_and_kind & 3 {
         CLAIM_CERTAIN => true,
         CLAIM_UNCERTAIN => false,
         _ => return Err(HardStateError::Range("claim")),
     };
-    if zero != 0 || epoch == 0 || epoch > record.epoch {
+    if epoch == 0 || epoch > record.epoch {
         return Err(HardStateError::Range("claim"));
     }
-    Ok((Some(Claim { term, last, certain }), epoch))
+    Ok((Some(Claim { term, last, certain }), epoch, LogIndex(cut_and_kind >> 2)))
 }

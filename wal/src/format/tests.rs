@@ -115,6 +115,7 @@ fn hard_state() -> HardState {
         witness: LogIndex(99),
         claim: None,
         claim_epoch: 0,
+        claim_cut: LogIndex(0),
         configuration: b"three members".to_vec(),
     }
 }
@@ -185,7 +186,7 @@ fn what_is_written_is_read() {
         hard_state(),
         HardState { vote: None, configuration: Vec::new(), ..hard_state() },
         HardState { configuration: long, ..hard_state() },
-        HardState { claim: Some(claim(true)), claim_epoch: 4, ..hard_state() },
+        HardState { claim: Some(claim(true)), claim_epoch: 4, claim_cut: LogIndex(98), ..hard_state() },
         HardState { claim: Some(claim(false)), claim_epoch: 1, ..hard_state() },
     ] {
         write_hard_state(&mut bytes, &state);

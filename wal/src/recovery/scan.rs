@@ -66,6 +66,9 @@ pub(crate) struct ScanOutcome {
     pub(crate) damage: Vec<Damage>,
     /// The claim that is in force from now on: an earlier one, a new one, or both in one.
     pub(crate) claim: Option<Claim>,
+    /// The epoch that began under it; 0 when it begins with the next.
+    pub(crate) claim_epoch: u64,
+    pub(crate) claim_cut: LogIndex,
     /// Under a claim: the intact batches that the log held behind its end.
     pub(crate) salvage: Vec<Salvaged>,
 }
@@ -140,6 +143,8 @@ pub(crate) struct LogScan {
     salvage_before: usize,
     /// Damage that says nothing of its place in the log, so that what the log held is not certain.
     doubts: Vec<Damage>,
+    /// Something was appended since the claim that is in force, or was damaged there.
+    went_on_under_claim: bool,
     /// The highest term and index that any intact envelope of this log names.
     highest_term: Term,
     highest_last: LogIndex,
@@ -160,6 +165,7 @@ impl LogScan {
             salvage: Vec::new(),
             salvage_before: 0,
             doubts: Vec::new(),
+            went_on_under_claim: false,
             highest_term: Term(0),
             highest_last: LogIndex(0),
         }
@@ -252,17 +258,41 @@ impl LogScan {
             }
             None => None,
         };
+        let mut salvage = std::mem::take(&mut self.salvage);
+        let HardState { mut claim_epoch, mut claim_cut, .. } = self.hard_state;
         let claim = if cut_short.is_some() || !self.doubts.is_empty() {
-            Some(merge(self.hard_state.claim, self.claim(cut_short.is_some())))
+            claim_cut = end;
+            let claim = merge(self.hard_state.claim, self.claim(cut_short.is_some()));
+            if self.went_on_under_claim {
+                // The log went on where the salvage of the earlier claim had been, and is damaged again: that salvage is not
+                // what lay behind this cut.
+                let (epoch, cut) = (self.hard_state.claim_epoch, self.hard_state.claim_cut);
+                salvage
+                    .retain(|batch| self.epoch_of(batch.place.generation) >= epoch || batch.info.last <= cut);
+                claim_epoch = 0;
+                Some(Claim { certain: false, ..claim })
+            } else {
+                Some(claim)
+            }
         } else {
             self.hard_state.claim
         };
         damage.extend(cut_short);
         damage.append(&mut self.doubts);
-        let mut salvage = std::mem::take(&mut self.salvage);
         salvage.retain(|batch| claim.is_some() && batch.intact);
-        salvage.sort_by_key(|batch| (batch.info.first, batch.info.term, batch.place));
-        ScanOutcome { index: self.index, segments: self.segments, torn_bytes, damage, claim, salvage }
+        // Of several for one index, the one that was written last.
+        salvage.sort_by_key(|batch| (batch.info.first, std::cmp::Reverse(batch.place)));
+        salvage.dedup_by_key(|batch| batch.info.first);
+        ScanOutcome {
+            index: self.index,
+            segments: self.segments,
+            torn_bytes,
+            damage,
+            claim,
+            claim_epoch,
+            claim_cut,
+            salvage,
+        }
     }
 
     /// What the log held before it was cut short. Certain only when the batches behind the damage can be followed to where the log
@@ -283,9 +313,10 @@ impl LogScan {
             }
             _ => {
                 let end = self.index.end();
+                let least = if cut_short { end.index.next() } else { end.index };
                 Claim {
                     term: self.hard_state.term.max(self.highest_term).max(end.term),
-                    last: self.durable_through.max(self.highest_last).max(end.index),
+                    last: self.durable_through.max(self.highest_last).max(least),
                     certain: false,
                 }
             }
@@ -352,15 +383,9 @@ impl LogScan {
     /// Everything at or behind the cut is void. What lies before it was durable when the cut was recorded.
     fn cut(&mut self, cut: Cut, after: Option<LogStart>, epoch: u64) {
         let at = Place { generation: cut.generation, offset: cut.offset };
-        if self.hard_state.claim.is_none() || epoch < self.hard_state.claim_epoch {
-            self.salvage.retain(|batch| batch.place < at);
-        } else {
-            // The cut was made by a start that could not read what lies here, or since then: it is not void.
-            let kept = self.index.ordinal_at_place(at);
-            let cut_off = (kept..self.index.len()).map_while(|ordinal| self.index.at(ordinal));
-            let intact = |first| self.damaged.iter().all(|(damaged, _)| *damaged != first);
-            let cut_off = cut_off.map(|(info, place)| Salvaged { info, place, intact: intact(info.first) });
-            self.salvage.extend(cut_off);
+        match self.claim_epoch() {
+            Some(claim_epoch) if epoch >= claim_epoch => self.cut_under_claim(cut.index, at, claim_epoch),
+            _ => self.salvage.retain(|batch| batch.place < at),
         }
         self.index.truncate_at_place(at);
         self.truncate_after(self.index.end().index);
@@ -408,6 +433,22 @@ impl LogScan {
                 .map(|batch| end_of(&batch.info)),
         };
         self.beyond.lost_track = self.beyond.end.is_none();
+    }
+
+    /// A cut since the claim that is in force. What the claim left in the older segments is not void, even if it can be read again;
+    /// until a leader cuts off a part of the log that it continued. What was appended since is void behind a cut.
+    fn cut_under_claim(&mut self, index: LogIndex, at: Place, claim_epoch: u64) {
+        let mut salvage = std::mem::take(&mut self.salvage);
+        let cut_off = self.index.ordinal_at_place(at)..self.index.len();
+        for (info, place) in cut_off.map_while(|ordinal| self.index.at(ordinal)) {
+            let intact = self.damaged.iter().all(|(damaged, _)| *damaged != info.first);
+            salvage.push(Salvaged { info, place, intact });
+        }
+        let stays = index >= self.hard_state.claim_cut;
+        salvage.retain(|batch| {
+            if self.epoch_of(batch.place.generation) < claim_epoch { stays } else { batch.place < at }
+        });
+        self.salvage = salvage;
     }
 
     /// An epoch begins whose cut is not known.
@@ -460,6 +501,20 @@ impl LogScan {
         self.open.retain(|open| open.first <= index);
     }
 
+    /// The epoch that began under the claim that is in force already.
+    fn claim_epoch(&self) -> Option<u64> {
+        self.hard_state.claim.map(|_| self.hard_state.claim_epoch)
+    }
+
+    fn is_under_claim(&self, segment: Scanned) -> bool {
+        self.claim_epoch().is_some_and(|epoch| segment.header.epoch >= epoch)
+    }
+
+    fn epoch_of(&self, generation: u32) -> u64 {
+        let segment = self.segments.iter().rev().find(|segment| segment.header.generation == generation);
+        segment.map_or(0, |segment| segment.header.epoch)
+    }
+
     /// Whether no batch behind the log's start was found yet.
     fn is_before_start(&self) -> bool {
         self.index.is_empty() && self.hard_state.start.index.get() > 0
@@ -477,6 +532,7 @@ impl LogScan {
             match self.judge_next(segment, bytes, place, is_first) {
                 Judged::Below(bytes) => offset += bytes,
                 Judged::Batch { info, image, durable_through } => {
+                    self.went_on_under_claim |= self.is_under_claim(segment);
                     self.durable_through = self.durable_through.max(durable_through);
                     self.highest_term = self.highest_term.max(info.term);
                     self.highest_last = self.highest_last.max(info.last);
@@ -488,6 +544,8 @@ impl LogScan {
                     offset += info.slot_bytes();
                 }
                 Judged::Bad(slot) => {
+                    self.went_on_under_claim |=
+                        slot.envelope != EnvelopeEvidence::Prior && self.is_under_claim(segment);
                     self.bad(segment, place, slot, is_first);
                     let Some(at) = self.find_known(segment, bytes, offset) else { return };
                     offset = at;
