@@ -475,11 +475,10 @@ fn name_of(error: &WalError) -> Outcome {
 #[test]
 fn an_untouched_directory_has_its_whole_log() {
     for scenario in scenarios() {
-        let Start::Opened(mut node, Recovered { report, claim, .. }) =
-            start(scenario.directory, Unreadable::new())
-        else {
+        let Start::Opened(mut node, recovered) = start(scenario.directory, Unreadable::new()) else {
             panic!("the log opens");
         };
+        let Recovered { report, claim, .. } = *recovered;
         assert_eq!((report.damage, report.torn_bytes, claim), (Vec::new(), 0, None));
         let read = node.read_all();
         assert_eq!(read.len(), scenario.log.len());

@@ -56,7 +56,7 @@ impl Scenario {
 
 /// How a start ended.
 pub(crate) enum Start {
-    Opened(Box<Node>, Recovered),
+    Opened(Box<Node>, Box<Recovered>),
     Stopped(WalError, Directory),
 }
 
@@ -89,7 +89,7 @@ pub(crate) fn start(directory: Directory, unreadable: Unreadable) -> Start {
         return Start::Stopped(error.clone(), node.disk.directory);
     }
     match node.events.pop_front() {
-        Some(WalEvent::Opened(recovered)) => Start::Opened(Box::new(node), recovered),
+        Some(WalEvent::Opened(recovered)) => Start::Opened(Box::new(node), Box::new(recovered)),
         other => panic!("the log neither opened nor stopped: {other:?}"),
     }
 }
