@@ -3,7 +3,7 @@
 //!
 //! The happy path: list the directory; read both copies of the hard state; remove what a crash left half made; read the
 //! headers of all segments; read every segment in the order of generations, in large pieces with several on their
-//! way, and fold it into the log ([`scan`]); flush the segments of the newest epoch, since what was read there may
+//! way, verify the images that have arrived ([`arrival`]), and fold the segment into the log ([`scan`]); flush the segments of the newest epoch, since what was read there may
 //! so far have reached only the device's cache; hand over.
 //!
 //! Failures: a directory of another node, a hard state of which no copy is usable, or one older than the log, stop the
@@ -11,6 +11,7 @@
 //! result: batches that are known but for their bytes, and a claim where more than that is lost. No file that may hold
 //! a batch is removed here.
 
+mod arrival;
 mod prior;
 mod scan;
 mod table;
@@ -24,13 +25,14 @@ use crate::disk::{
 use crate::error::{CopyState, Damage, WalError};
 use crate::format::{
     Claim, Cut, HARD_STATE_FILE_BYTES, HardState, LogStart, SegmentHeader, SegmentHeaderError,
-    read_hard_state, read_segment_header,
+    read_hard_state, read_segment_header, slots_start,
 };
 use crate::hard_state::{COPY_NAMES, COPY_NAMES_NEW};
 use crate::index::Index;
 use crate::ops::{Ops, Owner, Random, take};
 use crate::salvage::Salvaged;
 use crate::segment::{SegmentName, Stage};
+use arrival::Arrival;
 use ringraft_block::{AlignedBuf, BLOCK_BYTES, Block, BlockBuf, Incarnation, LogIndex, Pool};
 use scan::{LogScan, ScanOutcome, SegmentBytes};
 
@@ -155,6 +157,7 @@ struct Reading {
     wanted: VecDeque<Range<usize>>,
     in_flight: Vec<(DiskOpId, Range<usize>)>,
     unreadable: Vec<Range<usize>>,
+    arrival: Arrival,
 }
 
 impl<B: BlockBuf> Recovery<B> {
@@ -519,7 +522,11 @@ impl<B: BlockBuf> Recovery<B> {
             self.buffer = Some(AlignedBuf::zeroed(length));
         }
         let wanted = (0..length).step_by(READ_BYTES).map(|at| at..(at + READ_BYTES).min(length)).collect();
-        let reading = Reading { file, length, wanted, in_flight: Vec::new(), unreadable: Vec::new() };
+        let headed = self.headed.get(self.next_scan).filter(|_| self.next_suspect == self.suspects.len());
+        let arrival =
+            Arrival::new(headed.map(|(segment, _)| slots_start(segment.header.segment_bytes) as usize));
+        let (in_flight, unreadable) = (Vec::new(), Vec::new());
+        let reading = Reading { file, length, wanted, in_flight, unreadable, arrival };
         self.read_on(disk, ops, reading)
     }
 
@@ -542,13 +549,16 @@ impl<B: BlockBuf> Recovery<B> {
             Ok(DiskOutput::Read { block, bytes }) if bytes >= range.len() => {
                 place.copy_from_slice(&block[..range.len()]);
                 self.report.scanned_bytes += range.len() as u64;
+                reading.arrival.add(range);
             }
             Ok(DiskOutput::Read { .. }) | Err(_) if range.len() > BLOCK_BYTES => {
+                reading.arrival.stop();
                 let blocks = range.step_by(BLOCK_BYTES).map(|at| at..at + BLOCK_BYTES);
                 reading.wanted.extend(blocks);
             }
             Ok(DiskOutput::Read { .. }) | Err(_) => {
                 place.fill(0);
+                reading.arrival.stop();
                 reading.unreadable.push(range);
             }
             Ok(_) => return Err(WalError::Protocol { what: WHAT }),
@@ -569,6 +579,10 @@ impl<B: BlockBuf> Recovery<B> {
             let op = DiskOp::Read { file: reading.file, offset, block, bytes: range.len() };
             let id = ops.submit(disk, Owner::Recovery, op);
             reading.in_flight.push((id, range));
+        }
+        // The device goes on meanwhile.
+        if let Some(buffer) = &self.buffer {
+            reading.arrival.verify(buffer.bytes());
         }
         if !reading.in_flight.is_empty() {
             self.phase = Phase::ReadSegment(reading);
@@ -591,7 +605,8 @@ impl<B: BlockBuf> Recovery<B> {
     fn scan_segment(&mut self, reading: &Reading) {
         let Some(buffer) = self.buffer.take() else { return };
         let bytes = buffer.bytes().get(..reading.length).unwrap_or_default();
-        let bytes = SegmentBytes { bytes, unreadable: &reading.unreadable };
+        let bytes =
+            SegmentBytes { bytes, unreadable: &reading.unreadable, verified: reading.arrival.verified() };
         if let Some(Suspect { name, length, header }) = self.suspects.get(self.next_suspect) {
             self.place(*name, *length, *header, &bytes);
         } else if let Some((segment, _)) = self.headed.get(self.next_scan)

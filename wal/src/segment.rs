@@ -137,7 +137,15 @@ impl Segment {
     /// One that an earlier process has written.
     pub(crate) fn found(segment: Scanned) -> Self {
         let Scanned { name, header, .. } = segment;
-        Self { name, header, descriptor: Descriptor::Closed, operations: 0, used: 0, is_replaced: false, sums: None }
+        Self {
+            name,
+            header,
+            descriptor: Descriptor::Closed,
+            operations: 0,
+            used: 0,
+            is_replaced: false,
+            sums: None,
+        }
     }
 
     pub(crate) fn generation(&self) -> u32 {

@@ -407,7 +407,11 @@ mod tests {
                 cut: Cut::default(),
                 generation: 0,
                 start,
+                start_generation: 0,
                 witness: LogIndex(0),
+                claim: None,
+                claim_epoch: 0,
+                claim_cut: LogIndex(0),
                 configuration: Vec::new(),
             },
         );

@@ -238,6 +238,7 @@ impl LogRun {
                 }
                 self.model.log.acknowledged = self.model.log.acknowledged.max(last);
             }
+            WalEvent::Purged { .. } => {}
             WalEvent::TruncateDone { epoch } => {
                 if epoch == self.wal.epoch() {
                     self.model.before.clear();

@@ -14,7 +14,7 @@ mod ids;
 mod pool;
 
 pub use buffer::{AlignedBuf, BlockBuf};
-pub use checksum::{crc32c, crc32c_append};
+pub use checksum::{crc32c, crc32c_append, crc32c_numbered, crc32c_sectors};
 pub use ids::{ClusterId, GroupId, Incarnation, LogIndex, NodeId, Term};
 pub use pool::{Block, Pool, PoolStats, SharedBlock};
 

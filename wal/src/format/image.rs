@@ -3,7 +3,10 @@
 
 use super::fields::{Field, FieldAt, layout};
 use super::{Chain, ENVELOPE_BYTES, FORMAT_VERSION, crc_without, field_range, slot_bytes};
-use ringraft_block::{Block, BlockBuf, GroupId, LogIndex, SECTOR_BYTES, Term, crc32c, crc32c_append};
+use ringraft_block::{
+    Block, BlockBuf, GroupId, LogIndex, SECTOR_BYTES, Term, crc32c, crc32c_append, crc32c_numbered,
+    crc32c_sectors,
+};
 use rkyv::api::low;
 use rkyv::rancor::Failure;
 use rkyv::rend::{u16_le, u32_le, u64_le};
@@ -446,10 +449,12 @@ impl<B: BlockBuf> BatchBuilder<B> {
         };
         let (content, checksums) = image.split_at_mut(checksums_at);
         let seed = seed_of(&header);
-        for (ordinal, checksum) in checksums.chunks_exact_mut(4).enumerate() {
-            let chunk = chunk_of(checksums_at, ordinal);
-            checksum.copy_from_slice(&sector_checksum(seed, ordinal, &content[chunk]).to_le_bytes());
-        }
+        let mut places = checksums.as_chunks_mut::<4>().0.iter_mut();
+        sector_checksums(seed, content, |_, checksum| {
+            if let Some(place) = places.next() {
+                *place = checksum.to_le_bytes();
+            }
+        });
         header.chain = chain_of(seal.previous_chain, &header, checksums);
         header.header_crc = header_checksum(seed, &header.encode(), checksums);
         content[..IMAGE_HEADER_BYTES].copy_from_slice(&header.encode());
@@ -506,10 +511,8 @@ pub enum ImageError {
 /// The first rule that the bytes break.
 pub fn parse_image(image: &[u8]) -> Result<BatchView<'_>, ImageError> {
     let sectors = SectorChecksums::of(image)?;
-    for ordinal in 0..sectors.count() {
-        if !sectors.is_good(ordinal) {
-            return Err(ImageError::SectorChecksum(ordinal as u32));
-        }
+    if let Some(ordinal) = sectors.first_bad() {
+        return Err(ImageError::SectorChecksum(ordinal));
     }
     let view = BatchView::access(image, &sectors.header, sectors.checksums_at)?;
     view.validate_entries()?;
@@ -563,6 +566,23 @@ impl<'a> SectorChecksums<'a> {
         };
         let Some(chunk) = self.content.get(chunk_of(self.checksums_at, ordinal)) else { return false };
         u32::from_le_bytes(*stored) == sector_checksum(self.seed, ordinal, chunk)
+    }
+
+    /// The first sector whose bytes do not fit its checksum.
+    fn first_bad(&self) -> Option<u32> {
+        let mut stored = self.checksums.as_chunks::<4>().0.iter();
+        let mut bad = None;
+        sector_checksums(self.seed, self.content, |ordinal, checksum| {
+            let fits = stored.next().is_some_and(|stored| u32::from_le_bytes(*stored) == checksum);
+            if !fits && bad.is_none() {
+                bad = Some(ordinal);
+            }
+        });
+        // A length that no writer produces has a checksum more than sectors.
+        let judged = self.content.len().div_ceil(SECTOR_BYTES);
+        bad.or_else(|| {
+            (judged..self.count()).find(|ordinal| !self.is_good(*ordinal)).map(|ordinal| ordinal as u32)
+        })
     }
 
     /// What the log knows of the batch; `None` when the header names a kind that this build does not know.
@@ -866,7 +886,19 @@ pub(super) fn stored_checksums(image: &[u8]) -> (usize, &[[u8; 4]]) {
 }
 
 fn sector_checksum(seed: u32, ordinal: usize, chunk: &[u8]) -> u32 {
-    let crc = crc32c_append(prefix_checksum(seed, ordinal), chunk);
+    stored(crc32c_numbered(seed, ordinal as u32, chunk))
+}
+
+/// Hands the checksums of all sectors of an image to `each`, in order. `content` is what lies before the checksum table.
+fn sector_checksums(seed: u32, content: &[u8], mut each: impl FnMut(u32, u32)) {
+    let (header_sector, others) = content.split_at(content.len().min(SECTOR_BYTES));
+    let first = header_sector.get(IMAGE_HEADER_BYTES..).unwrap_or_default();
+    each(0, sector_checksum(seed, 0, first));
+    crc32c_sectors(seed, 1, others, |ordinal, crc| each(ordinal, stored(crc)));
+}
+
+/// No stored checksum is zero, so that a blank sector of the checksum table can be told.
+const fn stored(crc: u32) -> u32 {
     if crc == 0 { !0 } else { crc }
 }
 

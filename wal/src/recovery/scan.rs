@@ -12,11 +12,12 @@
 //! there is salvage, and where it ends says what the log held before the damage: the claim. A cut before the stop, or a batch that
 //! provably continues the log, makes the stop irrelevant.
 
+use super::arrival::Verified;
 use super::prior::Prior;
 use super::table::{Disposition, EnvelopeEvidence, Evidence, ImageEvidence, dispose};
 use crate::error::{Damage, DamageCause};
 use crate::format::{
-    BatchInfo, BatchKind, Claim, Cut, ENVELOPE_BYTES, Envelope, HardState, ImageError, LogStart,
+    BatchInfo, BatchKind, BatchView, Claim, Cut, ENVELOPE_BYTES, Envelope, HardState, ImageError, LogStart,
     PriorContent, SectorChecksums, SegmentHeader, SegmentOrigin, named_chain, parse_image, read_envelope,
     slot_bytes, slots_start, table_sector_fits,
 };
@@ -31,6 +32,8 @@ pub(crate) struct SegmentBytes<'a> {
     pub(crate) bytes: &'a [u8],
     /// Block-aligned ranges for which the device returned an error.
     pub(crate) unreadable: &'a [Range<usize>],
+    /// Images in it that were verified when they arrived.
+    pub(crate) verified: &'a Verified,
 }
 
 impl<'a> SegmentBytes<'a> {
@@ -859,8 +862,10 @@ fn judge_image(
     // A sector counts as never written when all of it is prior; the last one's padding is prior in any case.
     let prior = |ordinal: usize| prior.holds(sector_range(ordinal));
 
-    let whole = bytes.readable(start..start + image_bytes);
-    if let Some(Ok(view)) = whole.map(parse_image)
+    let place = start..start + image_bytes;
+    let parse = if bytes.verified.has(&place) { BatchView::trusted } else { parse_image };
+    let whole = bytes.readable(place);
+    if let Some(Ok(view)) = whole.map(parse)
         && is_named(&view.info(), envelope)
         && previous.is_none_or(|previous| view.verify_chain(previous.chain))
     {

@@ -6,7 +6,7 @@ use crate::sweep::{corpus, sweep, sweep_bytes};
 use bolero::TypeGenerator;
 use ringraft_block::{BLOCK_BYTES, ClusterId, GroupId, Incarnation, LogIndex, NodeId, Term, crc32c};
 use ringraft_wal::format::{
-    CONFIGURATION_BYTES_MAX, Chain, Cut, HARD_STATE_FILE_BYTES, HardState, LogStart, read_hard_state,
+    CONFIGURATION_BYTES_MAX, Chain, Claim, Cut, HARD_STATE_FILE_BYTES, HardState, LogStart, read_hard_state,
     write_hard_state,
 };
 
@@ -25,6 +25,7 @@ struct Parts {
     generation: u32,
     start: (u64, u64, [u8; 16]),
     witness: u64,
+    claim: Option<(u64, u64, bool)>,
     configuration_bytes: u16,
     configuration: u8,
     altered_at: u16,
@@ -32,6 +33,11 @@ struct Parts {
 }
 
 impl Parts {
+    fn claim(&self) -> Option<Claim> {
+        let claim = self.claim.filter(|_| self.epoch > 0);
+        claim.map(|(term, last, certain)| Claim { term: Term(term), last: LogIndex(last), certain })
+    }
+
     fn state(&self) -> HardState {
         let (cut_index, cut_generation, offset) = self.cut;
         let (start_index, start_term, start_chain) = self.start;
@@ -53,6 +59,9 @@ impl Parts {
                 chain: Chain(start_chain),
             },
             witness: LogIndex(self.witness),
+            claim: self.claim(),
+            claim_epoch: self.claim().map_or(0, |_| self.epoch),
+            claim_cut: LogIndex(self.claim().map_or(0, |_| cut_index >> 2)),
             configuration: vec![
                 self.configuration;
                 usize::from(self.configuration_bytes) % (CONFIGURATION_BYTES_MAX + 1)
@@ -137,11 +146,21 @@ fn valid() -> [Vec<u8>; 2] {
         generation: 7,
         start: LogStart { index: LogIndex(50), term: Term(2), chain: Chain([0x44; 16]) },
         witness: LogIndex(99),
+        claim: Some(Claim { term: Term(5), last: LogIndex(120), certain: true }),
+        claim_epoch: 4,
+        claim_cut: LogIndex(99),
         configuration: b"three members".to_vec(),
     };
     let mut short = written(&state);
     short.truncate(total(&short));
-    let unformed = HardState { vote: None, configuration: Vec::new(), ..state };
+    let unformed = HardState {
+        vote: None,
+        claim: None,
+        claim_epoch: 0,
+        claim_cut: LogIndex(0),
+        configuration: Vec::new(),
+        ..state
+    };
     [short, written(&unformed)]
 }
 

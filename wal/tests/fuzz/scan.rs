@@ -3,23 +3,25 @@
 //!
 //! What must hold whatever the alterations were:
 //! 1. The start ends, with an open log or with a typed error, and asks for no more memory than the files can account for.
-//! 2. What an open log holds is a prefix of what was appended, byte for byte, each batch whole and chained to the one before.
-//! 3. The log is never shortened in silence. A batch that is missing without a report of damage must look like a write that was
-//!    torn (one of its sectors is blank now), and nothing intact may say that the log was durable through it.
-//! 4. A start changes nothing for the next: it finds the same log, or the same damage, and damage leaves the files alone.
-//! 5. An open log can be appended to, and a later start does not lose that in silence.
+//! 2. What an open log holds is a prefix of what was appended, byte for byte, each batch whole and chained to the one before, but for
+//!    those that it lists as damaged; and those are.
+//! 3. The log is never shortened in silence. Without a claim that covers the missing batches, the first of them must look like a
+//!    write that was torn (one of its sectors is blank now), and nothing intact may say that the log was durable through it.
+//! 4. What is intact is not lost: under a claim, an intact batch is in the log or in the salvage.
+//! 5. A start changes nothing for the next: it finds the same log, damage, salvage and claim, or stops for the same reason.
+//! 6. An open log can be appended to, and a later start does not lose that.
 
 use crate::alloc::allocated;
 use crate::memory::{Directory, Unreadable};
-use crate::scenario::{Expected, Scenario, Slot, Start, scenarios, start};
+use crate::scenario::{Expected, Known, Scenario, Slot, Start, scenarios, start};
 use crate::sweep::{corpus, input, sweep_one};
 use bolero::TypeGenerator;
 use ringraft_block::{BLOCK_BYTES, LogIndex, SECTOR_BYTES};
 use ringraft_wal::format::{
-    BatchInfo, ENVELOPE_BYTES, SegmentOrigin, read_envelope, read_hard_state, read_segment_header,
+    BatchInfo, Claim, ENVELOPE_BYTES, SegmentOrigin, read_envelope, read_hard_state, read_segment_header,
     write_envelope, write_segment_header,
 };
-use ringraft_wal::{RecoveryReport, WalError};
+use ringraft_wal::{Recovered, WalError};
 use std::collections::BTreeMap;
 use std::ops::Range;
 
@@ -290,11 +292,23 @@ impl<'a> Altered<'a> {
         vouched_by_hard_state || vouched_by_envelope
     }
 
+    /// Whether a batch is as it was written, envelope and image.
+    fn has(&self, batch: &Expected) -> bool {
+        self.slot_of(batch).is_some_and(|slot| {
+            let end = slot.offset + ENVELOPE_BYTES + batch.info.image_bytes as usize;
+            self.intact(&slot.file, slot.offset..end)
+        })
+    }
+
+    fn slot_of(&self, batch: &Expected) -> Option<&Slot> {
+        let is_it =
+            |slot: &&Slot| slot.envelope.epoch == batch.epoch && slot.envelope.chain == batch.info.chain;
+        self.scenario.slots.iter().find(is_it)
+    }
+
     /// Whether the slot of a batch has a sector that is blank now and was not.
     fn looks_torn(&self, missing: &Expected) -> bool {
-        let is_it =
-            |slot: &&Slot| slot.envelope.epoch == missing.epoch && slot.envelope.chain == missing.info.chain;
-        let slot = self.scenario.slots.iter().find(is_it).expect("an appended batch has a slot");
+        let slot = self.slot_of(missing).expect("an appended batch has a slot");
         let Some(content) = self.directory.get(&slot.file) else { return false };
         let before = &self.scenario.directory[&slot.file];
         (slot.offset..slot.offset + slot.bytes).step_by(SECTOR_BYTES).any(|at| {
@@ -327,97 +341,145 @@ fn tampered(tampering: &Tampering) -> Outcome {
             stopped(&altered, &error, after);
             name_of(&error)
         }
-        Start::Opened(mut node, report) => {
+        Start::Opened(mut node, recovered) => {
+            let known = node.known();
             let read = node.read_all();
-            let infos = node.batches();
-            assert_eq!(infos, read.iter().map(|batch| batch.info).collect::<Vec<_>>());
-            assert!(read.len() <= scenario.log.len(), "nothing comes back that was cut off");
-            for (batch, expected) in read.iter().zip(&scenario.log) {
-                assert_eq!(batch.info, expected.info);
-                assert!(
-                    batch.image() == expected.image,
-                    "the batch at {} is what was appended",
-                    batch.info.first
-                );
+            assert_eq!(recovered.claim, known.claim, "the claim is saved before the log opens");
+            for batch in &read {
+                let expected = scenario.log.iter().find(|expected| expected.info == batch.info);
+                let expected = expected.expect("what is handed out was appended and not cut off");
+                assert!(batch.image() == expected.image, "{} is what was appended", batch.info.first);
             }
-            let missing = scenario.log.get(read.len());
-            if let Some(missing) = missing {
-                not_in_silence(&altered, missing, &report);
+            let listed = known.damaged.len() + usize::from(known.claim.is_some());
+            assert!(listed == 0 || !recovered.report.damage.is_empty(), "damage is reported");
+            // What an envelope with a good checksum says is believed, so a forged one may give a batch a wrong identity.
+            if !altered.forged {
+                not_in_silence(&altered, &known);
             }
-            let outcome = if missing.is_some() { "opened-shorter" } else { "opened-whole" };
-            opened_again(node.kill(), &altered, read.len());
-            outcome.to_owned()
+            let shorter = known.batches.len() < scenario.log.len();
+            let outcome = outcome_of(&recovered, &known, shorter);
+            opened_again(node.kill(), &altered, &known);
+            outcome
         }
+    }
+}
+
+fn outcome_of(recovered: &Recovered, known: &Known, shorter: bool) -> Outcome {
+    match (known.claim, recovered.report.damage.first()) {
+        (Some(claim), _) if claim.certain => "opened-claim-certain".to_owned(),
+        (Some(_), Some(damage)) => format!("opened-claim-{:?}", damage.cause).to_lowercase(),
+        (None, Some(damage)) => format!("opened-damaged-{:?}", damage.cause).to_lowercase(),
+        _ if shorter => "opened-shorter".to_owned(),
+        _ => "opened-whole".to_owned(),
     }
 }
 
 fn stopped(altered: &Altered<'_>, error: &WalError, after: Directory) {
     assert!(!matches!(error, WalError::Protocol { .. } | WalError::Config(_)), "{error}");
-    if matches!(error, WalError::Damaged(_)) {
-        assert!(after == altered.directory, "damage leaves the files as they are");
-    }
     match start(after, altered.unreadable.clone()) {
         Start::Stopped(again, _) => assert_eq!(again, *error, "the next start says the same"),
         Start::Opened(..) => panic!("a start that stopped with {error} mended something"),
     }
 }
 
-fn not_in_silence(altered: &Altered<'_>, missing: &Expected, report: &RecoveryReport) {
-    assert_eq!(report.damage, None, "a log with damage does not open");
-    let first = missing.info.first;
-    assert!(altered.looks_torn(missing), "the batch at {first} is gone and was not torn");
-    // A forged header or envelope is not intact, and may pretend that what vouches is of another life.
-    assert!(
-        altered.forged || !altered.vouched(missing),
-        "the batch at {first} is gone and was known to be durable"
-    );
+/// Every batch that was appended is in the log, or listed as damaged, or covered by a claim, or was torn as far as anyone can tell.
+fn not_in_silence(altered: &Altered<'_>, known: &Known) {
+    let log = &altered.scenario.log;
+    assert!(known.batches.len() <= log.len(), "nothing comes back that was cut off");
+    let (held, missing) = log.split_at(known.batches.len());
+    for (info, Expected { info: expected, .. }) in known.batches.iter().zip(held) {
+        // Of a damaged batch, the envelope may be all that is known.
+        let same = (info.term, info.first, info.last, info.chain, info.image_bytes);
+        assert_eq!(
+            same,
+            (expected.term, expected.first, expected.last, expected.chain, expected.image_bytes)
+        );
+    }
+    for expected in held {
+        let first = expected.info.first;
+        let flagged = known.damaged.contains(&first);
+        assert_eq!(flagged, !altered.has(expected), "the batch at {first} is damaged, or listed as such");
+    }
+    let Some(first_missing) = missing.first() else { return };
+    let Some(claim) = known.claim else {
+        let first = first_missing.info.first;
+        assert!(altered.looks_torn(first_missing), "the batch at {first} is gone and was not torn");
+        assert!(!altered.vouched(first_missing), "the batch at {first} is gone and was known to be durable");
+        return;
+    };
+    // A certain claim names an end that is torn as far as anyone can tell.
+    let covers = |info: &BatchInfo| !claim.certain || (claim.term, claim.last) >= (info.term, info.last);
+    let beyond = missing.iter().position(|expected| !covers(&expected.info)).unwrap_or(missing.len());
+    let (covered, torn) = missing.split_at(beyond);
+    if let Some(batch) = torn.first() {
+        let first = batch.info.first;
+        assert!(
+            altered.looks_torn(batch),
+            "{claim:?} does not cover the batch at {first}, which was not torn"
+        );
+        assert!(!altered.vouched(batch), "{claim:?} does not cover the batch at {first}, which was durable");
+    }
+    for expected in covered.iter().filter(|expected| altered.has(expected)) {
+        assert!(known.salvage.contains(&expected.info), "{} is intact and lost", expected.info.first);
+    }
 }
 
-/// Another start finds the same log, which can then be appended to. What a free segment holds is looked at only once it is in service, so
-/// one that was altered is told by the next start, as damage behind the end of the log.
-fn opened_again(directory: Directory, altered: &Altered<'_>, kept: usize) {
-    let same = |infos: &[BatchInfo]| {
-        infos.iter().zip(&altered.scenario.log[..kept]).all(|(info, expected)| *info == expected.info)
+/// Another start finds the same, and the log can be appended to. What a free segment holds is looked at only once it is in service, so one
+/// that was altered is told by the next start, as damage behind the end of the log.
+fn opened_again(directory: Directory, altered: &Altered<'_>, known: &Known) {
+    let found = |directory| match start(directory, altered.unreadable.clone()) {
+        Start::Opened(node, _) => *node,
+        Start::Stopped(error, _) => panic!("a log that opened does not open again: {error}"),
     };
-    let told = |error: WalError| {
-        let damaged = matches!(error, WalError::Damaged(_));
-        assert!(damaged && altered.free_segment_is_dirty(), "a log that opened does not open again: {error}");
-    };
-    let mut node = match start(directory, altered.unreadable.clone()) {
-        Start::Opened(node, _) => node,
-        Start::Stopped(error, _) => return told(error),
-    };
-    let infos = node.batches();
-    assert!(infos.len() == kept && same(&infos), "the next start finds the same log");
-    let appended: Vec<_> = (0..3).map(|_| node.append(2, 100).info).collect();
-    match start(node.kill(), altered.unreadable.clone()) {
-        Start::Opened(node, report) => {
-            let infos = node.batches();
-            assert_eq!(report.damage, None);
-            assert!(same(&infos) && infos[kept..] == appended, "what was appended is found");
+    let same = |again: &Known| {
+        if altered.free_segment_is_dirty() {
+            assert!(again.batches.starts_with(&known.batches), "the next start finds the same log");
+            assert!(again.claim.is_some() || known.claim.is_none(), "a claim is not forgotten");
+        } else {
+            assert_eq!(again.batches, known.batches, "the next start finds the same log");
+            assert_eq!(again.damaged, known.damaged, "the next start finds the same damage");
+            assert!(same_claim(again.claim, known.claim), "{:?} and {:?}", known.claim, again.claim);
+            // A forged checksum passes for what no device leaves behind.
+            assert!(
+                altered.forged || again.salvage == known.salvage,
+                "the next start finds the same salvage"
+            );
         }
-        Start::Stopped(error, _) => told(error),
+    };
+    let mut node = found(directory);
+    same(&node.known());
+    let appended: Vec<_> = (0..3).map(|_| node.append(2, 100).info).collect();
+    let mut again = found(node.kill()).known();
+    let kept = again.batches.len().min(known.batches.len());
+    let more = again.batches.split_off(kept);
+    // What was appended may stand where the salvage did.
+    again.salvage.clone_from(&known.salvage);
+    same(&again);
+    assert!(more == appended || altered.free_segment_is_dirty(), "what was appended is found");
+}
+
+/// A certain claim stays what it is. One that is not covers everything; what it names may only grow.
+fn same_claim(again: Option<Claim>, known: Option<Claim>) -> bool {
+    let uncertain = |claim: &Claim| !claim.certain;
+    match (again.filter(uncertain), known.filter(uncertain)) {
+        (Some(again), Some(known)) => again.term >= known.term && again.last >= known.last,
+        _ => again == known,
     }
 }
 
 fn name_of(error: &WalError) -> Outcome {
-    match error {
-        WalError::Damaged(damage) => format!("damaged-{:?}", damage.cause).to_lowercase(),
-        other => {
-            let debug = format!("{other:?}").to_lowercase();
-            let name: String = debug.chars().take_while(char::is_ascii_alphanumeric).collect();
-            name
-        }
-    }
+    let debug = format!("{error:?}").to_lowercase();
+    debug.chars().take_while(char::is_ascii_alphanumeric).collect()
 }
 
 #[test]
 fn an_untouched_directory_has_its_whole_log() {
     for scenario in scenarios() {
-        let Start::Opened(mut node, report) = start(scenario.directory, Unreadable::new()) else {
+        let Start::Opened(mut node, recovered) = start(scenario.directory, Unreadable::new()) else {
             panic!("the log opens");
         };
-        assert_eq!((report.damage, report.torn_bytes), (None, 0));
+        let Recovered { report, claim, .. } = *recovered;
+        assert_eq!((report.damage, report.torn_bytes, claim), (Vec::new(), 0, None));
         let read = node.read_all();
         assert_eq!(read.len(), scenario.log.len());
         assert!(read.iter().zip(&scenario.log).all(|(batch, expected)| batch.image() == expected.image));
@@ -428,15 +490,18 @@ fn an_untouched_directory_has_its_whole_log() {
 const INPUTS: u64 = 4000;
 
 /// How a start can end after tampering, but for what only a real device reports.
-const OUTCOMES: [&str; 10] = [
-    "damaged-enveloperotten",
-    "damaged-imagerotten",
-    "damaged-lost",
-    "damaged-misplaced",
-    "damaged-segmentheader",
-    "damaged-segmentmissing",
+const OUTCOMES: [&str; 13] = [
     "hardstatebehind",
     "hardstatelost",
+    "opened-claim-certain",
+    "opened-claim-enveloperotten",
+    "opened-claim-imagerotten",
+    "opened-claim-lost",
+    "opened-claim-misplaced",
+    "opened-claim-segmentheader",
+    "opened-claim-segmentmissing",
+    "opened-damaged-imagerotten",
+    "opened-damaged-lost",
     "opened-shorter",
     "opened-whole",
 ];

@@ -3,10 +3,10 @@
 use crate::memory::{Directory, MemoryDisk, Unreadable};
 use ringraft_block::{AlignedBuf, ClusterId, GroupId, LogIndex, NodeId, Pool, Term};
 use ringraft_wal::format::{
-    BatchBuilder, BatchInfo, BatchKind, ENVELOPE_BYTES, Envelope, LogStart, Seal, image_bytes_for,
+    BatchBuilder, BatchInfo, BatchKind, Claim, ENVELOPE_BYTES, Envelope, LogStart, Seal, image_bytes_for,
     parse_image, read_envelope, slot_bytes,
 };
-use ringraft_wal::{RecoveryReport, StoredBatch, Wal, WalConfig, WalError, WalEvent};
+use ringraft_wal::{ReadError, Recovered, StoredBatch, Wal, WalConfig, WalError, WalEvent};
 use std::collections::VecDeque;
 
 /// A small log: slots of up to 8 KiB, 16 of them to a segment.
@@ -56,8 +56,18 @@ impl Scenario {
 
 /// How a start ended.
 pub(crate) enum Start {
-    Opened(Box<Node>, RecoveryReport),
+    Opened(Box<Node>, Box<Recovered>),
     Stopped(WalError, Directory),
+}
+
+/// A log as a start found it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Known {
+    pub(crate) batches: Vec<BatchInfo>,
+    /// The first indices of those that are damaged.
+    pub(crate) damaged: Vec<LogIndex>,
+    pub(crate) salvage: Vec<BatchInfo>,
+    pub(crate) claim: Option<Claim>,
 }
 
 /// A log that is open.
@@ -79,7 +89,7 @@ pub(crate) fn start(directory: Directory, unreadable: Unreadable) -> Start {
         return Start::Stopped(error.clone(), node.disk.directory);
     }
     match node.events.pop_front() {
-        Some(WalEvent::Opened(recovered)) => Start::Opened(Box::new(node), recovered.report),
+        Some(WalEvent::Opened(recovered)) => Start::Opened(Box::new(node), Box::new(recovered)),
         other => panic!("the log neither opened nor stopped: {other:?}"),
     }
 }
@@ -100,13 +110,9 @@ impl Node {
         }
     }
 
-    pub(crate) fn batches(&self) -> Vec<BatchInfo> {
-        self.wal.batches().collect()
-    }
-
     /// Appends a batch and waits until it is durable. Its commands tell their index, and hold no long runs of zeros.
     pub(crate) fn append(&mut self, count: usize, command_bytes: usize) -> Expected {
-        let LogStart { index, chain, .. } = self.wal.log_end();
+        let LogStart { index, term, chain } = self.wal.log_end();
         let bytes = slot_bytes(image_bytes_for(count, 0, count * command_bytes));
         let take = |bytes: usize| Ok::<_, std::convert::Infallible>(AlignedBuf::zeroed(bytes));
         let mut builder = BatchBuilder::new(self.pool.take(bytes, take).unwrap());
@@ -117,7 +123,7 @@ impl Node {
         }
         let seal = Seal {
             group: GroupId(0),
-            term: Term(1),
+            term: term.max(Term(1)),
             first: index.next(),
             kind: BatchKind::Commands,
             time_ms: 1000 + index.get(),
@@ -132,31 +138,47 @@ impl Node {
         Expected { info, image, epoch: self.wal.epoch() }
     }
 
-    /// Reads the whole log back as far as it can be read, checking every batch that is handed out.
+    /// What a start must find again.
+    pub(crate) fn known(&self) -> Known {
+        Known {
+            batches: self.wal.batches().collect(),
+            damaged: self.wal.damaged().map(|damaged| damaged.info.first).collect(),
+            salvage: self.wal.salvage().collect(),
+            claim: self.wal.hard_state().and_then(|state| state.claim),
+        }
+    }
+
+    /// Reads every batch of the log that is not damaged, checking that it is whole and continues the log. Reading a damaged one
+    /// must say so.
     pub(crate) fn read_all(&mut self) -> Vec<StoredBatch<AlignedBuf>> {
-        let mut batches: Vec<StoredBatch<AlignedBuf>> = Vec::new();
+        let Known { batches: infos, damaged, .. } = self.known();
+        let mut batches = Vec::new();
         let mut chain = self.wal.log_start().chain;
-        loop {
-            let first = batches.last().map_or(self.wal.first_index(), |batch| batch.info.last.next());
-            if first > self.wal.last_index() {
-                return batches;
-            }
+        for info in infos {
             self.events.clear();
-            self.wal.read(&mut self.disk, 7, first, 64 * 1024);
+            self.wal.read(&mut self.disk, 7, info.first, 1);
             self.settle();
             let answer = self.events.drain(..).find_map(|event| match event {
                 WalEvent::Read { token: 7, result } => Some(result),
                 _ => None,
             });
-            let more = answer.expect("a read is answered").expect("what was just recovered can be read");
-            for batch in more {
-                let view = parse_image(batch.image()).expect("what is handed out is whole");
-                assert_eq!(view.info(), batch.info);
-                assert!(view.verify_chain(chain), "what is handed out continues the log");
-                chain = batch.info.chain;
-                batches.push(batch);
+            match answer.expect("a read is answered") {
+                Ok(mut read) => {
+                    assert!(!damaged.contains(&info.first), "a damaged batch is not handed out");
+                    let batch = read.swap_remove(0);
+                    let view = parse_image(batch.image()).expect("what is handed out is whole");
+                    assert_eq!((view.info(), batch.info), (info, info));
+                    assert!(view.verify_chain(chain), "what is handed out continues the log");
+                    batches.push(batch);
+                }
+                Err(ReadError::Damaged { first, .. }) => {
+                    assert!(first == info.first && damaged.contains(&first), "what is intact can be read");
+                }
+                Err(error) => panic!("{error}"),
             }
+            chain = info.chain;
         }
+        batches
     }
 
     fn truncate_after(&mut self, index: LogIndex) {
@@ -178,8 +200,8 @@ impl Node {
 /// Starts, which must succeed without damage.
 fn opened(directory: Directory) -> Node {
     match start(directory, Unreadable::new()) {
-        Start::Opened(node, report) => {
-            assert_eq!(report.damage, None);
+        Start::Opened(node, recovered) => {
+            assert_eq!((recovered.report.damage, recovered.claim), (Vec::new(), None));
             *node
         }
         Start::Stopped(error, _) => panic!("{error}"),
