@@ -365,6 +365,9 @@ fn check(run: &mut LogRun, life: &Life, strike: Strike, struck: &str, whole: boo
     if let Some(wrong) = run.violation.take() {
         return Err(wrong);
     }
+    if run.found > 0 && !struck.starts_with("read") && strike != Strike::EioForEver {
+        return Err("an intact batch was taken for damaged".to_owned());
+    }
     if run.poisoned.is_some() {
         // It has stopped; whatever still completes must not be acknowledged.
         let acknowledged = run.model.log.acknowledged;
