@@ -7,7 +7,7 @@ use crate::format::{
     read_segment_header, slots_start,
 };
 use crate::testing::{Device, Fate, Harness, Rng, config, golden};
-use crate::{Damage, DamageCause, ReadError, Recovered, WalConfig, WalError, WalEvent};
+use crate::{Damage, DamageCause, ReadError, Recovered, WalConfig, WalEvent};
 use ringraft_block::{BLOCK_BYTES, LogIndex, SECTOR_BYTES};
 use std::fmt::Write as _;
 
