@@ -483,8 +483,10 @@ impl<B: BlockBuf> Recovery<B> {
                 && header.node == state.node
                 && header.incarnation == state.incarnation
                 && header.group == state.group
-                && header.segment_bytes == length
-                && length.is_multiple_of(BLOCK_BYTES as u64)
+                && header.segment_bytes.is_multiple_of(BLOCK_BYTES as u64)
+                // A file that lost its end, or got a tail, is still the segment that its header names. What a header says of its
+                // length must not be believed with memory.
+                && header.segment_bytes <= length.max(self.config.segment_bytes)
         })
     }
 
@@ -515,17 +517,30 @@ impl<B: BlockBuf> Recovery<B> {
         file: FileId,
         length: usize,
     ) -> Result<(), WalError> {
+        let headed = self.headed.get(self.next_scan).filter(|_| self.next_suspect == self.suspects.len());
+        let in_file = length - length % BLOCK_BYTES;
+        let length = match headed {
+            Some((Scanned { header, .. }, _)) => usize::try_from(header.segment_bytes).unwrap_or(usize::MAX),
+            None => in_file,
+        };
         // No segment is larger; a file that claims to be must not be believed with memory.
         let length = length.min(SEGMENT_BYTES_MAX);
-        let length = length - length % BLOCK_BYTES;
         if self.buffer.as_ref().is_none_or(|buffer| buffer.bytes().len() < length) {
             self.buffer = Some(AlignedBuf::zeroed(length));
         }
-        let wanted = (0..length).step_by(READ_BYTES).map(|at| at..(at + READ_BYTES).min(length)).collect();
-        let headed = self.headed.get(self.next_scan).filter(|_| self.next_suspect == self.suspects.len());
-        let arrival =
+        // What a file that was cut short should hold behind its end cannot be read.
+        let in_file = in_file.min(length);
+        let wanted = (0..in_file).step_by(READ_BYTES).map(|at| at..(at + READ_BYTES).min(in_file)).collect();
+        let (in_flight, mut unreadable) = (Vec::new(), Vec::new());
+        let mut arrival =
             Arrival::new(headed.map(|(segment, _)| slots_start(segment.header.segment_bytes) as usize));
-        let (in_flight, unreadable) = (Vec::new(), Vec::new());
+        if in_file < length {
+            arrival.stop();
+            unreadable.push(in_file..length);
+            if let Some(rest) = self.buffer.as_mut().and_then(|buffer| buffer.bytes_mut().get_mut(in_file..length)) {
+                rest.fill(0);
+            }
+        }
         let reading = Reading { file, length, wanted, in_flight, unreadable, arrival };
         self.read_on(disk, ops, reading)
     }

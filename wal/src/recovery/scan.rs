@@ -563,6 +563,8 @@ impl LogScan {
             }
             is_first = false;
         }
+        // Without its header, nobody knows whether the segment ended where the file does.
+        self.beyond.lost_track |= segment.header_lost;
     }
 
     /// Judges a slot: as the one that holds the batch behind the end of the log, or, behind a stop, as one of those behind it. A

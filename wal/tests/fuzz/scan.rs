@@ -255,8 +255,12 @@ impl<'a> Altered<'a> {
         }
     }
 
-    /// The sectors of a range that are as they were.
+    /// Whether the bytes of a range are as they were, in blocks that can be read: a block in which a file was cut short cannot.
     fn intact(&self, file: &str, range: Range<usize>) -> bool {
+        let length = self.directory.get(file).map_or(0, Vec::len);
+        if range.end > length - length % BLOCK_BYTES {
+            return false;
+        }
         let same = self.directory.get(file).and_then(|content| content.get(range.clone()))
             == self.scenario.directory.get(file).and_then(|content| content.get(range.clone()));
         let lost =
@@ -506,6 +510,13 @@ const OUTCOMES: [&str; 13] = [
     "opened-whole",
 ];
 
+/// All of the sweep, or those that SCAN_INPUT (and SCAN_INPUTS, how many) name.
+fn inputs() -> Range<u64> {
+    let number = |name| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
+    let Some(first) = number("SCAN_INPUT") else { return 0..INPUTS };
+    first..first + number("SCAN_INPUTS").unwrap_or(1)
+}
+
 #[test]
 fn recovery_of_a_mutated_directory() {
     let target = "scan__recovery_of_a_mutated_directory";
@@ -514,10 +525,17 @@ fn recovery_of_a_mutated_directory() {
     });
     // The first input of each outcome is a part of the corpus.
     let mut found = BTreeMap::new();
-    for number in 0..INPUTS {
-        if let Some(outcome) = sweep_one(number, tampered) {
-            found.entry(outcome).or_insert(number);
+    let mut failed = Vec::new();
+    for number in inputs() {
+        match std::panic::catch_unwind(|| sweep_one(number, tampered)) {
+            Ok(Some(outcome)) => _ = found.entry(outcome).or_insert(number),
+            Ok(None) => {}
+            Err(_) => failed.push(number),
         }
+    }
+    assert!(failed.is_empty(), "{} inputs break the contract: {failed:?}; SCAN_INPUT=n replays one", failed.len());
+    if inputs() != (0..INPUTS) {
+        return;
     }
     let reached: Vec<_> = found.keys().map(String::as_str).collect();
     assert_eq!(reached, OUTCOMES, "the inputs reach every outcome");
