@@ -304,6 +304,17 @@ impl<'a> Altered<'a> {
         })
     }
 
+    /// Whether a batch of a damaged log that is not flagged is there: where it was written last, or where an epoch that was cut off
+    /// held the very same, byte for byte, and nothing tells of the cut any more.
+    fn has_somewhere(&self, batch: &Expected) -> bool {
+        let slots = self.scenario.slots.iter().filter(|slot| slot.envelope.chain == batch.info.chain);
+        self.has(batch)
+            || slots.into_iter().any(|slot| {
+                let end = slot.offset + ENVELOPE_BYTES + batch.info.image_bytes as usize;
+                self.intact(&slot.file, slot.offset..end)
+            })
+    }
+
     fn slot_of(&self, batch: &Expected) -> Option<&Slot> {
         let is_it =
             |slot: &&Slot| slot.envelope.epoch == batch.epoch && slot.envelope.chain == batch.info.chain;
@@ -402,7 +413,14 @@ fn not_in_silence(altered: &Altered<'_>, known: &Known) {
     for expected in held {
         let first = expected.info.first;
         let flagged = known.damaged.contains(&first);
-        assert_eq!(flagged, !altered.has(expected), "the batch at {first} is damaged, or listed as such");
+        if flagged {
+            assert!(!altered.has(expected), "the batch at {first} is intact and listed as damaged");
+        } else {
+            assert!(
+                altered.has_somewhere(expected),
+                "the batch at {first} is damaged and not listed as such"
+            );
+        }
     }
     let Some(first_missing) = missing.first() else { return };
     let Some(claim) = known.claim else {
@@ -533,7 +551,11 @@ fn recovery_of_a_mutated_directory() {
             Err(_) => failed.push(number),
         }
     }
-    assert!(failed.is_empty(), "{} inputs break the contract: {failed:?}; SCAN_INPUT=n replays one", failed.len());
+    assert!(
+        failed.is_empty(),
+        "{} inputs break the contract: {failed:?}; SCAN_INPUT=n replays one",
+        failed.len()
+    );
     if inputs() != (0..INPUTS) {
         return;
     }
