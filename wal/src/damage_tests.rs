@@ -435,9 +435,22 @@ impl Appended {
     }
 }
 
-/// A log of several starts, the last process crashed, with all that it appended and how many of them were acknowledged.
-fn random_log(rng: &mut Rng) -> (Device, Vec<Appended>, usize, LogIndex) {
+/// A log of several starts, the last process crashed.
+struct RandomLog {
+    device: Device,
+    /// What it holds.
+    appended: Vec<Appended>,
+    /// So many of them were acknowledged.
+    acknowledged: usize,
+    witness: LogIndex,
+    /// Some of what was appended was cut off again.
+    truncated: bool,
+}
+
+/// Half of them with truncations, purges and recycled segments.
+fn random_log(rng: &mut Rng) -> RandomLog {
     let mut device = Device::default();
+    let (shrinks, mut truncated) = (rng.below(2) == 0, false);
     let mut term = 1;
     let lives = 1 + rng.below(3);
     for life in 0.. {
@@ -450,6 +463,16 @@ fn random_log(rng: &mut Rng) -> (Device, Vec<Appended>, usize, LogIndex) {
             harness.append_durably(term, 1 + rng.below(2), bytes, salt);
             if rng.below(10) == 0 {
                 harness.wal.save_witness(&mut harness.disk);
+                harness.settle();
+            }
+            let ends: Vec<LogIndex> = harness.wal.batches().map(|info| info.last).collect();
+            if shrinks && ends.len() > 6 && rng.below(12) == 0 {
+                harness.wal.truncate_after(&mut harness.disk, ends[ends.len() - 1 - rng.below(4)]);
+                harness.settle();
+                truncated = true;
+                term += 1;
+            } else if shrinks && ends.len() > 12 && rng.below(10) == 0 {
+                harness.wal.purge_through(&mut harness.disk, ends[ends.len() / 2]);
                 harness.settle();
             }
         }
@@ -470,26 +493,28 @@ fn random_log(rng: &mut Rng) -> (Device, Vec<Appended>, usize, LogIndex) {
         let mut appended = Vec::new();
         for info in infos {
             let names = device.names();
-            let slot = names.iter().filter(|name| name.ends_with(".wal")).find_map(|name| {
+            // The same batch may have been cut off before.
+            let slots = names.iter().filter(|name| name.ends_with(".wal")).flat_map(|name| {
                 let content = device.content(name);
                 let slots = (slots_start(content.len() as u64) as usize..content.len()).step_by(BLOCK_BYTES);
-                slots.map(|at| (name, at)).find(|(_, at)| {
-                    read_envelope(&content[*at..]).is_ok_and(|envelope| envelope.chain == info.chain)
+                slots.filter_map(move |at| {
+                    let envelope = read_envelope(&content[at..]).ok()?;
+                    (envelope.chain == info.chain).then_some((envelope.epoch, name, at))
                 })
             });
-            let Some((name, at)) = slot else { continue };
+            let Some((_, name, at)) = slots.max_by_key(|(epoch, ..)| *epoch) else { continue };
             let end = at + ENVELOPE_BYTES + info.image_bytes as usize;
             let bytes = device.content(name)[at..end].to_vec();
             appended.push(Appended { info, name: name.clone(), at, bytes });
         }
-        return (device, appended, acknowledged, witness);
+        return RandomLog { device, appended, acknowledged, witness, truncated };
     }
     unreachable!()
 }
 
 fn random_damage(seed: u64) -> Seen {
     let mut rng = Rng(seed);
-    let (device, appended, acknowledged, witness) = random_log(&mut rng);
+    let RandomLog { device, appended, acknowledged, witness, truncated } = random_log(&mut rng);
     let mut sick = Sick::new(device);
     let last_segment = appended[acknowledged - 1].name.clone();
     for _ in 0..1 + rng.below(4) {
@@ -527,7 +552,8 @@ fn random_damage(seed: u64) -> Seen {
                 sick.device.corrupt(name, at, |bytes| bytes.copy_from_slice(&block), BLOCK_BYTES);
             }
             9 | 10 => sick.unreadable.push((name.clone(), (sector - sector % BLOCK_BYTES) as u64)),
-            11 if *name != last_segment => match rng.below(3) {
+            // A cut that is lost with its segment may let what it made void stand: the contract's residual.
+            11 if *name != last_segment && !truncated => match rng.below(3) {
                 0 => sick.device.remove(name),
                 1 => sick.flip(name, rng.below(SECTOR_BYTES)),
                 _ => sick.device.corrupt(name, 0, |bytes| bytes.fill(0), SECTOR_BYTES),

@@ -24,7 +24,7 @@ use crate::disk::{
 };
 use crate::error::{CopyState, Damage, WalError};
 use crate::format::{
-    Claim, Cut, HARD_STATE_FILE_BYTES, HardState, LogStart, SegmentHeader, SegmentHeaderError,
+    Claim, Cut, HARD_STATE_FILE_BYTES, HardState, LogStart, PriorContent, SegmentHeader, SegmentHeaderError,
     read_hard_state, read_segment_header, slots_start,
 };
 use crate::hard_state::{COPY_NAMES, COPY_NAMES_NEW};
@@ -111,6 +111,12 @@ pub(crate) struct Recovery<B: BlockBuf> {
     /// blank was never used, and the envelopes in the others say where they belong.
     suspects: Vec<Suspect>,
     next_suspect: usize,
+    /// A file whose header turned out to be another's.
+    doubted: Option<(Scanned, u64)>,
+    /// Headers that stand in files of other segments.
+    misdirected: Vec<Scanned>,
+    /// Files without a batch that share their header with another file.
+    blank_twins: Vec<(Scanned, u64)>,
     /// Suspects that nothing can place. They are kept until the claim is released.
     unplaced: Vec<SegmentName>,
     scan: Option<LogScan>,
@@ -178,6 +184,9 @@ impl<B: BlockBuf> Recovery<B> {
             purged: Vec::new(),
             suspects: Vec::new(),
             next_suspect: 0,
+            doubted: None,
+            misdirected: Vec::new(),
+            blank_twins: Vec::new(),
             unplaced: Vec::new(),
             scan: None,
             outcome: None,
@@ -266,7 +275,9 @@ impl<B: BlockBuf> Recovery<B> {
                 self.phase = Phase::CloseSegment;
             }
             (Phase::CloseSegment, Ok(DiskOutput::Done)) => {
-                if self.next_suspect < self.suspects.len() {
+                if let Some((segment, length)) = self.doubted.take() {
+                    self.doubt_header(segment, length);
+                } else if self.next_suspect < self.suspects.len() {
                     self.next_suspect += 1;
                 } else {
                     self.next_scan += 1;
@@ -439,6 +450,22 @@ impl<B: BlockBuf> Recovery<B> {
 
     /// All headers are known as far as they can be.
     fn judge_epochs(&mut self) -> Result<(), WalError> {
+        for (twin, length) in std::mem::take(&mut self.blank_twins) {
+            // When no other file turned out to be what the header says, it is this one's.
+            if self.headed.iter().any(|(other, _)| other.header.generation == twin.header.generation) {
+                self.leftovers.push(twin.name.to_string());
+            } else {
+                self.headed.push((twin, length));
+            }
+        }
+        // A header in the wrong place is all that may be left of its segment.
+        for Scanned { name, header, .. } in &self.misdirected {
+            if !self.is_taken(header.generation)
+                && let Some(scan) = self.scan.as_mut()
+            {
+                scan.unplaced(*name, header.generation);
+            }
+        }
         self.headed.sort_by_key(|(segment, _)| (segment.header.generation, segment.name.serial));
         let hard_state_epoch = self.hard_state.as_ref().map_or(0, |state| state.epoch);
         let log_epoch = self.newest_epoch();
@@ -483,8 +510,10 @@ impl<B: BlockBuf> Recovery<B> {
                 && header.node == state.node
                 && header.incarnation == state.incarnation
                 && header.group == state.group
-                && header.segment_bytes == length
-                && length.is_multiple_of(BLOCK_BYTES as u64)
+                && header.segment_bytes.is_multiple_of(BLOCK_BYTES as u64)
+                // A file that lost its end, or got a tail, is still the segment that its header names. What a header says of its
+                // length must not be believed with memory.
+                && header.segment_bytes <= length.max(self.config.segment_bytes)
         })
     }
 
@@ -515,17 +544,32 @@ impl<B: BlockBuf> Recovery<B> {
         file: FileId,
         length: usize,
     ) -> Result<(), WalError> {
+        let headed = self.headed.get(self.next_scan).filter(|_| self.next_suspect == self.suspects.len());
+        let in_file = length - length % BLOCK_BYTES;
+        let length = match headed {
+            Some((Scanned { header, .. }, _)) => usize::try_from(header.segment_bytes).unwrap_or(usize::MAX),
+            None => in_file,
+        };
         // No segment is larger; a file that claims to be must not be believed with memory.
         let length = length.min(SEGMENT_BYTES_MAX);
-        let length = length - length % BLOCK_BYTES;
         if self.buffer.as_ref().is_none_or(|buffer| buffer.bytes().len() < length) {
             self.buffer = Some(AlignedBuf::zeroed(length));
         }
-        let wanted = (0..length).step_by(READ_BYTES).map(|at| at..(at + READ_BYTES).min(length)).collect();
-        let headed = self.headed.get(self.next_scan).filter(|_| self.next_suspect == self.suspects.len());
-        let arrival =
+        // What a file that was cut short should hold behind its end cannot be read.
+        let in_file = in_file.min(length);
+        let wanted = (0..in_file).step_by(READ_BYTES).map(|at| at..(at + READ_BYTES).min(in_file)).collect();
+        let (in_flight, mut unreadable) = (Vec::new(), Vec::new());
+        let mut arrival =
             Arrival::new(headed.map(|(segment, _)| slots_start(segment.header.segment_bytes) as usize));
-        let (in_flight, unreadable) = (Vec::new(), Vec::new());
+        if in_file < length {
+            arrival.stop();
+            unreadable.push(in_file..length);
+            if let Some(rest) =
+                self.buffer.as_mut().and_then(|buffer| buffer.bytes_mut().get_mut(in_file..length))
+            {
+                rest.fill(0);
+            }
+        }
         let reading = Reading { file, length, wanted, in_flight, unreadable, arrival };
         self.read_on(disk, ops, reading)
     }
@@ -609,10 +653,12 @@ impl<B: BlockBuf> Recovery<B> {
             SegmentBytes { bytes, unreadable: &reading.unreadable, verified: reading.arrival.verified() };
         if let Some(Suspect { name, length, header }) = self.suspects.get(self.next_suspect) {
             self.place(*name, *length, *header, &bytes);
-        } else if let Some((segment, _)) = self.headed.get(self.next_scan)
-            && let Some(scan) = self.scan.as_mut()
-        {
-            scan.segment(*segment, &bytes);
+        } else if let Some((segment, length)) = self.headed.get(self.next_scan).copied() {
+            if self.is_misdirected(&segment, &bytes) {
+                self.doubted = Some((segment, length));
+            } else if let Some(scan) = self.scan.as_mut() {
+                scan.segment(segment, &bytes);
+            }
         }
         self.buffer = Some(buffer);
     }
@@ -627,16 +673,14 @@ impl<B: BlockBuf> Recovery<B> {
     ) {
         let Some(hard_state) = self.hard_state.as_ref() else { return };
         if prior::is_unused(bytes) {
-            // Whatever its header was, no batch was ever written here.
-            self.leftovers.push(name.to_string());
+            // Whatever its header was, no batch was ever written here. But it may tell of a cut.
+            match header {
+                Some(header) => self.blank_twins.push((Scanned { name, header, header_lost: false }, length)),
+                None => self.leftovers.push(name.to_string()),
+            }
             return;
         }
-        // A former life of a recycled file lies before the log's start, or belonged to a generation that is there.
-        let start = hard_state.start_generation;
-        let taken = |generation| {
-            generation < start || self.headed.iter().any(|(other, _)| other.header.generation == generation)
-        };
-        let found = scan::header_from_envelopes(bytes, hard_state, taken);
+        let found = scan::header_from_envelopes(bytes, hard_state, |generation| self.is_taken(generation));
         let same = |header: &SegmentHeader| {
             found
                 .as_ref()
@@ -652,6 +696,42 @@ impl<B: BlockBuf> Recovery<B> {
                 }
             }
         }
+    }
+
+    /// A former life of a recycled file lies before the log's start, or belonged to a generation that is there.
+    fn is_taken(&self, generation: u32) -> bool {
+        let start = self.hard_state.as_ref().map_or(0, |state| state.start_generation);
+        generation < start || self.headed.iter().any(|(other, _)| other.header.generation == generation)
+    }
+
+    /// Whether a header is not that of the file in which it stands: it was meant for another, which does not have it. A file that
+    /// began blank then holds slots of another generation, and none of this one.
+    fn is_misdirected(&self, segment: &Scanned, bytes: &SegmentBytes<'_>) -> bool {
+        !segment.header_lost
+            && segment.header.prior_content == PriorContent::Zeros
+            && !scan::has_own_slot(bytes, &segment.header)
+            && self.hard_state.as_ref().is_some_and(|state| {
+                let taken = |generation| self.is_taken(generation);
+                scan::header_from_envelopes(bytes, state, taken).is_some()
+            })
+    }
+
+    /// Goes back to where the headers were known, with one of them fewer.
+    fn doubt_header(&mut self, segment: Scanned, length: u64) {
+        let name = segment.name;
+        self.misdirected.push(segment);
+        self.headed.append(
+            &mut self.purged.drain(..).map(|segment| (segment, segment.header.segment_bytes)).collect(),
+        );
+        let suspects = &self.suspects;
+        self.headed.retain(|(segment, _)| {
+            segment.name != name && suspects.iter().all(|suspect| suspect.name != segment.name)
+        });
+        self.leftovers.retain(|left| suspects.iter().all(|suspect| suspect.name.to_string() != *left));
+        self.unplaced.clear();
+        self.suspects.push(Suspect { name, length, header: None });
+        (self.next_suspect, self.next_scan) = (0, 0);
+        self.scan = self.hard_state.clone().map(LogScan::new);
     }
 
     // The end.

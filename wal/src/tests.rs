@@ -1,5 +1,6 @@
 //! The crash contract, tested: what each operation promises, under crashes, failures and damage.
 
+mod headers;
 mod segments;
 
 use crate::disk::{DiskErrorKind, DiskOp};

@@ -563,6 +563,8 @@ impl LogScan {
             }
             is_first = false;
         }
+        // Without its header, nobody knows whether the segment ended where the file does.
+        self.beyond.lost_track |= segment.header_lost;
     }
 
     /// Judges a slot: as the one that holds the batch behind the end of the log, or, behind a stop, as one of those behind it. A
@@ -727,13 +729,9 @@ impl LogScan {
                     && envelope.group == header.group
                     && envelope.generation > header.generation
             };
-            // One slot that was written under this header shows that it is the segment's own.
-            let is_own = || {
-                (0..bytes.bytes.len())
-                    .step_by(BLOCK_BYTES)
-                    .any(|at| bytes.envelope(at).is_some_and(|envelope| belongs(&envelope, header, at)))
-            };
-            if bytes.envelope(at).is_some_and(|envelope| is_younger(&envelope)) && !is_own() {
+            if bytes.envelope(at).is_some_and(|envelope| is_younger(&envelope))
+                && !has_own_slot(bytes, header)
+            {
                 // The header is that of an older segment: a misdirected write.
                 self.doubt(segment.name, header.generation, 0, DamageCause::SegmentHeader);
             }
@@ -815,6 +813,13 @@ pub(crate) fn header_from_envelopes(
     let mut loudest = voices.into_iter().filter(|(count, _)| *count == most);
     let (_, header) = loudest.next()?;
     loudest.next().is_none().then_some(header)
+}
+
+/// Whether one slot at least was written under this header, which shows that it is the segment's own.
+pub(crate) fn has_own_slot(bytes: &SegmentBytes<'_>, header: &SegmentHeader) -> bool {
+    (0..bytes.bytes.len())
+        .step_by(BLOCK_BYTES)
+        .any(|at| bytes.envelope(at).is_some_and(|envelope| belongs(&envelope, header, at)))
 }
 
 /// Whether an intact envelope was written for this place in this life of the segment.

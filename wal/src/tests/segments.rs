@@ -51,7 +51,7 @@ fn fill(harness: &mut Harness, last: u64, bytes: usize) {
 }
 
 /// Recycles segments by purging, until the active one is in another life and holds a batch of it.
-fn in_a_recycled_segment(bytes: usize) -> Harness {
+pub(super) fn in_a_recycled_segment(bytes: usize) -> Harness {
     let mut harness = Harness::fresh();
     for _ in 0..400 {
         let last = harness.wal.last_index().get() + 1;
