@@ -24,10 +24,19 @@ pub enum Mutant {
     StaleRejectionTaken,
     /// A leader takes what it sent for what was acknowledged.
     MatchFromSent,
+    /// Everybody is asked only once for what a damaged log lacks.
+    AskedOnce,
+    /// A claim ends with what is committed in a term that the node knew before.
+    ClaimEndsInItsTerm,
+    /// A claim is given up, and what was kept aside with it, before what was taken back from that is durable.
+    ClaimEndsBeforeDurable,
 }
 
 impl Mutant {
-    /// All of them.
+    /// Those that only damaged logs show.
+    pub const REPAIR: [Self; 3] = [Self::AskedOnce, Self::ClaimEndsInItsTerm, Self::ClaimEndsBeforeDurable];
+
+    /// All others.
     pub const ALL: [Self; 9] = [
         Self::AckBeforeDurable,
         Self::CommitOlderTermByCounting,

@@ -126,6 +126,8 @@ struct Simulation {
     halted: bool,
     /// Nodes that miss several batches in a row, and hear of some that may or may not be the first of them.
     waiting: BTreeSet<NodeId>,
+    /// Whoever crashes next, and whether it finds damage when it is back.
+    doomed: Vec<(usize, bool)>,
 }
 
 type Outcome = Result<(), String>;
@@ -179,6 +181,7 @@ impl Simulation {
             lost: BTreeSet::new(),
             halted: false,
             waiting: BTreeSet::new(),
+            doomed: Vec::new(),
         };
         for at in 0..simulation.nodes.len() {
             simulation.boot(at);
@@ -306,7 +309,10 @@ impl Simulation {
                 self.cover.mark("send after save");
                 life.deferred.push_back((sequence, to, message));
             }
-            Action::Commit { up_to } => self.committed(at, before.commit.index, up_to)?,
+            Action::Commit { up_to } => {
+                self.committed(at, before.commit.index, up_to)?;
+                self.after_commit(at);
+            }
             Action::Become { role: Role::Leader, term, .. } => self.elected(at, term)?,
             Action::Become { role, .. } => {
                 if role == Role::Candidate {
@@ -318,6 +324,7 @@ impl Simulation {
                 self.cover.mark("released");
                 node.disk.claim = None;
                 node.disk.kept.clear();
+                self.after_release(at);
             }
             Action::Stop { violation } => return Err(format!("node {id}: {violation}")),
         }
@@ -463,6 +470,7 @@ impl Simulation {
         let at = self.random.below(self.nodes.len() as u64) as usize;
         let dice = self.random.below(1_000);
         if self.damage > 0 {
+            self.doom()?;
             match self.random.below(40) {
                 0..6 => return self.some_talk(),
                 6..9 => return self.search(at),
