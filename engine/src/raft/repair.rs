@@ -201,7 +201,7 @@ impl Raft {
         }
         let at_end = after == self.log.last().index && self.repair.claim.is_some();
         // What was taken back from what the log kept aside: with the claim, the only other copy of it goes.
-        let durable = self.durable.last() >= after || mutants::active(Mutant::ClaimEndsBeforeDurable);
+        let durable = self.durable.last() >= after;
         // A leader settles it otherwise; a log that has changed makes it another question.
         if !idle || !(damaged || at_end) || !durable || after < self.commit {
             return Ok(());
@@ -362,7 +362,7 @@ impl Inquiry {
         if !self.open.is_empty() {
             return None;
         }
-        if !std::mem::replace(&mut self.second, true) && !mutants::active(Mutant::AskedOnce) {
+        if !std::mem::replace(&mut self.second, true) {
             self.open.clone_from(&self.voters);
             // A cluster of one has nobody to ask.
             if !self.open.is_empty() {

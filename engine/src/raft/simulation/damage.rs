@@ -65,7 +65,9 @@ impl Simulation {
         if self.damage == 0 || !leads {
             return;
         }
-        match self.random.below(24) {
+        let node = &self.nodes[at];
+        let in_memory = node.life.as_ref().is_some_and(|life| life.raft.commit() > node.disk.last().index);
+        match self.random.below(if in_memory { 3 } else { 24 }) {
             0 => self.doomed.push((at, false)),
             1 | 2 => {
                 let other = self.random.below(self.nodes.len() as u64) as usize;
@@ -89,6 +91,45 @@ impl Simulation {
         }
     }
 
+    fn is_unnoticed(&self, from: NodeId, to: NodeId) -> bool {
+        self.unnoticed.contains(&(from, to)) || self.unnoticed.contains(&(to, from))
+    }
+
+    pub(super) fn is_cut_off(&self, from: NodeId, to: NodeId) -> bool {
+        self.blocked.contains(&(from, to)) || self.is_unnoticed(from, to)
+    }
+
+    /// A node is back. Some of the others notice at once; until then they count on what it said before.
+    pub(super) fn comes_back(&mut self, at: usize) -> Outcome {
+        let id = self.nodes[at].id;
+        for peer in (0..self.nodes.len()).filter(|peer| *peer != at) {
+            let other = self.nodes[peer].id;
+            if self.nodes[peer].life.is_some() && self.random.below(2) == 0 {
+                // Nothing that was said to the life before reaches this one.
+                self.network.retain(|(from, to, _)| (*from, *to) != (other, id));
+                self.unnoticed.insert((id, other));
+            } else {
+                self.break_session(at, peer)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Somebody notices.
+    pub(super) fn notice(&mut self) -> Outcome {
+        let count = self.unnoticed.len() as u64;
+        if count == 0 || self.random.below(60) > 0 {
+            return Ok(());
+        }
+        let chosen = self.random.below(count) as usize;
+        let Some((id, other)) = self.unnoticed.iter().nth(chosen).copied() else { return Ok(()) };
+        let at = |id| self.nodes.iter().position(|node| node.id == id);
+        match (at(id), at(other)) {
+            (Some(at), Some(peer)) => self.break_session(at, peer),
+            _ => Ok(()),
+        }
+    }
+
     /// Those crashes; some nodes are back at once, with damage.
     pub(super) fn doom(&mut self) -> Outcome {
         for (at, damaged) in std::mem::take(&mut self.doomed) {
@@ -99,7 +140,7 @@ impl Simulation {
             if damaged {
                 self.inflict(at);
                 self.boot(at);
-                self.reconnect(at)?;
+                self.comes_back(at)?;
             }
         }
         Ok(())
@@ -134,7 +175,7 @@ impl Simulation {
             return;
         }
         // Mostly near the end, where it matters.
-        let back = self.random.below(count).min(self.random.below(8));
+        let back = self.random.below(count).min(self.random.below(8)).min(self.random.below(4));
         let position = (count - 1 - back) as usize;
         let batch = self.nodes[at].disk.log[position];
         if !self.may_lose(at, batch.end()) {
@@ -290,7 +331,7 @@ impl Simulation {
         // A verdict is that of the questions behind it; then all begins anew.
         life.search = verdict.is_none().then_some(search);
         for to in open {
-            if !self.blocked.contains(&(id, to)) {
+            if !self.is_cut_off(id, to) {
                 self.talk.push((id, to, Talk::Question(question.clone())));
             }
         }
@@ -330,7 +371,7 @@ impl Simulation {
         match talk {
             Talk::Question(question) => {
                 let Some(reply) = self.reply(at, question) else { return Ok(()) };
-                if !self.blocked.contains(&(to, from)) {
+                if !self.is_cut_off(to, from) {
                     self.talk.push((to, from, Talk::Reply(reply)));
                 }
                 Ok(())
@@ -425,6 +466,8 @@ impl Simulation {
 fn run(seed: u64, cover: &mut Cover) -> Outcome {
     let mut simulation = Simulation::new(seed);
     simulation.damage = 50 + simulation.random.below(500);
+    let slow = simulation.random.below(2 * simulation.nodes.len() as u64) as usize;
+    simulation.slow = (slow < simulation.nodes.len()).then_some(slow);
     simulation.weather.crash = simulation.weather.crash.max(3 + simulation.random.below(8));
     observe(simulation, cover)
 }
@@ -445,10 +488,10 @@ fn damaged_logs_lose_nothing_that_was_committed_and_heal() {
     if count < 1_000 {
         return;
     }
-    // Nearly all runs end whole: few in a stop because a quorum may have had what is gone, or in doubt over several batches
-    // in a row.
-    let few = |what| cover.0.get(what).copied().unwrap_or_default() * 20 < count;
-    assert!(few("halted") && few("waits"), "{cover:?}");
+    // Most runs end whole: few in a stop because a quorum may have had what is gone. More wait, though all are back: in
+    // doubt over several batches in a row, or over one that a quorum of damaged nodes may have had.
+    let part = |what, of| cover.0.get(what).copied().unwrap_or_default() * of < count;
+    assert!(part("halted", 20) && part("waits", 6), "{cover:?}");
     for what in [
         "known damage",
         "certain claim",
@@ -471,14 +514,18 @@ fn damaged_logs_lose_nothing_that_was_committed_and_heal() {
 /// What must not happen at a damaged node is noticed when it does.
 #[test]
 fn every_known_bug_of_repair_is_caught_when_it_is_put_back() {
+    let mut unnoticed = Vec::new();
     for mutant in Mutant::REPAIR {
         mutants::set(Some(mutant));
-        let found = (0..env("SEEDS", 20_000)).find_map(|seed| {
+        let found = (0..env("SEEDS", 4_000)).find_map(|seed| {
             let found = run(seed, &mut Cover::default()).err()?;
             Some((seed, found.lines().next().unwrap_or_default().to_owned()))
         });
         mutants::set(None);
         println!("{mutant:?}: {found:?}");
-        assert!(found.is_some(), "{mutant:?} was not noticed");
+        if found.is_none() {
+            unnoticed.push(mutant);
+        }
     }
+    assert_eq!(unnoticed, []);
 }
