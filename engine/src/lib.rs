@@ -48,8 +48,13 @@
 //! 2. **One order.** Every member applies the same commands at the same indexes, each once in the life of a process.
 //! 3. **A crash loses nothing that was acknowledged**, of any member or of all of them, within the device assumptions
 //!    that `ringraft_wal` states.
-//! 4. **It stops rather than guess.** A failed write, a damaged log or a broken invariant ends the node with a
-//!    [`StopError`](error::StopError) that says what to do.
+//! 4. **It stops rather than guess.** A failed write, a disk that does not answer or a broken invariant ends the node
+//!    with a [`StopError`](error::StopError) that says what to do.
+//! 5. **A damaged log is mended, not cut short.** A node that finds a batch unreadable, at its start, in use or by the
+//!    background scrubber, fetches it from the other members while commits go on. Until it is whole again it does not lead,
+//!    and neither votes nor acknowledges as if it still had what it may have lost. What it waits for is in
+//!    [`DamageStatus`](handle::DamageStatus). Only when all copies of what may have been committed are gone
+//!    does it stop, and names the place.
 //!
 //! # What it needs
 //!

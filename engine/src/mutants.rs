@@ -24,10 +24,15 @@ pub enum Mutant {
     StaleRejectionTaken,
     /// A leader takes what it sent for what was acknowledged.
     MatchFromSent,
+    /// A claim ends with what is committed in a term that the node knew before.
+    ClaimEndsInItsTerm,
 }
 
 impl Mutant {
-    /// All of them.
+    /// Those that only damaged logs show.
+    pub const REPAIR: [Self; 1] = [Self::ClaimEndsInItsTerm];
+
+    /// All others.
     pub const ALL: [Self; 9] = [
         Self::AckBeforeDurable,
         Self::CommitOlderTermByCounting,

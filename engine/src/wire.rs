@@ -165,6 +165,7 @@ const FETCHED_NOT_SENT: u32 = 2;
 const FETCHED_HAD: u32 = 3;
 const FETCHED_NONE: u32 = 4;
 const FETCHED_BUSY: u32 = 5;
+const FETCHED_UNCLEAR: u32 = 6;
 
 const FETCHED_PROVES: u32 = 1;
 const FETCHED_LEADS: u32 = 2;
@@ -249,6 +250,8 @@ pub(crate) enum Fetched {
     Had,
     /// None.
     None,
+    /// It holds none, and may have had one: its own log has to be mended before it can tell.
+    Unclear,
     /// It cannot tell at the moment.
     Busy,
 }
@@ -371,6 +374,7 @@ impl Encoder {
             Fetched::NotSent => (FETCHED_NOT_SENT, LogId::default(), Chain::default()),
             Fetched::Had => (FETCHED_HAD, LogId::default(), Chain::default()),
             Fetched::None => (FETCHED_NONE, LogId::default(), Chain::default()),
+            Fetched::Unclear => (FETCHED_UNCLEAR, LogId::default(), Chain::default()),
             Fetched::Busy => (FETCHED_BUSY, LogId::default(), Chain::default()),
         };
         let proves = if message.proves { FETCHED_PROVES } else { 0 };
@@ -550,6 +554,7 @@ fn decode_fetch_reply(body: &ArchivedFetchReplyBody) -> Option<FetchReplyMessage
         FETCHED_HAD => Fetched::Had,
         FETCHED_NONE => Fetched::None,
         FETCHED_BUSY => Fetched::Busy,
+        FETCHED_UNCLEAR => Fetched::Unclear,
         _ => return None,
     };
     Some(FetchReplyMessage {
@@ -692,6 +697,7 @@ mod tests {
             Fetched::NotSent,
             Fetched::Had,
             Fetched::None,
+            Fetched::Unclear,
             Fetched::Busy,
         ] {
             let (proves, leads) = (outcome == Fetched::NotSent, outcome == Fetched::None);

@@ -58,6 +58,8 @@ pub(super) struct Repairer<B: BlockBuf> {
     serving: BTreeSet<NodeId>,
     outgoing: VecDeque<(NodeId, Outgoing<B>)>,
     leaderless_since_ns: Option<u64>,
+    /// When the leader may be asked again how far its log reaches.
+    leader_retry_at_ns: u64,
     /// When there is something to be done without news.
     due_at_ns: u64,
     warned_at_ns: Option<u64>,
@@ -128,6 +130,7 @@ impl<B: BlockBuf> Repairer<B> {
             serving: BTreeSet::new(),
             outgoing: VecDeque::new(),
             leaderless_since_ns: None,
+            leader_retry_at_ns: 0,
             due_at_ns: u64::MAX,
             warned_at_ns: None,
             waiting_for: Vec::new(),
@@ -161,6 +164,10 @@ impl<B: BlockBuf> Repairer<B> {
     pub(super) fn session_changed(&mut self, peer: NodeId) {
         self.asked.remove(&peer);
         self.outgoing.retain(|(to, _)| *to != peer);
+        // What is being read for it would answer a question of the session before, whose numbers begin anew with each
+        // process.
+        self.reads.retain(|_, read| !matches!(read, ReadFor::Member { to, .. } if *to == peer));
+        self.serving.remove(&peer);
         if self.due_at_ns != u64::MAX {
             self.due_at_ns = 0;
         }
@@ -173,6 +180,23 @@ impl<B: BlockBuf> Repairer<B> {
     /// Whether a read with that token is this file's.
     pub(super) fn reads(&self, token: u64) -> bool {
         self.reads.contains_key(&token)
+    }
+
+    /// Whoever has not answered in time lets the others have their turn.
+    fn give_up_waiting(&mut self, now_ns: u64) {
+        self.asked.retain(|peer, asked| {
+            let waits = asked.until_ns > now_ns;
+            if !waits && let Some(search) = asked.search.and_then(|first| self.searches.get_mut(&first)) {
+                search.retry_at_ns.insert(*peer, now_ns.saturating_add(BUSY_RETRY_NS));
+            }
+            waits
+        });
+    }
+
+    /// When a member may be asked again.
+    fn next_retry(&self, now_ns: u64) -> u64 {
+        let retries = self.searches.values().flat_map(|search| search.retry_at_ns.values());
+        retries.copied().filter(|at| *at > now_ns).min().unwrap_or(u64::MAX)
     }
 
     fn token(&mut self) -> u64 {
@@ -304,7 +328,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             return Ok(());
         }
         self.repair.due_at_ns = now.saturating_add(self.repair.patience_ns / 4);
-        self.repair.asked.retain(|_, asked| asked.until_ns > now);
+        self.repair.give_up_waiting(now);
         self.repair.leaderless_since_ns = match (leader, self.repair.leaderless_since_ns) {
             (Some(_), _) => None,
             (None, since) => since.or(Some(now)),
@@ -313,6 +337,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.read_own();
         self.conclude()?;
         self.ask_members(claim, leader);
+        self.repair.due_at_ns = self.repair.due_at_ns.min(self.repair.next_retry(now));
         self.say_what_is_waited_for();
         Ok(())
     }
@@ -420,7 +445,11 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                     only_proved: search.want.is_some(),
                 };
                 (message, Asked { token: 0, search: Some(*first), round: search.inquiry.round(), until_ns })
-            } else if leader == Some(peer) && claim.is_some_and(|claim| !claim.certain) {
+            } else if leader == Some(peer)
+                && claim.is_some_and(|claim| !claim.certain)
+                && now >= self.repair.leader_retry_at_ns
+            {
+                self.repair.leader_retry_at_ns = now.saturating_add(self.repair.patience_ns / 4);
                 let Some(last) = self.raft().map(|raft| raft.last().index) else { return };
                 let previous_chain = self.chain_at(last).unwrap_or_default();
                 let (proof, image, only_proved) = (None, false, false);
@@ -433,6 +462,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             let token = self.repair.token();
             busy.extend(asked.search);
             self.repair.asked.insert(peer, Asked { token, ..asked });
+            self.repair
+                .outgoing
+                .retain(|(to, waiting)| *to != peer || matches!(waiting, Outgoing::Reply(..)));
             self.repair.outgoing.push_back((peer, Outgoing::Fetch(FetchMessage { token, ..message })));
         }
     }
@@ -454,11 +486,16 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             self.repair.searches.remove(&first);
             let Some(raft) = self.raft() else { return Ok(()) };
             let committed = first <= raft.commit();
-            // While somebody leads, his log decides about what is not committed.
+            // While somebody leads, his log decides about what is not committed. But a leader that cannot read a batch that
+            // nobody else holds will never commit anything again.
             let leads = raft.leader().is_some();
+            let in_office = raft.role() == Role::Leader && want.is_some();
             match verdict {
                 Verdict::AllCopiesGone | Verdict::Nowhere { .. } if committed => {
                     return Err(self.copies_gone(first, want));
+                }
+                Verdict::AllCopiesGone | Verdict::Nowhere { .. } if in_office => {
+                    self.step(Event::NothingBehind { after: first.previous() })?;
                 }
                 Verdict::AllCopiesGone if !leads => return Err(self.copies_gone(first, want)),
                 Verdict::Nowhere { .. } if !leads => {
@@ -533,9 +570,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let Some(search) = self.repair.searches.get_mut(&first) else { return Ok(()) };
         let answer = match reply.outcome {
             Fetched::Busy => {
+                // Another member may be asked at once.
                 let retry_at_ns = self.now.monotonic_ns.saturating_add(BUSY_RETRY_NS);
                 search.retry_at_ns.insert(from, retry_at_ns);
-                self.repair.due_at_ns = retry_at_ns;
                 return Ok(());
             }
             Fetched::Batch { end, chain } => {
@@ -559,6 +596,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             }
             Fetched::NotSent => Answer::Other,
             Fetched::Had => Answer::Had,
+            Fetched::Unclear => Answer::Unclear,
             Fetched::None => Answer::None,
         };
         self.answered(first, from, asked.round, answer, reply.end);
@@ -619,6 +657,11 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let idle = raft.role() == Role::Follower && !self.closing;
         // A leader may have been quicker.
         if !restrained || !idle || last.index.next() != info.first || info.term > raft.term() {
+            return Ok(());
+        }
+        if !self.has_room_for(&info) {
+            // Read, or asked for, again when the log has taken what waits.
+            self.repair.due_at_ns = self.now.monotonic_ns.saturating_add(BUSY_RETRY_NS);
             return Ok(());
         }
         invariant(info.term >= last.term, || format!("{info:?} was kept behind {last:?}"))?;
@@ -714,11 +757,11 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             }
             let claim = raft.restraint().claim;
             // A log that was cut before the position, with more behind the cut: what was here cannot be told before this
-            // node has got back what lies between. Somebody's log is the shortest, so somebody always gets on.
+            // node has got back what lies between. There may be one, and how far all logs reach can be said all the same.
             let reaches = |claim: Claim| !claim.certain || claim.last >= first;
             let cannot_tell = raft.last().index < first.previous() && claim.is_some_and(reaches);
             let outcome = match claim {
-                _ if cannot_tell => Fetched::Busy,
+                _ if cannot_tell => Fetched::Unclear,
                 Some(claim) if behind_the_end && reaches(claim) => Fetched::Had,
                 _ => Fetched::None,
             };
@@ -794,6 +837,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             leads,
             end: self.end_of_all(raft),
         };
+        // Whoever asks again has given the first question up.
+        self.repair.outgoing.retain(|(peer, waiting)| *peer != to || matches!(waiting, Outgoing::Fetch(_)));
         self.repair.outgoing.push_back((to, Outgoing::Reply(reply, batch)));
     }
 }

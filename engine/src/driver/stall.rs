@@ -16,6 +16,7 @@ pub(super) struct StallWatch {
     operation: Option<u64>,
     /// When it was first seen, which is in the turn that submitted it or the next.
     since_ns: u64,
+    looked_ns: u64,
     stalled: bool,
 }
 
@@ -42,6 +43,12 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         if operation != self.stall.operation {
             (self.stall.operation, self.stall.since_ns) = (operation, now);
         }
+        // This process, or its machine, was stopped meanwhile: that says nothing about the disk.
+        let paused = now.saturating_sub(self.stall.looked_ns);
+        if paused > nanos(self.config.disk_stall_timeout()).saturating_mul(2) {
+            self.stall.since_ns = self.stall.since_ns.saturating_add(paused).min(now);
+        }
+        self.stall.looked_ns = now;
         let age = self.stall.age_ns(now);
         if operation.is_some() && age >= nanos(self.config.disk_stall_stop) {
             return Err(StopError::DiskStalled { millis: age / 1_000_000 });
@@ -66,6 +73,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         }
         let next =
             if self.stall.stalled { self.config.disk_stall_stop } else { self.config.disk_stall_timeout() };
-        self.stall.since_ns.saturating_add(nanos(next))
+        // Looked at often enough to tell a disk that does not answer from a process that did not run.
+        let look = self.stall.looked_ns.saturating_add(nanos(self.config.disk_stall_timeout()));
+        self.stall.since_ns.saturating_add(nanos(next)).min(look)
     }
 }

@@ -74,7 +74,7 @@ pub enum Event {
         highest: LogId,
     },
     /// Every voter has been asked for the batch behind `after`, where this log can no longer be read, and none holds one
-    /// ([`Inquiry`](super::Inquiry)).
+    /// ([`Inquiry`](super::Inquiry)). A leader steps down: it can send nobody what lies behind.
     NothingBehind {
         /// The end of the last batch before the damage.
         after: LogIndex,

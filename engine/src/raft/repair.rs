@@ -27,6 +27,7 @@
 
 use super::role::RoleState;
 use super::{Action, BatchRun, LogId, Quorum, Raft, Violation};
+use crate::mutants::{self, Mutant};
 use ringraft_block::{LogIndex, NodeId, Term};
 use std::collections::BTreeSet;
 
@@ -193,9 +194,16 @@ impl Raft {
     ) -> Result<(), Violation> {
         let idle = matches!(self.role, RoleState::Follower) && self.leader.is_none();
         let damaged = self.repair.damaged_from.is_some_and(|from| from.previous() == after);
+        if damaged && after >= self.commit && matches!(self.role, RoleState::Leader(_)) {
+            // Nobody can be sent what follows either: only a leader without that batch gets on.
+            self.become_follower(self.hard.term(), None, actions);
+            return Ok(());
+        }
         let at_end = after == self.log.last().index && self.repair.claim.is_some();
+        // What was taken back from what the log kept aside: with the claim, the only other copy of it goes.
+        let durable = self.durable.last() >= after;
         // A leader settles it otherwise; a log that has changed makes it another question.
-        if !idle || !(damaged || at_end) || after < self.commit {
+        if !idle || !(damaged || at_end) || !durable || after < self.commit {
             return Ok(());
         }
         if damaged {
@@ -226,7 +234,9 @@ impl Raft {
         let reached = claim.end().or(self.repair.floor).is_some_and(|was| end >= was);
         let later_term = !claim.certain
             && self.commit <= durable
-            && self.log.term_at(self.commit).is_some_and(|term| term > claim.term);
+            && self.log.term_at(self.commit).is_some_and(|term| {
+                term > claim.term || (term == claim.term && mutants::active(Mutant::ClaimEndsInItsTerm))
+            });
         let as_leader = !claim.certain
             && self.repair.leader_held.is_some_and(|(term, last)| {
                 term == self.hard.term()
@@ -269,6 +279,8 @@ pub enum Answer {
     Other,
     /// It had one, or something that may have been one, and cannot read it.
     Had,
+    /// It holds none, and may have had one: it cannot tell before it has got back what its log lacks before the position.
+    Unclear,
     /// It has none.
     None,
 }
@@ -283,7 +295,7 @@ pub enum Verdict {
     },
     /// Nobody holds the batch, and a quorum had it: it may have been committed, and all copies of it are gone.
     AllCopiesGone,
-    /// Batches that may be others lie behind the position.
+    /// Batches that may be others lie behind the position, or too many cannot tell whether they had one.
     Unproved {
         /// The highest end that any voter reported, in its log or kept aside.
         highest: LogId,
@@ -305,6 +317,7 @@ pub struct Inquiry {
     /// Who has not answered in this round.
     open: BTreeSet<NodeId>,
     had: BTreeSet<NodeId>,
+    unclear: BTreeSet<NodeId>,
     other: bool,
     highest: LogId,
 }
@@ -315,7 +328,8 @@ impl Inquiry {
     #[must_use]
     pub fn new(own: NodeId, quorum: &Quorum, highest: LogId) -> Self {
         let voters: BTreeSet<NodeId> = quorum.voters().filter(|voter| *voter != own).collect();
-        Self { open: voters.clone(), voters, second: false, had: [own].into(), other: false, highest }
+        let (had, unclear) = ([own].into(), BTreeSet::new());
+        Self { open: voters.clone(), voters, second: false, had, unclear, other: false, highest }
     }
 
     /// Who has to be asked now, in a round of this number.
@@ -338,6 +352,7 @@ impl Inquiry {
         match answer {
             Answer::Other => self.other = true,
             Answer::Had => drop(self.had.insert(voter)),
+            Answer::Unclear => drop(self.unclear.insert(voter)),
             Answer::None => {}
         }
     }
@@ -358,6 +373,9 @@ impl Inquiry {
         Some(match self.other {
             true => Verdict::Unproved { highest },
             false if quorum.reached(|id| self.had.contains(&id)) => Verdict::AllCopiesGone,
+            false if quorum.reached(|id| self.had.contains(&id) || self.unclear.contains(&id)) => {
+                Verdict::Unproved { highest }
+            }
             false => Verdict::Nowhere { highest },
         })
     }
@@ -415,11 +433,14 @@ mod tests {
             panic!("no verdict");
         };
         let highest = end(1, 1);
-        use Answer::{Had, None, Other};
+        use Answer::{Had, None, Other, Unclear};
         assert_eq!(ask(1, &[]), Verdict::AllCopiesGone);
         assert_eq!(ask(3, &[None, None]), Verdict::Nowhere { highest });
         assert_eq!(ask(3, &[None, Had]), Verdict::AllCopiesGone);
         assert_eq!(ask(3, &[Other, Had]), Verdict::Unproved { highest });
+        assert_eq!(ask(3, &[None, Unclear]), Verdict::Unproved { highest });
+        assert_eq!(ask(5, &[None, None, None, Unclear]), Verdict::Nowhere { highest });
+        assert_eq!(ask(5, &[None, None, Had, Unclear]), Verdict::Unproved { highest });
         assert_eq!(ask(5, &[None, None, None, Had]), Verdict::Nowhere { highest });
         assert_eq!(ask(5, &[None, None, Had, Had]), Verdict::AllCopiesGone);
     }

@@ -126,6 +126,12 @@ struct Simulation {
     halted: bool,
     /// Nodes that miss several batches in a row, and hear of some that may or may not be the first of them.
     waiting: BTreeSet<NodeId>,
+    /// Whoever crashes next, and whether it finds damage when it is back.
+    doomed: Vec<(usize, bool)>,
+    /// Who has restarted, and who has not noticed yet: no session joins them.
+    unnoticed: BTreeSet<(NodeId, NodeId)>,
+    /// Whose disk is much slower than the others'.
+    slow: Option<usize>,
 }
 
 type Outcome = Result<(), String>;
@@ -179,6 +185,9 @@ impl Simulation {
             lost: BTreeSet::new(),
             halted: false,
             waiting: BTreeSet::new(),
+            doomed: Vec::new(),
+            unnoticed: BTreeSet::new(),
+            slow: None,
         };
         for at in 0..simulation.nodes.len() {
             simulation.boot(at);
@@ -306,7 +315,10 @@ impl Simulation {
                 self.cover.mark("send after save");
                 life.deferred.push_back((sequence, to, message));
             }
-            Action::Commit { up_to } => self.committed(at, before.commit.index, up_to)?,
+            Action::Commit { up_to } => {
+                self.committed(at, before.commit.index, up_to)?;
+                self.after_commit(at);
+            }
             Action::Become { role: Role::Leader, term, .. } => self.elected(at, term)?,
             Action::Become { role, .. } => {
                 if role == Role::Candidate {
@@ -318,6 +330,7 @@ impl Simulation {
                 self.cover.mark("released");
                 node.disk.claim = None;
                 node.disk.kept.clear();
+                self.after_release(at);
             }
             Action::Stop { violation } => return Err(format!("node {id}: {violation}")),
         }
@@ -442,13 +455,16 @@ impl Simulation {
                     if self.strict && current && !disk.holds(matched) {
                         return Err(format!("node {id} acknowledges {matched:?}, not durable"));
                     }
+                    if self.damage > 0 && matched == disk.last() && self.random.below(60) == 0 {
+                        self.doomed.push((at, true));
+                    }
                 }
                 AppendOutcome::Rejected { .. } => self.cover.mark("rejection"),
                 AppendOutcome::StaleTerm => self.cover.mark("stale term"),
             },
             _ => {}
         }
-        if self.blocked.contains(&(id, to)) {
+        if self.is_cut_off(id, to) {
             self.cover.mark("cut off");
         } else {
             self.network.push((id, to, message));
@@ -463,6 +479,8 @@ impl Simulation {
         let at = self.random.below(self.nodes.len() as u64) as usize;
         let dice = self.random.below(1_000);
         if self.damage > 0 {
+            self.doom()?;
+            self.notice()?;
             match self.random.below(40) {
                 0..6 => return self.some_talk(),
                 6..9 => return self.search(at),
@@ -499,7 +517,9 @@ impl Simulation {
         if dice < bound {
             if self.nodes[at].life.is_none() {
                 self.boot(at);
-                if self.damage > 0 || self.random.below(2) == 0 {
+                if self.damage > 0 {
+                    self.comes_back(at)?;
+                } else if self.random.below(2) == 0 {
                     self.reconnect(at)?;
                 }
             }
@@ -520,6 +540,7 @@ impl Simulation {
             return match self.random.below(4) {
                 0 => self.save(at),
                 1 => self.complete(at),
+                _ if self.slow == Some(at) && self.random.below(16) > 0 => Ok(()),
                 _ => {
                     self.write(at);
                     Ok(())
@@ -575,6 +596,11 @@ impl Simulation {
             Some(Write::Truncate { after, epoch }) => {
                 node.disk.log.retain(|batch| batch.last <= after);
                 node.disk.damaged.retain(|first| *first <= after);
+                if node.disk.claim.is_some() && after < node.disk.cut_at {
+                    // What was behind the cut continued what is cut off now.
+                    node.disk.claim = None;
+                    node.disk.kept.clear();
+                }
                 node.disk.epoch = epoch;
             }
             None => {}
@@ -623,6 +649,7 @@ impl Simulation {
     fn break_session(&mut self, at: usize, peer: usize) -> Outcome {
         self.cover.mark("session");
         let (id, other) = (self.nodes[at].id, self.nodes[peer].id);
+        self.unnoticed.retain(|pair| *pair != (id, other) && *pair != (other, id));
         if self.damage > 0 || self.random.below(4) > 0 {
             self.network.retain(|(from, to, _)| (*from, *to) != (id, other) && (*from, *to) != (other, id));
         }
