@@ -1,7 +1,7 @@
 //! A smaller number of what the binary `faults` runs in full.
 
 use ringraft_tests::faults::threads::Tally;
-use ringraft_tests::faults::{damage, errors, images};
+use ringraft_tests::faults::{damage, errors, images, reverts};
 
 fn assert_clean(tally: &Tally) {
     if let Some(violation) = tally.violations.first() {
@@ -16,6 +16,27 @@ fn every_scenario_recovers_from_some_of_its_crash_images() {
         assert_clean(&report.tally);
         assert!(report.tally.cases > 0, "{} has no images", report.scenario);
     }
+}
+
+/// A control: of a disk that loses one write that it told to be durable, the images must tell.
+#[test]
+fn a_lost_write_is_noticed() {
+    let wrong = |lost_write| {
+        let options = images::Options { images_max: 20, lost_write, ..images::Options::default() };
+        let reports = images::run(&options, Some("append-over-a-former-life"), |_| {});
+        let tally = &reports[0].tally;
+        (tally.violations.len() as u64, tally.cases)
+    };
+    assert_eq!(wrong(None).0, 0);
+    // Some of these are acknowledged batches that no image has.
+    assert!((70..90).map(|skip| wrong(Some(skip))).any(|(wrong, images)| wrong == images));
+}
+
+#[test]
+fn a_durable_write_that_reverts_to_a_former_life_is_damage() {
+    let tally = reverts::run(0);
+    assert_clean(&tally);
+    assert!(tally.cases > 200, "{}", tally.cases);
 }
 
 #[test]

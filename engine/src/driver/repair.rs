@@ -48,6 +48,8 @@ pub(super) struct Repairer<B: BlockBuf> {
     clamped: BTreeSet<LogIndex>,
     /// What the start found, for people.
     report: Vec<Damage>,
+    /// An end of a batch, beyond that of the log, that is proved to have been in it: a batch that was kept aside follows it.
+    proved: Option<(LogIndex, Chain)>,
     /// Batches whose image the log has, and is writing.
     offered: BTreeSet<LogIndex>,
     searches: BTreeMap<LogIndex, Search<B>>,
@@ -102,6 +104,9 @@ struct Asked {
     search: Option<LogIndex>,
     round: u8,
     until_ns: u64,
+    /// Which batch was asked for, by its first index and the chain before it, when it is not the searched one but lies on the
+    /// way from there to the next one that was kept aside.
+    on_the_way: Option<(LogIndex, Chain)>,
 }
 
 enum ReadFor {
@@ -111,6 +116,8 @@ enum ReadFor {
     Own { search: LogIndex },
     /// What was kept aside behind the candidate of this search.
     Between { search: LogIndex, from: NodeId, round: u8, end: LogId },
+    /// The same, behind a batch some way on from the searched one, which ends so.
+    Beyond { search: LogIndex, from: NodeId, round: u8, end: LogId, reached: (LogIndex, Chain) },
 }
 
 impl<B: BlockBuf> Repairer<B> {
@@ -122,6 +129,7 @@ impl<B: BlockBuf> Repairer<B> {
             scrub_at_ns: u64::MAX,
             clamped: BTreeSet::new(),
             report: Vec::new(),
+            proved: None,
             offered: BTreeSet::new(),
             searches: BTreeMap::new(),
             asked: BTreeMap::new(),
@@ -157,6 +165,7 @@ impl<B: BlockBuf> Repairer<B> {
     pub(super) fn truncate_after(&mut self, after: LogIndex) {
         self.clamped.retain(|first| *first <= after);
         self.offered.retain(|first| *first <= after);
+        self.proved = self.proved.filter(|(last, _)| *last <= after);
         self.searches.clear();
         self.due_at_ns = 0;
     }
@@ -322,6 +331,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let leader = raft.leader();
         if claim.is_none() && self.wal.first_damaged().is_none() {
             self.repair.searches.clear();
+            self.repair.proved = None;
             self.repair.asked.clear();
             self.repair.waiting_for.clear();
             self.repair.due_at_ns = u64::MAX;
@@ -424,27 +434,30 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             };
             let search = self.repair.searches.iter_mut().find(open);
             let (message, asked) = if let Some((first, search)) = search {
-                let ahead: Vec<_> = kept.iter().filter(|(last, _)| last >= first).collect();
+                let ahead: Vec<_> = kept.iter().copied().filter(|(last, _)| last >= first).collect();
+                let proved = self.repair.proved.filter(|(last, _)| last >= first);
                 // The nearest batch that was kept, then the farthest, then those in between.
                 let turn = search.proof;
                 search.proof += 1;
                 let proof = match turn % 3 {
+                    _ if proved.is_some() => proved,
                     _ if ahead.is_empty() => None,
-                    0 => ahead.first(),
-                    1 => ahead.last(),
-                    _ => ahead.get(turn % ahead.len()),
+                    0 => ahead.first().copied(),
+                    1 => ahead.last().copied(),
+                    _ => ahead.get(turn % ahead.len()).copied(),
                 };
                 search.retry_at_ns.insert(peer, until_ns);
                 let message = FetchMessage {
                     token: 0,
                     first: *first,
                     previous_chain: search.previous,
-                    proof: search.want.or(proof.copied().copied()),
+                    proof: search.want.or(proof),
                     // Without anything behind it there is nothing to prove a batch by.
                     image: search.want.is_some() || proof.is_some(),
                     only_proved: search.want.is_some(),
                 };
-                (message, Asked { token: 0, search: Some(*first), round: search.inquiry.round(), until_ns })
+                let round = search.inquiry.round();
+                (message, Asked { token: 0, search: Some(*first), round, until_ns, on_the_way: None })
             } else if leader == Some(peer)
                 && claim.is_some_and(|claim| !claim.certain)
                 && now >= self.repair.leader_retry_at_ns
@@ -455,7 +468,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 let (proof, image, only_proved) = (None, false, false);
                 let first = last.next();
                 let message = FetchMessage { token: 0, first, previous_chain, proof, image, only_proved };
-                (message, Asked { token: 0, search: None, round: 0, until_ns })
+                (message, Asked { token: 0, search: None, round: 0, until_ns, on_the_way: None })
             } else {
                 continue;
             };
@@ -584,8 +597,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                     return self.refuse(from, "a fetched batch whose image is damaged");
                 };
                 let info = view.info();
-                let named = info.first == first && info.last == end.index && info.term == end.term;
-                let whole = info.chain == chain && info.group == GROUP && view.verify_chain(search.previous);
+                let (wanted, previous) = asked.on_the_way.unwrap_or((first, search.previous));
+                let named = info.first == wanted && info.last == end.index && info.term == end.term;
+                let whole = info.chain == chain && info.group == GROUP && view.verify_chain(previous);
                 if !named || !whole || info.image_bytes as usize > self.config.image_bytes_max() {
                     return self.refuse(from, "a fetched batch that is not the one announced");
                 }
@@ -594,6 +608,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                     None => return Ok(()),
                 }
             }
+            // It has the searched one, and what follows does not lead to what was kept aside.
+            _ if asked.on_the_way.is_some() => Answer::Other,
             Fetched::NotSent => Answer::Other,
             Fetched::Had => Answer::Had,
             Fetched::Unclear => Answer::Unclear,
@@ -622,17 +638,27 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         block: Block<D::Buf>,
         info: BatchInfo,
     ) -> Result<Option<Answer>, StopError> {
-        let Some(search) = self.repair.searches.get_mut(&info.first) else { return Ok(None) };
+        let Some(first) = asked.search else { return Ok(None) };
+        let Some(search) = self.repair.searches.get_mut(&first) else { return Ok(None) };
         if let Some((_, chain)) = search.want {
             let taken = chain == info.chain && self.offer_repair(info, block);
             return Ok(if taken { None } else { Some(Answer::None) });
         }
-        if reply.proves {
+        if reply.proves && asked.on_the_way.is_none() {
             self.adopt(info, block)?;
             return Ok(None);
         }
-        let next = self.wal.salvage().filter(|kept| kept.first > info.first).min_by_key(|kept| kept.first);
+        let next = self.wal.salvage().filter(|kept| kept.first > first).min_by_key(|kept| kept.first);
+        let reached = (info.last, info.chain);
         match next {
+            Some(next) if next.first == info.last.next() && asked.on_the_way.is_some() => {
+                let token = self.repair.token();
+                let (round, end) = (asked.round, reply.end);
+                let read = ReadFor::Beyond { search: first, from, round, end, reached };
+                self.repair.reads.insert(token, read);
+                self.wal.read_salvage(&mut self.disk, token, next.first, info.chain);
+                Ok(None)
+            }
             Some(next) if next.first == info.last.next() => {
                 search.candidate = Some((block, info));
                 let token = self.repair.token();
@@ -641,9 +667,29 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 self.wal.read_salvage(&mut self.disk, token, next.first, info.chain);
                 Ok(None)
             }
-            // What cannot precede the next batch that was kept is certainly another one.
-            Some(next) if info.last >= next.first || info.term > next.term => Ok(Some(Answer::None)),
-            _ => Ok(Some(Answer::Other)),
+            // What cannot precede the next batch that was kept is certainly another one. Of the searched one that says nothing
+            // when it is only on the way.
+            Some(next) if info.last >= next.first || info.term > next.term => {
+                Ok(Some(if asked.on_the_way.is_some() { Answer::Other } else { Answer::None }))
+            }
+            // Several are missing in a row: the way to the next one that was kept is followed, and forgotten but for its end.
+            Some(_) => {
+                let until_ns = self.now.monotonic_ns.saturating_add(self.repair.patience_ns);
+                let (token, position) = (self.repair.token(), (info.last.next(), info.chain));
+                let asked = Asked { token, until_ns, on_the_way: Some(position), ..*asked };
+                self.repair.asked.insert(from, asked);
+                let message = FetchMessage {
+                    token,
+                    first: position.0,
+                    previous_chain: position.1,
+                    proof: None,
+                    image: true,
+                    only_proved: false,
+                };
+                self.repair.outgoing.push_back((from, Outgoing::Fetch(message)));
+                Ok(None)
+            }
+            None => Ok(Some(Answer::Other)),
         }
     }
 
@@ -707,6 +753,18 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                         Ok(())
                     }
                 }
+            }
+            Some(ReadFor::Beyond { search: first, from, round, end, reached }) => {
+                if result.is_ok() {
+                    self.repair.proved = Some(reached);
+                    // Now any member that has it is believed.
+                    if let Some(search) = self.repair.searches.get_mut(&first) {
+                        search.retry_at_ns.clear();
+                    }
+                } else {
+                    self.answered(first, from, round, Answer::Other, end);
+                }
+                Ok(())
             }
             None => Ok(()),
         }

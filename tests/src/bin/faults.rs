@@ -2,7 +2,7 @@
 
 use clap::{Parser, Subcommand};
 use ringraft_tests::faults::threads::{Tally, VIOLATIONS_TOLD_MAX};
-use ringraft_tests::faults::{damage, errors, images};
+use ringraft_tests::faults::{damage, errors, images, reverts};
 use std::ops::Range;
 use std::process::ExitCode;
 use std::time::Instant;
@@ -34,6 +34,15 @@ enum Mode {
         /// At most so many images of any moment
         #[arg(long)]
         count: Option<u64>,
+        /// A control that must fail: after so many writes one is told to be durable and never arrives
+        #[arg(long)]
+        lose_write: Option<u64>,
+    },
+    /// Sectors at rest that revert to what a former life of their segment left there, in every combination of neighbours
+    Reverts {
+        /// Logs, the second number exclusive
+        #[arg(long, value_parser = parse_range, default_value = "0..20")]
+        seeds: Range<u64>,
     },
     /// EIO, ENOSPC, short writes and reads, and stalls at every operation of a run of the log
     Errors {
@@ -81,12 +90,28 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let threads = arguments.threads.max(1);
     let start = Instant::now();
+    let mut counts = serde_json::Map::new();
     let (unit, tally) = match arguments.mode {
-        Mode::Images { only, seed, count } => ("images", run_images(threads, only.as_deref(), seed, count)),
+        Mode::Images { only, seed, count, lose_write } => {
+            let options = images::Options {
+                seed,
+                threads,
+                images_max: count.unwrap_or(u64::MAX),
+                lost_write: lose_write,
+                ..images::Options::default()
+            };
+            ("images", run_images(&options, only.as_deref()))
+        }
+        Mode::Reverts { seeds } => {
+            let mut tally = Tally::default();
+            seeds.for_each(|seed| tally.merge(reverts::run(seed)));
+            ("reverts", tally)
+        }
         Mode::Errors { seeds, every, only } => {
             let options = errors::Options { seeds, every: every.max(1), only, threads };
             let report = errors::run(&options);
             eprintln!("{} operations of runs without faults", report.operations);
+            counts.insert("operations".to_owned(), report.operations.into());
             ("injected", report.tally)
         }
         Mode::Damage { seeds, count, seed, trace } => {
@@ -104,6 +129,8 @@ fn main() -> ExitCode {
                 "in {} of the patterns some batch had no copy left, in {} it could not be told whether there was one more",
                 report.gone, report.undecided
             );
+            counts.insert("no_copy_left".to_owned(), report.gone.into());
+            counts.insert("undecided".to_owned(), report.undecided.into());
             ("patterns", report.tally)
         }
     };
@@ -113,25 +140,17 @@ fn main() -> ExitCode {
     let seconds = start.elapsed().as_secs_f64();
     println!("{} {unit} in {seconds:.1} s, {} violations", tally.cases, tally.violations.len());
     if arguments.json {
-        let line = serde_json::json!({
-            unit: tally.cases,
-            "violations": tally.violations.len(),
-            "seconds": seconds,
-        });
-        println!("{line}");
+        counts.insert(unit.to_owned(), tally.cases.into());
+        counts.insert("violations".to_owned(), tally.violations.len().into());
+        counts.insert("seconds".to_owned(), seconds.into());
+        println!("{}", serde_json::Value::Object(counts));
     }
     if tally.violations.is_empty() && tally.cases > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-fn run_images(threads: usize, only: Option<&str>, seed: u64, count: Option<u64>) -> Tally {
-    let options = images::Options {
-        seed,
-        threads,
-        images_max: count.unwrap_or(u64::MAX),
-        ..images::Options::default()
-    };
+fn run_images(options: &images::Options, only: Option<&str>) -> Tally {
     let mut last = Instant::now();
-    let reports = images::run(&options, only, |report| {
+    let reports = images::run(options, only, |report| {
         let seconds = last.elapsed().as_secs_f64();
         last = Instant::now();
         let images = report.tally.cases;

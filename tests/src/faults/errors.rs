@@ -1,7 +1,7 @@
 //! A fault at every operation of a long run of the log.
 //!
-//! The run is a sequence of *lives*: each starts the log, appends, reads, saves, truncates, and ends by closing, by a kill or by a
-//! power cut. For every operation that a life submits, and every kind of fault, the life is lived once more on a copy of the
+//! The run is a sequence of *lives*: each starts the log, appends, reads, saves, truncates, purges, and ends by closing, by a
+//! kill or by a power cut. For every operation that a life submits, and every kind of fault, the life is lived once more on a copy of the
 //! disk with that one fault, and goes on as far as the log lets it. Then the machine loses power, and what is left must hold
 //! all that was acknowledged, twice: with random survivors, and with none. The log must take orders again.
 
@@ -11,7 +11,7 @@ use crate::sim::context::{Context, SECOND};
 use crate::sim::disk::{Crash, DiskConfig, DiskState, Fault, On, Scheduled};
 use crate::sim::rng::Rng;
 use crate::sim::trace::Trace;
-use ringraft_block::{AlignedBuf, BLOCK_BYTES, LogIndex, Pool};
+use ringraft_block::{AlignedBuf, BLOCK_BYTES, Pool};
 use std::cell::RefCell;
 use std::ops::Range;
 use std::rc::Rc;
@@ -55,8 +55,10 @@ impl Strike {
     /// Whether the log must stop for it (`Some(true)`), must not (`Some(false)`), or may (`None`).
     fn stops(self, operation: &str) -> Option<bool> {
         let (verb, rest) = operation.split_once(' ').unwrap_or((operation, ""));
-        let making =
-            rest.starts_with("segment-") && rest.split(' ').next().is_some_and(|name| name.contains(".new"));
+        let segment = rest.starts_with("segment-");
+        // Made, or made ready for another life.
+        let spare = |name: &str| name.contains(".new") || name.contains(".old");
+        let making = segment && (rest.split(' ').next().is_some_and(spare) || rest.ends_with(".old"));
         let durable = matches!(verb, "write" | "create" | "flush" | "rename" | "sync");
         match self {
             Self::Stall => Some(false),
@@ -65,8 +67,8 @@ impl Strike {
                 let header = rest.starts_with("segment-") && rest.ends_with(&format!(" 0+{BLOCK_BYTES}"));
                 (!header).then_some(false)
             }
-            // A segment that cannot be made is no reason to stop.
-            Self::Enospc if making => Some(false),
+            // A segment that cannot be made, or made ready again, is no reason to stop, and for a hard state there is time.
+            Self::Enospc if making || verb == "create" => Some(false),
             Self::Short => Some(verb == "write"),
             Self::Eio | Self::EioForEver | Self::Enospc if durable => Some(true),
             Self::Eio | Self::EioForEver | Self::Enospc => None,
@@ -107,12 +109,18 @@ impl Life {
     /// Lives it on the disk of `run`, to its end or to that of the log. Whether everything was ordered and came to its end.
     fn live(&self, run: &mut LogRun) -> bool {
         let mut rng = Rng::new(self.seed);
-        if !run.step_until(|run| run.opened.is_some() || run.poisoned.is_some()) || !run.is_open() {
+        let through = |run: &LogRun| run.opened.is_some() || run.poisoned.is_some();
+        // A start that has no space for its files waits until it is told that there is some.
+        while !run.step_until(through) && run.short_of_space {
+            run.short_of_space = false;
+            run.wal.retry_space();
+        }
+        if !run.is_open() {
             run.settle();
             return false;
         }
         if self.anew {
-            run.truncate_after(LogIndex(0));
+            run.truncate_after(run.wal.first_index().previous());
         }
         for _ in 0..self.orders {
             self.order(run, &mut rng);
@@ -143,7 +151,7 @@ impl Life {
         }
         let (term, vote) = run.wal.hard_state().map_or((0, None), |state| (state.term.get(), state.vote));
         let pick = |run: &LogRun, rng: &mut Rng| {
-            let batches = &run.model.log.batches;
+            let batches = run.batches();
             (!batches.is_empty()).then(|| batches[rng.index(batches.len())].info)
         };
         match rng.below(100) {
@@ -171,7 +179,12 @@ impl Life {
                     run.truncate_after(info.last);
                 }
             }
-            93..96 => run.save_witness(),
+            93..95 => run.save_witness(),
+            95..98 => {
+                if let Some(info) = pick(run, rng) {
+                    run.purge(info.last);
+                }
+            }
             _ => run.settle(),
         }
     }

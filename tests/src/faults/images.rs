@@ -10,9 +10,10 @@
 
 use super::log::{LogRun, Model, config, quiet, recover};
 use super::threads::{Tally, split};
-use crate::sim::disk::{DiskConfig, DiskState, Pending};
+use crate::sim::disk::{DiskConfig, DiskState, Fault, On, Pending, Scheduled};
 use crate::sim::rng::Rng;
 use ringraft_block::{AlignedBuf, BLOCK_BYTES, LogIndex, Pool};
+use ringraft_wal::format::{PriorContent, read_envelope, read_segment_header};
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::rc::Rc;
@@ -32,11 +33,13 @@ pub struct Options {
     pub images_max: u64,
     /// Threads.
     pub threads: usize,
+    /// A control: after so many others a write is told to be durable and never arrives, which must show.
+    pub lost_write: Option<u64>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { seed: 0, sample: 4_096, images_max: u64::MAX, threads: 2 }
+        Self { seed: 0, sample: 4_096, images_max: u64::MAX, threads: 2, lost_write: None }
     }
 }
 
@@ -63,6 +66,13 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario { name: "hard-state", play: hard_state },
     Scenario { name: "formation", play: formation },
     Scenario { name: "close", play: close },
+    Scenario { name: "purge", play: purge },
+    Scenario { name: "purge-under-load", play: purge_under_load },
+    Scenario { name: "append-over-a-former-life", play: append_over_former_life },
+    Scenario { name: "append-over-other-slots-of-a-former-life", play: append_over_other_slots },
+    Scenario { name: "rollover-into-a-recycled-segment", play: rollover_into_recycled },
+    Scenario { name: "start-into-a-recycled-segment", play: start_into_recycled },
+    Scenario { name: "cut-in-a-recycled-segment", play: cut_in_recycled },
 ];
 
 fn small(stage: &mut Stage<'_>, count: usize) {
@@ -226,6 +236,112 @@ fn close(stage: &mut Stage<'_>) {
     assert!(stage.run.closed, "nothing keeps it open");
 }
 
+/// The start moves within a segment, and over segments, which are made ready for another life one after the other.
+fn purge(stage: &mut Stage<'_>) {
+    stage.start();
+    stage.fill_segment();
+    stage.fill_segment();
+    small(stage, 2);
+    let batches = stage.run.batches();
+    let last = batches.len() - 1;
+    for through in [2, last - 1, last].map(|at| batches[at].info.last) {
+        stage.run.purge(through);
+        stage.look();
+        stage.watch();
+    }
+    assert!(stage.run.wal.stats().segments_recycled > 0, "a segment is recycled");
+    assert_eq!(stage.run.wal.batches().count(), 0);
+    small(stage, 1);
+    stage.look();
+}
+
+/// Appends, a save and a purge are in flight at once.
+fn purge_under_load(stage: &mut Stage<'_>) {
+    stage.start();
+    stage.fill_segment();
+    small(stage, 2);
+    let through = stage.run.batches().last().expect("batches").info.last;
+    assert!(stage.run.append(1, BLOCK_BYTES, 0), "the log is ready");
+    stage.run.purge(through);
+    stage.look();
+    assert!(stage.run.append(1, BLOCK_BYTES, 1), "the log is ready");
+    stage.run.save(2, Some(2));
+    stage.look();
+    stage.watch();
+    stage.run.truncate_after(through);
+    stage.look();
+    stage.watch();
+    assert!(stage.run.wal.stats().segments_recycled > 0, "a segment is recycled");
+}
+
+/// The last write has 16 sectors, and under it lies a whole old batch of the same size.
+fn append_over_former_life(stage: &mut Stage<'_>) {
+    stage.enter_recycled(2 * BLOCK_BYTES);
+    assert!(stage.run.append(1, 2 * BLOCK_BYTES, 0), "the log is ready");
+    stage.look();
+}
+
+/// Two writes of 8 sectors are in flight, over the two halves of one old batch, and then one over halves of two.
+fn append_over_other_slots(stage: &mut Stage<'_>) {
+    stage.enter_recycled(2 * BLOCK_BYTES);
+    for _ in 0..2 {
+        assert!(stage.run.append(1, BLOCK_BYTES, 0), "the log is ready");
+    }
+    stage.look();
+    stage.watch();
+    small(stage, 1);
+    assert!(stage.run.append(1, 2 * BLOCK_BYTES, 0), "the log is ready");
+    stage.look();
+    stage.watch();
+}
+
+/// The next segment has had another life. The one after it enters service meanwhile.
+fn rollover_into_recycled(stage: &mut Stage<'_>) {
+    stage.enter_recycled(2 * BLOCK_BYTES);
+    let rollovers = stage.run.wal.stats().rollovers;
+    while stage.run.wal.stats().rollovers == rollovers {
+        assert!(stage.run.append(1, 2 * BLOCK_BYTES, 0), "the log is ready");
+        if stage.run.wal.stats().rollovers == rollovers {
+            stage.run.settle();
+        }
+    }
+    stage.look();
+    stage.watch();
+    assert!(stage.is_in_recycled(), "the next segment was a recycled one");
+    assert!(stage.run.append(1, 2 * BLOCK_BYTES, 0), "the log is ready");
+    stage.look();
+}
+
+/// A start goes on in a recycled segment, behind a log whose last write was torn over a former life.
+fn start_into_recycled(stage: &mut Stage<'_>) {
+    for torn in [0x0001_u32, 0x7fff, 0xfffe, 0xa5a5, 0xffff] {
+        stage.begin();
+        stage.enter_recycled(2 * BLOCK_BYTES);
+        assert!(stage.run.append(1, 2 * BLOCK_BYTES, 0), "the log is ready");
+        stage.power_cut(|position| torn >> position & 1 == 1);
+        stage.restart();
+        assert!(stage.run.append(1, BLOCK_BYTES, 0), "the log is ready");
+        stage.look();
+    }
+}
+
+/// A suffix is cut off, some of it in flight over a former life, and the same place is written again.
+fn cut_in_recycled(stage: &mut Stage<'_>) {
+    stage.enter_recycled(2 * BLOCK_BYTES);
+    small(stage, 1);
+    let keep = stage.run.batches().last().expect("batches").info.last;
+    assert!(stage.run.append(1, 2 * BLOCK_BYTES, 0), "the log is ready");
+    stage.run.save(2, None);
+    stage.run.truncate_after(keep);
+    stage.look();
+    stage.watch();
+    assert!(stage.run.append(2, 2 * BLOCK_BYTES, 1), "the log is ready");
+    stage.look();
+    stage.run.settle();
+    assert!(stage.run.append(2, 2 * BLOCK_BYTES, 2), "the log is ready");
+    stage.look();
+}
+
 /// Plays scenarios: each of `threads` judges its share of each moment's images.
 struct Stage<'a> {
     run: LogRun,
@@ -238,16 +354,19 @@ struct Stage<'a> {
     tally: Tally,
 }
 
-fn blank(seed: u64, pool: &Pool<AlignedBuf>) -> LogRun {
+fn blank(options: &Options, pool: &Pool<AlignedBuf>) -> LogRun {
     let context = quiet();
-    let state = DiskState::new(&context, 0, Rng::new(seed), DiskConfig::default());
-    LogRun::start(&context, &state, config(seed), pool, Model::default())
+    let state = DiskState::new(&context, 0, Rng::new(options.seed), DiskConfig::default());
+    if let Some(skip) = options.lost_write {
+        state.borrow_mut().faults_mut().scheduled.push(Scheduled { on: On::Write, skip, fault: Fault::Lost });
+    }
+    LogRun::start(&context, &state, config(options.seed), pool, Model::default())
 }
 
 impl<'a> Stage<'a> {
     fn new(scenario: &'static str, options: &'a Options, thread: usize) -> Self {
         let pool = Pool::new(4 << 20);
-        let run = blank(options.seed, &pool);
+        let run = blank(options, &pool);
         Self {
             run,
             pool,
@@ -262,7 +381,7 @@ impl<'a> Stage<'a> {
 
     /// A blank disk.
     fn begin(&mut self) {
-        self.run = blank(self.options.seed, &self.pool);
+        self.run = blank(self.options, &self.pool);
     }
 
     /// Opens the log in term 1, at least, without looking.
@@ -307,6 +426,46 @@ impl<'a> Stage<'a> {
         {
             self.fill(1, 2 * BLOCK_BYTES);
         }
+    }
+
+    /// Opens the log, and purges and appends until it goes on in a segment that has had another life, and holds some batches of
+    /// this one; what comes next is written over an old batch.
+    fn enter_recycled(&mut self, slot: usize) {
+        self.start();
+        for _ in 0..8 {
+            self.fill_segment();
+            self.fill(2, slot);
+            let last = self.run.batches().len() - 1;
+            let through = self.run.batches()[last - 1].info.last;
+            self.run.purge(through);
+            self.run.settle();
+            if self.is_in_recycled() {
+                self.fill(1, slot);
+                return;
+            }
+        }
+        panic!("no segment comes back: {:?}", self.run.wal.stats());
+    }
+
+    fn is_in_recycled(&self) -> bool {
+        self.recycled_file().is_some()
+    }
+
+    /// The segment that the last batch lies in, if it has had another life and holds batches of that.
+    fn recycled_file(&self) -> Option<String> {
+        let last = self.run.wal.batches().last()?;
+        let state = self.run.state.borrow();
+        let names = state.listing().into_iter().map(|entry| entry.name);
+        names.filter(|name| name.ends_with(".wal")).find(|name| {
+            let content = state.content(name).unwrap_or_default();
+            let Ok(header) = read_segment_header(&content) else { return false };
+            let envelopes = content.chunks(BLOCK_BYTES).filter_map(|block| read_envelope(block).ok());
+            let (own, former): (Vec<_>, Vec<_>) =
+                envelopes.partition(|envelope| envelope.nonce == header.nonce);
+            header.prior_content == PriorContent::Checksums
+                && own.iter().any(|envelope| envelope.chain == last.chain)
+                && !former.is_empty()
+        })
     }
 
     /// The machine loses power; of what is pending that survives which `survives` picks. The next process begins.
@@ -376,6 +535,18 @@ impl<'a> Stage<'a> {
         });
         self.tally.count(violation);
     }
+}
+
+/// A log that goes on in a segment that has had another life, and the name of that.
+///
+/// # Panics
+/// When no segment comes back.
+#[must_use]
+pub fn recycled(options: &Options) -> (LogRun, String) {
+    let mut stage = Stage::new("recycled", options, 0);
+    stage.enter_recycled(2 * BLOCK_BYTES);
+    let file = stage.recycled_file().expect("it goes on there");
+    (stage.run, file)
 }
 
 /// Starts on an image, and once more on what the first start made durable.

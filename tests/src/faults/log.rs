@@ -46,11 +46,22 @@ pub struct Promise {
 }
 
 impl Promise {
-    /// Whether a recovered log keeps the promise.
-    fn keeps(&self, recovered: &[BatchInfo]) -> bool {
-        let prefix = recovered.len() <= self.batches.len()
-            && recovered.iter().zip(&self.batches).all(|(found, appended)| *found == appended.info);
-        prefix && recovered.last().map_or(LogIndex(0), |info| info.last) >= self.acknowledged
+    /// The batches behind `start`, a batch end.
+    fn behind(&self, start: LogIndex) -> &[Appended] {
+        &self.batches[self.batches.partition_point(|batch| batch.info.last <= start)..]
+    }
+
+    /// Whether a log is a part of this one, from its start on.
+    fn begins_with(&self, recovered: &[BatchInfo], start: LogIndex) -> bool {
+        let own = self.behind(start);
+        recovered.len() <= own.len()
+            && recovered.iter().zip(own).all(|(found, appended)| *found == appended.info)
+    }
+
+    /// Whether a recovered log that begins behind `start` keeps the promise.
+    fn keeps(&self, recovered: &[BatchInfo], start: LogIndex) -> bool {
+        self.begins_with(recovered, start)
+            && recovered.last().map_or(start, |info| info.last) >= self.acknowledged
     }
 }
 
@@ -61,6 +72,8 @@ pub struct Model {
     pub log: Promise,
     /// The logs before truncations that are not durable yet.
     before: Vec<Promise>,
+    /// Where the log was told to begin durably, then where it was asked to begin since, in order.
+    starts: Vec<LogIndex>,
     /// Term and vote that were told to be durable, then those that were asked to be saved since, in order.
     hard: Vec<(u64, (Term, Option<NodeId>))>,
     /// Length of the configuration that was told to be durable.
@@ -73,12 +86,19 @@ impl Model {
     /// # Errors
     /// What is missing or wrong.
     pub fn judge(&self, recovered: &[BatchInfo], hard_state: &HardState) -> Result<(), String> {
-        if !self.log.keeps(recovered) && !self.before.iter().any(|promise| promise.keeps(recovered)) {
+        let start = hard_state.start.index;
+        if !self.starts.contains(&start) && (start != LogIndex(0) || !self.starts.is_empty()) {
+            return Err(format!(
+                "the log begins behind {start}; it was to begin behind one of {:?}",
+                self.starts
+            ));
+        }
+        if !self.before.iter().chain([&self.log]).any(|promise| promise.keeps(recovered, start)) {
             let found: Vec<_> = recovered.iter().map(|info| (info.term.get(), info.last.get())).collect();
             let owed: Vec<_> =
                 self.log.batches.iter().map(|batch| (batch.info.term.get(), batch.info.last.get())).collect();
             return Err(format!(
-                "recovered {found:?}; appended were {owed:?}, acknowledged through {}, with {} truncations under way",
+                "recovered {found:?} behind {start}; appended were {owed:?}, acknowledged through {}, with {} truncations under way",
                 self.log.acknowledged,
                 self.before.len()
             ));
@@ -98,21 +118,21 @@ impl Model {
     }
 
     /// Whether all that was acknowledged is in a log that was cut, or was kept aside, and the former is a prefix.
-    fn is_there(&self, log: &[BatchInfo], aside: &[BatchInfo]) -> bool {
+    fn is_there(&self, log: &[BatchInfo], aside: &[BatchInfo], start: LogIndex) -> bool {
         self.before.iter().chain([&self.log]).any(|promise| {
-            let prefix = log.len() <= promise.batches.len()
-                && log.iter().zip(&promise.batches).all(|(found, appended)| *found == appended.info);
-            let owed = promise.batches.iter().filter(|batch| batch.info.last <= promise.acknowledged);
-            prefix && owed.skip(log.len()).all(|batch| aside.contains(&batch.info))
+            let owed = promise.behind(start).iter().filter(|batch| batch.info.last <= promise.acknowledged);
+            promise.begins_with(log, start) && owed.skip(log.len()).all(|batch| aside.contains(&batch.info))
         })
     }
 
     /// The model after a start that found `recovered`: it is what counts from now on.
     pub fn restarted(&mut self, recovered: &[BatchInfo], hard_state: &HardState) {
-        let known = self.before.iter().chain([&self.log]).find(|promise| promise.keeps(recovered));
-        let mut batches = known.map(|promise| promise.batches.clone()).unwrap_or_default();
+        let start = hard_state.start.index;
+        let known = self.before.iter().chain([&self.log]).find(|promise| promise.keeps(recovered, start));
+        let mut batches = known.map(|promise| promise.behind(start).to_vec()).unwrap_or_default();
         batches.truncate(recovered.len());
-        let acknowledged = recovered.last().map_or(LogIndex(0), |info| info.last);
+        let acknowledged = recovered.last().map_or(start, |info| info.last);
+        self.starts = vec![start];
         self.log = Promise { batches, acknowledged };
         self.before.clear();
         self.hard = vec![(hard_state.sequence, (hard_state.term, hard_state.vote))];
@@ -225,7 +245,7 @@ impl LogRun {
                     // What is not in the log was kept aside.
                     self.damaged = true;
                     let aside: Vec<_> = self.wal.salvage().collect();
-                    if !self.model.is_there(&found, &aside) {
+                    if !self.model.is_there(&found, &aside, recovered.hard_state.start.index) {
                         self.violate(|| {
                             format!("acknowledged batches are neither in {found:?} nor in {aside:?}")
                         });
@@ -241,7 +261,7 @@ impl LogRun {
                 }
                 self.model.log.acknowledged = self.model.log.acknowledged.max(last);
             }
-            WalEvent::Purged { .. } => {}
+            WalEvent::Purged { through } => self.model.starts.retain(|start| *start >= through),
             WalEvent::TruncateDone { epoch } => {
                 if epoch == self.wal.epoch() {
                     self.model.before.clear();
@@ -316,6 +336,12 @@ impl LogRun {
         self.opened.is_some() && self.poisoned.is_none() && !self.closed && !self.damaged
     }
 
+    /// The batches that were appended and are neither cut off nor purged.
+    #[must_use]
+    pub fn batches(&self) -> &[Appended] {
+        self.model.log.behind(self.wal.first_index().previous())
+    }
+
     /// Appends a batch of one command that fills `slot` bytes, if the log is ready for it. Whether it was.
     pub fn append(&mut self, term: u64, slot: usize, salt: u64) -> bool {
         if !self.is_open() || !self.wal.is_ready_for(slot) {
@@ -361,6 +387,22 @@ impl LogRun {
         kept.acknowledged = kept.acknowledged.min(index);
         self.model.before.push(std::mem::replace(&mut self.model.log, kept));
         self.wal.truncate_after(&mut self.disk, index);
+    }
+
+    /// Moves the log's start to the end of a batch, as far as that is durable.
+    pub fn purge(&mut self, through: LogIndex) {
+        let before = self.wal.first_index().previous();
+        let through = through.min(self.wal.durable_through());
+        if through <= before {
+            return;
+        }
+        let start = self.wal.purge_through(&mut self.disk, through);
+        if self.model.starts.is_empty() {
+            self.model.starts.push(before);
+        }
+        if start > before {
+            self.model.starts.push(start);
+        }
     }
 
     /// Saves term and vote.
@@ -423,6 +465,8 @@ impl LogRun {
 /// What a start made of an image.
 #[derive(PartialEq, Eq, Debug)]
 pub struct Outcome {
+    /// Where the log begins.
+    pub start: LogIndex,
     /// The log.
     pub batches: Vec<BatchInfo>,
     /// What of the hard state does not change from start to start.
@@ -454,14 +498,14 @@ pub fn recover(
     let Some(opened) = &run.opened else { return Err("recovery does not end".to_owned()) };
     let state = &opened.hard_state;
     let hard = (state.term, state.vote, state.configuration.len());
-    let batches = run.wal.batches().collect();
+    let (start, batches) = (state.start.index, run.wal.batches().collect());
     if read_back {
         run.read_all();
     }
     match run.violation {
         Some(violation) => Err(violation),
         None if run.found > 0 => Err("an intact batch was taken for damaged".to_owned()),
-        None => Ok(Outcome { batches, hard }),
+        None => Ok(Outcome { start, batches, hard }),
     }
 }
 

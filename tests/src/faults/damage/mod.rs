@@ -17,7 +17,7 @@ use crate::sim::disk::{Crash, DiskState, SimDisk};
 use crate::sim::rng::Rng;
 use crate::sim::trace::Trace;
 use cluster::{Cluster, NODES, PATIENCE, config};
-use pattern::{Place, Survey, Verdict, draw, draw_loss, judge};
+use pattern::{Place, Survey, Verdict, draw, draw_loss, files_of, judge};
 use ringraft_block::{AlignedBuf, LogIndex, Pool};
 use ringraft_wal::disk::Disk;
 use ringraft_wal::{Recovered, Wal, WalEvent};
@@ -30,6 +30,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// So many patterns begin on each base.
 const PATTERNS_PER_BASE: u64 = 40;
+/// At so many moments of a base's history the disks are kept as they are, to revert parts of them to.
+const EARLIER_MOMENTS: u64 = 3;
 /// One of so many patterns leaves no copy of some batch.
 const GONE_EVERY: u64 = 10;
 
@@ -104,8 +106,10 @@ fn caught<T>(work: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
 /// What a pattern was.
 enum Kind {
     Healed,
-    /// A quorum may have held a batch that no one holds, and nodes stopped or wait for it: the same disks could come
-    /// from a cluster that had committed one.
+    /// Every committed batch is there, but of a quorum of the disks nobody can tell where the log ended, and nodes stopped,
+    /// or wait, and say so. The same disks, to the bit, could come from a cluster that had committed one more batch and then
+    /// lost all copies of it, which must stop. So to go on here would be wrong, and to halt loudly is right. A cluster that
+    /// halts although fewer than a quorum are in such doubt is a violation.
     Undecided,
     Gone,
 }
@@ -138,7 +142,13 @@ impl Base {
         // In some, the log goes on over several segments.
         let padding = [100, 1_000, 4_000, 4_000, 39_000][rng.index(5)];
         let crashes = [0, 30_000, 100_000][rng.index(3)];
-        for _ in 0..orders {
+        let mut earlier: Vec<_> = vec![Vec::new(); NODES];
+        for order in 0..orders {
+            if order % (orders / EARLIER_MOMENTS + 1) == 0 {
+                for (earlier, machine) in earlier.iter_mut().zip(&cluster.machines) {
+                    earlier.push(files_of(&machine.disk.borrow()));
+                }
+            }
             if rng.chance(crashes) {
                 let how = if rng.chance(500_000) { Crash::Kill } else { Crash::PowerCut };
                 let node = match cluster.leader() {
@@ -180,7 +190,10 @@ impl Base {
         }
         assert_eq!(history.borrow().failure(), None);
         let disks: Vec<_> = cluster.machines.iter().map(|machine| Rc::clone(&machine.disk)).collect();
-        let surveys = disks.iter().map(|disk| Rc::new(Survey::of(&disk.borrow()))).collect();
+        let survey = |(disk, earlier): (&Rc<RefCell<DiskState>>, _)| {
+            Rc::new(Survey::of(&disk.borrow()).with_earlier(earlier))
+        };
+        let surveys = disks.iter().zip(earlier).map(survey).collect();
         let committed = committed_batches(&disks, &history.borrow());
         Self { disks, surveys, history, next: cluster.next, committed }
     }

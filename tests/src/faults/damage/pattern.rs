@@ -3,16 +3,17 @@
 //! The contract's bounds, which [`judge`] checks against the damaged disks themselves:
 //!
 //! - every committed batch keeps one copy that is intact and can be told to be: its sectors, its envelope, its segment's header;
-//! - a copy that is lost in a way that looks like a write that never happened (sectors that read as zeros) is one that
-//!   something else on that disk proves to have been durable: the hard state, a later cut, a later envelope of its epoch;
-//! - one copy of the hard state is intact on every disk.
+//! - a copy that is lost in a way that looks like a write that never happened (sectors that read as zeros, or as the segment's
+//!   former life left them) is one that something else on that disk proves to have been durable: the hard state, a later cut,
+//!   a later envelope of its epoch;
+//! - one copy of the hard state is intact on every disk, and no older than the newest.
 
 use crate::sim::disk::{DiskState, Rot};
 use crate::sim::rng::Rng;
 use ringraft_block::{BLOCK_BYTES, SECTOR_BYTES};
 use ringraft_wal::format::{
-    ENVELOPE_BYTES, HardState, SegmentHeader, SegmentOrigin, parse_image, read_envelope, read_hard_state,
-    read_segment_header, slots_start,
+    ENVELOPE_BYTES, HardState, PriorContent, SegmentHeader, SegmentOrigin, content_checksum, parse_image,
+    prior_checksum_at, read_envelope, read_hard_state, read_segment_header, slots_start,
 };
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -37,10 +38,23 @@ pub struct Slot {
     intact: bool,
 }
 
+/// What the files of a disk hold.
+pub type Files = BTreeMap<String, Vec<u8>>;
+
+/// The log and the hard state of a disk.
+#[must_use]
+pub fn files_of(disk: &DiskState) -> Files {
+    let names = disk.listing().into_iter().map(|entry| entry.name);
+    let kept = names.filter(|name| name.starts_with("hard") || name.ends_with(".wal"));
+    kept.filter_map(|name| disk.content(&name).map(|content| (name, content))).collect()
+}
+
 /// What is on a disk.
 #[derive(Clone, Default)]
 pub struct Survey {
-    files: BTreeMap<String, Vec<u8>>,
+    files: Files,
+    /// What was there at some moments before.
+    earlier: Vec<Files>,
     /// Valid envelopes that belong to their place, in segments whose header is intact, in the order of the log.
     pub slots: Vec<Slot>,
     headers: Vec<SegmentHeader>,
@@ -59,6 +73,12 @@ impl Survey {
         }
         survey.slots.sort_by_key(|slot| (slot.generation, slot.offset));
         survey
+    }
+
+    /// The same, with what the files held at some moments before.
+    #[must_use]
+    pub fn with_earlier(self, earlier: Vec<Files>) -> Self {
+        Self { earlier, ..self }
     }
 
     fn take(&mut self, disk: &DiskState, name: &str, content: &[u8]) {
@@ -121,6 +141,24 @@ impl Survey {
     #[must_use]
     pub fn holds(&self, chain: &[u8; 16]) -> bool {
         self.slots.iter().any(|slot| slot.intact && slot.chain == *chain)
+    }
+
+    /// How new its term and vote are.
+    fn newest_hard_state(&self) -> Option<u64> {
+        self.hard_states.iter().map(|state| state.sequence).max()
+    }
+
+    /// Whether a sector of a slot, read as `found`, looks as if this life of its segment had never written it.
+    fn is_prior(&self, slot: &Slot, offset: u64, found: &[u8]) -> bool {
+        let header = self.headers.iter().find(|header| header.generation == slot.generation);
+        match header.map(|header| header.prior_content) {
+            Some(PriorContent::Checksums) => {
+                let at = prior_checksum_at(offset) as usize;
+                let stored = self.files.get(&slot.file).and_then(|file| file[at..].first_chunk());
+                stored.is_some_and(|stored| u32::from_le_bytes(*stored) == content_checksum(found))
+            }
+            Some(PriorContent::Zeros) | None => found.iter().all(|byte| *byte == 0),
+        }
     }
 
     /// How far something on this disk proves that `slot` and all before it were durable.
@@ -247,7 +285,7 @@ fn draw_place(rng: &mut Rng, node: usize, surveys: &[Rc<Survey>]) -> Option<Plac
         (rng.between(1, most.max(1)) as usize) * SECTOR_BYTES
     };
     let whole = bytes >= BLOCK_BYTES;
-    let (offset, bytes, rot) = match rng.below(6) {
+    let (offset, bytes, rot) = match rng.below(7) {
         0 => (offset, 1, Rot::Flip(rng.below(8) as u8)),
         1 => (
             offset,
@@ -256,6 +294,13 @@ fn draw_place(rng: &mut Rng, node: usize, surveys: &[Rc<Survey>]) -> Option<Plac
         ),
         2 => (start, if whole { bytes } else { sectors(rng, start) }, Rot::Unreadable),
         3 => (start, if whole { bytes } else { sectors(rng, start) }, Rot::Zero),
+        // What was there at an earlier moment: writes that were lost though they were told to be durable.
+        6 => {
+            let files = survey.earlier.get(rng.index(survey.earlier.len().max(1)))?;
+            let bytes = if whole { bytes } else { sectors(rng, start) };
+            let range = start as usize..start as usize + bytes;
+            (start, bytes, Rot::Content(files.get(&file)?.get(range)?.to_vec()))
+        }
         // A misdirected write: what belongs to another place of this disk, by blocks.
         4 => {
             let from = some_slot(rng)?;
@@ -317,7 +362,7 @@ pub enum Verdict {
 #[must_use]
 pub fn judge(before: &[Rc<Survey>], after: &[Rc<Survey>], committed: &[(u64, [u8; 16])]) -> Verdict {
     for (before, after) in before.iter().zip(after) {
-        if after.hard_states.is_empty() && !before.hard_states.is_empty() {
+        if after.newest_hard_state() < before.newest_hard_state() {
             return Verdict::Outside;
         }
         for slot in before.slots.iter().filter(|slot| slot.intact && !after.holds(&slot.chain)) {
@@ -328,9 +373,9 @@ pub fn judge(before: &[Rc<Survey>], after: &[Rc<Survey>], committed: &[(u64, [u8
             let old = before.files.get(&slot.file).and_then(|file| file.get(range.clone()));
             let new = after.files.get(&slot.file).and_then(|file| file.get(range));
             let (Some(old), Some(new)) = (old, new) else { return Verdict::Outside };
-            let blank = |sector: &[u8]| sector.iter().all(|byte| *byte == 0);
-            let mut sectors = old.chunks(SECTOR_BYTES).zip(new.chunks(SECTOR_BYTES));
-            if sectors.any(|(old, new)| !blank(old) && blank(new)) {
+            let offsets = (slot.offset..).step_by(SECTOR_BYTES);
+            let mut sectors = offsets.zip(old.chunks(SECTOR_BYTES).zip(new.chunks(SECTOR_BYTES)));
+            if sectors.any(|(offset, (old, new))| old != new && before.is_prior(slot, offset, new)) {
                 return Verdict::Outside;
             }
         }
