@@ -119,12 +119,8 @@ impl Log {
 pub(crate) fn config(segment_bytes: u64) -> WalConfig {
     let mut config = WalConfig::new(ClusterId(1), NodeId(1), 7);
     config.segment_bytes = segment_bytes;
-    config.batch_bytes_max = BATCH_BYTES_MAX;
     config
 }
-
-/// The largest image here: a segment of 8 MiB holds sixteen.
-const BATCH_BYTES_MAX: usize = 400 * 1024;
 
 /// Runs `make`'s engine on this thread, on a core of its own, until it stops.
 pub(crate) fn run<T: Turn>(make: impl FnOnce(&CoreContext) -> anyhow::Result<T>) -> anyhow::Result<()> {
