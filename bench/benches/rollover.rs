@@ -37,6 +37,10 @@ const RETAINED_SEGMENTS: u64 = 2;
 const BATCH_BYTES_MAX: usize = 192 << 10;
 /// Of the batches that only warm up.
 const WARM_UP_BYTES: usize = 128 << 10;
+/// A turn has at least so many appends, so that small segments roll over in it, ...
+const TURN_APPENDS: u64 = 2000;
+/// ... but takes at most so many times its time.
+const TURN_STRETCH: u32 = 5;
 /// How much of the large segment a turn may use at most.
 const LARGE_SHARE: f64 = 0.95;
 
@@ -46,6 +50,8 @@ type Shared = Rc<RefCell<Option<anyhow::Result<Vec<(Kind, Outcome)>>>>>;
 struct Plan {
     rounds: usize,
     turn: Duration,
+    /// A turn with fewer appends goes on: a p99.9 of less is a maximum.
+    turn_appends: u64,
     large_bytes: u64,
     small_bytes: u64,
     slot_bytes: usize,
@@ -279,7 +285,10 @@ impl Comparison {
         let stats = self.variants[self.current()].log.wal.stats();
         let used = stats.written_bytes - self.before.written_bytes;
         let is_full = used as f64 >= self.plan.large_bytes as f64 * LARGE_SHARE;
-        if self.started.elapsed() < self.plan.turn && !is_full {
+        let elapsed = self.started.elapsed();
+        let is_short =
+            self.latencies.len() < self.plan.turn_appends && elapsed < TURN_STRETCH * self.plan.turn;
+        if (elapsed < self.plan.turn || is_short) && !is_full {
             return self.load();
         }
         self.phase = Phase::Draining;
@@ -429,6 +438,7 @@ fn main() -> anyhow::Result<()> {
         let plan = Plan {
             rounds: usize::try_from(rounds)?,
             turn: Duration::from_millis(turn_ms),
+            turn_appends: if measuring { TURN_APPENDS } else { 0 },
             large_bytes: if measuring { 512 << 20 } else { 32 << 20 },
             small_bytes: (small_mib << 20) / share,
             slot_bytes,
