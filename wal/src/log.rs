@@ -111,6 +111,7 @@ impl WalConfig {
 }
 
 /// What the log tells its user.
+#[expect(clippy::large_enum_variant, reason = "the large one comes once, and the queue is short")]
 pub enum WalEvent<B: BlockBuf> {
     /// The log is recovered and open. The first event, but for `Poisoned`.
     Opened(Recovered),

@@ -54,7 +54,7 @@ pub(super) fn explain(look: &Look) -> Vec<String> {
              durable says that the log went further."
                 .to_owned(),
         );
-    } else if report.damage.iter().next().is_none() {
+    } else if report.damage.is_empty() {
         lines.push(
             "Clean (row 3): the sector behind the last batch holds what it held before the segment entered service, and \
              nothing durable says that the log went further."

@@ -158,7 +158,7 @@ impl Look {
         let findings = find(&survey);
         let report = recovery.as_ref().and_then(|recovery| recovery.outcome.as_ref().ok());
         let report = report.map(|recovered| &recovered.report);
-        let damaged = refused.is_some() || report.is_some_and(|report| report.damage.iter().next().is_some());
+        let damaged = refused.is_some() || report.is_some_and(|report| !report.damage.is_empty());
         let torn = report.is_some_and(|report| report.torn_bytes > 0);
         let state = match (damaged, torn) {
             (true, _) => State::Damaged,
