@@ -38,8 +38,12 @@ fn code_lines(text: &str) -> impl Iterator<Item = (usize, &str)> {
 fn forbid(directory: &str, words: &[&str], why: &str) {
     let mut found = Vec::new();
     for (path, text) in rust_files(&root().join(directory)) {
-        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        if ["tests.rs", "testing.rs", "simulation.rs"].contains(&name) {
+        let within = path.strip_prefix(root().join(directory)).unwrap_or(&path);
+        let is_test = |part: &std::path::Path| {
+            let name = part.file_stem().and_then(|name| name.to_str()).unwrap_or_default();
+            ["tests", "testing", "simulation"].contains(&name) || name.ends_with("_tests")
+        };
+        if within.components().any(|part| is_test(part.as_ref())) {
             continue;
         }
         for (number, line) in code_lines(&text) {

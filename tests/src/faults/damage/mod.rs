@@ -391,8 +391,7 @@ impl Base {
                 cluster.describe()
             ));
         }
-        for node in 0..NODES {
-            let machine = &cluster.machines[node];
+        for (node, machine) in cluster.machines.iter().enumerate() {
             if machine.view.applied > last_good {
                 return Err(format!("node {node} applied beyond {last_good}{}", cluster.describe()));
             }

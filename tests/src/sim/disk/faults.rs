@@ -216,10 +216,10 @@ impl DiskState {
                     self.files[file.0 as usize] = None;
                 }
             }
-            (op @ (DiskOp::Rename { .. } | DiskOp::Remove { .. } | DiskOp::SyncDirectory), _) => {
-                if self.rng.chance(500_000) {
-                    let _ = self.act(op, None, covers);
-                }
+            (op @ (DiskOp::Rename { .. } | DiskOp::Remove { .. } | DiskOp::SyncDirectory), _)
+                if self.rng.chance(500_000) =>
+            {
+                let _ = self.act(op, None, covers);
             }
             _ => {}
         }
