@@ -39,7 +39,11 @@ fn forbid(directory: &str, words: &[&str], why: &str) {
     let mut found = Vec::new();
     for (path, text) in rust_files(&root().join(directory)) {
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        if ["tests.rs", "testing.rs", "simulation.rs"].contains(&name) {
+        let in_tests = path.parent().is_some_and(|parent| parent.ends_with("tests"));
+        if in_tests
+            || name.ends_with("_tests.rs")
+            || ["tests.rs", "testing.rs", "simulation.rs"].contains(&name)
+        {
             continue;
         }
         for (number, line) in code_lines(&text) {
