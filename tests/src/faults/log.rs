@@ -108,8 +108,7 @@ impl Model {
         let proof = recovered.last().map_or(Term(0), |info| info.term);
         let allowed =
             self.hard.iter().any(|(_, saved)| found == *saved || (proof > saved.0 && found == (proof, None)));
-        let by_proof_alone = self.hard.is_empty() && found.1.is_none() && found.0 == proof;
-        if !(allowed || by_proof_alone) {
+        if !(allowed || self.hard.is_empty() && found.1.is_none() && found.0 == proof) {
             return Err(format!("term and vote are {found:?}; saved were {:?}", self.hard));
         }
         if hard_state.configuration.len() < self.configuration_bytes {

@@ -80,7 +80,12 @@ fn the_lost_header_of_a_recycled_segment_never_hides_the_one_batch_of_its_presen
                 assert!(held.iter().all(|held| held.last < info.first));
                 let claim = claim.expect("no silent loss");
                 assert!(!claim.certain || more && claim.last > info.last, "{claim:?}");
-                assert!(salvage.iter().all(|batch| batch.first > info.first), "more {more} info {} held {:?} {claim:?} {salvage:?}", info.first, held.iter().map(|batch| batch.first).collect::<Vec<_>>());
+                assert!(
+                    salvage.iter().all(|batch| batch.first > info.first),
+                    "more {more} info {} held {:?} {claim:?} {salvage:?}",
+                    info.first,
+                    held.iter().map(|batch| batch.first).collect::<Vec<_>>()
+                );
             }
         }
     }

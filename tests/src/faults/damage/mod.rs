@@ -391,12 +391,13 @@ impl Base {
                 cluster.describe()
             ));
         }
-        for (node, machine) in cluster.machines.iter().enumerate() {
+        for (node, held) in held.into_iter().enumerate() {
+            let machine = &cluster.machines[node];
             if machine.view.applied > last_good {
                 return Err(format!("node {node} applied beyond {last_good}{}", cluster.describe()));
             }
             // One that never had it waits for the others.
-            if held[node] && machine.stopped.is_none() && lacks(&cluster, node).is_none() {
+            if held && machine.stopped.is_none() && lacks(&cluster, node).is_none() {
                 return Err(format!("node {node} is silent about it{}", cluster.describe()));
             }
         }
