@@ -47,6 +47,14 @@ fn a_fault_at_every_fiftieth_operation_loses_nothing_that_was_acknowledged() {
     assert!(report.tally.cases > 200, "{}", report.tally.cases);
 }
 
+/// The header of the segment that tells of the newest cut could not be read, and what that cut had voided came back.
+#[test]
+fn a_cut_counts_when_the_segment_that_tells_of_it_cannot_be_read() {
+    let report = errors::run(&errors::Options { only: Some((9, 17)), ..errors::Options::default() });
+    assert_clean(&report.tally);
+    assert_eq!(report.tally.cases, 4);
+}
+
 #[test]
 fn damaged_disks_are_healed_or_stop_the_cluster_loudly() {
     let report = damage::run(&damage::Options { seeds: 0..160, trace: false, threads: 2 }, |_| {});

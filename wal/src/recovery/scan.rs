@@ -211,8 +211,13 @@ impl LogScan {
                         previous.generation == expected && previous.epoch == header.epoch
                     });
                     if header.epoch > self.epoch {
-                        // The segment that tells where this epoch cut the log is missing.
+                        // The segment that tells where this epoch cut the log is missing. Of the newest epoch the hard
+                        // state knows it.
                         self.end_epoch(header.epoch);
+                        let HardState { epoch, cut, start, .. } = &self.hard_state;
+                        if *epoch == header.epoch && cut.index >= start.index {
+                            self.cut(*cut, None, header.epoch);
+                        }
                     }
                     // Segments before the log's start are removed in order, and not missed.
                     if !continues && !self.is_before_start() {
