@@ -179,9 +179,15 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             self.witness_at_ns = u64::MAX;
             self.wal.save_witness(&mut self.disk);
         }
-        if self.now.monotonic_ns >= self.space_retry_at_ns {
-            self.space_retry_at_ns = self.now.monotonic_ns.saturating_add(SPACE_RETRY_NS);
+        let now_ns = self.now.monotonic_ns;
+        if now_ns >= self.space_retry_at_ns {
+            self.space_retry_at_ns =
+                if self.no_space { now_ns.saturating_add(SPACE_RETRY_NS) } else { u64::MAX };
             self.wal.retry_space();
+        }
+        // A segment that is rebuilt may lack the space for it while appends lack nothing.
+        if self.space_retry_at_ns == u64::MAX && self.wal.first_damaged().is_some() {
+            self.space_retry_at_ns = now_ns.saturating_add(SPACE_RETRY_NS);
         }
     }
 
