@@ -188,7 +188,6 @@ impl Config {
             batch_bytes_max: self.image_bytes_max(),
             writes_in_flight_max: self.writes_in_flight_max,
             bytes_in_flight_max: self.write_bytes_in_flight_max,
-            scrub_bytes_per_second: self.scrub_bytes_per_second,
             ..WalConfig::new(self.cluster, self.node, seed)
         }
     }

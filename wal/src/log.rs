@@ -62,9 +62,6 @@ pub struct WalConfig {
     /// Bytes of appends in flight, padding included; one larger batch may go alone. Default 1 MiB: more was measured to add latency
     /// and no throughput.
     pub bytes_in_flight_max: usize,
-    /// What the scrubber may read, per second; 0 turns it off. The log has no clock: whoever drives it hands [`Wal::scrub_step`] its share.
-    /// Default 8 MiB: a log of 10 GiB in 21 minutes, at about one percent of what a disk reads.
-    pub scrub_bytes_per_second: u64,
     /// Source of the incarnation and the segment nonces. Hand in fresh random bits in production.
     pub seed: u64,
 }
@@ -84,7 +81,6 @@ impl WalConfig {
             batch_bytes_max: IMAGE_BYTES_MAX,
             writes_in_flight_max: 4,
             bytes_in_flight_max: 1024 * 1024,
-            scrub_bytes_per_second: 8 * 1024 * 1024,
             seed,
         }
     }
@@ -505,6 +501,12 @@ impl<D: Disk> Wal<D> {
         self.index.damaged().next().map(|(first, _)| first)
     }
 
+    /// Whether the batch that begins at `first` is damaged.
+    #[must_use]
+    pub fn is_damaged(&self, first: LogIndex) -> bool {
+        self.index.damage_of(first).is_some()
+    }
+
     fn with_scrub(&mut self, disk: &mut D, work: impl FnOnce(&mut Scrub<D::Buf>, &mut scrub::Tools<'_, D>)) {
         let mut tools = scrub::Tools {
             disk,
@@ -579,7 +581,6 @@ impl<D: Disk> Wal<D> {
             {
                 self.index.repaired(&info);
                 let (first, last) = (info.first, info.last);
-                tracing::info!(%first, %last, "a damaged batch was repaired");
                 events.push_back(WalEvent::Repaired { first, last });
             }
         }
@@ -594,8 +595,6 @@ impl<D: Disk> Wal<D> {
         let cause = DamageCause::ImageRotten;
         let is_new = self.index.damage(first, cause);
         if is_new && let Some(batch) = self.damaged_batch(first, cause) {
-            let DamagedBatch { segment, offset, .. } = &batch;
-            tracing::warn!(%first, segment, offset, "a batch is damaged on disk");
             events.push_back(WalEvent::DamageFound(batch));
         }
         is_new
@@ -1036,9 +1035,6 @@ impl<D: Disk> Wal<D> {
         };
         hard_state.claim_cut = claim_cut;
         self.salvage = Salvage::new(salvage, unplaced, hard_state.claim_epoch, claim_cut);
-        for damage in &report.damage {
-            tracing::warn!(%damage, "the log is damaged");
-        }
         let end = self.index.end();
         let place = self.index.end_place();
         let generation = place.map_or(0, |place| place.generation);

@@ -218,14 +218,12 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     pub(super) fn send_queued(&mut self) {
         let Some(network) = &mut self.network else { return };
         let durable = self.wal.durable_through();
-        // Few at a time, if any: what cannot be read is waited for.
-        let unreadable: Vec<LogIndex> = self.wal.damaged().map(|batch| batch.info.first).collect();
-        let damaged = |first: LogIndex| unreadable.contains(&first);
         for (id, peer) in &mut self.peers {
             loop {
                 let (message, batch) = match peer.outbox.head(&self.recent, durable) {
                     Head::Empty | Head::Waiting => break,
-                    Head::Fetch(first) if damaged(first) => {
+                    // What cannot be read is waited for.
+                    Head::Fetch(first) if self.wal.is_damaged(first) => {
                         peer.outbox.fetched(Vec::new());
                         break;
                     }

@@ -122,7 +122,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             &mut self.deliveries,
         );
         match applied.map_err(StopError::Invariant)? {
-            Applied::Fetch(first) if self.is_damaged(first) => self.applier.fetched(Vec::new()),
+            Applied::Fetch(first) if self.wal.is_damaged(first) => self.applier.fetched(Vec::new()),
             Applied::Fetch(first) if !self.closing => {
                 self.wal.read(&mut self.disk, APPLY_READ, first, READ_BYTES)
             }

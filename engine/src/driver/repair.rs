@@ -245,10 +245,6 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         Some(Claim { term: claim.term, last: claim.last, certain: claim.certain })
     }
 
-    pub(super) fn is_damaged(&self, first: LogIndex) -> bool {
-        self.wal.damaged().any(|batch| batch.info.first == first)
-    }
-
     pub(super) fn damage_found(&mut self, batch: &DamagedBatch) -> Result<(), StopError> {
         let DamagedBatch { info, segment, offset, cause, .. } = batch;
         let (first, last) = (info.first, info.last);
@@ -273,7 +269,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// An intact image of `info` is there; if that batch cannot be read, the log is given it. False if it is refused for good.
     pub(super) fn offer_repair(&mut self, info: BatchInfo, block: Block<D::Buf>) -> bool {
         let chain = self.wal.chain_at(info.last);
-        if !self.is_damaged(info.first) || chain != Some(info.chain) {
+        if !self.wal.is_damaged(info.first) || chain != Some(info.chain) {
             return false;
         }
         match self.wal.repair(&mut self.disk, info.first, block) {
@@ -828,7 +824,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         };
         if message.only_proved && !self.proves(&message) {
             self.reply(from, &message, Fetched::None, None);
-        } else if self.is_damaged(first) {
+        } else if self.wal.is_damaged(first) {
             self.reply(from, &message, Fetched::Had, None);
         } else if !message.image {
             self.reply(from, &message, Fetched::NotSent, None);
