@@ -13,13 +13,14 @@ mod proposing;
 mod repair;
 mod stages;
 mod stall;
+mod transfer;
 
 use crate::apply::Applier;
 use crate::config::{BATCH_BYTES_CAP, Config, ConfigError};
-use crate::error::{Refusal, StopCause, StopError, UnknownOutcome};
+use crate::error::{Refusal, StopCause, StopError, TransferError, UnknownOutcome};
 use crate::formation::Formation;
 use crate::handle::{Handle, LocalHandle, PeerStatus, Shared};
-use crate::ingress::Deliveries;
+use crate::ingress::{Control, Deliveries};
 use crate::outbox::Outbox;
 use crate::proposals::{LocalIngress, ProposalLimits, Proposals};
 use crate::raft::{Action, BatchRun, Configuration, Epoch, Event, Message, Nanos, Raft, Role};
@@ -29,6 +30,8 @@ use crate::state_machine::StateMachine;
 use crate::wire::{AckStages, Encoder};
 use ringraft_block::{Block, BlockBuf, GroupId, Incarnation, LogIndex, NodeId, Pool, round_up_to_block};
 use ringraft_net::link::Link;
+pub use transfer::Transferred;
+pub(crate) use transfer::TransferSlot;
 use ringraft_net::{BlockSource, NetEvent, Network};
 use ringraft_wal::disk::Disk;
 use ringraft_wal::format::{BatchInfo, Chain};
@@ -90,6 +93,7 @@ pub struct Driver<D: Disk, L: Link<Buf = D::Buf>, S> {
     witness_at_ns: u64,
     repair: repair::Repairer<D::Buf>,
     stall: stall::StallWatch,
+    handover: transfer::Handover,
     closing: bool,
 
     encoder: Encoder,
@@ -118,6 +122,14 @@ struct Peer<B: BlockBuf> {
     session: Option<Incarnation>,
     /// What it said last, to this leader.
     stages: Option<AckStages>,
+    /// It said that its log has no space.
+    no_space: bool,
+}
+
+impl<B: BlockBuf> Peer<B> {
+    fn new() -> Self {
+        Self { outbox: Outbox::new(), session: None, stages: None, no_space: false }
+    }
 }
 
 /// Blocks for what the network receives.
@@ -174,7 +186,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let others = config.members.iter().filter(|member| member.id != config.node);
         Self {
             peers: others
-                .map(|member| (member.id, Peer { outbox: Outbox::new(), session: None, stages: None }))
+                .map(|member| (member.id, Peer::new()))
                 .collect(),
             seed,
             timing_seed: seed,
@@ -202,6 +214,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             witness_at_ns: u64::MAX,
             repair: repair::Repairer::new(&config),
             stall: stall::StallWatch::default(),
+            handover: transfer::Handover::default(),
             closing: false,
             encoder: Encoder::default(),
             actions: Vec::new(),
@@ -247,15 +260,17 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         progressed |= self.on_network()?;
         self.watch_disk()?;
         self.mend()?;
+        progressed |= self.take_controls()?;
         progressed |= self.take_proposals();
         self.step(Event::Tick)?;
         self.write_pending();
         progressed |= self.seal()?;
+        self.advance_handover()?;
         progressed |= self.apply()?;
         self.send_queued();
         self.deliveries.flush();
         self.keep_log();
-        progressed |= self.close_if_asked();
+        progressed |= self.close_if_asked()?;
         Ok(progressed)
     }
 
@@ -314,6 +329,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 self.wal.release_claim(&mut self.disk);
                 Ok(())
             }
+            Action::TransferEnded { end } => {
+                self.transfer_ended(end);
+                Ok(())
+            }
             Action::Stop { violation } => Err(StopError::Invariant(violation.to_string())),
         }
     }
@@ -326,17 +345,30 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             let unknown = |index| UnknownOutcome::LeadershipLost { index };
             self.proposals.borrow_mut().abandon(unknown, &refusal, &mut self.deliveries);
             for peer in self.peers.values_mut() {
-                peer.outbox.clear();
+                peer.outbox.clear_appends();
             }
         }
+        self.handover_role_changed();
         self.set_gate();
+    }
+
+    /// Takes what handles ask besides commands.
+    fn take_controls(&mut self) -> Result<bool, StopError> {
+        let controls = self.shared.ingress.take_controls();
+        let any = !controls.is_empty();
+        for control in controls {
+            match control {
+                Control::Transfer { to, slot } => self.transfer_asked(to, slot)?,
+            }
+        }
+        Ok(any)
     }
 
     // ---- The end
 
     /// True when it begins to close: a log with nothing in flight closes in the next turn, which no completion calls for.
-    fn close_if_asked(&mut self) -> bool {
-        let begins = !self.closing && self.shared.ingress.shutdown_requested();
+    fn close_if_asked(&mut self) -> Result<bool, StopError> {
+        let begins = !self.closing && self.shared.ingress.shutdown_requested() && self.is_drained()?;
         if begins {
             self.closing = true;
             let stopped = Refusal::Stopped(StopError::Requested.into());
@@ -346,7 +378,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             }
             self.wal.close(&mut self.disk);
         }
-        begins
+        Ok(begins)
     }
 
     fn stop(&mut self, error: StopError) {
@@ -363,6 +395,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         proposals.set_gate(Err(refusal));
         drop(proposals);
         self.deliveries.flush();
+        self.handover.stopped(|| TransferError::Stopped(cause.clone()));
         self.shared.ingress.stop(cause.clone());
         if let Some(network) = &mut self.network {
             network.close(&mut self.link);
@@ -383,7 +416,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let damage = self.damage_status(raft);
         let peers = self.peers.iter().filter_map(|(id, peer)| {
             let matched = raft.progress(*id)?.matched;
-            Some(PeerStatus { id: *id, connected: peer.session.is_some(), matched, stages: peer.stages })
+            let Peer { stages, no_space, .. } = *peer;
+            Some(PeerStatus { id: *id, connected: peer.session.is_some(), matched, stages, no_space })
         });
         self.shared.status.publish(|status| {
             status.formed = true;
@@ -415,7 +449,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Turn for Driver<D, L, S> {
                 let network = self.network.as_ref().map_or(u64::MAX, Network::next_deadline);
                 let log = self.witness_at_ns.min(self.space_retry_at_ns);
                 let repair = if self.closing { u64::MAX } else { self.repair.next_deadline() };
-                let log = log.min(repair).min(self.stall_deadline());
+                let log = log.min(repair).min(self.stall_deadline()).min(self.handover.next_deadline());
                 TurnOutcome { progressed, next_deadline_ns: core.min(network).min(log), stop: false }
             }
             Err(error) => {

@@ -2,7 +2,7 @@
 //! may repeat the one and must not blindly repeat the other.
 
 use bytes::Bytes;
-use ringraft_block::{LogIndex, NodeId};
+use ringraft_block::{LogIndex, NodeId, Term};
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -60,6 +60,31 @@ pub enum Refusal {
     /// The log cannot reserve another segment: free space on its disk; the node lives on.
     #[error("no space for another log segment: free space on the log's disk")]
     NoSpace,
+    /// Leadership is being handed to another member: propose there in a moment, or here if it comes to nothing.
+    #[error("leadership is being transferred: propose again in a moment, at the new leader")]
+    Transferring,
+    /// The cluster only elects: its members are configured with `consensus_only`.
+    #[error("this cluster only elects leaders (consensus_only): it keeps no log to propose to")]
+    ConsensusOnly,
+    /// The node has stopped.
+    #[error("the node has stopped: {0}")]
+    Stopped(StopCause),
+}
+
+/// Why leadership did not go where it was to go.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TransferError {
+    /// It came to nothing; a node that led leads on.
+    #[error(transparent)]
+    Ended(#[from] crate::raft::TransferEnd),
+    /// There was an election, and another member won it, or this one again.
+    #[error("node {leader} won the election of term {term}")]
+    OtherLeader {
+        /// Who leads now.
+        leader: NodeId,
+        /// In which term.
+        term: Term,
+    },
     /// The node has stopped.
     #[error("the node has stopped: {0}")]
     Stopped(StopCause),

@@ -65,6 +65,7 @@
 //! [`Config`] has every limit. [`Handle`] is for all threads and executors, [`LocalHandle`] for tasks on the node's
 //! own core. [`raft`] is the protocol as a pure function, [`runtime`] what drives it.
 
+mod answer;
 mod apply;
 pub mod config;
 pub mod driver;
@@ -83,6 +84,7 @@ pub mod runtime;
 pub mod state_machine;
 mod wire;
 
+pub use answer::Answer;
 pub use config::{Config, MemberConfig};
 pub use handle::{Handle, LocalHandle};
 pub use node::{LocalTask, Node};

@@ -262,6 +262,11 @@ impl<B: BlockBuf> Proposals<B> {
         self.uncommitted_bytes = 0;
     }
 
+    /// Whether commands were admitted that are in no batch of the log yet.
+    pub(crate) fn has_unsealed(&self) -> bool {
+        !self.open.is_empty() || !self.overflow.is_empty()
+    }
+
     /// Nothing is open, queued or waiting.
     #[cfg(test)]
     pub(crate) fn is_idle(&self) -> bool {

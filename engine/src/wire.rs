@@ -5,7 +5,7 @@
 //! asserted below: a change of layout does not compile unnoticed, and [`FINGERPRINT`] in the hello keeps two layouts
 //! apart.
 
-use crate::raft::{Append, AppendAck, AppendOutcome, BatchRun, LogId, Round, Vote, VoteReply};
+use crate::raft::{Append, AppendAck, AppendOutcome, BatchRun, LogId, Round, TimeoutNow, Vote, VoteReply};
 use ringraft_block::{Incarnation, LogIndex, NodeId, Term};
 use ringraft_wal::format::Chain;
 use rkyv::rancor;
@@ -22,6 +22,7 @@ pub(crate) mod kind {
     pub(crate) const FORMATION: u16 = 20;
     pub(crate) const FETCH: u16 = 21;
     pub(crate) const FETCH_REPLY: u16 = 22;
+    pub(crate) const TIMEOUT_NOW: u16 = 23;
 }
 
 /// The largest body: a formation message with a full configuration.
@@ -38,9 +39,10 @@ pub(crate) const FINGERPRINT: u64 = {
         align_of::<ArchivedFormationBody>(),
         size_of::<ArchivedFetchBody>(),
         size_of::<ArchivedFetchReplyBody>(),
+        size_of::<ArchivedTimeoutNowBody>(),
         size_of::<rkyv::primitive::ArchivedUsize>(),
     ];
-    let version = 2;
+    let version = 3;
     let mut hash: u64 = 0xcbf2_9ce4_8422_2325 ^ version;
     let mut at = 0;
     while at < sizes.len() {
@@ -55,6 +57,7 @@ const _: () = {
     assert!(size_of::<ArchivedAppendAckBody>() == 72);
     assert!(size_of::<ArchivedVoteBody>() == 32);
     assert!(size_of::<ArchivedVoteReplyBody>() == 16);
+    assert!(size_of::<ArchivedTimeoutNowBody>() == 8);
     assert!(size_of::<ArchivedFetchBody>() == 64);
     assert!(size_of::<ArchivedFetchReplyBody>() == 72);
     assert!(align_of::<ArchivedAppendBody>() <= 16);
@@ -97,7 +100,7 @@ struct AppendAckBody {
     durable_us: u32_le,
     queued_us: u32_le,
     outcome: u16_le,
-    reserved: u16_le,
+    flags: u16_le,
     reserved_2: u32_le,
 }
 
@@ -105,13 +108,20 @@ const ACK_MATCHED: u16 = 1;
 const ACK_REJECTED: u16 = 2;
 const ACK_STALE_TERM: u16 = 3;
 
+const ACK_NO_SPACE: u16 = 1;
+
 #[derive(Archive, Serialize)]
 struct VoteBody {
     term: u64_le,
     last_term: u64_le,
     last_index: u64_le,
     pre: u32_le,
-    reserved: u32_le,
+    transfer: u32_le,
+}
+
+#[derive(Archive, Serialize)]
+struct TimeoutNowBody {
+    term: u64_le,
 }
 
 #[derive(Archive, Serialize)]
@@ -187,6 +197,8 @@ pub(crate) struct AckMessage {
     /// The chain at the matched position.
     pub(crate) chain: Chain,
     pub(crate) stages: AckStages,
+    /// The follower's log has no space for more: it cannot lead either.
+    pub(crate) no_space: bool,
 }
 
 /// Where a follower spent its time on the newest batch from a leader that became durable there, in microseconds,
@@ -263,6 +275,7 @@ pub(crate) enum Body {
     AppendAck(AckMessage),
     Vote(Vote),
     VoteReply(VoteReply),
+    TimeoutNow(TimeoutNow),
     Formation(FormationMessage),
     Fetch(FetchMessage),
     FetchReply(FetchReplyMessage),
@@ -306,7 +319,7 @@ impl Encoder {
     }
 
     pub(crate) fn ack(&mut self, message: &AckMessage) -> &[u8] {
-        let AckMessage { ack, chain, stages } = message;
+        let AckMessage { ack, chain, stages, no_space } = message;
         let (outcome, position, refused) = match ack.outcome {
             AppendOutcome::Matched { matched } => (ACK_MATCHED, matched, LogIndex(0)),
             AppendOutcome::Rejected { refused, hint } => (ACK_REJECTED, hint, refused),
@@ -322,7 +335,7 @@ impl Encoder {
             durable_us: stages.durable_us.into(),
             queued_us: stages.queued_us.into(),
             outcome: outcome.into(),
-            reserved: 0.into(),
+            flags: if *no_space { ACK_NO_SPACE } else { 0 }.into(),
             reserved_2: 0.into(),
         })
     }
@@ -333,8 +346,12 @@ impl Encoder {
             last_term: vote.last.term.get().into(),
             last_index: vote.last.index.get().into(),
             pre: u32::from(vote.pre).into(),
-            reserved: 0.into(),
+            transfer: u32::from(vote.transfer).into(),
         })
+    }
+
+    pub(crate) fn timeout_now(&mut self, message: &TimeoutNow) -> &[u8] {
+        self.encode(&TimeoutNowBody { term: message.term.get().into() })
     }
 
     pub(crate) fn vote_reply(&mut self, reply: &VoteReply) -> &[u8] {
@@ -425,7 +442,12 @@ pub(crate) fn decode(kind: u16, body: &[u8]) -> Result<Body, MalformedBody> {
                 term: Term(body.term.to_native()),
                 last: log_id(body.last_term, body.last_index),
                 pre: flag(body.pre).ok_or(malformed)?,
+                transfer: flag(body.transfer).ok_or(malformed)?,
             }))
+        }
+        kind::TIMEOUT_NOW => {
+            let body = access::<ArchivedTimeoutNowBody>(body).ok_or(malformed)?;
+            Ok(Body::TimeoutNow(TimeoutNow { term: Term(body.term.to_native()) }))
         }
         kind::VOTE_REPLY => {
             let body = access::<ArchivedVoteReplyBody>(body).ok_or(malformed)?;
@@ -507,6 +529,10 @@ fn decode_append(body: &ArchivedAppendBody) -> Option<AppendMessage> {
 }
 
 fn decode_ack(body: &ArchivedAppendAckBody) -> Option<AckMessage> {
+    let flags = body.flags.to_native();
+    if flags & !ACK_NO_SPACE != 0 {
+        return None;
+    }
     let position = log_id(body.index_term, body.index);
     let outcome = match body.outcome.to_native() {
         ACK_MATCHED => AppendOutcome::Matched { matched: position },
@@ -520,6 +546,7 @@ fn decode_ack(body: &ArchivedAppendAckBody) -> Option<AckMessage> {
         ack: AppendAck { term: Term(body.term.to_native()), round: Round(body.round.to_native()), outcome },
         chain: Chain(body.chain),
         stages: AckStages { durable_us: body.durable_us.to_native(), queued_us: body.queued_us.to_native() },
+        no_space: flags & ACK_NO_SPACE != 0,
     })
 }
 
@@ -671,11 +698,17 @@ mod tests {
                 ack: AppendAck { term: Term(7), round: Round(3), outcome },
                 chain: Chain([5; 16]),
                 stages: AckStages { durable_us: 40, queued_us: 2 },
+                no_space: true,
             };
             assert_eq!(round_trip(kind::APPEND_ACK, encoder.ack(&ack)), Body::AppendAck(ack));
         }
-        let vote = Vote { term: Term(2), last: LogId { term: Term(1), index: LogIndex(5) }, pre: true };
-        assert_eq!(round_trip(kind::VOTE, encoder.vote(&vote)), Body::Vote(vote));
+        for (pre, transfer) in [(true, false), (false, true)] {
+            let last = LogId { term: Term(1), index: LogIndex(5) };
+            let vote = Vote { term: Term(2), last, pre, transfer };
+            assert_eq!(round_trip(kind::VOTE, encoder.vote(&vote)), Body::Vote(vote));
+        }
+        let now = TimeoutNow { term: Term(9) };
+        assert_eq!(round_trip(kind::TIMEOUT_NOW, encoder.timeout_now(&now)), Body::TimeoutNow(now));
         let reply = VoteReply { term: Term(2), granted: true, pre: false };
         assert_eq!(round_trip(kind::VOTE_REPLY, encoder.vote_reply(&reply)), Body::VoteReply(reply));
         for (proof, image, only_proved) in

@@ -8,7 +8,7 @@
 //!
 //! | command | what happens |
 //! |---|---|
-//! | `nodes 3 [learners=4,5] [window=2] [window_bytes=1000]` | a cluster of empty nodes |
+//! | `nodes 3 [learners=4,5] [window=2] [window_bytes=1000] [consensus_only]` | a cluster of empty nodes |
 //! | `node 1 term=3 [vote=2] [log=1,1,2*3] [commit=1]` | node 1 boots with that disk: a term per batch, `*3` of three entries |
 //! | `node 1 ... [damaged=3] [claim=20@5] [uncertain=20@5]` | and it found a batch damaged, or its log cut before damage |
 //! | `tick 2 [150ms]` | node 2 ticks after that time; without a time at its deadline |
@@ -22,6 +22,7 @@
 //! | `adopt 1 7@2`, `nowhere 1 6`, `asked 1 20@5` | what node 1's driver found out: a batch of its own, that there is none, how far all logs reach |
 //! | `ask 1` | node 1's driver asks the driver of the node that it follows how far that one's log reaches |
 //! | `stall 1`, `unstall 1` | the disk of node 1 does not answer, or answers again |
+//! | `transfer 1 [to=2]` | leadership is to be handed over |
 //! | `disconnect 1 2`, `connect 1 2` | the session ends, what is under way is lost; a session begins |
 //! | `crash 3`, `restart 3` | node 3 loses what is not durable |
 //! | `settle` | everything under way arrives, everything written is durable, until nothing is left; no time passes |
@@ -135,6 +136,7 @@ struct Cluster {
     configuration: Configuration,
     window: Option<usize>,
     window_bytes: Option<u64>,
+    consensus_only: bool,
     nodes: BTreeMap<NodeId, Node>,
     network: Vec<(NodeId, NodeId, Message)>,
     trace: String,
@@ -247,6 +249,10 @@ impl Cluster {
             [what @ ("stall" | "unstall"), node] => {
                 self.feed(id(node), Event::DiskStalled { stalled: *what == "stall" });
             }
+            ["transfer", node, ..] => {
+                let to = option(&words, "to").map(id);
+                self.feed(id(node), Event::Transfer { to });
+            }
             ["crash", node] => self.node(id(node)).life = None,
             ["restart", node] => {
                 self.boot(id(node));
@@ -290,6 +296,7 @@ impl Cluster {
         self.nodes.clear();
         self.window = option(words, "window").map(|value| number(value) as usize);
         self.window_bytes = option(words, "window_bytes").map(number);
+        self.consensus_only = words.contains(&"consensus_only");
         for member in self.configuration.members() {
             self.nodes.insert(member.id, Node { disk: Disk::default(), life: None, boots: 0 });
         }
@@ -331,6 +338,7 @@ impl Cluster {
 
     fn boot(&mut self, id: NodeId) {
         let (now, configuration) = (self.now, self.configuration.clone());
+        let consensus_only = self.consensus_only;
         let defaults = RaftConfig::new(id, 0);
         let (window_batches, window_bytes) = (
             self.window.unwrap_or(defaults.window_batches),
@@ -340,7 +348,7 @@ impl Cluster {
         node.boots += 1;
         node.disk.epoch = Epoch(node.disk.epoch.0 + 1);
         let config =
-            RaftConfig { window_batches, window_bytes, seed: id.get() * 1_000 + node.boots, ..defaults };
+            RaftConfig { window_batches, window_bytes, seed: id.get() * 1_000 + node.boots, consensus_only, ..defaults };
         let last = node.disk.log.last().map(BatchRun::end).unwrap_or_default();
         let term = node.disk.term.max(last.term);
         let boot = Boot {
@@ -383,7 +391,10 @@ impl Cluster {
                 }
                 Action::SealEmpty => seal = true,
                 Action::ReleaseClaim => claim_released = true,
-                Action::Commit { .. } | Action::Become { .. } | Action::Stop { .. } => {}
+                Action::Commit { .. }
+                | Action::Become { .. }
+                | Action::TransferEnded { .. }
+                | Action::Stop { .. } => {}
             }
         }
         if claim_released {
@@ -616,13 +627,15 @@ fn show_message(message: &Message) -> String {
         }
         Message::Vote(vote) => {
             let kind = if vote.pre { "pre-vote" } else { "vote" };
-            format!("{kind} t{} last {}", vote.term, show_position(vote.last))
+            let transfer = if vote.transfer { " transfer" } else { "" };
+            format!("{kind} t{} last {}{transfer}", vote.term, show_position(vote.last))
         }
         Message::VoteReply(reply) => {
             let kind = if reply.pre { "pre-vote" } else { "vote" };
             let answer = if reply.granted { "granted" } else { "refused" };
             format!("{kind} t{} {answer}", reply.term)
         }
+        Message::TimeoutNow(message) => format!("time-out now t{}", message.term),
     }
 }
 
@@ -649,6 +662,9 @@ fn show_event(event: &Event) -> String {
             format!("everybody ends at {} at the highest", show_position(*highest))
         }
         Event::NothingBehind { after } => format!("nobody has anything behind {after}"),
+        Event::Transfer { to } => {
+            format!("transfer to {}", to.map_or("the best".to_owned(), |to| to.to_string()))
+        }
         Event::DiskStalled { stalled } => {
             format!("the disk {}", if *stalled { "stalls" } else { "answers again" })
         }
@@ -675,6 +691,7 @@ fn show_action(action: &Action) -> String {
         }
         Action::SealEmpty => "seal an empty batch".to_owned(),
         Action::ReleaseClaim => "release the claim".to_owned(),
+        Action::TransferEnded { end } => format!("transfer ended: {end}"),
         Action::Stop { violation } => format!("STOP: {violation}"),
     }
 }

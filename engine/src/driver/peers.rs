@@ -56,7 +56,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             }
             NetEvent::PeerDisconnected { peer, cause, .. } => {
                 let Some(state) = self.peers.get_mut(&peer) else { return Ok(()) };
-                (state.session, state.stages) = (None, None);
+                (state.session, state.stages, state.no_space) = (None, None, false);
                 state.outbox.clear();
                 self.repair.session_changed(peer);
                 tracing::info!(node = %self.config.node, %peer, %cause, "session ended");
@@ -99,6 +99,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             Body::Vote(vote) => self.step(Event::Received { from: peer, message: Message::Vote(vote) }),
             Body::VoteReply(reply) => {
                 self.step(Event::Received { from: peer, message: Message::VoteReply(reply) })
+            }
+            Body::TimeoutNow(message) => {
+                self.step(Event::Received { from: peer, message: Message::TimeoutNow(message) })
             }
         }
     }
@@ -172,7 +175,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     }
 
     fn on_ack(&mut self, from: NodeId, message: AckMessage) -> Result<(), StopError> {
-        let AckMessage { ack, chain, stages } = message;
+        let AckMessage { ack, chain, stages, no_space } = message;
+        if let Some(peer) = self.peers.get_mut(&from) {
+            peer.no_space = no_space;
+        }
         if let AppendOutcome::Matched { matched } = ack.outcome {
             let leads =
                 self.raft().is_some_and(|raft| raft.role() == Role::Leader && raft.term() == ack.term);
@@ -203,10 +209,11 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                     AppendOutcome::Matched { matched } => chain_at(matched.index)?,
                     _ => Chain::default(),
                 };
-                Outgoing::Ack(AckMessage { ack, chain, stages: self.stages.newest() })
+                Outgoing::Ack(AckMessage { ack, chain, stages: self.stages.newest(), no_space: self.no_space })
             }
             Message::Vote(vote) => Outgoing::Vote(vote),
             Message::VoteReply(reply) => Outgoing::VoteReply(reply),
+            Message::TimeoutNow(message) => Outgoing::TimeoutNow(message),
         };
         if let Some(peer) = self.peers.get_mut(&to).filter(|peer| peer.session.is_some()) {
             peer.outbox.push(outgoing);
@@ -242,6 +249,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                     Outgoing::Ack(message) => (wire::kind::APPEND_ACK, self.encoder.ack(message)),
                     Outgoing::Vote(vote) => (wire::kind::VOTE, self.encoder.vote(vote)),
                     Outgoing::VoteReply(reply) => (wire::kind::VOTE_REPLY, self.encoder.vote_reply(reply)),
+                    Outgoing::TimeoutNow(message) => {
+                        (wire::kind::TIMEOUT_NOW, self.encoder.timeout_now(message))
+                    }
                 };
                 match network.send(*id, kind, GROUP, body, attachment) {
                     Ok(()) => peer.outbox.pop(),

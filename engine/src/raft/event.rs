@@ -84,6 +84,11 @@ pub enum Event {
         /// Which of the two.
         stalled: bool,
     },
+    /// Leadership is to be handed over. Ends with another leader, or with [`Action::TransferEnded`](super::Action::TransferEnded).
+    Transfer {
+        /// To whom; without a name, to the most caught-up voter.
+        to: Option<NodeId>,
+    },
 }
 
 /// What members say to each other. Every message carries the sender's term.
@@ -97,6 +102,8 @@ pub enum Message {
     Vote(Vote),
     /// The answer to a [`Vote`].
     VoteReply(VoteReply),
+    /// The leader hands over: campaign now (Raft thesis, section 3.10).
+    TimeoutNow(TimeoutNow),
 }
 
 impl Message {
@@ -109,6 +116,7 @@ impl Message {
             Self::AppendAck(ack) => ack.term,
             Self::Vote(vote) => vote.term,
             Self::VoteReply(reply) => reply.term,
+            Self::TimeoutNow(message) => message.term,
         }
     }
 }
@@ -170,6 +178,8 @@ pub struct Vote {
     pub last: LogId,
     /// Whether this only asks if a campaign could succeed.
     pub pre: bool,
+    /// Whether the leader itself asked for this campaign: then nobody sticks to it.
+    pub transfer: bool,
 }
 
 /// The answer to a [`Vote`].
@@ -181,4 +191,11 @@ pub struct VoteReply {
     pub granted: bool,
     /// Which of the two it answers.
     pub pre: bool,
+}
+
+/// A leader's last word to its successor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TimeoutNow {
+    /// The leader's term. In a later one the message means nothing.
+    pub term: Term,
 }
