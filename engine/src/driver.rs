@@ -30,8 +30,6 @@ use crate::state_machine::StateMachine;
 use crate::wire::{AckStages, Encoder};
 use ringraft_block::{Block, BlockBuf, GroupId, Incarnation, LogIndex, NodeId, Pool, round_up_to_block};
 use ringraft_net::link::Link;
-pub use transfer::Transferred;
-pub(crate) use transfer::TransferSlot;
 use ringraft_net::{BlockSource, NetEvent, Network};
 use ringraft_wal::disk::Disk;
 use ringraft_wal::format::{BatchInfo, Chain};
@@ -41,6 +39,8 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
+pub(crate) use transfer::TransferSlot;
+pub use transfer::Transferred;
 
 /// The only group of this version.
 const GROUP: GroupId = GroupId(0);
@@ -185,9 +185,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         };
         let others = config.members.iter().filter(|member| member.id != config.node);
         Self {
-            peers: others
-                .map(|member| (member.id, Peer::new()))
-                .collect(),
+            peers: others.map(|member| (member.id, Peer::new())).collect(),
             seed,
             timing_seed: seed,
             shared,
@@ -260,8 +258,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         progressed |= self.on_network()?;
         self.watch_disk()?;
         self.mend()?;
-        progressed |= self.take_controls()?;
         progressed |= self.take_proposals();
+        progressed |= self.take_controls()?;
         self.step(Event::Tick)?;
         self.write_pending();
         progressed |= self.seal()?;
@@ -343,7 +341,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         if role != Role::Leader {
             let refusal = self.refusal();
             let unknown = |index| UnknownOutcome::LeadershipLost { index };
-            self.proposals.borrow_mut().abandon(unknown, &refusal, &mut self.deliveries);
+            let certain = self.raft().map_or(LogIndex(0), Raft::commit);
+            self.proposals.borrow_mut().abandon(certain, unknown, &refusal, &mut self.deliveries);
             for peer in self.peers.values_mut() {
                 peer.outbox.clear_appends();
             }
@@ -391,7 +390,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let refusal = Refusal::Stopped(cause.clone());
         let unknown = |_| UnknownOutcome::Stopped(cause.clone());
         let mut proposals = self.proposals.borrow_mut();
-        proposals.abandon(unknown, &refusal, &mut self.deliveries);
+        proposals.abandon(LogIndex(0), unknown, &refusal, &mut self.deliveries);
         proposals.set_gate(Err(refusal));
         drop(proposals);
         self.deliveries.flush();

@@ -8,8 +8,8 @@ use crate::error::{ProposeError, StopCause, TransferError};
 use crate::handle::{BatchSlot, Outcome, PipelineShared, ProposalSlot, lock};
 use bytes::Bytes;
 use crossbeam_queue::ArrayQueue;
-use std::sync::atomic::{AtomicBool, Ordering, fence};
 use ringraft_block::NodeId;
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::{Arc, Mutex, OnceLock};
 
 /// A command on its way into the core.

@@ -347,8 +347,13 @@ impl Cluster {
         let node = self.node(id);
         node.boots += 1;
         node.disk.epoch = Epoch(node.disk.epoch.0 + 1);
-        let config =
-            RaftConfig { window_batches, window_bytes, seed: id.get() * 1_000 + node.boots, consensus_only, ..defaults };
+        let config = RaftConfig {
+            window_batches,
+            window_bytes,
+            seed: id.get() * 1_000 + node.boots,
+            consensus_only,
+            ..defaults
+        };
         let last = node.disk.log.last().map(BatchRun::end).unwrap_or_default();
         let term = node.disk.term.max(last.term);
         let boot = Boot {

@@ -209,7 +209,12 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                     AppendOutcome::Matched { matched } => chain_at(matched.index)?,
                     _ => Chain::default(),
                 };
-                Outgoing::Ack(AckMessage { ack, chain, stages: self.stages.newest(), no_space: self.no_space })
+                Outgoing::Ack(AckMessage {
+                    ack,
+                    chain,
+                    stages: self.stages.newest(),
+                    no_space: self.no_space,
+                })
             }
             Message::Vote(vote) => Outgoing::Vote(vote),
             Message::VoteReply(reply) => Outgoing::VoteReply(reply),

@@ -29,7 +29,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let leads = self.raft().is_some_and(Raft::can_accept_proposals);
         let gate = match (leads, self.no_space) {
             _ if self.config.consensus_only => Err(Refusal::ConsensusOnly),
-            _ if self.handover.is_under_way() && self.raft().is_some_and(|raft| raft.role() == Role::Leader) => {
+            _ if self.handover.is_under_way()
+                && self.raft().is_some_and(|raft| raft.role() == Role::Leader) =>
+            {
                 Err(Refusal::Transferring)
             }
             (true, false) => Ok(()),

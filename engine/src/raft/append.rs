@@ -188,6 +188,7 @@ impl Raft {
         for progress in &mut leader.peers {
             progress.owe_notice(self.now.plus(self.config.commit_notice_delay));
         }
+        self.advance_transfer(actions);
     }
 
     /// A session with `peer` began or ended.

@@ -221,7 +221,9 @@ pub fn check_step(before: &State, after: &State) -> Result<(), Broken> {
     let entered = after.role != before.role || to > from;
     match after.role {
         Role::Candidate if entered => {
-            let asked = before.role == Role::PreCandidate || after.alone || (after.transfer && before.leader.is_some());
+            let asked = before.role == Role::PreCandidate
+                || after.alone
+                || (after.transfer && before.leader.is_some());
             ensure!(asked && to.0 == from.0 + 1, "a campaign follows a pre-vote", "{:?} {from}", before.role);
         }
         Role::Leader if entered => {

@@ -24,6 +24,8 @@ mod hard_state;
 pub mod invariants;
 mod log_ids;
 mod members;
+#[cfg(test)]
+mod model;
 mod progress;
 mod quorum;
 mod random;

@@ -166,7 +166,7 @@ impl Simulation {
             crash: random.below(10) * rough.min(1),
             partition: random.below(10) * rough.min(1),
             session: random.below(10),
-            transfer: random.below(6),
+            transfer: if random.below(3) == 0 { random.below(6) } else { 0 },
             disk: 20 + random.below(300),
             network: 200 + random.below(400),
         };

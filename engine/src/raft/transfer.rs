@@ -44,7 +44,9 @@ pub enum TransferEnd {
     #[error("no other voter answers: nobody can take over")]
     NoCandidate,
     /// The member did not take over within an election time-out; this node leads on.
-    #[error("node {to} did not take over within an election time-out: it is slow, far behind, or may not lead")]
+    #[error(
+        "node {to} did not take over within an election time-out: it is slow, far behind, or may not lead"
+    )]
     TimedOut {
         /// Who was asked for.
         to: NodeId,
@@ -89,7 +91,9 @@ impl Raft {
         }
         let refused = match to.or(candidate) {
             None => TransferEnd::NoCandidate,
-            Some(to) if to == id || leader.peer(to).is_none() || !self.configuration.is_incoming_voter(to) => {
+            Some(to)
+                if to == id || leader.peer(to).is_none() || !self.configuration.is_incoming_voter(to) =>
+            {
                 TransferEnd::NotAVoter { to }
             }
             Some(to) => {
@@ -107,16 +111,21 @@ impl Raft {
         let heard = self.now.0.saturating_sub(self.config.election_timeout.0);
         let voters = leader.peers.iter().filter(|peer| self.configuration.is_incoming_voter(peer.id()));
         let alive = voters.filter(|peer| peer.contact().0 >= heard && peer.round() > Round(0));
-        alive.max_by_key(|peer| (peer.matched(), peer.contact(), std::cmp::Reverse(peer.id()))).map(|peer| peer.id())
+        alive
+            .max_by_key(|peer| (peer.matched(), peer.contact(), std::cmp::Reverse(peer.id())))
+            .map(|peer| peer.id())
     }
 
-    /// Tells the member to campaign once it holds the whole log.
+    /// Tells the member to campaign once it holds the whole log and all of it is committed: then nobody who proposed here
+    /// is left with an unknown outcome.
     pub(super) fn advance_transfer(&mut self, actions: &mut Vec<Action>) {
         let last = self.log.last().index;
         let term = self.hard.term();
         let RoleState::Leader(leader) = &mut self.role else { return };
         let Some(Transfer { to, told: false, .. }) = leader.transfer else { return };
-        if leader.peer(to).is_none_or(|peer| peer.matched() < last) {
+        if self.commit < last && !self.config.consensus_only
+            || leader.peer(to).is_none_or(|peer| peer.matched() < last)
+        {
             return;
         }
         if let Some(transfer) = &mut leader.transfer {
@@ -163,7 +172,12 @@ impl Raft {
     }
 
     /// The leader of the term wants this node to campaign now.
-    pub(super) fn handle_timeout_now(&mut self, from: NodeId, message: TimeoutNow, actions: &mut Vec<Action>) {
+    pub(super) fn handle_timeout_now(
+        &mut self,
+        from: NodeId,
+        message: TimeoutNow,
+        actions: &mut Vec<Action>,
+    ) {
         let current = message.term == self.hard.term() && self.leader == Some(from);
         let follows = matches!(self.role, RoleState::Follower);
         if current && follows && self.may_campaign() {
