@@ -325,6 +325,12 @@ impl LocalHandle {
         LocalPipeline { handle: self.clone(), shared: Arc::new(PipelineShared::default()) }
     }
 
+    /// A handle to the same node for all threads, which goes through the queue; for [sessions](crate::sessions).
+    #[must_use]
+    pub fn handle(&self) -> Handle {
+        Handle { shared: Arc::clone(&self.shared) }
+    }
+
     /// What the node is and knows now.
     #[must_use]
     pub fn status(&self) -> Status {

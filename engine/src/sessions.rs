@@ -23,6 +23,47 @@
 //! A client whose proposal has an unknown outcome may propose the same sequence again, on any member, or ask for the
 //! outcome by [`Session::resolve`], which commits a *fence*: either the command had been applied, or it never will be.
 //!
+//! ```
+//! use ringraft::sessions::Resolved;
+//! # use ringraft::{ClusterId, Config, MemberConfig, Node, NodeId, StateMachine};
+//! # use ringraft::state_machine::{CommittedBatch, Replies};
+//! # use std::time::{Duration, Instant};
+//! # #[derive(Default)]
+//! # struct Count(u8);
+//! # impl StateMachine for Count {
+//! #     fn apply(&mut self, batch: &CommittedBatch<'_>, replies: &mut Replies) {
+//! #         for _ in batch.commands() {
+//! #             self.0 += 1;
+//! #             replies.push(vec![self.0]);
+//! #         }
+//! #     }
+//! # }
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let directory = tempfile::tempdir_in(std::env::current_dir()?)?;
+//! # let address = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+//! # let members = vec![MemberConfig { id: NodeId(1), address }];
+//! # let node = Node::start(Config::new(ClusterId(0xc0ffee), NodeId(1), members, directory.path()), Count::default)?;
+//! # let handle = node.handle();
+//! # handle.wait_status(Duration::from_secs(60), |status| status.role == ringraft::Role::Leader);
+//! let session = handle.open_session().wait()?;
+//! let in_a_minute = Instant::now() + Duration::from_secs(60);
+//! let committed = session.propose_until("deposit 10", in_a_minute)?; // through elections and times of Busy
+//!
+//! // After a restart of the client, from what it kept: the command is not applied a second time.
+//! let session = handle.resume_session(session.position());
+//! let again = session.propose_with_sequence(1, "deposit 10").wait()?;
+//! assert_eq!(again, committed);
+//!
+//! // What became of a command whose answer was lost? From now on, nothing else can become of it.
+//! assert_eq!(session.resolve(1).wait()?, Resolved::Committed(committed));
+//! assert_eq!(session.resolve(2).wait()?, Resolved::NeverApplied);
+//! session.close().wait()?;
+//! # handle.shutdown();
+//! # assert!(node.join().is_orderly());
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! The scheme is that of section 6.3 of the Raft thesis, with a window instead of one outstanding command.
 
 mod client;
@@ -45,7 +86,7 @@ use std::collections::VecDeque;
 pub const WINDOW_MAX: u32 = 65_536;
 
 /// The most bytes of replies that a session may keep.
-pub const REPLY_BYTES_CAP: u32 = 16 << 20;
+pub const REPLY_BYTES_CAP: u32 = 2 << 20;
 
 /// The largest `session_table_bytes_max`.
 pub const TABLE_BYTES_CAP: u64 = 4 << 30;

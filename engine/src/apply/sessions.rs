@@ -122,3 +122,6 @@ fn refused(reason: SessionRefusal, view: BatchView<'_>, ordinal: usize) -> Propo
     let command = view.command(ordinal).map(|command| Bytes::copy_from_slice(command.bytes));
     Refused { reason: Refusal::Session(reason), command: command.unwrap_or_default() }.into()
 }
+
+#[cfg(test)]
+mod tests;

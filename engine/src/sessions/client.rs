@@ -149,8 +149,8 @@ impl Session {
     /// wins, and times of [`Refusal::Busy`] or [`Refusal::NoSpace`].
     ///
     /// # Errors
-    /// Refused: the command was not applied and will not be. Unknown: at the deadline, or when the node stopped; go on
-    /// with the sequence before the last one of [`Session::position`], or resolve it.
+    /// Refused: the command was not applied and will not be. Unknown, with the sequence: at the deadline, or when the
+    /// node stopped; go on with [`Session::retry_until`], or resolve it.
     pub fn propose_until(&self, command: impl Into<Bytes>, deadline: Instant) -> Outcome {
         let command = command.into();
         let sequence = loop {
@@ -164,6 +164,16 @@ impl Session {
             }
         };
         let outcome = self.retry(sequence, &command, deadline);
+        self.book().end(sequence, outcome)
+    }
+
+    /// As [`Session::propose_until`], under a sequence that this command was proposed with before.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn retry_until(&self, sequence: u64, command: impl Into<Bytes>, deadline: Instant) -> Outcome {
+        self.book().begin(sequence);
+        let outcome = self.retry(sequence, &command.into(), deadline);
         self.book().end(sequence, outcome)
     }
 
@@ -181,6 +191,10 @@ impl Session {
                 Err(ProposeError::Unknown(UnknownOutcome::LeadershipLost { .. })) => {
                     doubtful = true;
                     Refusal::NotLeader { leader: None }
+                }
+                Err(ProposeError::Unknown(UnknownOutcome::Stopped(cause))) => {
+                    doubtful = true;
+                    Refusal::Stopped(cause)
                 }
                 outcome => return outcome,
             };
@@ -215,8 +229,7 @@ impl Session {
     }
 
     /// Tells the cluster that nobody will ask for sequences up to `through`, inclusive: their replies are forgotten, and
-    /// none of them is applied from then on. Also what keeps an idle session alive, with a number that was
-    /// acknowledged before.
+    /// none of them is applied from then on. A number that was acknowledged before changes nothing.
     pub fn acknowledge(&self, through: u64) -> SessionControl {
         self.book().settle_through(through);
         let control = Control::Acknowledge { session: self.id(), through };
@@ -225,6 +238,12 @@ impl Session {
             confirms: through.saturating_add(1),
             proposal: self.handle.propose_control(control),
         }
+    }
+
+    /// Keeps an idle session alive: to be called well within `session_timeout`.
+    pub fn keep_alive(&self) -> SessionControl {
+        let floor = self.position().floor;
+        self.acknowledge(floor - 1)
     }
 
     /// Finds out what became of `sequence`, by a fence in the log: from then on it was applied, or never will be. Can be
