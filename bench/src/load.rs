@@ -283,12 +283,17 @@ impl Generator {
                     self.free.push_back(number);
                     match unknown {
                         UnknownOutcome::LeadershipLost { .. } => self.close(Ending::LeadershipLost, now_ns),
-                        UnknownOutcome::Stopped(_) => self.close(Ending::Refused, now_ns),
+                        // The last two are of sessions, which the load has none of.
+                        UnknownOutcome::Stopped(_)
+                        | UnknownOutcome::EarlierAttempt { .. }
+                        | UnknownOutcome::Deadline { .. } => self.close(Ending::Refused, now_ns),
                     }
                     if !noted {
                         self.close(Ending::TooManyUnknown, now_ns);
                     }
                 }
+                // Of sessions too.
+                Err(ProposeError::ReplyGone { .. }) => self.close(Ending::Refused, now_ns),
             }
         }
         if acked > 0 {

@@ -4,13 +4,17 @@
 //! from there. After a restart, or far behind, batches are read back from the log, some ahead. Work per turn is
 //! bounded, so that a long replay does not starve heartbeats.
 
+mod sessions;
+
 use crate::ingress::Deliveries;
 use crate::proposals::Proposals;
 use crate::recent::Recent;
+use crate::sessions::SessionTable;
 use crate::state_machine::{CommittedBatch, Replies, StateMachine};
 use ringraft_block::{BlockBuf, LogIndex};
 use ringraft_wal::StoredBatch;
 use ringraft_wal::format::{BatchKind, BatchView, Chain};
+use sessions::{Sessions, Waiters};
 use std::collections::VecDeque;
 
 pub(crate) struct Applier<S, B: BlockBuf> {
@@ -21,6 +25,7 @@ pub(crate) struct Applier<S, B: BlockBuf> {
     /// Read back from the log, in order, beginning at `applied + 1`.
     fetched: VecDeque<StoredBatch<B>>,
     fetching: bool,
+    sessions: Sessions,
 }
 
 /// What an apply of some batches came to.
@@ -45,6 +50,7 @@ impl<S: StateMachine, B: BlockBuf> Applier<S, B> {
             replies: Replies::default(),
             fetched: VecDeque::new(),
             fetching: false,
+            sessions: Sessions::default(),
         }
     }
 
@@ -58,6 +64,16 @@ impl<S: StateMachine, B: BlockBuf> Applier<S, B> {
 
     pub(crate) fn machine(&self) -> &S {
         &self.machine
+    }
+
+    /// The sessions as of what was applied.
+    pub(crate) fn sessions(&self) -> &SessionTable {
+        &self.sessions.table
+    }
+
+    /// Tells this member's own clock, for a bug that can be put back.
+    pub(crate) fn set_local_clock(&mut self, local_ms: u64) {
+        self.sessions.local_ms = local_ms;
     }
 
     /// Begins at the start of the log, before anything has been applied.
@@ -110,7 +126,7 @@ impl<S: StateMachine, B: BlockBuf> Applier<S, B> {
                 return Ok(Applied::Fetch(next));
             };
             let info = batch.info;
-            if !matches!(info.kind, BatchKind::Commands | BatchKind::Empty) {
+            if !matches!(info.kind, BatchKind::Commands | BatchKind::Empty | BatchKind::SessionControl) {
                 return Err(format!(
                     "the batch at index {next} is of kind {:?}: upgrade this node",
                     info.kind
@@ -120,9 +136,23 @@ impl<S: StateMachine, B: BlockBuf> Applier<S, B> {
                 let view = BatchView::trusted(batch.image());
                 let view =
                     view.map_err(|error| format!("the batch at index {next} changed in memory: {error}"))?;
-                self.replies.rearm(proposals.awaits(info.first));
-                self.machine.apply(&CommittedBatch::new(view), &mut self.replies);
-                proposals.applied(&info, &mut self.replies, deliveries);
+                if view.session_count() == 0 {
+                    self.replies.rearm(proposals.awaits(info.first));
+                    self.machine.apply(&CommittedBatch::new(view), &mut self.replies);
+                    proposals.applied(&info, &mut self.replies, deliveries);
+                } else {
+                    let waiters = Waiters { proposals, deliveries };
+                    self.sessions.apply(view, &mut self.machine, &mut self.replies, waiters);
+                }
+            }
+            if info.kind == BatchKind::SessionControl {
+                let view = BatchView::trusted(batch.image());
+                let view =
+                    view.map_err(|error| format!("the batch at index {next} changed in memory: {error}"))?;
+                let waiters = Waiters { proposals, deliveries };
+                self.sessions.control(view, waiters).map_err(|index| {
+                    format!("the request about sessions at index {index} is unknown: upgrade this node")
+                })?;
             }
             bytes += info.payload_bytes as usize;
             self.applied = info.last;

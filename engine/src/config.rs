@@ -5,6 +5,7 @@
 
 use crate::raft::{Nanos, RaftConfig};
 use crate::runtime::IdlePolicy;
+use crate::sessions::{self, SessionLimits};
 use crate::wire::{self, kind};
 use ringraft_block::{BLOCK_BYTES, ClusterId, Incarnation, NodeId, SECTOR_BYTES, round_up_to_block};
 use ringraft_net::{FrameCap, NetConfig, NetLimits, PeerConfig};
@@ -105,6 +106,22 @@ pub struct Config {
     /// Elections only, for programs that need a leader and no log: term and vote are durable, nothing can be proposed and
     /// nothing is appended. The same on all members. Default: false.
     pub consensus_only: bool,
+    /// A session of which nothing has come for longer than this, by the log's clock, is expired. The leaders' clocks must
+    /// agree far better than that. This and the three limits below go into the log with each session that is opened on this
+    /// node, and count on all members as they stand there. Default: 10 min, far above an election or a
+    /// restart, after which the room of a client that died is free again.
+    pub session_timeout: Duration,
+    /// How many sequences a session remembers, from its lowest unacknowledged one on. A [`Session`](crate::sessions::Session)
+    /// acknowledges a quarter at a time, so about three quarters can be in flight. Default: 256, at 40 bytes each.
+    pub session_window: u32,
+    /// How many bytes of the newest replies a session keeps for commands that are proposed again. Default: 16 KiB, 64
+    /// bytes for each sequence of the window.
+    pub session_reply_bytes_max: u32,
+    /// What all sessions together may take in memory, by their limits, on each member; a session that does not fit is
+    /// refused. One takes at most 256 bytes, 40 for each sequence of its window, and its replies:
+    /// [`SessionLimits::bytes`](crate::sessions::SessionLimits::bytes). Default: 64 MiB, about 2,490 sessions of the
+    /// defaults.
+    pub session_table_bytes_max: u64,
 
     /// Seed of the timing of this node (election times, backoff), mixed with its id. Default: none, the system's
     /// entropy. The identity of a new directory is always drawn from the system: a wiped one must not come back as
@@ -162,6 +179,10 @@ impl Config {
             disk_stall_stop: Duration::from_secs(30),
             election_priority: None,
             consensus_only: false,
+            session_timeout: Duration::from_secs(600),
+            session_window: 256,
+            session_reply_bytes_max: 16 << 10,
+            session_table_bytes_max: 64 << 20,
             seed: None,
         }
     }
@@ -199,6 +220,32 @@ impl Config {
             writes_in_flight_max: self.writes_in_flight_max,
             bytes_in_flight_max: self.write_bytes_in_flight_max,
             ..WalConfig::new(self.cluster, self.node, seed)
+        }
+    }
+
+    /// What a session that is opened on this node is registered with.
+    #[must_use]
+    pub fn session_limits(&self) -> SessionLimits {
+        SessionLimits {
+            timeout_ms: u64::try_from(self.session_timeout.as_millis()).unwrap_or(u64::MAX),
+            window: self.session_window,
+            reply_bytes_max: self.session_reply_bytes_max,
+            table_bytes_max: self.session_table_bytes_max,
+        }
+    }
+
+    fn validate_sessions(&self) -> Result<(), ConfigError> {
+        let limits = self.session_limits();
+        let bounded = [
+            ("session_timeout", limits.timeout_ms, 1, u64::MAX),
+            ("session_window", limits.window.into(), 1, sessions::WINDOW_MAX.into()),
+            ("session_reply_bytes_max", limits.reply_bytes_max.into(), 0, sessions::REPLY_BYTES_CAP.into()),
+            ("session_table_bytes_max", limits.table_bytes_max, limits.bytes(), sessions::TABLE_BYTES_CAP),
+        ];
+        let outside = bounded.into_iter().find(|(_, value, min, max)| !(min..=max).contains(&value));
+        match outside {
+            Some((name, value, min, max)) => Err(ConfigError::OutOfRange { name, value, min, max }),
+            None => Ok(()),
         }
     }
 
@@ -261,6 +308,7 @@ impl Config {
                 stop_ms: stop.as_millis(),
             });
         }
+        self.validate_sessions()?;
         self.log_config(0).validate().map_err(|error| ConfigError::Log(error.to_string()))?;
         raft_config(self, 0).validate().map_err(|error| ConfigError::Raft(error.to_string()))?;
         if let Some(core) = self.core {
@@ -513,7 +561,7 @@ mod tests {
     #[test]
     fn each_contradiction_is_named() {
         type Case = (fn(&mut Config), fn(&ConfigError) -> bool);
-        let cases: [Case; 11] = [
+        let cases: [Case; 12] = [
             (|c| c.cluster = ClusterId(0), |e| matches!(e, ConfigError::NoClusterId)),
             (|c| c.members[0].id = NodeId(0), |e| matches!(e, ConfigError::ZeroId)),
             (|c| c.members[1].id = NodeId(1), |e| matches!(e, ConfigError::DuplicateId { .. })),
@@ -533,6 +581,10 @@ mod tests {
             (|c| c.segment_bytes = 1 << 20, |e| matches!(e, ConfigError::Segment { .. })),
             (|c| c.election_timeout = c.heartbeat_interval, |e| matches!(e, ConfigError::Timeouts { .. })),
             (|c| c.disk_stall_stop = Duration::ZERO, |e| matches!(e, ConfigError::DiskStall { .. })),
+            (
+                |c| c.session_table_bytes_max = 1000,
+                |e| matches!(e, ConfigError::OutOfRange { name: "session_table_bytes_max", min: 26_880, .. }),
+            ),
             (|c| c.core = Some(100_000), |e| matches!(e, ConfigError::NoSuchCore { .. })),
         ];
         for (position, (change, expected)) in cases.into_iter().enumerate() {

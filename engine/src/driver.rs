@@ -26,6 +26,7 @@ use crate::proposals::{LocalIngress, ProposalLimits, Proposals};
 use crate::raft::{Action, BatchRun, Configuration, Epoch, Event, Message, Nanos, Raft, Role};
 use crate::recent::Recent;
 use crate::runtime::{LocalWakeup, Now, Turn, TurnOutcome, Wakeup};
+use crate::sessions::SessionTable;
 use crate::state_machine::StateMachine;
 use crate::wire::{AckStages, Encoder};
 use ringraft_block::{Block, BlockBuf, GroupId, Incarnation, LogIndex, NodeId, Pool, round_up_to_block};
@@ -251,6 +252,11 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// The end of what was applied, and the chain there.
     pub fn applied(&self) -> (LogIndex, Chain) {
         (self.applier.applied(), self.applier.chain())
+    }
+
+    /// The sessions as of what was applied: equal on all nodes that have applied as much.
+    pub fn sessions(&self) -> &SessionTable {
+        self.applier.sessions()
     }
 
     fn run_turn(&mut self) -> Result<bool, StopError> {

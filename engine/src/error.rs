@@ -1,6 +1,7 @@
 //! The errors of the public API. A definite refusal and an unknown outcome are different types, because a caller
 //! may repeat the one and must not blindly repeat the other.
 
+use crate::sessions::SessionRefusal;
 use bytes::Bytes;
 use ringraft_block::{LogIndex, NodeId, Term};
 use std::fmt;
@@ -19,12 +20,20 @@ pub struct LeaderHint {
 /// Why a proposal came to nothing.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum ProposeError {
-    /// The command is not in the log and never will be by this call: safe to propose again, there or later.
+    /// The command is not applied and never will be by this call: safe to propose again, there or later.
     #[error(transparent)]
     Refused(#[from] Refused),
     /// The command may or may not be applied, now or later.
     #[error(transparent)]
     Unknown(#[from] UnknownOutcome),
+    /// A command of a session that had been applied, once, by an earlier attempt; the reply is no longer kept.
+    #[error("the command was applied at index {index}, and its reply is no longer kept")]
+    ReplyGone {
+        /// Where it was applied.
+        index: LogIndex,
+        /// The term of the leader that sealed it there.
+        term: Term,
+    },
 }
 
 /// A definite refusal. The command is given back.
@@ -37,7 +46,7 @@ pub struct Refused {
     pub command: Bytes,
 }
 
-/// Why a command was refused before it entered the log.
+/// Why a command was refused: before it entered the log, or, by [`Refusal::Session`], when its turn to be applied came.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
     /// Another member leads, or none does: propose there, or wait for an election.
@@ -88,6 +97,9 @@ pub enum TransferError {
     /// The node has stopped.
     #[error("the node has stopped: {0}")]
     Stopped(StopCause),
+    /// By the rules of its session.
+    #[error(transparent)]
+    Session(SessionRefusal),
 }
 
 fn hint(leader: &Option<LeaderHint>) -> String {
@@ -110,6 +122,22 @@ pub enum UnknownOutcome {
     /// The node stopped first.
     #[error("outcome unknown: the node stopped: {0}")]
     Stopped(StopCause),
+    /// This attempt was refused, but an earlier one under the same sequence may be applied yet.
+    #[error(
+        "outcome unknown: an earlier attempt at sequence {sequence} may be applied; the last was refused: {reason}"
+    )]
+    EarlierAttempt {
+        /// The sequence in its session.
+        sequence: u64,
+        /// Why the last attempt was refused.
+        reason: Box<Refusal>,
+    },
+    /// The deadline came first.
+    #[error("outcome unknown: the deadline came before that of sequence {sequence}")]
+    Deadline {
+        /// The sequence in its session.
+        sequence: u64,
+    },
 }
 
 /// Why a node stopped, for all who wait for it.

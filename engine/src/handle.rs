@@ -15,6 +15,7 @@ use crate::ingress::{Control, Ingress, Submission, Ticket};
 use crate::proposals::LocalIngress;
 use crate::raft::{Claim, Role};
 use crate::runtime::{LocalWakeup, Wakeup};
+use crate::sessions::{Control, SessionLimits};
 pub use crate::wire::AckStages;
 use bytes::Bytes;
 use ringraft_block::{LogIndex, NodeId, Term};
@@ -134,6 +135,7 @@ pub(crate) struct Shared {
     pub(crate) wakeup: Arc<Wakeup>,
     pub(crate) status: StatusCell,
     pub(crate) command_bytes_max: usize,
+    pub(crate) session_limits: SessionLimits,
 }
 
 impl Shared {
@@ -143,6 +145,7 @@ impl Shared {
             wakeup,
             status: StatusCell::new(Status::unstarted(config.node)),
             command_bytes_max: config.command_bytes_max,
+            session_limits: config.session_limits(),
         }
     }
 }
@@ -210,9 +213,37 @@ impl Handle {
     pub fn propose(&self, command: impl Into<Bytes>) -> Proposal {
         let slot = Arc::new(ProposalSlot::default());
         let ticket = Ticket::Proposal(Arc::clone(&slot));
-        if let Err(refused) = self.submit(command.into(), ticket) {
+        if let Err(refused) = self.submit(command.into(), None, ticket) {
             slot.complete(Err(refused.into()));
         }
+        Proposal { slot }
+    }
+
+    /// Proposes `command` under a sequence of a session, without the bookkeeping of a
+    /// [`Session`](crate::sessions::Session).
+    pub(crate) fn propose_in_session(&self, session: u64, sequence: u64, command: Bytes) -> Proposal {
+        let slot = Arc::new(ProposalSlot::default());
+        let ticket = Ticket::Proposal(Arc::clone(&slot));
+        if let Err(refused) = self.submit(command, Some((session, sequence)), ticket) {
+            slot.complete(Err(refused.into()));
+        }
+        Proposal { slot }
+    }
+
+    /// Proposes a request about sessions.
+    pub(crate) fn propose_control(&self, control: Control) -> Proposal {
+        let slot = Arc::new(ProposalSlot::default());
+        let ticket = Ticket::Control(Arc::clone(&slot));
+        if let Err(refused) = self.submit(control.encode(), None, ticket) {
+            slot.complete(Err(refused.into()));
+        }
+        Proposal { slot }
+    }
+
+    /// A proposal that came to nothing at once.
+    pub(crate) fn refused_proposal(&self, refused: Refused) -> Proposal {
+        let slot = Arc::new(ProposalSlot::default());
+        slot.complete(Err(refused.into()));
         Proposal { slot }
     }
 
@@ -223,7 +254,7 @@ impl Handle {
         let slot = Arc::new(BatchSlot::new(commands.len()));
         for (position, command) in (0_u32..).zip(commands) {
             let ticket = Ticket::Batch { slot: Arc::clone(&slot), position };
-            if let Err(refused) = self.submit(command, ticket) {
+            if let Err(refused) = self.submit(command, None, ticket) {
                 slot.complete(position, Err(refused.into()));
             }
         }
@@ -236,13 +267,13 @@ impl Handle {
         Pipeline { handle: self.clone(), shared: Arc::new(PipelineShared::default()) }
     }
 
-    fn submit(&self, command: Bytes, ticket: Ticket) -> Result<(), Refused> {
+    fn submit(&self, command: Bytes, session: Option<(u64, u64)>, ticket: Ticket) -> Result<(), Refused> {
         let reason = if let Some(cause) = self.shared.ingress.stop_cause() {
             Refusal::Stopped(cause.clone())
         } else if command.len() > self.shared.command_bytes_max {
             Refusal::TooLarge { bytes: command.len(), bytes_max: self.shared.command_bytes_max }
         } else {
-            match self.shared.ingress.push(Submission { command, session: None, ticket }) {
+            match self.shared.ingress.push(Submission { command, session, ticket }) {
                 Ok(()) => {
                     self.shared.wakeup.signal();
                     return Ok(());
@@ -302,7 +333,7 @@ impl LocalHandle {
     /// As [`Handle::propose`]. `command` is copied.
     pub fn propose(&self, command: &[u8]) -> Proposal {
         let slot = Arc::new(ProposalSlot::default());
-        if let Err(refused) = self.submit(command, Ticket::Proposal(Arc::clone(&slot))) {
+        if let Err(refused) = self.submit(command, None, Ticket::Proposal(Arc::clone(&slot))) {
             slot.complete(Err(refused.into()));
         }
         Proposal { slot }
@@ -314,14 +345,20 @@ impl LocalHandle {
         LocalPipeline { handle: self.clone(), shared: Arc::new(PipelineShared::default()) }
     }
 
+    /// A handle to the same node for all threads, which goes through the queue; for [sessions](crate::sessions).
+    #[must_use]
+    pub fn handle(&self) -> Handle {
+        Handle { shared: Arc::clone(&self.shared) }
+    }
+
     /// What the node is and knows now.
     #[must_use]
     pub fn status(&self) -> Status {
         self.shared.status.get()
     }
 
-    fn submit(&self, command: &[u8], ticket: Ticket) -> Result<(), Refused> {
-        let submitted = self.ingress.submit(command, None, ticket);
+    fn submit(&self, command: &[u8], session: Option<(u64, u64)>, ticket: Ticket) -> Result<(), Refused> {
+        let submitted = self.ingress.submit(command, session, ticket);
         self.wakeup.wake();
         submitted.map_err(|reason| Refused { reason, command: Bytes::copy_from_slice(command) })
     }
@@ -348,7 +385,22 @@ impl Pipeline {
     /// # Errors
     /// A refusal that is known at once, with the command; no completion follows.
     pub fn submit(&mut self, tag: u64, command: impl Into<Bytes>) -> Result<(), Refused> {
-        self.handle.submit(command.into(), Ticket::Pipeline { shared: Arc::clone(&self.shared), tag })
+        self.handle.submit(command.into(), None, Ticket::Pipeline { shared: Arc::clone(&self.shared), tag })
+    }
+
+    /// As [`Pipeline::submit`], under a sequence of a session. The caller keeps the books: it uses a sequence for
+    /// one command only, and acknowledges (see [`Session`](crate::sessions::Session)).
+    ///
+    /// # Errors
+    /// As there.
+    pub fn submit_in_session(
+        &mut self,
+        tag: u64,
+        (session, sequence): (u64, u64),
+        command: impl Into<Bytes>,
+    ) -> Result<(), Refused> {
+        let ticket = Ticket::Pipeline { shared: Arc::clone(&self.shared), tag };
+        self.handle.submit(command.into(), Some((session, sequence)), ticket)
     }
 
     /// Moves the completions that have arrived to `out`. Never blocks.
@@ -379,7 +431,21 @@ impl LocalPipeline {
     /// # Errors
     /// As there.
     pub fn submit(&mut self, tag: u64, command: &[u8]) -> Result<(), Refused> {
-        self.handle.submit(command, Ticket::Pipeline { shared: Arc::clone(&self.shared), tag })
+        self.handle.submit(command, None, Ticket::Pipeline { shared: Arc::clone(&self.shared), tag })
+    }
+
+    /// As [`Pipeline::submit_in_session`]; `command` is copied.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn submit_in_session(
+        &mut self,
+        tag: u64,
+        (session, sequence): (u64, u64),
+        command: &[u8],
+    ) -> Result<(), Refused> {
+        let ticket = Ticket::Pipeline { shared: Arc::clone(&self.shared), tag };
+        self.handle.submit(command, Some((session, sequence)), ticket)
     }
 
     /// As [`Pipeline::completions`].
@@ -404,7 +470,11 @@ impl Proposal {
     ///
     /// # Errors
     /// Those of the proposal.
-    pub fn wait(self) -> Outcome {
+    pub fn wait(mut self) -> Outcome {
+        self.wait_blocking()
+    }
+
+    pub(crate) fn wait_blocking(&mut self) -> Outcome {
         let mut state = lock(&self.slot.state);
         loop {
             if let Some(outcome) = state.outcome.take() {
@@ -413,6 +483,24 @@ impl Proposal {
             state.blocked = true;
             state = self.slot.done.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// Blocks until the outcome is known or `deadline` has come.
+    pub(crate) fn wait_until(&mut self, deadline: Instant) -> Option<Outcome> {
+        let mut state = lock(&self.slot.state);
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if state.outcome.is_some() || left.is_zero() {
+                return state.outcome.take();
+            }
+            state.blocked = true;
+            state = self.slot.done.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// The outcome, if it is known.
+    pub(crate) fn try_outcome(&mut self) -> Option<Outcome> {
+        lock(&self.slot.state).outcome.take()
     }
 }
 

@@ -27,13 +27,15 @@ pub(crate) enum Ticket {
     Batch { slot: Arc<BatchSlot>, position: u32 },
     /// A [`Pipeline`](crate::handle::Pipeline), under the tag that its user chose.
     Pipeline { shared: Arc<PipelineShared>, tag: u64 },
+    /// A request about sessions, which goes into a batch of its own kind.
+    Control(Arc<ProposalSlot>),
 }
 
 impl Ticket {
     /// Tells the outcome to whoever waits. For pipelines, completions are gathered by [`Deliveries`] instead.
     fn deliver(self, outcome: Outcome) {
         match self {
-            Self::Proposal(slot) => slot.complete(outcome),
+            Self::Proposal(slot) | Self::Control(slot) => slot.complete(outcome),
             Self::Batch { slot, position } => slot.complete(position, outcome),
             Self::Pipeline { shared, tag } => shared.complete([(tag, outcome)]),
         }

@@ -42,10 +42,11 @@
 //! # What it promises
 //!
 //! 1. **An outcome is a fact.** `Ok` means that the command is durable on a majority of the members and was applied
-//!    here. [`Refused`](error::Refused) means that it is not in the log and never will be by this call.
-//!    [`UnknownOutcome`](error::UnknownOutcome) means that it may be: ask your state machine, or make the command
-//!    idempotent, before you repeat it.
-//! 2. **One order.** Every member applies the same commands at the same indexes, each once in the life of a process.
+//!    here. [`Refused`](error::Refused) means that it is not applied and never will be by this call.
+//!    [`UnknownOutcome`](error::UnknownOutcome) means that it may be: use a [session](sessions), ask your state machine, or
+//!    make the command idempotent, before you repeat it.
+//! 2. **One order.** Every member applies the same commands at the same indexes, each once in the life of a process. A
+//!    command of a [session](sessions) is applied once however often it is proposed.
 //! 3. **A crash loses nothing that was acknowledged**, of any member or of all of them, within the device assumptions
 //!    that `ringraft_wal` states.
 //! 4. **It stops rather than guess.** A failed write, a disk that does not answer or a broken invariant ends the node
@@ -81,6 +82,7 @@ mod proposals;
 pub mod raft;
 mod recent;
 pub mod runtime;
+pub mod sessions;
 pub mod state_machine;
 mod wire;
 

@@ -26,11 +26,23 @@ pub enum Mutant {
     MatchFromSent,
     /// A claim ends with what is committed in a term that the node knew before.
     ClaimEndsInItsTerm,
+    /// A session's command below the acknowledged floor is looked up as if it were not.
+    SessionFloorIgnored,
+    /// Sessions expire by each member's own clock.
+    DedupeByLocalClock,
+    /// A session does not remember what it applied.
+    ReplyNotCached,
+    /// A resolved sequence can be applied later.
+    FenceNotRemembered,
 }
 
 impl Mutant {
     /// Those that only damaged logs show.
     pub const REPAIR: [Self; 1] = [Self::ClaimEndsInItsTerm];
+
+    /// Those that only commands of sessions show.
+    pub const SESSIONS: [Self; 4] =
+        [Self::SessionFloorIgnored, Self::DedupeByLocalClock, Self::ReplyNotCached, Self::FenceNotRemembered];
 
     /// All others.
     pub const ALL: [Self; 9] = [

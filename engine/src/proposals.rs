@@ -9,12 +9,14 @@
 //! has an unknown outcome: its batch may survive on another member.
 
 use crate::error::{ProposeError, Refusal, Refused, UnknownOutcome};
-use crate::handle::Committed;
+use crate::handle::{Committed, Outcome};
 use crate::ingress::{Deliveries, Submission, Ticket};
 use crate::state_machine::Replies;
 use bytes::Bytes;
 use ringraft_block::{Block, BlockBuf, LogIndex, Term};
-use ringraft_wal::format::{BatchBuilder, BatchInfo, Seal, SessionRef, image_bytes_for, slot_bytes};
+use ringraft_wal::format::{
+    BatchBuilder, BatchInfo, COUNT_MAX, Seal, SessionRef, image_bytes_for, slot_bytes,
+};
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::rc::Rc;
@@ -60,6 +62,10 @@ pub(crate) struct Proposals<B: BlockBuf> {
     /// Tickets of the commands in the open batch.
     open: Vec<Ticket>,
     overflow: VecDeque<Submission>,
+    /// Requests about sessions, which go into batches of their own kind.
+    control: VecDeque<Submission>,
+    /// The last batch was of that kind, so that commands that wait come first now.
+    control_sealed: bool,
     /// Batches in the log, not yet applied, in order.
     sealed: VecDeque<SealedTickets>,
     spare: Vec<Vec<Ticket>>,
@@ -83,6 +89,8 @@ impl<B: BlockBuf> Proposals<B> {
             builder: None,
             open: Vec::new(),
             overflow: VecDeque::new(),
+            control: VecDeque::new(),
+            control_sealed: false,
             sealed: VecDeque::new(),
             spare: Vec::new(),
             uncommitted_bytes: 0,
@@ -113,6 +121,10 @@ impl<B: BlockBuf> Proposals<B> {
             return;
         }
         let Submission { command, session, ticket } = submission;
+        if matches!(ticket, Ticket::Control(_)) {
+            self.control.push_back(Submission { command, session, ticket });
+            return;
+        }
         if let Err(ticket) = self.push_open(&command, session, ticket) {
             self.overflow.push_back(Submission { command, session, ticket });
         }
@@ -205,11 +217,58 @@ impl<B: BlockBuf> Proposals<B> {
     pub(crate) fn seal(&mut self, seal: Seal) -> Option<(Block<B>, BatchInfo)> {
         let builder = self.builder.as_mut().filter(|builder| !builder.is_empty())?;
         let (block, info) = builder.seal(seal);
+        self.control_sealed = false;
         let tickets = std::mem::replace(&mut self.open, self.spare.pop().unwrap_or_default());
         debug_assert_eq!(tickets.len() as u64, info.count());
         let cost = info.payload_bytes as usize + tickets.len() * COMMAND_OVERHEAD_BYTES;
         self.sealed.push_back(SealedTickets { first: info.first, term: info.term, cost, tickets });
         Some((block, info))
+    }
+
+    /// The size of the slot that sealing requests about sessions would make; `None` when there is none, or when it is the
+    /// commands' turn.
+    pub(crate) fn control_slot_bytes(&self) -> Option<usize> {
+        let commands_first =
+            self.control_sealed && self.builder.as_ref().is_some_and(|open| !open.is_empty());
+        if self.control.is_empty() || commands_first {
+            return None;
+        }
+        let (count, payload_bytes) = self.control_fitting();
+        Some(slot_bytes(image_bytes_for(count, 0, payload_bytes)))
+    }
+
+    /// How many of the requests that wait go into one batch, and their bytes. At least one.
+    fn control_fitting(&self) -> (usize, usize) {
+        let (mut count, mut bytes) = (0, 0);
+        for Submission { command, .. } in self.control.iter().take(COUNT_MAX) {
+            let with_it = slot_bytes(image_bytes_for(count + 1, 0, bytes + command.len()));
+            if count > 0 && with_it > self.limits.slot_bytes {
+                break;
+            }
+            (count, bytes) = (count + 1, bytes + command.len());
+        }
+        (count, bytes)
+    }
+
+    /// Seals requests about sessions in `block`, which has [`Proposals::control_slot_bytes`].
+    pub(crate) fn seal_control(&mut self, block: Block<B>, seal: Seal) -> (Block<B>, BatchInfo) {
+        let (count, _) = self.control_fitting();
+        let mut builder = BatchBuilder::new(block);
+        let mut tickets = self.spare.pop().unwrap_or_default();
+        while tickets.len() < count
+            && let Some(Submission { command, session, ticket }) = self.control.pop_front()
+        {
+            if builder.push(&command, None).is_err() {
+                self.control.push_front(Submission { command, session, ticket });
+                break;
+            }
+            tickets.push(ticket);
+        }
+        let (block, info) = builder.seal(seal);
+        self.control_sealed = true;
+        let cost = info.payload_bytes as usize + tickets.len() * COMMAND_OVERHEAD_BYTES;
+        self.sealed.push_back(SealedTickets { first: info.first, term: info.term, cost, tickets });
+        (block, info)
     }
 
     /// Whether anybody here waits for the batch that begins at `first`.
@@ -219,6 +278,18 @@ impl<B: BlockBuf> Proposals<B> {
 
     /// The batch was applied: its tickets get their replies.
     pub(crate) fn applied(&mut self, batch: &BatchInfo, replies: &mut Replies, deliveries: &mut Deliveries) {
+        let term = batch.term;
+        let outcome = |position, index| Ok(Committed { index, term, reply: replies.take(position) });
+        self.applied_with(batch, outcome, deliveries);
+    }
+
+    /// The batch was applied: its tickets get what `outcome` tells of their position in it and index, in order.
+    pub(crate) fn applied_with(
+        &mut self,
+        batch: &BatchInfo,
+        mut outcome: impl FnMut(usize, LogIndex) -> Outcome,
+        deliveries: &mut Deliveries,
+    ) {
         if !self.awaits(batch.first) {
             return;
         }
@@ -227,7 +298,7 @@ impl<B: BlockBuf> Proposals<B> {
         debug_assert_eq!(term, batch.term, "tickets are dropped when the leadership of their term ends");
         for (position, ticket) in tickets.drain(..).enumerate() {
             let index = LogIndex(first.get() + position as u64);
-            deliveries.push(ticket, Ok(Committed { index, term, reply: replies.take(position) }));
+            deliveries.push(ticket, outcome(position, index));
         }
         self.uncommitted_bytes -= cost;
         self.spare.push(tickets);
@@ -259,7 +330,7 @@ impl<B: BlockBuf> Proposals<B> {
             });
         }
         drop(tickets);
-        for Submission { command, ticket, .. } in self.overflow.drain(..) {
+        for Submission { command, ticket, .. } in self.overflow.drain(..).chain(self.control.drain(..)) {
             deliveries.push(ticket, Err(Refused { reason: refusal.clone(), command }.into()));
         }
         self.uncommitted_bytes = self.sealed.iter().map(|sealed| sealed.cost).sum();
@@ -275,6 +346,7 @@ impl<B: BlockBuf> Proposals<B> {
     pub(crate) fn is_idle(&self) -> bool {
         self.open.is_empty()
             && self.overflow.is_empty()
+            && self.control.is_empty()
             && self.sealed.is_empty()
             && self.uncommitted_bytes == 0
     }

@@ -18,7 +18,9 @@ pub trait StateMachine: 'static {
     /// empty. Runs on the consensus core: what it spends, every commit waits for.
     ///
     /// Called on every member; `replies` is only sent anywhere on the member where the command was proposed, and
-    /// [`Replies::wanted`] says if anybody waits.
+    /// [`Replies::wanted`] says if anybody waits. Replies to commands of a [session](crate::sessions) are kept on every
+    /// member for commands that are proposed again, and so they are part of the replicated state: they must depend on
+    /// nothing else.
     fn apply(&mut self, batch: &CommittedBatch<'_>, replies: &mut Replies);
 }
 
@@ -41,6 +43,10 @@ pub struct Command<'a> {
 /// Consecutive committed commands that were sealed into one batch.
 pub struct CommittedBatch<'a> {
     view: BatchView<'a>,
+    /// By position in the batch, what is not to be applied: duplicates, and what sessions refuse. Empty when there is
+    /// nothing of that kind.
+    skipped: &'a [bool],
+    count: usize,
 }
 
 impl<'a> CommittedBatch<'a> {
@@ -50,13 +56,22 @@ impl<'a> CommittedBatch<'a> {
             BatchKind::Commands,
             "the engine's own batches stay in the engine"
         );
-        Self { view }
+        Self { view, skipped: &[], count: view.len() }
+    }
+
+    /// Without those of the commands that are `skipped`, by position; `count` others.
+    pub(crate) fn without(view: BatchView<'a>, skipped: &'a [bool], count: usize) -> Self {
+        Self { skipped, count, ..Self::new(view) }
     }
 
     /// The commands in order.
     pub fn commands(&self) -> impl Iterator<Item = Command<'a>> + '_ {
         let info = self.view.info();
-        self.view.commands().map(move |command| Command {
+        let skipped = self.skipped;
+        let seen = move |index: LogIndex| {
+            skipped.is_empty() || skipped.get((index.get() - info.first.get()) as usize) == Some(&false)
+        };
+        self.view.commands().filter(move |command| seen(command.index)).map(move |command| Command {
             index: command.index,
             term: info.term,
             time_ms: info.time_ms,
@@ -68,16 +83,16 @@ impl<'a> CommittedBatch<'a> {
     /// How many commands there are; at least one.
     #[must_use]
     pub fn command_count(&self) -> usize {
-        self.view.len()
+        self.count
     }
 
-    /// Index of the first command.
+    /// Index of the first command, also when that is one that was applied before and is not seen again.
     #[must_use]
     pub fn first(&self) -> LogIndex {
         self.view.info().first
     }
 
-    /// Index of the last command.
+    /// Index of the last command, in the same way.
     #[must_use]
     pub fn last(&self) -> LogIndex {
         self.view.info().last
@@ -113,7 +128,7 @@ impl Replies {
         }
     }
 
-    /// Whether anybody on this member waits for the replies: if not, they need not be computed.
+    /// Whether anybody waits for the replies or they are to be kept: if not, they need not be computed.
     #[must_use]
     pub fn wanted(&self) -> bool {
         self.wanted
@@ -124,7 +139,12 @@ impl Replies {
         self.wanted = wanted;
     }
 
-    /// Takes the reply to the command at `position` in the batch.
+    /// The reply to the command at `position` among those that were applied.
+    pub(crate) fn get(&self, position: usize) -> &[u8] {
+        self.replies.get(position).map_or(&[], |reply| reply)
+    }
+
+    /// Takes the reply to the command at `position` among those that were applied.
     pub(crate) fn take(&mut self, position: usize) -> Bytes {
         self.replies.get_mut(position).map(std::mem::take).unwrap_or_default()
     }

@@ -21,15 +21,24 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 
-/// Counts what it applies.
+/// Counts what it applies, and notes where it applied the commands of sessions.
 #[derive(Default)]
-struct Counter(u64);
+struct Counter {
+    count: u64,
+    in_sessions: Vec<((u64, u64), LogIndex)>,
+}
 
 impl StateMachine for Counter {
     fn apply(&mut self, batch: &CommittedBatch<'_>, replies: &mut Replies) {
-        for _ in batch.commands() {
-            self.0 += 1;
-            replies.push_empty();
+        for command in batch.commands() {
+            self.count += 1;
+            match command.session {
+                Some(session) => {
+                    self.in_sessions.push((session, command.index));
+                    replies.push(self.count.to_le_bytes().to_vec());
+                }
+                None => replies.push_empty(),
+            }
         }
     }
 }
@@ -48,9 +57,11 @@ struct Machine {
     process: Option<Process>,
     /// How the last process ended.
     ended: Option<Status>,
+    /// By how much its wall clock is ahead.
+    wall_ahead_ms: u64,
 }
 
-/// Machines with true clocks: a node's monotonic time is the virtual time.
+/// Machines with true monotonic clocks: that of a node is the virtual time.
 struct Rig {
     context: Rc<Context>,
     fabric: Rc<RefCell<Fabric>>,
@@ -87,6 +98,7 @@ impl Rig {
             disk: DiskState::new(&context, node, Rng::new(seed + 100 + node as u64), DiskConfig::default()),
             process: None,
             ended: None,
+            wall_ahead_ms: 0,
         };
         let machines = (0..machines).map(machine).collect();
         Self { context, fabric, machines, seed }
@@ -110,8 +122,9 @@ impl Rig {
         assert!(machine.process.is_none(), "one process on a machine");
         let (disk, link) = (SimDisk::new(&machine.disk), SimLink::new(&self.fabric, node));
         let wakeup = Arc::new(Wakeup::new());
-        let (driver, handle) = Driver::with_backend(config, self.seed, wakeup, disk, link, Counter(0))
-            .unwrap_or_else(|error| panic!("{error}"));
+        let (driver, handle) =
+            Driver::with_backend(config, self.seed, wakeup, disk, link, Counter::default())
+                .unwrap_or_else(|error| panic!("{error}"));
         let pipeline = handle.pipeline();
         machine.process = Some(Process { driver, handle, pipeline, wake_at: 0, turns: 0 });
         machine.ended = None;
@@ -156,7 +169,9 @@ impl Rig {
         let now = self.context.now();
         let machine = &mut self.machines[node];
         let Some(process) = &mut machine.process else { return };
-        let outcome = process.driver.turn(Now { monotonic_ns: now, wall_ms: now / MILLISECOND });
+        let outcome = process
+            .driver
+            .turn(Now { monotonic_ns: now, wall_ms: now / MILLISECOND + machine.wall_ahead_ms });
         process.turns += 1;
         process.wake_at = if outcome.progressed { now + MICROSECOND } else { outcome.next_deadline_ns };
         if outcome.stop {
@@ -237,6 +252,9 @@ impl Rig {
         process.wake_at = 0;
     }
 }
+
+#[path = "driver/sessions.rs"]
+mod sessions;
 
 fn micros(span: Time) -> u32 {
     span.div_ceil(MICROSECOND) as u32

@@ -3,6 +3,7 @@
 use super::{APPLY_READ, Driver, GROUP, READ_BYTES, run_of, take_block};
 use crate::apply::Applied;
 use crate::error::{LeaderHint, Refusal, StopError};
+use crate::mutants::{self, Mutant};
 use crate::raft::{Event, Raft, Role};
 use crate::state_machine::StateMachine;
 use ringraft_block::LogIndex;
@@ -59,6 +60,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         while !self.no_space && self.pending.is_empty() && self.raft().is_some_and(Raft::can_accept_proposals)
         {
             self.open_batch()?;
+            if self.seal_control()? {
+                progressed = true;
+                continue;
+            }
             let slot_bytes = self.proposals.borrow().sealable_slot_bytes();
             if !slot_bytes.is_some_and(|bytes| self.wal.is_ready_for(bytes)) {
                 break;
@@ -85,6 +90,16 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         Ok(())
     }
 
+    /// Seals requests about sessions, if there are some and the log has room.
+    fn seal_control(&mut self) -> Result<bool, StopError> {
+        let slot_bytes = self.proposals.borrow().control_slot_bytes();
+        let ready = slot_bytes.is_some_and(|bytes| self.wal.is_ready_for(bytes));
+        if ready {
+            self.propose(BatchKind::SessionControl)?;
+        }
+        Ok(ready)
+    }
+
     /// Seals a batch at the core's position and hands it to the core.
     fn propose(&mut self, kind: BatchKind) -> Result<(), StopError> {
         let Some((term, first)) = self.raft().and_then(Raft::next_position) else { return Ok(()) };
@@ -94,6 +109,12 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let seal = Seal { group: GROUP, term, first, kind, time_ms, previous_chain };
         let sealed = match kind {
             BatchKind::Commands => self.proposals.borrow_mut().seal(seal),
+            BatchKind::SessionControl => {
+                let mut proposals = self.proposals.borrow_mut();
+                let Some(bytes) = proposals.control_slot_bytes() else { return Ok(()) };
+                let block = take_block(&self.pool, &mut self.disk, bytes).map_err(StopError::Memory)?;
+                Some(proposals.seal_control(block, seal))
+            }
             _ => {
                 let block = take_block(&self.pool, &mut self.disk, ringraft_block::BLOCK_BYTES);
                 Some(BatchBuilder::new(block.map_err(StopError::Memory)?).seal(seal))
@@ -119,6 +140,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     pub(super) fn apply(&mut self) -> Result<bool, StopError> {
         let Some(commit) = self.raft().map(Raft::commit) else { return Ok(false) };
         let before = self.applier.applied();
+        if mutants::active(Mutant::DedupeByLocalClock) {
+            self.applier.set_local_clock(self.now.wall_ms);
+        }
         let applied = self.applier.advance(
             commit,
             self.wal.durable_through(),

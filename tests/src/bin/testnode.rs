@@ -158,7 +158,9 @@ fn run_load(mut pipeline: Pipeline, first: u64, count: u64, stop: &AtomicBool) -
                     last = last.max(committed.index.get());
                     text.push(format!("ack {stream} {sequence}"));
                 }
-                Err(ProposeError::Unknown(_)) => text.push(format!("unknown {stream} {sequence}")),
+                Err(ProposeError::Unknown(_) | ProposeError::ReplyGone { .. }) => {
+                    text.push(format!("unknown {stream} {sequence}"))
+                }
                 Err(ProposeError::Refused(refused)) => {
                     if !matches!(refused.reason, Refusal::Busy) {
                         say("lost");

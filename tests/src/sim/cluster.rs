@@ -174,7 +174,7 @@ impl SimNode for EngineNode {
                     Answer::Committed { index: committed.index.get(), term: committed.term.get() }
                 }
                 Err(ProposeError::Refused(refused)) => Answer::Refused { leader: leader_in(&refused.reason) },
-                Err(ProposeError::Unknown(_)) => Answer::Unknown,
+                Err(ProposeError::Unknown(_) | ProposeError::ReplyGone { .. }) => Answer::Unknown,
             };
             (completion.tag, answer)
         }));

@@ -771,6 +771,12 @@ impl<'a> BatchView<'a> {
         self.entries.is_empty()
     }
 
+    /// How many of the commands carry a session reference.
+    #[must_use]
+    pub fn session_count(&self) -> usize {
+        self.sessions.len()
+    }
+
     /// The command at `ordinal` from 0.
     #[must_use]
     pub fn command(&self, ordinal: usize) -> Option<Command<'a>> {

@@ -309,7 +309,7 @@ impl Cluster {
                     Fate::Acknowledged(committed.index.get())
                 }
                 Err(ProposeError::Refused(_)) => Fate::Refused,
-                Err(ProposeError::Unknown(_)) => Fate::Unknown,
+                Err(ProposeError::Unknown(_) | ProposeError::ReplyGone { .. }) => Fate::Unknown,
             };
             self.history.borrow_mut().answered(id, fate);
         }
