@@ -20,7 +20,7 @@ use crate::config::{BATCH_BYTES_CAP, Config, ConfigError};
 use crate::error::{Refusal, StopCause, StopError, TransferError, UnknownOutcome};
 use crate::formation::Formation;
 use crate::handle::{Handle, LocalHandle, PeerStatus, Shared};
-use crate::ingress::{Control, Deliveries};
+use crate::ingress::{Deliveries, Request};
 use crate::outbox::Outbox;
 use crate::proposals::{LocalIngress, ProposalLimits, Proposals};
 use crate::raft::{Action, BatchRun, Configuration, Epoch, Event, Message, Nanos, Raft, Role};
@@ -265,7 +265,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.watch_disk()?;
         self.mend()?;
         progressed |= self.take_proposals();
-        progressed |= self.take_controls()?;
+        progressed |= self.take_requests()?;
         self.step(Event::Tick)?;
         self.write_pending();
         progressed |= self.seal()?;
@@ -358,12 +358,12 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     }
 
     /// Takes what handles ask besides commands.
-    fn take_controls(&mut self) -> Result<bool, StopError> {
-        let controls = self.shared.ingress.take_controls();
-        let any = !controls.is_empty();
-        for control in controls {
-            match control {
-                Control::Transfer { to, slot } => self.transfer_asked(to, slot)?,
+    fn take_requests(&mut self) -> Result<bool, StopError> {
+        let requests = self.shared.ingress.take_requests();
+        let any = !requests.is_empty();
+        for request in requests {
+            match request {
+                Request::Transfer { to, slot } => self.transfer_asked(to, slot)?,
             }
         }
         Ok(any)

@@ -11,7 +11,7 @@ use crate::answer::Answer;
 use crate::config::Config;
 pub use crate::driver::Transferred;
 use crate::error::{LeaderHint, ProposeError, Refusal, Refused, StopCause, TransferError};
-use crate::ingress::{Control, Ingress, Submission, Ticket};
+use crate::ingress::{Ingress, Request, Submission, Ticket};
 use crate::proposals::LocalIngress;
 use crate::raft::{Claim, Role};
 use crate::runtime::{LocalWakeup, Wakeup};
@@ -306,7 +306,7 @@ impl Handle {
     /// another member won the election.
     pub fn transfer_leadership(&self, to: Option<NodeId>) -> Answer<Result<Transferred, TransferError>> {
         let (answer, slot) = Answer::new();
-        self.shared.ingress.push_control(Control::Transfer { to, slot });
+        self.shared.ingress.push_request(Request::Transfer { to, slot });
         self.shared.wakeup.signal();
         answer
     }

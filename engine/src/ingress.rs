@@ -77,17 +77,17 @@ pub(crate) struct Ingress {
     stopped: OnceLock<StopCause>,
     shutdown: AtomicBool,
     /// What is asked besides commands: rare, so a lock will do.
-    controls: Mutex<Vec<Control>>,
-    has_controls: AtomicBool,
+    requests: Mutex<Vec<Request>>,
+    has_requests: AtomicBool,
 }
 
 /// What is asked of the core besides commands.
-pub(crate) enum Control {
+pub(crate) enum Request {
     /// Hand leadership over.
     Transfer { to: Option<NodeId>, slot: TransferSlot },
 }
 
-impl Control {
+impl Request {
     /// The core has stopped.
     fn refuse(self, cause: &StopCause) {
         match self {
@@ -102,8 +102,8 @@ impl Ingress {
             queue: ArrayQueue::new(capacity),
             stopped: OnceLock::new(),
             shutdown: AtomicBool::new(false),
-            controls: Mutex::new(Vec::new()),
-            has_controls: AtomicBool::new(false),
+            requests: Mutex::new(Vec::new()),
+            has_requests: AtomicBool::new(false),
         }
     }
 
@@ -135,25 +135,25 @@ impl Ingress {
     }
 
     /// Queues what is asked besides commands.
-    pub(crate) fn push_control(&self, control: Control) {
-        lock(&self.controls).push(control);
-        self.has_controls.store(true, Ordering::Release);
+    pub(crate) fn push_request(&self, request: Request) {
+        lock(&self.requests).push(request);
+        self.has_requests.store(true, Ordering::Release);
         fence(Ordering::SeqCst);
         if let Some(cause) = self.stopped.get() {
             self.drain_stopped(cause);
         }
     }
 
-    pub(crate) fn take_controls(&self) -> Vec<Control> {
-        if !self.has_controls.swap(false, Ordering::AcqRel) {
+    pub(crate) fn take_requests(&self) -> Vec<Request> {
+        if !self.has_requests.swap(false, Ordering::AcqRel) {
             return Vec::new();
         }
-        std::mem::take(&mut lock(&self.controls))
+        std::mem::take(&mut lock(&self.requests))
     }
 
     fn drain_stopped(&self, cause: &StopCause) {
-        for control in std::mem::take(&mut *lock(&self.controls)) {
-            control.refuse(cause);
+        for request in std::mem::take(&mut *lock(&self.requests)) {
+            request.refuse(cause);
         }
         while let Some(Submission { command, ticket, .. }) = self.queue.pop() {
             let reason = crate::error::Refusal::Stopped(cause.clone());
