@@ -78,6 +78,9 @@ pub enum Refusal {
     /// The node has stopped.
     #[error("the node has stopped: {0}")]
     Stopped(StopCause),
+    /// By the rules of its session.
+    #[error(transparent)]
+    Session(SessionRefusal),
 }
 
 /// Why leadership did not go where it was to go.
@@ -97,9 +100,6 @@ pub enum TransferError {
     /// The node has stopped.
     #[error("the node has stopped: {0}")]
     Stopped(StopCause),
-    /// By the rules of its session.
-    #[error(transparent)]
-    Session(SessionRefusal),
 }
 
 fn hint(leader: &Option<LeaderHint>) -> String {

@@ -265,7 +265,7 @@ fn requests_that_were_never_sealed_are_given_back_when_leadership_ends() {
     let mut rig = Rig::new();
     let request = rig.request(Control::Register(LIMITS));
     let unknown = |index| crate::error::UnknownOutcome::LeadershipLost { index };
-    rig.proposals.abandon(unknown, &Refusal::NotLeader { leader: None }, &mut rig.deliveries);
+    rig.proposals.abandon(LogIndex(0), unknown, &Refusal::NotLeader { leader: None }, &mut rig.deliveries);
     assert!(matches!(outcome(&request), Err(ProposeError::Refused(_))));
     assert!(rig.proposals.is_idle());
     assert_eq!(rig.seal(), None);
