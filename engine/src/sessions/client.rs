@@ -209,7 +209,8 @@ impl Session {
         }
     }
 
-    /// Waits a little for what refused to pass. False when the deadline has come.
+    /// Waits a little for what refused to pass. False when the deadline has come: nothing is begun that could only end in
+    /// doubt.
     fn pause(&self, reason: &Refusal, deadline: Instant) -> bool {
         const SLICE: Duration = Duration::from_millis(2);
         const ELECTION_SLICE: Duration = Duration::from_millis(50);
@@ -225,7 +226,7 @@ impl Session {
         // Also a leader takes a moment until it admits commands.
         let left = deadline.saturating_duration_since(Instant::now());
         std::thread::sleep(left.min(SLICE));
-        true
+        Instant::now() < deadline
     }
 
     /// Tells the cluster that nobody will ask for sequences up to `through`, inclusive: their replies are forgotten, and
@@ -240,10 +241,10 @@ impl Session {
         }
     }
 
-    /// Keeps an idle session alive: to be called well within `session_timeout`.
+    /// Keeps an idle session alive, without acknowledging anything: to be called well within `session_timeout`.
     pub fn keep_alive(&self) -> SessionControl {
-        let floor = self.position().floor;
-        self.acknowledge(floor - 1)
+        let confirmed = self.book().confirmed;
+        self.acknowledge(confirmed - 1)
     }
 
     /// Finds out what became of `sequence`, by a fence in the log: from then on it was applied, or never will be. Can be
