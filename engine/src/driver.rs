@@ -10,6 +10,7 @@
 mod log;
 mod peers;
 mod proposing;
+mod reads;
 mod repair;
 mod stages;
 mod stall;
@@ -90,6 +91,7 @@ pub struct Driver<D: Disk, L: Link<Buf = D::Buf>, S> {
     witness_at_ns: u64,
     repair: repair::Repairer<D::Buf>,
     stall: stall::StallWatch,
+    reads: reads::Reads,
     closing: bool,
 
     encoder: Encoder,
@@ -202,6 +204,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             witness_at_ns: u64::MAX,
             repair: repair::Repairer::new(&config),
             stall: stall::StallWatch::default(),
+            reads: reads::Reads::new(),
             closing: false,
             encoder: Encoder::default(),
             actions: Vec::new(),
@@ -248,10 +251,13 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.watch_disk()?;
         self.mend()?;
         progressed |= self.take_proposals();
+        progressed |= self.take_reads()?;
         self.step(Event::Tick)?;
         self.write_pending();
         progressed |= self.seal()?;
+        progressed |= self.seal_barrier()?;
         progressed |= self.apply()?;
+        progressed |= self.serve_reads();
         self.send_queued();
         self.deliveries.flush();
         self.keep_log();
@@ -315,6 +321,14 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 Ok(())
             }
             Action::Stop { violation } => Err(StopError::Invariant(violation.to_string())),
+            Action::ReadReady { id, index } => {
+                self.read_ready(id, index);
+                Ok(())
+            }
+            Action::ReadRefused { id, reason } => {
+                self.read_refused(id, reason);
+                Ok(())
+            }
         }
     }
 
@@ -325,6 +339,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             let refusal = self.refusal();
             let unknown = |index| UnknownOutcome::LeadershipLost { index };
             self.proposals.borrow_mut().abandon(unknown, &refusal, &mut self.deliveries);
+            self.reads_lose_leadership();
             for peer in self.peers.values_mut() {
                 peer.outbox.clear();
             }
@@ -341,6 +356,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             self.closing = true;
             let stopped = Refusal::Stopped(StopError::Requested.into());
             self.proposals.borrow_mut().set_gate(Err(stopped));
+            self.stop_reads(&StopError::Requested.into());
             if let Some(network) = &mut self.network {
                 network.close(&mut self.link);
             }
@@ -363,6 +379,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         proposals.set_gate(Err(refusal));
         drop(proposals);
         self.deliveries.flush();
+        self.stop_reads(&cause);
         self.shared.ingress.stop(cause.clone());
         if let Some(network) = &mut self.network {
             network.close(&mut self.link);
@@ -415,7 +432,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Turn for Driver<D, L, S> {
                 let network = self.network.as_ref().map_or(u64::MAX, Network::next_deadline);
                 let log = self.witness_at_ns.min(self.space_retry_at_ns);
                 let repair = if self.closing { u64::MAX } else { self.repair.next_deadline() };
-                let log = log.min(repair).min(self.stall_deadline());
+                let log = log.min(repair).min(self.stall_deadline()).min(self.reads_deadline());
                 TurnOutcome { progressed, next_deadline_ns: core.min(network).min(log), stop: false }
             }
             Err(error) => {

@@ -135,7 +135,7 @@ pub(crate) struct Shared {
 impl Shared {
     pub(crate) fn new(config: &Config, wakeup: Arc<Wakeup>) -> Self {
         Self {
-            ingress: Ingress::new(config.ingress_capacity),
+            ingress: Ingress::new(config.ingress_capacity, config.reads_max),
             wakeup,
             status: StatusCell::new(Status::unstarted(config.node)),
             command_bytes_max: config.command_bytes_max,
@@ -445,7 +445,7 @@ impl Future for ProposalBatch {
     }
 }
 
-fn register(waker: &mut Option<Waker>, context: &Context<'_>) {
+pub(crate) fn register(waker: &mut Option<Waker>, context: &Context<'_>) {
     match waker {
         Some(present) if present.will_wake(context.waker()) => {}
         waker => *waker = Some(context.waker().clone()),

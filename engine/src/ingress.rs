@@ -5,6 +5,7 @@
 
 use crate::error::{ProposeError, StopCause};
 use crate::handle::{BatchSlot, Outcome, PipelineShared, ProposalSlot};
+use crate::reads::{ReadQueue, ReadRequest};
 use bytes::Bytes;
 use crossbeam_queue::ArrayQueue;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
@@ -72,11 +73,17 @@ pub(crate) struct Ingress {
     /// Set when the core takes no more: whoever pushed in the meantime is answered by `drain_stopped`.
     stopped: OnceLock<StopCause>,
     shutdown: AtomicBool,
+    reads: ReadQueue,
 }
 
 impl Ingress {
-    pub(crate) fn new(capacity: usize) -> Self {
-        Self { queue: ArrayQueue::new(capacity), stopped: OnceLock::new(), shutdown: AtomicBool::new(false) }
+    pub(crate) fn new(capacity: usize, reads_max: usize) -> Self {
+        Self {
+            queue: ArrayQueue::new(capacity),
+            stopped: OnceLock::new(),
+            shutdown: AtomicBool::new(false),
+            reads: ReadQueue::new(reads_max),
+        }
     }
 
     /// Queues `submission`; hands it back when the queue is full.
@@ -107,10 +114,24 @@ impl Ingress {
     }
 
     fn drain_stopped(&self, cause: &StopCause) {
+        self.reads.refuse_all(cause);
         while let Some(Submission { command, ticket, .. }) = self.queue.pop() {
             let reason = crate::error::Refusal::Stopped(cause.clone());
             ticket.deliver(Err(ProposeError::Refused(crate::error::Refused { reason, command })));
         }
+    }
+
+    /// Queues a read; answers it with a refusal when the queue is full or the core has stopped.
+    pub(crate) fn push_read(&self, request: ReadRequest) {
+        self.reads.push(request);
+        fence(Ordering::SeqCst);
+        if let Some(cause) = self.stopped.get() {
+            self.drain_stopped(cause);
+        }
+    }
+
+    pub(crate) fn pop_read(&self) -> Option<ReadRequest> {
+        self.reads.pop()
     }
 
     pub(crate) fn request_shutdown(&self) {

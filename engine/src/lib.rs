@@ -65,6 +65,7 @@
 //! [`Config`] has every limit. [`Handle`] is for all threads and executors, [`LocalHandle`] for tasks on the node's
 //! own core. [`raft`] is the protocol as a pure function, [`runtime`] what drives it.
 
+mod answer;
 mod apply;
 pub mod config;
 pub mod driver;
@@ -78,15 +79,18 @@ mod node;
 mod outbox;
 mod proposals;
 pub mod raft;
+pub mod reads;
 mod recent;
 pub mod runtime;
 pub mod state_machine;
 mod wire;
 
+pub use answer::Answer;
 pub use config::{Config, MemberConfig};
 pub use handle::{Handle, LocalHandle};
 pub use node::{LocalTask, Node};
 pub use raft::Role;
+pub use reads::{Consistency, ReadOptions};
 pub use ringraft_block::{ClusterId, LogIndex, NodeId, Term};
 pub use state_machine::StateMachine;
 

@@ -3,7 +3,7 @@
 //!
 //! The core bounds what is in here by the peer's window; acks replace one another.
 
-use crate::raft::{Vote, VoteReply};
+use crate::raft::{ReadIndex, ReadIndexReply, Vote, VoteReply};
 use crate::recent::Recent;
 use crate::wire::{AckMessage, AppendMessage};
 use ringraft_block::{BlockBuf, LogIndex};
@@ -16,6 +16,8 @@ pub(crate) enum Outgoing {
     Ack(AckMessage),
     Vote(Vote),
     VoteReply(VoteReply),
+    ReadIndex(ReadIndex),
+    ReadIndexReply(ReadIndexReply),
 }
 
 pub(crate) struct Outbox<B: BlockBuf> {

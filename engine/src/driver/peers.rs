@@ -100,6 +100,12 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             Body::VoteReply(reply) => {
                 self.step(Event::Received { from: peer, message: Message::VoteReply(reply) })
             }
+            Body::ReadIndex(request) => {
+                self.step(Event::Received { from: peer, message: Message::ReadIndex(request) })
+            }
+            Body::ReadIndexReply(reply) => {
+                self.step(Event::Received { from: peer, message: Message::ReadIndexReply(reply) })
+            }
         }
     }
 
@@ -207,6 +213,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             }
             Message::Vote(vote) => Outgoing::Vote(vote),
             Message::VoteReply(reply) => Outgoing::VoteReply(reply),
+            Message::ReadIndex(request) => Outgoing::ReadIndex(request),
+            Message::ReadIndexReply(reply) => Outgoing::ReadIndexReply(reply),
         };
         if let Some(peer) = self.peers.get_mut(&to).filter(|peer| peer.session.is_some()) {
             peer.outbox.push(outgoing);
@@ -242,6 +250,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                     Outgoing::Ack(message) => (wire::kind::APPEND_ACK, self.encoder.ack(message)),
                     Outgoing::Vote(vote) => (wire::kind::VOTE, self.encoder.vote(vote)),
                     Outgoing::VoteReply(reply) => (wire::kind::VOTE_REPLY, self.encoder.vote_reply(reply)),
+                    Outgoing::ReadIndex(request) => (wire::kind::READ_INDEX, self.encoder.read_index(request)),
+                    Outgoing::ReadIndexReply(reply) => {
+                        (wire::kind::READ_INDEX_REPLY, self.encoder.read_index_reply(reply))
+                    }
                 };
                 match network.send(*id, kind, GROUP, body, attachment) {
                     Ok(()) => peer.outbox.pop(),

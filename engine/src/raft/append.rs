@@ -107,7 +107,7 @@ impl Raft {
             let heartbeat = progress.heartbeat_due(&self.config);
             progress.notice_due().map_or(heartbeat, |notice| notice.min(heartbeat))
         });
-        per_peer.min().unwrap_or(Nanos::NEVER).min(self.check_quorum_deadline())
+        per_peer.min().unwrap_or(Nanos::NEVER).min(self.check_quorum_deadline()).min(self.reads_deadline())
     }
 
     /// When a leader gives up, if it hears nobody any more.
@@ -129,7 +129,11 @@ impl Raft {
         if ack.round > leader.rounds.current() {
             return self.ignore();
         }
-        let sent_at = leader.rounds.sent_at(ack.round);
+        let sent_at = if mutants::active(Mutant::LeaseFromReceiveTime) {
+            Some(self.now)
+        } else {
+            leader.rounds.sent_at(ack.round)
+        };
         match ack.outcome {
             AppendOutcome::Matched { matched } => {
                 progress.returned(ack.round, sent_at);
@@ -200,7 +204,10 @@ impl Raft {
             RoleState::PreCandidate(_) | RoleState::Candidate { .. } if connected => {
                 self.ask_voter(peer, actions);
             }
-            _ if self.leader == Some(peer) => self.hearing.acked = LogIndex(0),
+            _ if self.leader == Some(peer) => {
+                self.hearing.acked = LogIndex(0);
+                self.leaders_session_changed(actions);
+            }
             _ => {}
         }
     }
@@ -271,6 +278,7 @@ impl Raft {
         self.hard.flush(actions);
         self.hearing.round = self.hearing.round.max(append.round);
         self.hearing.heard_at = Some(self.now);
+        self.hearing.commit = self.hearing.commit.max(append.commit);
         self.timer.from = self.now;
 
         if !self.continues_from(&append)? {

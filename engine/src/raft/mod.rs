@@ -7,7 +7,7 @@
 //! completions and what was asked since: saves are numbered, and completions of the log carry its epoch.
 //!
 //! One verb, one file: `election` decides who leads, `append` replicates and commits, `repair` says what a node may
-//! do that has lost a part of its log. Each piece of state has
+//! do that has lost a part of its log, `read` answers without a write. Each piece of state has
 //! an owner that keeps its rule: `hard_state` that nothing leaves before term and vote are durable, `durable`
 //! that late completions do not count, `progress` what may be sent to a peer, `rounds` who was following when.
 //!
@@ -27,6 +27,7 @@ mod members;
 mod progress;
 mod quorum;
 mod random;
+mod read;
 mod repair;
 mod role;
 mod rounds;
@@ -41,9 +42,10 @@ pub use action::Action;
 pub use config::{ConfigError, RaftConfig};
 pub use event::{Append, AppendAck, AppendOutcome, Event, Message, Vote, VoteReply};
 pub use log_ids::LogIds;
-pub use members::{Configuration, ConfigurationError, Member, MemberRole};
+pub use members::{Configuration, ConfigurationError, LeaseSettings, Member, MemberRole, Settings};
 pub use progress::{ProgressView, ReplicationState};
 pub use quorum::Quorum;
+pub use read::{ReadIndex, ReadIndexReply, ReadKind, ReadRefusal};
 pub use repair::{Answer, Claim, Inquiry, Restraint, Verdict};
 pub use violation::Violation;
 
@@ -51,6 +53,7 @@ use durable::Durable;
 use election::ElectionTimer;
 use hard_state::HardState;
 use random::Random;
+use read::Reads;
 use repair::Repair;
 use ringraft_block::{LogIndex, NodeId, Term};
 use role::{Announced, Hearing, RoleState};
@@ -75,6 +78,7 @@ pub struct Raft {
     hearing: Hearing,
     timer: ElectionTimer,
     repair: Repair,
+    reads: Reads,
     ignored: u64,
     violation: Option<Violation>,
 }
@@ -140,6 +144,14 @@ pub enum BootError {
         /// The index given.
         from: LogIndex,
     },
+    /// A leader counts on every member to stick to it for as long as the replicated minimum says.
+    #[error("the election time-out of {} ns is below the {} ns that leases in this cluster count on", got.0, min.0)]
+    LeaseTimeout {
+        /// This node's.
+        got: Nanos,
+        /// The replicated minimum.
+        min: Nanos,
+    },
 }
 
 /// A node, to look at.
@@ -204,6 +216,13 @@ impl Raft {
             return Err(BootError::Damage { from });
         }
         let quorum = Quorum::of(&configuration);
+        let min = configuration.settings().lease.map_or(Nanos(0), |lease| lease.election_timeout_min());
+        if config.election_timeout < min {
+            return Err(BootError::LeaseTimeout { got: config.election_timeout, min });
+        }
+        // Nothing was promised in term 0, or to others by a node that is a quorum by itself.
+        let bound = term > Term(0) && !quorum.is_only(config.id);
+        let bound_until = if bound { boot.now.plus(min) } else { Nanos(0) };
         let mut raft = Self {
             random: Random::new(config.seed),
             now: boot.now,
@@ -216,6 +235,7 @@ impl Raft {
             hearing: Hearing::starting_at(boot.commit),
             timer: ElectionTimer { from: boot.now, wait: Nanos(0) },
             repair: Repair::new(boot.damaged_from, boot.claim),
+            reads: Reads::new(config.seed, bound_until),
             ignored: 0,
             violation: None,
             config,
@@ -274,6 +294,8 @@ impl Raft {
                 Message::AppendAck(ack) => self.handle_append_ack(from, ack, actions),
                 Message::Vote(vote) => self.handle_vote(from, vote, actions),
                 Message::VoteReply(reply) => self.handle_vote_reply(from, reply, actions),
+                Message::ReadIndex(request) => self.handle_read_index(from, request, actions),
+                Message::ReadIndexReply(reply) => self.handle_read_index_reply(reply, actions),
             },
             Event::Persisted { epoch, last } => self.persisted(epoch, last, actions)?,
             Event::HardStateSaved { sequence } => {
@@ -290,8 +312,10 @@ impl Raft {
             Event::AllAsked { highest } => self.all_asked(highest),
             Event::NothingBehind { after } => self.nothing_behind(after, actions)?,
             Event::DiskStalled { stalled } => self.stalled(stalled, actions),
+            Event::Read { id, kind } => self.read(id, kind, actions),
         }
         self.release_if_due(actions);
+        self.serve_reads(actions);
         Ok(())
     }
 

@@ -109,6 +109,7 @@ impl Raft {
         let current = Announced { role: self.role.role(), term: self.hard.term(), leader: self.leader };
         if current != self.announced {
             self.announced = current;
+            self.refuse_reads(actions);
             let Announced { role, term, leader } = current;
             actions.push(Action::Become { role, term, leader });
         }
@@ -126,12 +127,14 @@ pub(super) struct Hearing {
     pub(super) round: super::Round,
     /// When the leader was last heard.
     pub(super) heard_at: Option<Nanos>,
+    /// The highest commit index that the leader told.
+    pub(super) commit: LogIndex,
 }
 
 impl Hearing {
     /// Whoever will lead a new term holds all that is committed (Raft, figure 3: leader completeness).
     pub(super) fn starting_at(commit: LogIndex) -> Self {
-        Self { matched: commit, acked: LogIndex(0), round: super::Round(0), heard_at: None }
+        Self { matched: commit, acked: LogIndex(0), round: super::Round(0), heard_at: None, commit: LogIndex(0) }
     }
 
     pub(super) fn new_term(&mut self, commit: LogIndex) {

@@ -1,0 +1,112 @@
+//! One answer from the core to whoever asked: a plain future that needs no executor, with a blocking `wait`.
+
+use crate::handle::{lock, register};
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::task::{Context, Poll, Waker};
+
+/// What was asked of the core, to be answered once. Cancel safe: dropping it abandons the answer, not what was asked.
+#[must_use = "the answer tells whether it was done"]
+pub struct Answer<T> {
+    slot: Arc<AnswerSlot<T>>,
+}
+
+impl<T> Answer<T> {
+    /// An answer to come, and where to put it.
+    pub(crate) fn new() -> (Self, Arc<AnswerSlot<T>>) {
+        let slot = Arc::new(AnswerSlot::default());
+        (Self { slot: Arc::clone(&slot) }, slot)
+    }
+
+    /// Blocks until it is there.
+    #[must_use]
+    pub fn wait(self) -> T {
+        let mut state = lock(&self.slot.state);
+        loop {
+            if let Some(value) = state.value.take() {
+                return value;
+            }
+            state.blocked = true;
+            state = self.slot.done.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+impl<T> Future for Answer<T> {
+    type Output = T;
+
+    /// # Panics
+    /// When polled again after it was ready.
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<T> {
+        let mut state = lock(&self.slot.state);
+        if let Some(value) = state.value.take() {
+            state.taken = true;
+            return Poll::Ready(value);
+        }
+        assert!(!state.taken, "an answer is not polled after it was ready");
+        register(&mut state.waker, context);
+        Poll::Pending
+    }
+}
+
+/// Where the core puts an answer.
+pub(crate) struct AnswerSlot<T> {
+    state: Mutex<State<T>>,
+    done: Condvar,
+}
+
+struct State<T> {
+    value: Option<T>,
+    waker: Option<Waker>,
+    blocked: bool,
+    taken: bool,
+}
+
+impl<T> Default for AnswerSlot<T> {
+    fn default() -> Self {
+        let state = State { value: None, waker: None, blocked: false, taken: false };
+        Self { state: Mutex::new(state), done: Condvar::new() }
+    }
+}
+
+impl<T> AnswerSlot<T> {
+    /// Answers. A second answer to one question is a mistake that changes nothing.
+    pub(crate) fn complete(&self, value: T) {
+        let (waker, blocked) = {
+            let mut state = lock(&self.state);
+            if state.value.is_some() || state.taken {
+                return;
+            }
+            state.value = Some(value);
+            (state.waker.take(), state.blocked)
+        };
+        if blocked {
+            self.done.notify_one();
+        }
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_answer_counts_for_a_waiter_and_for_a_future() {
+        let (answer, slot) = Answer::new();
+        let waiter = std::thread::spawn(move || answer.wait());
+        slot.complete(1);
+        slot.complete(2);
+        assert_eq!(waiter.join().expect("no panic"), 1);
+
+        let (answer, slot) = Answer::new();
+        let mut answer = std::pin::pin!(answer);
+        let mut context = Context::from_waker(Waker::noop());
+        assert_eq!(answer.as_mut().poll(&mut context), Poll::Pending);
+        slot.complete(3);
+        assert_eq!(answer.as_mut().poll(&mut context), Poll::Ready(3));
+    }
+}
