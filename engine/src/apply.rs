@@ -126,7 +126,10 @@ impl<S: StateMachine, B: BlockBuf> Applier<S, B> {
                 return Ok(Applied::Fetch(next));
             };
             let info = batch.info;
-            if !matches!(info.kind, BatchKind::Commands | BatchKind::Empty | BatchKind::SessionControl) {
+            if !matches!(
+                info.kind,
+                BatchKind::Commands | BatchKind::Empty | BatchKind::SessionControl | BatchKind::Barrier
+            ) {
                 return Err(format!(
                     "the batch at index {next} is of kind {:?}: upgrade this node",
                     info.kind
@@ -256,12 +259,13 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_batch_is_stepped_over_and_an_unknown_kind_stops_the_node() {
+    fn empty_batches_and_barriers_are_stepped_over_and_an_unknown_kind_stops_the_node() {
         let mut rig = Rig::new();
         push(&mut rig.recent, batch(1, 1, BatchKind::Empty, ""));
-        push(&mut rig.recent, batch(2, 1, BatchKind::Barrier, "?"));
-        assert_eq!(rig.advance(1, 0, 100), Ok(Applied::Current));
-        assert!(rig.advance(2, 0, 100).is_err());
-        assert_eq!(rig.applier.applied(), LogIndex(1));
+        push(&mut rig.recent, batch(2, 1, BatchKind::Barrier, ""));
+        push(&mut rig.recent, batch(3, 1, BatchKind::Membership, "?"));
+        assert_eq!(rig.advance(2, 0, 100), Ok(Applied::Current));
+        assert!(rig.advance(3, 0, 100).is_err());
+        assert_eq!(rig.applier.applied(), LogIndex(2));
     }
 }

@@ -10,6 +10,7 @@
 mod log;
 mod peers;
 mod proposing;
+mod reads;
 mod repair;
 mod stages;
 mod stall;
@@ -95,6 +96,7 @@ pub struct Driver<D: Disk, L: Link<Buf = D::Buf>, S> {
     repair: repair::Repairer<D::Buf>,
     stall: stall::StallWatch,
     handover: transfer::Handover,
+    reads: reads::Reads,
     closing: bool,
 
     encoder: Encoder,
@@ -214,6 +216,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             repair: repair::Repairer::new(&config),
             stall: stall::StallWatch::default(),
             handover: transfer::Handover::default(),
+            reads: reads::Reads::new(),
             closing: false,
             encoder: Encoder::default(),
             actions: Vec::new(),
@@ -266,11 +269,14 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.mend()?;
         progressed |= self.take_proposals();
         progressed |= self.take_requests()?;
+        progressed |= self.take_reads()?;
         self.step(Event::Tick)?;
         self.write_pending();
         progressed |= self.seal()?;
         self.advance_handover()?;
+        progressed |= self.seal_barrier()?;
         progressed |= self.apply()?;
+        progressed |= self.serve_reads();
         self.send_queued();
         self.deliveries.flush();
         self.keep_log();
@@ -338,6 +344,14 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 Ok(())
             }
             Action::Stop { violation } => Err(StopError::Invariant(violation.to_string())),
+            Action::ReadReady { id, index } => {
+                self.read_ready(id, index);
+                Ok(())
+            }
+            Action::ReadRefused { id, reason } => {
+                self.read_refused(id, reason);
+                Ok(())
+            }
         }
     }
 
@@ -349,6 +363,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             let unknown = |index| UnknownOutcome::LeadershipLost { index };
             let certain = self.raft().map_or(LogIndex(0), Raft::commit);
             self.proposals.borrow_mut().abandon(certain, unknown, &refusal, &mut self.deliveries);
+            self.reads_lose_leadership();
             for peer in self.peers.values_mut() {
                 peer.outbox.clear_appends();
             }
@@ -378,6 +393,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             self.closing = true;
             let stopped = Refusal::Stopped(StopError::Requested.into());
             self.proposals.borrow_mut().set_gate(Err(stopped));
+            self.stop_reads(&StopError::Requested.into());
             if let Some(network) = &mut self.network {
                 network.close(&mut self.link);
             }
@@ -401,6 +417,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         drop(proposals);
         self.deliveries.flush();
         self.handover.stopped(|| TransferError::Stopped(cause.clone()));
+        self.stop_reads(&cause);
         self.shared.ingress.stop(cause.clone());
         if let Some(network) = &mut self.network {
             network.close(&mut self.link);
@@ -454,7 +471,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Turn for Driver<D, L, S> {
                 let network = self.network.as_ref().map_or(u64::MAX, Network::next_deadline);
                 let log = self.witness_at_ns.min(self.space_retry_at_ns);
                 let repair = if self.closing { u64::MAX } else { self.repair.next_deadline() };
-                let log = log.min(repair).min(self.stall_deadline()).min(self.handover.next_deadline());
+                let log = log.min(repair).min(self.stall_deadline());
+                let log = log.min(self.handover.next_deadline()).min(self.reads_deadline());
                 TurnOutcome { progressed, next_deadline_ns: core.min(network).min(log), stop: false }
             }
             Err(error) => {

@@ -202,6 +202,61 @@ impl fmt::Display for LostExtent {
     }
 }
 
+/// Why a read was not answered. It changed nothing and can be asked for again, here or elsewhere.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ReadError {
+    /// Only the leader can do this, and this node does not lead.
+    #[error("this node does not lead{}", hint(.leader))]
+    NotLeader {
+        /// Who leads, where known.
+        leader: Option<LeaderHint>,
+    },
+    /// No leader is known here: wait for an election.
+    #[error("no leader is known: try again after an election")]
+    NoLeader,
+    /// The leader changed, or no longer leads, before it had confirmed the read: ask again.
+    #[error("the leader changed before it had confirmed the read: ask again")]
+    LeaderChanged,
+    /// There is no session with the leader, or it ended before the leader had answered: ask again.
+    #[error("the connection to the leader was lost before it had answered: ask again")]
+    LeaderUnreachable,
+    /// What is applied here may be older than was allowed: ask another node, or allow more.
+    #[error("what is applied here is too old: {}, {lag} entries behind", heard(.age))]
+    TooStale {
+        /// How long ago a leader was heard; none when none is known.
+        age: Option<std::time::Duration>,
+        /// Entries known to be committed and not applied.
+        lag: u64,
+    },
+    /// As many reads wait as may: wait for some to be answered.
+    #[error("busy: the bound on reads that wait is reached")]
+    Busy,
+    /// A read through the log needs space in it.
+    #[error("no space for another log segment: free space on the log's disk, or read without the log")]
+    NoSpace,
+    /// It was not ready in time: no majority answers, or this node is behind.
+    #[error("timed out before the read could be answered")]
+    TimedOut,
+    /// The node has stopped.
+    #[error("the node has stopped: {0}")]
+    Stopped(StopCause),
+}
+
+impl ReadError {
+    /// Whether the same read may well succeed here a little later.
+    #[must_use]
+    pub fn is_transient(&self) -> bool {
+        !matches!(self, Self::NotLeader { .. } | Self::Stopped(_))
+    }
+}
+
+fn heard(age: &Option<std::time::Duration>) -> String {
+    match age {
+        Some(age) => format!("a leader was heard {} ms ago", age.as_millis()),
+        None => "no leader is known".to_owned(),
+    }
+}
+
 /// What ended a node, or kept it from starting.
 #[derive(Debug, thiserror::Error)]
 pub enum StopError {

@@ -11,7 +11,7 @@
 //! acknowledged). That is reported as [`FormationError::Replaced`].
 
 use crate::config::MemberConfig;
-use crate::raft::{Configuration, Member, MemberRole};
+use crate::raft::{Configuration, Member, MemberRole, Settings};
 use crate::wire::{self, FormationMessage};
 use ringraft_block::{ClusterId, Incarnation, NodeId};
 use ringraft_wal::format::Chain;
@@ -77,13 +77,26 @@ pub(crate) struct Formation {
     /// What the peers that are connected now said last.
     heard: BTreeMap<NodeId, Incarnation>,
     decided: bool,
+    settings: Settings,
 }
 
 impl Formation {
     pub(crate) fn new(node: NodeId, incarnation: Incarnation, members: &[MemberConfig]) -> Self {
         let mut members = members.to_vec();
         members.sort_by_key(|member| member.id);
-        Self { node, incarnation, members, heard: BTreeMap::new(), decided: false }
+        Self {
+            node,
+            incarnation,
+            members,
+            heard: BTreeMap::new(),
+            decided: false,
+            settings: Settings::default(),
+        }
+    }
+
+    /// What the configuration says if this node composes it.
+    pub(crate) fn with_settings(self, settings: Settings) -> Self {
+        Self { settings, ..self }
     }
 
     /// Whether this node may compose the configuration now. Also to be asked once without any message, for a
@@ -102,7 +115,8 @@ impl Formation {
             role: MemberRole::Voter,
         });
         // `Config::validate` has seen to it that the members do not contradict each other.
-        Configuration::new(members.collect()).map_or(Step::Wait, Step::Form)
+        let configuration = Configuration::new(members.collect());
+        configuration.map_or(Step::Wait, |formed| Step::Form(formed.with_settings(self.settings)))
     }
 
     /// A peer said what it knows. `incarnation` is the one that its session was opened with.

@@ -141,7 +141,7 @@ pub(crate) struct Shared {
 impl Shared {
     pub(crate) fn new(config: &Config, wakeup: Arc<Wakeup>) -> Self {
         Self {
-            ingress: Ingress::new(config.ingress_capacity),
+            ingress: Ingress::new(config.ingress_capacity, config.reads_max),
             wakeup,
             status: StatusCell::new(Status::unstarted(config.node)),
             command_bytes_max: config.command_bytes_max,

@@ -6,6 +6,7 @@
 use crate::driver::TransferSlot;
 use crate::error::{ProposeError, StopCause, TransferError};
 use crate::handle::{BatchSlot, Outcome, PipelineShared, ProposalSlot, lock};
+use crate::reads::{ReadQueue, ReadRequest};
 use bytes::Bytes;
 use crossbeam_queue::ArrayQueue;
 use ringraft_block::NodeId;
@@ -79,6 +80,7 @@ pub(crate) struct Ingress {
     /// What is asked besides commands: rare, so a lock will do.
     requests: Mutex<Vec<Request>>,
     has_requests: AtomicBool,
+    reads: ReadQueue,
 }
 
 /// What is asked of the core besides commands.
@@ -97,13 +99,14 @@ impl Request {
 }
 
 impl Ingress {
-    pub(crate) fn new(capacity: usize) -> Self {
+    pub(crate) fn new(capacity: usize, reads_max: usize) -> Self {
         Self {
             queue: ArrayQueue::new(capacity),
             stopped: OnceLock::new(),
             shutdown: AtomicBool::new(false),
             requests: Mutex::new(Vec::new()),
             has_requests: AtomicBool::new(false),
+            reads: ReadQueue::new(reads_max),
         }
     }
 
@@ -155,10 +158,24 @@ impl Ingress {
         for request in std::mem::take(&mut *lock(&self.requests)) {
             request.refuse(cause);
         }
+        self.reads.refuse_all(cause);
         while let Some(Submission { command, ticket, .. }) = self.queue.pop() {
             let reason = crate::error::Refusal::Stopped(cause.clone());
             ticket.deliver(Err(ProposeError::Refused(crate::error::Refused { reason, command })));
         }
+    }
+
+    /// Queues a read; answers it with a refusal when the queue is full or the core has stopped.
+    pub(crate) fn push_read(&self, request: ReadRequest) {
+        self.reads.push(request);
+        fence(Ordering::SeqCst);
+        if let Some(cause) = self.stopped.get() {
+            self.drain_stopped(cause);
+        }
+    }
+
+    pub(crate) fn pop_read(&self) -> Option<ReadRequest> {
+        self.reads.pop()
     }
 
     pub(crate) fn request_shutdown(&self) {

@@ -80,6 +80,7 @@ mod node;
 mod outbox;
 mod proposals;
 pub mod raft;
+pub mod reads;
 mod recent;
 pub mod runtime;
 pub mod sessions;
@@ -91,6 +92,7 @@ pub use config::{Config, MemberConfig};
 pub use handle::{Handle, LocalHandle};
 pub use node::{LocalTask, Node};
 pub use raft::Role;
+pub use reads::{Consistency, ReadOptions};
 pub use ringraft_block::{ClusterId, LogIndex, NodeId, Term};
 pub use state_machine::StateMachine;
 

@@ -34,6 +34,22 @@ pub enum Mutant {
     ReplyNotCached,
     /// A resolved sequence can be applied later.
     FenceNotRemembered,
+    /// A new leader takes its commit index for all that is committed (Raft, section 8).
+    ReadIndexBeforeOwnTermCommit,
+    /// Requests of followers for a read index all look the same, so that an old answer passes for a new one.
+    ReadContextReused,
+    /// A read is taken for confirmed by a round that was begun before it was asked for.
+    ReadRoundFromBeforeRequest,
+    /// A lease counts from when an answer arrived, not from when the round was sent.
+    LeaseFromReceiveTime,
+    /// A lease is looked at with a clock that was read before the request came.
+    LeaseKeptThroughPause,
+    /// A leader keeps its lease when it tells another member to campaign.
+    LeaseKeptThroughTransfer,
+    /// A node forgets over a restart that it promised a leader to elect nobody else.
+    RestartedVoterVotesWithinLease,
+    /// A read is answered before everything up to its index is applied.
+    FollowerReadWithoutApply,
 }
 
 impl Mutant {
@@ -43,6 +59,18 @@ impl Mutant {
     /// Those that only commands of sessions show.
     pub const SESSIONS: [Self; 4] =
         [Self::SessionFloorIgnored, Self::DedupeByLocalClock, Self::ReplyNotCached, Self::FenceNotRemembered];
+
+    /// Those that only reads show, and of them the last only a state machine.
+    pub const READS: [Self; 8] = [
+        Self::ReadIndexBeforeOwnTermCommit,
+        Self::ReadContextReused,
+        Self::ReadRoundFromBeforeRequest,
+        Self::LeaseFromReceiveTime,
+        Self::LeaseKeptThroughPause,
+        Self::LeaseKeptThroughTransfer,
+        Self::RestartedVoterVotesWithinLease,
+        Self::FollowerReadWithoutApply,
+    ];
 
     /// All others.
     pub const ALL: [Self; 9] = [

@@ -3,7 +3,7 @@
 //!
 //! The core bounds what is in here by the peer's window; acks replace one another.
 
-use crate::raft::{TimeoutNow, Vote, VoteReply};
+use crate::raft::{ReadIndex, ReadIndexReply, TimeoutNow, Vote, VoteReply};
 use crate::recent::Recent;
 use crate::wire::{AckMessage, AppendMessage};
 use ringraft_block::{BlockBuf, LogIndex};
@@ -17,6 +17,8 @@ pub(crate) enum Outgoing {
     Vote(Vote),
     VoteReply(VoteReply),
     TimeoutNow(TimeoutNow),
+    ReadIndex(ReadIndex),
+    ReadIndexReply(ReadIndexReply),
 }
 
 pub(crate) struct Outbox<B: BlockBuf> {

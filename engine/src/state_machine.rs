@@ -22,6 +22,15 @@ pub trait StateMachine: 'static {
     /// member for commands that are proposed again, and so they are part of the replicated state: they must depend on
     /// nothing else.
     fn apply(&mut self, batch: &CommittedBatch<'_>, replies: &mut Replies);
+
+    /// Answers `query` from what has been applied, and changes nothing. Called for
+    /// [`Handle::query`](crate::Handle::query) once the state is as current as was asked for. Runs on the consensus
+    /// core, like [`StateMachine::apply`]. A machine that leaves this out answers everything with nothing: programs that
+    /// read a state of their own use [`Handle::read`](crate::Handle::read).
+    fn query(&self, query: &[u8]) -> Bytes {
+        let _ = query;
+        Bytes::new()
+    }
 }
 
 /// A command as it reaches the state machine.

@@ -5,7 +5,10 @@
 //! asserted below: a change of layout does not compile unnoticed, and [`FINGERPRINT`] in the hello keeps two layouts
 //! apart.
 
-use crate::raft::{Append, AppendAck, AppendOutcome, BatchRun, LogId, Round, TimeoutNow, Vote, VoteReply};
+use crate::raft::{
+    Append, AppendAck, AppendOutcome, BatchRun, LogId, ReadIndex, ReadIndexReply, ReadKind, Round,
+    TimeoutNow, Vote, VoteReply,
+};
 use ringraft_block::{Incarnation, LogIndex, NodeId, Term};
 use ringraft_wal::format::Chain;
 use rkyv::rancor;
@@ -23,6 +26,8 @@ pub(crate) mod kind {
     pub(crate) const FETCH: u16 = 21;
     pub(crate) const FETCH_REPLY: u16 = 22;
     pub(crate) const TIMEOUT_NOW: u16 = 23;
+    pub(crate) const READ_INDEX: u16 = 24;
+    pub(crate) const READ_INDEX_REPLY: u16 = 25;
 }
 
 /// The largest body: a formation message with a full configuration.
@@ -41,6 +46,8 @@ pub(crate) const FINGERPRINT: u64 = {
         size_of::<ArchivedFetchReplyBody>(),
         size_of::<ArchivedTimeoutNowBody>(),
         size_of::<rkyv::primitive::ArchivedUsize>(),
+        size_of::<ArchivedReadIndexBody>(),
+        size_of::<ArchivedReadIndexReplyBody>(),
     ];
     let version = 3;
     let mut hash: u64 = 0xcbf2_9ce4_8422_2325 ^ version;
@@ -60,6 +67,8 @@ const _: () = {
     assert!(size_of::<ArchivedTimeoutNowBody>() == 8);
     assert!(size_of::<ArchivedFetchBody>() == 64);
     assert!(size_of::<ArchivedFetchReplyBody>() == 72);
+    assert!(size_of::<ArchivedReadIndexBody>() == 24);
+    assert!(size_of::<ArchivedReadIndexReplyBody>() == 32);
     assert!(align_of::<ArchivedAppendBody>() <= 16);
     assert!(
         size_of::<rkyv::primitive::ArchivedUsize>() == 4,
@@ -180,6 +189,28 @@ const FETCHED_UNCLEAR: u32 = 6;
 const FETCHED_PROVES: u32 = 1;
 const FETCHED_LEADS: u32 = 2;
 
+/// A follower's question where it can read.
+#[derive(Archive, Serialize)]
+struct ReadIndexBody {
+    term: u64_le,
+    context: u64_le,
+    kind: u32_le,
+    reserved: u32_le,
+}
+
+const READ_LEASE: u32 = 1;
+const READ_QUORUM: u32 = 2;
+
+/// The leader's answer.
+#[derive(Archive, Serialize)]
+struct ReadIndexReplyBody {
+    term: u64_le,
+    context: u64_le,
+    index: u64_le,
+    ready: u32_le,
+    reserved: u32_le,
+}
+
 /// An append as the driver handles it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct AppendMessage {
@@ -279,6 +310,8 @@ pub(crate) enum Body {
     Formation(FormationMessage),
     Fetch(FetchMessage),
     FetchReply(FetchReplyMessage),
+    ReadIndex(ReadIndex),
+    ReadIndexReply(ReadIndexReply),
 }
 
 /// A body that is not what its frame type promises: the peer runs other code, or there is a bug.
@@ -409,6 +442,26 @@ impl Encoder {
         })
     }
 
+    pub(crate) fn read_index(&mut self, request: &ReadIndex) -> &[u8] {
+        let kind = if request.kind == ReadKind::Lease { READ_LEASE } else { READ_QUORUM };
+        self.encode(&ReadIndexBody {
+            term: request.term.get().into(),
+            context: request.context.into(),
+            kind: kind.into(),
+            reserved: 0.into(),
+        })
+    }
+
+    pub(crate) fn read_index_reply(&mut self, reply: &ReadIndexReply) -> &[u8] {
+        self.encode(&ReadIndexReplyBody {
+            term: reply.term.get().into(),
+            context: reply.context.into(),
+            index: reply.index.unwrap_or_default().get().into(),
+            ready: u32::from(reply.index.is_some()).into(),
+            reserved: 0.into(),
+        })
+    }
+
     fn encode<T>(&mut self, body: &T) -> &[u8]
     where
         T: for<'a> Serialize<
@@ -472,6 +525,25 @@ pub(crate) fn decode(kind: u16, body: &[u8]) -> Result<Body, MalformedBody> {
         kind::FETCH_REPLY => {
             let body = access::<ArchivedFetchReplyBody>(body).ok_or(malformed)?;
             decode_fetch_reply(body).map(Body::FetchReply).ok_or(malformed)
+        }
+        kind::READ_INDEX => {
+            let body = access::<ArchivedReadIndexBody>(body).ok_or(malformed)?;
+            let kind = match body.kind.to_native() {
+                READ_LEASE => ReadKind::Lease,
+                READ_QUORUM => ReadKind::Quorum,
+                _ => return Err(malformed),
+            };
+            let (term, context) = (Term(body.term.to_native()), body.context.to_native());
+            Ok(Body::ReadIndex(ReadIndex { term, context, kind }))
+        }
+        kind::READ_INDEX_REPLY => {
+            let body = access::<ArchivedReadIndexReplyBody>(body).ok_or(malformed)?;
+            let ready = flag(body.ready).ok_or(malformed)?;
+            Ok(Body::ReadIndexReply(ReadIndexReply {
+                term: Term(body.term.to_native()),
+                context: body.context.to_native(),
+                index: ready.then(|| LogIndex(body.index.to_native())),
+            }))
         }
         _ => Err(malformed),
     }
@@ -597,7 +669,7 @@ fn decode_fetch_reply(body: &ArchivedFetchReplyBody) -> Option<FetchReplyMessage
 /// The base configuration of a formed cluster, as hard state keeps it and formation messages carry it.
 pub(crate) mod configuration {
     use super::{Incarnation, NodeId, rancor};
-    use crate::raft::{Configuration, Member, MemberRole};
+    use crate::raft::{Configuration, LeaseSettings, Member, MemberRole, Settings};
     use rkyv::rend::{u32_le, u64_le, u128_le};
     use rkyv::{Archive, Serialize};
 
@@ -605,6 +677,9 @@ pub(crate) mod configuration {
     struct Record {
         members: Vec<MemberRecord>,
         outgoing: Vec<u64_le>,
+        /// 0: no leases.
+        lease_election_timeout_min_ns: u64_le,
+        lease_drift_ppm: u32_le,
     }
 
     #[derive(Archive, Serialize)]
@@ -630,7 +705,13 @@ pub(crate) mod configuration {
             address: member.address.clone(),
         });
         let outgoing = configuration.outgoing().iter().map(|id| id.get().into());
-        let record = Record { members: members.collect(), outgoing: outgoing.collect() };
+        let lease = configuration.settings().lease;
+        let record = Record {
+            members: members.collect(),
+            outgoing: outgoing.collect(),
+            lease_election_timeout_min_ns: lease.map_or(0, |lease| lease.election_timeout_min_ns).into(),
+            lease_drift_ppm: lease.map_or(0, |lease| lease.drift_ppm).into(),
+        };
         let Ok(bytes) = rkyv::to_bytes::<rancor::Panic>(&record);
         bytes.into_vec()
     }
@@ -652,7 +733,13 @@ pub(crate) mod configuration {
             })
         });
         let outgoing = record.outgoing.iter().map(|id| NodeId(id.to_native()));
-        Configuration::joint(members.collect::<Option<Vec<_>>>()?, outgoing.collect()).ok()
+        let election_timeout_min_ns = record.lease_election_timeout_min_ns.to_native();
+        let drift_ppm = record.lease_drift_ppm.to_native();
+        let lease = LeaseSettings { election_timeout_min_ns, drift_ppm };
+        let settings = Settings { lease: (election_timeout_min_ns > 0).then_some(lease) };
+        let configuration =
+            Configuration::joint(members.collect::<Option<Vec<_>>>()?, outgoing.collect()).ok()?;
+        Some(configuration.with_settings(settings))
     }
 }
 
@@ -737,9 +824,33 @@ mod tests {
             let reply = FetchReplyMessage { token: 9, outcome, proves, term: Term(8), leads, end };
             assert_eq!(round_trip(kind::FETCH_REPLY, encoder.fetch_reply(&reply)), Body::FetchReply(reply));
         }
+        for (kind, index) in [(ReadKind::Lease, None), (ReadKind::Quorum, Some(LogIndex(12)))] {
+            let request = ReadIndex { term: Term(4), context: u64::MAX - 1, kind };
+            assert_eq!(round_trip(kind::READ_INDEX, encoder.read_index(&request)), Body::ReadIndex(request));
+            let reply = ReadIndexReply { term: Term(5), context: 77, index };
+            let body = round_trip(kind::READ_INDEX_REPLY, encoder.read_index_reply(&reply));
+            assert_eq!(body, Body::ReadIndexReply(reply));
+        }
         let formation =
             FormationMessage { incarnation: Incarnation(77), formed: true, configuration: vec![1, 2, 3] };
         assert_eq!(round_trip(kind::FORMATION, encoder.formation(&formation)), Body::Formation(formation));
+    }
+
+    #[test]
+    fn a_configuration_keeps_what_leases_count_on() {
+        use crate::raft::{Configuration, LeaseSettings, Member, MemberRole, Settings};
+        let member = |id| Member {
+            id: NodeId(id),
+            incarnation: Incarnation(7),
+            address: "127.0.0.1:1".to_owned(),
+            role: MemberRole::Voter,
+        };
+        let plain = Configuration::new(vec![member(1), member(2)]).expect("valid");
+        let lease = Some(LeaseSettings { election_timeout_min_ns: 500_000_000, drift_ppm: 200 });
+        for settings in [Settings::default(), Settings { lease }] {
+            let configuration = plain.clone().with_settings(settings);
+            assert_eq!(configuration::decode(&configuration::encode(&configuration)), Some(configuration));
+        }
     }
 
     #[test]

@@ -8,7 +8,7 @@
 //!
 //! | command | what happens |
 //! |---|---|
-//! | `nodes 3 [learners=4,5] [window=2] [window_bytes=1000] [consensus_only]` | a cluster of empty nodes |
+//! | `nodes 3 [learners=4,5] [window=2] [window_bytes=1000] [lease=500ms] [consensus_only]` | a cluster of empty nodes; leases count on that minimum |
 //! | `node 1 term=3 [vote=2] [log=1,1,2*3] [commit=1]` | node 1 boots with that disk: a term per batch, `*3` of three entries |
 //! | `node 1 ... [damaged=3] [claim=20@5] [uncertain=20@5]` | and it found a batch damaged, or its log cut before damage |
 //! | `tick 2 [150ms]` | node 2 ticks after that time; without a time at its deadline |
@@ -23,6 +23,7 @@
 //! | `ask 1` | node 1's driver asks the driver of the node that it follows how far that one's log reaches |
 //! | `stall 1`, `unstall 1` | the disk of node 1 does not answer, or answers again |
 //! | `transfer 1 [to=2]` | leadership is to be handed over |
+//! | `read 1 [as=lease] [id=1]` | a read at node 1: `quorum` (the default), `lease`, `round` |
 //! | `disconnect 1 2`, `connect 1 2` | the session ends, what is under way is lost; a session begins |
 //! | `crash 3`, `restart 3` | node 3 loses what is not durable |
 //! | `settle` | everything under way arrives, everything written is durable, until nothing is left; no time passes |
@@ -32,8 +33,8 @@
 //! | `quiet <command>` | without its trace |
 
 use ringraft::raft::{
-    Action, AppendOutcome, BatchRun, Boot, Claim, Configuration, Epoch, Event, LogId, Member, MemberRole,
-    Message, Nanos, Raft, RaftConfig, ReplicationState, Role,
+    Action, AppendOutcome, BatchRun, Boot, Claim, Configuration, Epoch, Event, LeaseSettings, LogId, Member,
+    MemberRole, Message, Nanos, Raft, RaftConfig, ReadKind, ReadRefusal, ReplicationState, Role, Settings,
 };
 use ringraft_block::{Incarnation, LogIndex, NodeId, Term};
 use std::collections::{BTreeMap, VecDeque};
@@ -137,6 +138,7 @@ struct Cluster {
     window: Option<usize>,
     window_bytes: Option<u64>,
     consensus_only: bool,
+    reads: u64,
     nodes: BTreeMap<NodeId, Node>,
     network: Vec<(NodeId, NodeId, Message)>,
     trace: String,
@@ -253,6 +255,15 @@ impl Cluster {
                 let to = option(&words, "to").map(id);
                 self.feed(id(node), Event::Transfer { to });
             }
+            ["read", node, ..] => {
+                self.reads = count(&words, "id", self.reads + 1);
+                let kind = match option(&words, "as") {
+                    Some("lease") => ReadKind::Lease,
+                    Some("round") => ReadKind::Round,
+                    _ => ReadKind::Quorum,
+                };
+                self.feed(id(node), Event::Read { id: self.reads, kind });
+            }
             ["crash", node] => self.node(id(node)).life = None,
             ["restart", node] => {
                 self.boot(id(node));
@@ -290,7 +301,11 @@ impl Cluster {
             address: String::new(),
             role: if learners.contains(&id) { MemberRole::Learner } else { MemberRole::Voter },
         });
-        self.configuration = Configuration::new(members.collect()).expect("valid");
+        let lease = option(words, "lease").map(millis);
+        let lease = lease.map(|min| LeaseSettings { election_timeout_min_ns: min.0, drift_ppm: 1_000 });
+        self.configuration =
+            Configuration::new(members.collect()).expect("valid").with_settings(Settings { lease });
+        self.reads = 0;
         self.now = Nanos(0);
         self.network.clear();
         self.nodes.clear();
@@ -399,7 +414,9 @@ impl Cluster {
                 Action::Commit { .. }
                 | Action::Become { .. }
                 | Action::TransferEnded { .. }
-                | Action::Stop { .. } => {}
+                | Action::Stop { .. }
+                | Action::ReadReady { .. }
+                | Action::ReadRefused { .. } => {}
             }
         }
         if claim_released {
@@ -641,6 +658,14 @@ fn show_message(message: &Message) -> String {
             format!("{kind} t{} {answer}", reply.term)
         }
         Message::TimeoutNow(message) => format!("time-out now t{}", message.term),
+        Message::ReadIndex(request) => {
+            // The context is a number drawn at random: what counts is whether it is the one that is awaited.
+            format!("read t{} {}", request.term, show_read(request.kind))
+        }
+        Message::ReadIndexReply(reply) => match reply.index {
+            Some(index) => format!("read t{} at {index}", reply.term),
+            None => format!("read t{} refused", reply.term),
+        },
     }
 }
 
@@ -673,6 +698,7 @@ fn show_event(event: &Event) -> String {
         Event::DiskStalled { stalled } => {
             format!("the disk {}", if *stalled { "stalls" } else { "answers again" })
         }
+        Event::Read { id, kind } => format!("read #{id} {}", show_read(*kind)),
     }
 }
 
@@ -698,5 +724,23 @@ fn show_action(action: &Action) -> String {
         Action::ReleaseClaim => "release the claim".to_owned(),
         Action::TransferEnded { end } => format!("transfer ended: {end}"),
         Action::Stop { violation } => format!("STOP: {violation}"),
+        Action::ReadReady { id, index } => format!("read #{id} at {index}"),
+        Action::ReadRefused { id, reason } => {
+            let why = match reason {
+                ReadRefusal::NotLeader => "no leader",
+                ReadRefusal::LeaderChanged => "the leader changed",
+                ReadRefusal::SessionLost => "the session is lost",
+                ReadRefusal::Refused => "the leader refuses",
+            };
+            format!("read #{id} refused: {why}")
+        }
+    }
+}
+
+fn show_read(kind: ReadKind) -> &'static str {
+    match kind {
+        ReadKind::Lease => "by lease or quorum",
+        ReadKind::Quorum => "by quorum",
+        ReadKind::Round => "round",
     }
 }

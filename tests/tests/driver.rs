@@ -1,6 +1,10 @@
 //! Single nodes and small clusters of real drivers on the simulated disk, network and clock, where the test decides
 //! what happens when.
 
+#[path = "driver/reads.rs"]
+mod reads;
+
+use bytes::Bytes;
 use ringraft::config::{Config, MemberConfig};
 use ringraft::driver::Driver;
 use ringraft::error::{ProposeError, Refusal, StopError, TransferError};
@@ -40,6 +44,12 @@ impl StateMachine for Counter {
                 None => replies.push_empty(),
             }
         }
+    }
+
+    fn query(&self, query: &[u8]) -> Bytes {
+        let mut answer = query.to_vec();
+        answer.extend(self.0.to_le_bytes());
+        answer.into()
     }
 }
 

@@ -104,7 +104,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             Network::new(network, peers).map_err(|error| ConfigError::Network(error.to_string()))?;
         self.network = Some(network);
         if state.configuration.is_empty() {
-            let mut formation = Formation::new(self.config.node, state.incarnation, &self.config.members);
+            let mut formation = Formation::new(self.config.node, state.incarnation, &self.config.members)
+                .with_settings(self.config.settings());
             let step = formation.step();
             self.life = Life::Forming(formation);
             return self.form(step);
@@ -223,6 +224,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             claim: self.claim(),
             now: Nanos(self.now.monotonic_ns),
         };
+        config::check_lease(&self.config, configuration.settings())?;
         self.applier.start_after(log_start.index, log_start.chain);
         let raft = Raft::new(config::raft_config(&self.config, self.timing_seed), configuration, boot)
             .map_err(|error| ConfigError::Raft(error.to_string()))?;

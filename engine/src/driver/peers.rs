@@ -103,6 +103,12 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             Body::TimeoutNow(message) => {
                 self.step(Event::Received { from: peer, message: Message::TimeoutNow(message) })
             }
+            Body::ReadIndex(request) => {
+                self.step(Event::Received { from: peer, message: Message::ReadIndex(request) })
+            }
+            Body::ReadIndexReply(reply) => {
+                self.step(Event::Received { from: peer, message: Message::ReadIndexReply(reply) })
+            }
         }
     }
 
@@ -219,6 +225,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             Message::Vote(vote) => Outgoing::Vote(vote),
             Message::VoteReply(reply) => Outgoing::VoteReply(reply),
             Message::TimeoutNow(message) => Outgoing::TimeoutNow(message),
+            Message::ReadIndex(request) => Outgoing::ReadIndex(request),
+            Message::ReadIndexReply(reply) => Outgoing::ReadIndexReply(reply),
         };
         if let Some(peer) = self.peers.get_mut(&to).filter(|peer| peer.session.is_some()) {
             peer.outbox.push(outgoing);
@@ -256,6 +264,12 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                     Outgoing::VoteReply(reply) => (wire::kind::VOTE_REPLY, self.encoder.vote_reply(reply)),
                     Outgoing::TimeoutNow(message) => {
                         (wire::kind::TIMEOUT_NOW, self.encoder.timeout_now(message))
+                    }
+                    Outgoing::ReadIndex(request) => {
+                        (wire::kind::READ_INDEX, self.encoder.read_index(request))
+                    }
+                    Outgoing::ReadIndexReply(reply) => {
+                        (wire::kind::READ_INDEX_REPLY, self.encoder.read_index_reply(reply))
                     }
                 };
                 match network.send(*id, kind, GROUP, body, attachment) {

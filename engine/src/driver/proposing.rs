@@ -101,7 +101,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     }
 
     /// Seals a batch at the core's position and hands it to the core.
-    fn propose(&mut self, kind: BatchKind) -> Result<(), StopError> {
+    pub(super) fn propose(&mut self, kind: BatchKind) -> Result<(), StopError> {
         let Some((term, first)) = self.raft().and_then(Raft::next_position) else { return Ok(()) };
         let (previous_chain, previous_time) = self.tail();
         // The leader's clock, made monotonic along the log.
@@ -117,7 +117,15 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             }
             _ => {
                 let block = take_block(&self.pool, &mut self.disk, ringraft_block::BLOCK_BYTES);
-                Some(BatchBuilder::new(block.map_err(StopError::Memory)?).seal(seal))
+                let mut builder = BatchBuilder::new(block.map_err(StopError::Memory)?);
+                if kind != BatchKind::Empty {
+                    // Only an empty batch has no entry at all.
+                    let pushed = builder.push(&[], None);
+                    pushed.map_err(|_| {
+                        StopError::Invariant("a block holds an entry without bytes".to_owned())
+                    })?;
+                }
+                Some(builder.seal(seal))
             }
         };
         let Some((block, info)) = sealed else { return Ok(()) };

@@ -1,6 +1,6 @@
 //! What the core wants done, in this order.
 
-use super::{BatchRun, Epoch, Message, Role, TransferEnd, Violation};
+use super::{BatchRun, Epoch, Message, ReadRefusal, Role, TransferEnd, Violation};
 use ringraft_block::{LogIndex, NodeId, Term};
 
 /// An output of [`Raft::handle`](super::Raft::handle). Actions are carried out in the order given.
@@ -76,5 +76,19 @@ pub enum Action {
     Stop {
         /// What was seen.
         violation: Violation,
+    },
+    /// The read sees all that was committed before it was asked for once everything up to `index` is applied here.
+    ReadReady {
+        /// As in [`Event::Read`](super::Event::Read).
+        id: u64,
+        /// The read index, which may be above this node's commit index.
+        index: LogIndex,
+    },
+    /// The read came to nothing; it can be asked for again.
+    ReadRefused {
+        /// As in [`Event::Read`](super::Event::Read).
+        id: u64,
+        /// Why.
+        reason: ReadRefusal,
     },
 }

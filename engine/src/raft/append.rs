@@ -108,7 +108,7 @@ impl Raft {
             let heartbeat = progress.heartbeat_due(&self.config);
             progress.notice_due().map_or(heartbeat, |notice| notice.min(heartbeat))
         });
-        let others = self.check_quorum_deadline().min(self.transfer_deadline());
+        let others = self.check_quorum_deadline().min(self.transfer_deadline()).min(self.reads_deadline());
         per_peer.min().unwrap_or(Nanos::NEVER).min(others)
     }
 
@@ -131,7 +131,11 @@ impl Raft {
         if ack.round > leader.rounds.current() {
             return self.ignore();
         }
-        let sent_at = leader.rounds.sent_at(ack.round);
+        let sent_at = if mutants::active(Mutant::LeaseFromReceiveTime) {
+            Some(self.now)
+        } else {
+            leader.rounds.sent_at(ack.round)
+        };
         match ack.outcome {
             AppendOutcome::Matched { matched } => {
                 progress.returned(ack.round, sent_at);
@@ -205,7 +209,10 @@ impl Raft {
             RoleState::PreCandidate(_) | RoleState::Candidate { .. } if connected => {
                 self.ask_voter(peer, actions);
             }
-            _ if self.leader == Some(peer) => self.hearing.acked = LogIndex(0),
+            _ if self.leader == Some(peer) => {
+                self.hearing.acked = LogIndex(0);
+                self.leaders_session_changed(actions);
+            }
             _ => {}
         }
     }
@@ -276,6 +283,7 @@ impl Raft {
         self.hard.flush(actions);
         self.hearing.round = self.hearing.round.max(append.round);
         self.hearing.heard_at = Some(self.now);
+        self.hearing.commit = self.hearing.commit.max(append.commit);
         self.timer.from = self.now;
 
         if !self.continues_from(&append)? {

@@ -6,7 +6,8 @@
 //!
 //! A follower sticks to a leader that it heard within the minimum election time-out: it refuses votes and
 //! pre-votes and does not adopt the term of such a request (Raft, section 6; thesis, section 4.2.3). The leader
-//! for its part steps down when it has not heard a quorum for as long ([`Raft::quorum_contact`]).
+//! for its part steps down when it has not heard a quorum for as long ([`Raft::quorum_contact`]). Where leases count on
+//! that, a node that restarts sticks to whomever it may have heard in its earlier life.
 
 use super::role::{RoleState, Votes};
 use super::{Action, Message, Nanos, Raft, Vote, VoteReply};
@@ -166,7 +167,8 @@ impl Raft {
         if malformed {
             return self.ignore();
         }
-        let sticks = self.sticks_to_leader() && !vote.transfer;
+        // A leader that asks for an election has given its lease up before.
+        let sticks = !vote.transfer && (self.sticks_to_leader() || self.is_bound_by_lease());
         if !sticks && !vote.pre && vote.term > self.hard.term() {
             self.become_follower(vote.term, None, actions);
         }

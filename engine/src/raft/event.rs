@@ -1,6 +1,6 @@
 //! What happens to the core: everything it knows of the world arrives as one of these.
 
-use super::{BatchRun, Epoch, LogId, Round};
+use super::{BatchRun, Epoch, LogId, ReadIndex, ReadIndexReply, ReadKind, Round};
 use ringraft_block::{LogIndex, NodeId, Term};
 
 /// An input of [`Raft::handle`](super::Raft::handle).
@@ -89,6 +89,17 @@ pub enum Event {
         /// To whom; without a name, to the most caught-up voter.
         to: Option<NodeId>,
     },
+    /// A read is asked for; answered by one [`Action::ReadReady`](super::Action::ReadReady) or
+    /// [`Action::ReadRefused`](super::Action::ReadRefused). All that arrived at about the same time may go under one id.
+    ///
+    /// The request may be younger than the moment that comes with it, by as long as a process may be stopped; what
+    /// arrives in a [`Event::Received`] must not be.
+    Read {
+        /// Names it in the answer.
+        id: u64,
+        /// What it has to be sure of.
+        kind: ReadKind,
+    },
 }
 
 /// What members say to each other. Every message carries the sender's term.
@@ -104,6 +115,10 @@ pub enum Message {
     VoteReply(VoteReply),
     /// The leader hands over: campaign now (Raft thesis, section 3.10).
     TimeoutNow(TimeoutNow),
+    /// Where can I read? From a follower to the leader.
+    ReadIndex(ReadIndex),
+    /// The answer to a [`ReadIndex`].
+    ReadIndexReply(ReadIndexReply),
 }
 
 impl Message {
@@ -117,6 +132,8 @@ impl Message {
             Self::Vote(vote) => vote.term,
             Self::VoteReply(reply) => reply.term,
             Self::TimeoutNow(message) => message.term,
+            Self::ReadIndex(request) => request.term,
+            Self::ReadIndexReply(reply) => reply.term,
         }
     }
 }

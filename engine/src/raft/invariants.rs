@@ -128,6 +128,8 @@ pub fn check(raft: &Raft) -> Result<(), Broken> {
     let acked = raft.hearing.acked;
     let clamped = raft.repair.clamped(acked) == acked;
     ensure!(clamped, "what this life found damaged is not acknowledged", "{acked}, {:?}", raft.repair);
+    let reads = raft.check_reads();
+    ensure!(reads.is_ok(), "reads wait for what will come", "{reads:?}");
     let leads = matches!(raft.role, RoleState::Leader(_));
     ensure!(
         !leads || raft.repair.claim().is_none(),

@@ -1,5 +1,6 @@
 //! Who is in the cluster.
 
+use super::Nanos;
 use ringraft_block::{Incarnation, NodeId};
 
 /// Whether a member's vote and disk count.
@@ -33,6 +34,42 @@ pub struct Member {
 pub struct Configuration {
     members: Vec<Member>,
     outgoing: Vec<NodeId>,
+    settings: Settings,
+}
+
+/// What all members have to agree on beside who they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub struct Settings {
+    /// Whether leaders may answer reads by a lease, and what it counts on. `None`: never.
+    pub lease: Option<LeaseSettings>,
+}
+
+/// What a leader's lease counts on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct LeaseSettings {
+    /// Every member's election time-out is at least this long, in nanoseconds: for so long after it heard the leader it
+    /// elects nobody else.
+    pub election_timeout_min_ns: u64,
+    /// The most by which the rate of any member's clock is off, in millionths.
+    pub drift_ppm: u32,
+}
+
+impl LeaseSettings {
+    /// As a span.
+    #[must_use]
+    pub fn election_timeout_min(&self) -> Nanos {
+        Nanos(self.election_timeout_min_ns)
+    }
+
+    /// How long a lease lasts on the leader's clock, which may be slow, from when a round was sent to when a follower, whose
+    /// clock may be fast, has waited for the minimum: `min * (1 - drift) / (1 + drift)`.
+    #[must_use]
+    pub fn duration(&self) -> Nanos {
+        let million = 1_000_000_u128;
+        let drift = u128::from(self.drift_ppm).min(million);
+        let span = u128::from(self.election_timeout_min_ns) * (million - drift) / (million + drift);
+        Nanos(u64::try_from(span).unwrap_or(u64::MAX))
+    }
 }
 
 impl Configuration {
@@ -63,7 +100,7 @@ impl Configuration {
         if !members.iter().any(|member| member.role == MemberRole::Voter) {
             return Err(ConfigurationError::NoVoter);
         }
-        let configuration = Self { members, outgoing };
+        let configuration = Self { members, outgoing, settings: Settings::default() };
         match configuration.outgoing.iter().find(|id| configuration.member(**id).is_none()) {
             Some(id) => Err(ConfigurationError::OutgoingUnknown { id: *id }),
             None => Ok(configuration),
@@ -80,6 +117,18 @@ impl Configuration {
     #[must_use]
     pub fn outgoing(&self) -> &[NodeId] {
         &self.outgoing
+    }
+
+    /// The same with these settings.
+    #[must_use]
+    pub fn with_settings(self, settings: Settings) -> Self {
+        Self { settings, ..self }
+    }
+
+    /// What all members have to agree on beside who they are.
+    #[must_use]
+    pub fn settings(&self) -> &Settings {
+        &self.settings
     }
 
     /// The member of that id.

@@ -7,7 +7,7 @@
 //! completions and what was asked since: saves are numbered, and completions of the log carry its epoch.
 //!
 //! One verb, one file: `election` decides who leads, `append` replicates and commits, `repair` says what a node may
-//! do that has lost a part of its log, `transfer` hands leadership over. Each piece of state has
+//! do that has lost a part of its log, `transfer` hands leadership over, `read` answers without a write. Each piece of state has
 //! an owner that keeps its rule: `hard_state` that nothing leaves before term and vote are durable, `durable`
 //! that late completions do not count, `progress` what may be sent to a peer, `rounds` who was following when.
 //!
@@ -29,6 +29,7 @@ mod model;
 mod progress;
 mod quorum;
 mod random;
+mod read;
 mod repair;
 mod role;
 mod rounds;
@@ -44,9 +45,10 @@ pub use action::Action;
 pub use config::{ConfigError, RaftConfig};
 pub use event::{Append, AppendAck, AppendOutcome, Event, Message, TimeoutNow, Vote, VoteReply};
 pub use log_ids::LogIds;
-pub use members::{Configuration, ConfigurationError, Member, MemberRole};
+pub use members::{Configuration, ConfigurationError, LeaseSettings, Member, MemberRole, Settings};
 pub use progress::{ProgressView, ReplicationState};
 pub use quorum::Quorum;
+pub use read::{ReadIndex, ReadIndexReply, ReadKind, ReadRefusal};
 pub use repair::{Answer, Claim, Inquiry, Restraint, Verdict};
 pub use transfer::TransferEnd;
 pub use violation::Violation;
@@ -55,6 +57,7 @@ use durable::Durable;
 use election::ElectionTimer;
 use hard_state::HardState;
 use random::Random;
+use read::Reads;
 use repair::Repair;
 use ringraft_block::{LogIndex, NodeId, Term};
 use role::{Announced, Hearing, RoleState};
@@ -79,6 +82,7 @@ pub struct Raft {
     hearing: Hearing,
     timer: ElectionTimer,
     repair: Repair,
+    reads: Reads,
     ignored: u64,
     violation: Option<Violation>,
 }
@@ -144,6 +148,14 @@ pub enum BootError {
         /// The index given.
         from: LogIndex,
     },
+    /// A leader counts on every member to stick to it for as long as the replicated minimum says.
+    #[error("the election time-out of {} ns is below the {} ns that leases in this cluster count on", got.0, min.0)]
+    LeaseTimeout {
+        /// This node's.
+        got: Nanos,
+        /// The replicated minimum.
+        min: Nanos,
+    },
 }
 
 /// A node, to look at.
@@ -208,6 +220,13 @@ impl Raft {
             return Err(BootError::Damage { from });
         }
         let quorum = Quorum::of(&configuration);
+        let min = configuration.settings().lease.map_or(Nanos(0), |lease| lease.election_timeout_min());
+        if config.election_timeout < min {
+            return Err(BootError::LeaseTimeout { got: config.election_timeout, min });
+        }
+        // Nothing was promised in term 0, or to others by a node that is a quorum by itself.
+        let bound = term > Term(0) && !quorum.is_only(config.id);
+        let bound_until = if bound { boot.now.plus(min) } else { Nanos(0) };
         let mut raft = Self {
             random: Random::new(config.seed),
             now: boot.now,
@@ -220,6 +239,7 @@ impl Raft {
             hearing: Hearing::starting_at(boot.commit),
             timer: ElectionTimer { from: boot.now, wait: Nanos(0) },
             repair: Repair::new(boot.damaged_from, boot.claim),
+            reads: Reads::new(config.seed, bound_until),
             ignored: 0,
             violation: None,
             config,
@@ -279,6 +299,8 @@ impl Raft {
                 Message::Vote(vote) => self.handle_vote(from, vote, actions),
                 Message::VoteReply(reply) => self.handle_vote_reply(from, reply, actions),
                 Message::TimeoutNow(message) => self.handle_timeout_now(from, message, actions),
+                Message::ReadIndex(request) => self.handle_read_index(from, request, actions),
+                Message::ReadIndexReply(reply) => self.handle_read_index_reply(reply, actions),
             },
             Event::Persisted { epoch, last } => self.persisted(epoch, last, actions)?,
             Event::HardStateSaved { sequence } => {
@@ -296,8 +318,10 @@ impl Raft {
             Event::NothingBehind { after } => self.nothing_behind(after, actions)?,
             Event::DiskStalled { stalled } => self.stalled(stalled, actions),
             Event::Transfer { to } => self.transfer(to, actions),
+            Event::Read { id, kind } => self.read(id, kind, actions),
         }
         self.release_if_due(actions);
+        self.serve_reads(actions);
         Ok(())
     }
 

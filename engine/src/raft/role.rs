@@ -57,8 +57,6 @@ pub(super) struct Leader {
     /// The first index of this term, once its empty batch is appended.
     pub(super) first_own: Option<LogIndex>,
     pub(super) transfer: Option<Transfer>,
-    /// In this term a member was told to campaign.
-    pub(super) told_to_campaign: bool,
 }
 
 impl Leader {
@@ -105,7 +103,6 @@ impl Raft {
             rounds: Rounds::new(self.config.election_timeout),
             first_own: None,
             transfer: None,
-            told_to_campaign: false,
         });
         self.leader = Some(id);
         self.announce(actions);
@@ -119,6 +116,7 @@ impl Raft {
         let current = Announced { role: self.role.role(), term: self.hard.term(), leader: self.leader };
         if current != self.announced {
             self.announced = current;
+            self.refuse_reads(actions);
             let Announced { role, term, leader } = current;
             actions.push(Action::Become { role, term, leader });
         }
@@ -136,12 +134,20 @@ pub(super) struct Hearing {
     pub(super) round: super::Round,
     /// When the leader was last heard.
     pub(super) heard_at: Option<Nanos>,
+    /// The highest commit index that the leader told.
+    pub(super) commit: LogIndex,
 }
 
 impl Hearing {
     /// Whoever will lead a new term holds all that is committed (Raft, figure 3: leader completeness).
     pub(super) fn starting_at(commit: LogIndex) -> Self {
-        Self { matched: commit, acked: LogIndex(0), round: super::Round(0), heard_at: None }
+        Self {
+            matched: commit,
+            acked: LogIndex(0),
+            round: super::Round(0),
+            heard_at: None,
+            commit: LogIndex(0),
+        }
     }
 
     pub(super) fn new_term(&mut self, commit: LogIndex) {

@@ -6,6 +6,7 @@
 //! any order, late, twice or never, with and without the session being told.
 
 mod damage;
+mod reads;
 
 use super::invariants::{self, State};
 use super::random::Random;
@@ -141,6 +142,7 @@ struct Simulation {
     unnoticed: BTreeSet<(NodeId, NodeId)>,
     /// Whose disk is much slower than the others'.
     slow: Option<usize>,
+    reads: Option<Box<reads::ReadModel>>,
 }
 
 type Outcome = Result<(), String>;
@@ -199,6 +201,7 @@ impl Simulation {
             doomed: Vec::new(),
             unnoticed: BTreeSet::new(),
             slow: None,
+            reads: None,
         };
         for at in 0..simulation.nodes.len() {
             simulation.boot(at);
@@ -207,6 +210,7 @@ impl Simulation {
     }
 
     fn boot(&mut self, at: usize) {
+        let now = self.local_time(at);
         if self.damage > 0 && self.random.below(1_000) < self.damage {
             self.inflict(at);
         }
@@ -232,7 +236,7 @@ impl Simulation {
             commit: LogIndex(0),
             damaged_from: node.disk.damaged.first().copied(),
             claim: node.disk.claim,
-            now: self.now,
+            now,
         };
         let raft =
             Raft::new(config, self.configuration.clone(), boot).expect("what was recovered is consistent");
@@ -262,6 +266,11 @@ impl Simulation {
     // One event at one node, and all that follows from it at once.
 
     fn feed(&mut self, at: usize, event: Event) -> Outcome {
+        self.feed_at(at, self.local_time(at), event)
+    }
+
+    /// With a clock that may have been read a while ago.
+    fn feed_at(&mut self, at: usize, now: Nanos, event: Event) -> Outcome {
         let Some(life) = &mut self.nodes[at].life else { return Ok(()) };
         let id = life.raft.id();
         let before = State::of(&life.raft);
@@ -277,10 +286,10 @@ impl Simulation {
             });
         }
         if let Some(trace) = &mut self.trace {
-            trace.push(format!("{} {id} <- {event:?}", self.now.0));
+            trace.push(format!("{} {id} ({}) <- {event:?}", self.now.0, now.0));
         }
         let mut actions = Vec::new();
-        life.raft.handle(self.now, event, &mut actions);
+        life.raft.handle(now, event, &mut actions);
         let after = State::of(&life.raft);
         if let Some(trace) = &mut self.trace {
             trace.extend(actions.iter().map(|action| format!("    {id} -> {action:?}")));
@@ -354,6 +363,8 @@ impl Simulation {
                 _ => "transfer refused",
             }),
             Action::Stop { violation } => return Err(format!("node {id}: {violation}")),
+            Action::ReadReady { id, index } => self.read_ready(at, id, index)?,
+            Action::ReadRefused { id, .. } => self.read_refused(at, id),
         }
         Ok(())
     }
@@ -512,6 +523,9 @@ impl Simulation {
                 _ => {}
             }
         }
+        if self.step_reads()? || self.is_still(at) {
+            return Ok(());
+        }
         let weather = self.weather;
         let mut bound = weather.drop;
         if dice < bound {
@@ -557,7 +571,7 @@ impl Simulation {
         bound += weather.session;
         if dice < bound {
             let peer = self.random.below(self.nodes.len() as u64) as usize;
-            return if peer == at { Ok(()) } else { self.break_session(at, peer) };
+            return if peer == at || self.is_still(peer) { Ok(()) } else { self.break_session(at, peer) };
         }
         bound += weather.disk;
         if dice < bound {
@@ -574,7 +588,8 @@ impl Simulation {
         bound += 30;
         if dice < bound {
             let can = |node: &Node| node.life.as_ref().is_some_and(|life| life.raft.can_accept_proposals());
-            let Some(at) = self.nodes.iter().position(can) else { return Ok(()) };
+            let can = |at: &usize| can(&self.nodes[*at]) && !self.is_still(*at);
+            let Some(at) = (0..self.nodes.len()).find(can) else { return Ok(()) };
             let (count, bytes) = (1 + self.random.below(3), 50 + self.random.below(300) as u32);
             return self.propose(at, count, bytes);
         }
@@ -604,11 +619,15 @@ impl Simulation {
 
     fn deliver(&mut self, from: NodeId, to: NodeId, message: Message) -> Outcome {
         let Some(at) = self.nodes.iter().position(|node| node.id == to) else { return Ok(()) };
+        if self.is_held_up(to) {
+            self.network.push((from, to, message));
+            return Ok(());
+        }
         self.feed(at, Event::Received { from, message })
     }
 
     fn tick(&mut self, at: usize) -> Outcome {
-        let due = self.nodes[at].life.as_ref().is_some_and(|life| life.raft.next_deadline() <= self.now);
+        let due = self.deadline_of(at) <= self.now;
         // An early tick is harmless.
         if due || self.random.below(10) == 0 { self.feed(at, Event::Tick) } else { Ok(()) }
     }
@@ -702,6 +721,7 @@ impl Simulation {
 
     fn heal(&mut self) -> Outcome {
         self.blocked.clear();
+        self.heal_reads();
         for at in 0..self.nodes.len() {
             if self.nodes[at].life.is_none() {
                 self.boot(at);
@@ -738,7 +758,8 @@ impl Simulation {
                 let everywhere = commits.map(|life| life.raft.commit()).min().unwrap_or_default();
                 match proposed {
                     Some((term, index)) if term == raft.term() && everywhere >= index => {
-                        return self.converged(leader);
+                        self.converged(leader)?;
+                        return self.read_everywhere();
                     }
                     Some((term, _)) if term == raft.term() => {}
                     _ => {
@@ -749,14 +770,12 @@ impl Simulation {
                 }
             }
             if quiet {
-                let deadlines = self.nodes.iter().filter_map(|node| node.life.as_ref());
-                let next = deadlines.map(|life| life.raft.next_deadline()).min().unwrap_or(end);
+                let next = (0..self.nodes.len()).map(|at| self.deadline_of(at)).min().unwrap_or(end);
                 // Those who are busy with damage have timers of their own.
                 let step = if damage > 0 { ELECTION_TIMEOUT.0 / 10 } else { u64::MAX };
                 self.now = self.now.max(next.min(end).min(self.now.plus(Nanos(step))));
                 for at in 0..self.nodes.len() {
-                    if self.nodes[at].life.as_ref().is_some_and(|life| life.raft.next_deadline() <= self.now)
-                    {
+                    if self.deadline_of(at) <= self.now {
                         self.feed(at, Event::Tick)?;
                     }
                 }
@@ -826,7 +845,7 @@ fn position(random: &mut Random) -> LogId {
 
 fn nonsense(random: &mut Random) -> Message {
     let term = Term(number(random));
-    match random.below(4) {
+    match random.below(5) {
         0 => {
             let previous = position(random);
             let first = if random.below(4) > 0 { previous.index.next() } else { LogIndex(number(random)) };
@@ -853,6 +872,16 @@ fn nonsense(random: &mut Random) -> Message {
         2 => {
             let (pre, transfer) = (random.below(2) == 0, random.below(4) == 0);
             Message::Vote(Vote { term, last: position(random), pre, transfer })
+        }
+        3 => {
+            let (context, kind) = (number(random), [ReadKind::Round, ReadKind::Lease, ReadKind::Quorum]);
+            match random.below(2) {
+                0 => Message::ReadIndex(ReadIndex { term, context, kind: kind[random.below(3) as usize] }),
+                _ => {
+                    let index = (random.below(2) == 0).then(|| LogIndex(number(random)));
+                    Message::ReadIndexReply(ReadIndexReply { term, context, index })
+                }
+            }
         }
         _ => Message::VoteReply(VoteReply { term, granted: random.below(2) == 0, pre: random.below(2) == 0 }),
     }
