@@ -7,10 +7,12 @@
 //! position; the core answers with one persist and one append per follower, which are under way together; `on_disk` and `on_network` bring the durabilities back; the core moves the commit index;
 //! `apply` runs the state machine and delivers the outcome.
 
+mod installs;
 mod log;
 mod peers;
 mod proposing;
 mod repair;
+mod snapshots;
 mod stages;
 mod stall;
 
@@ -27,6 +29,7 @@ use crate::recent::Recent;
 use crate::runtime::{LocalWakeup, Now, Turn, TurnOutcome, Wakeup};
 use crate::state_machine::StateMachine;
 use crate::wire::{AckStages, Encoder};
+pub(crate) use installs::PIECE_BYTES;
 use ringraft_block::{Block, BlockBuf, GroupId, Incarnation, LogIndex, NodeId, Pool, round_up_to_block};
 use ringraft_net::link::Link;
 use ringraft_net::{BlockSource, NetEvent, Network};
@@ -90,7 +93,10 @@ pub struct Driver<D: Disk, L: Link<Buf = D::Buf>, S> {
     witness_at_ns: u64,
     repair: repair::Repairer<D::Buf>,
     stall: stall::StallWatch,
+    snapshots: snapshots::Snapshots<D::Buf>,
     closing: bool,
+    /// The log has closed; what is under way with snapshots has not.
+    closed: bool,
 
     encoder: Encoder,
     actions: Vec<Action>,
@@ -106,6 +112,8 @@ enum Life {
     Opening,
     /// The log is open; the cluster is not formed as far as this node knows.
     Forming(Formation),
+    /// It is; what was applied is being restored.
+    Restoring,
     /// The core runs.
     Running(Box<Raft>),
     /// It is over.
@@ -202,7 +210,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             witness_at_ns: u64::MAX,
             repair: repair::Repairer::new(&config),
             stall: stall::StallWatch::default(),
+            snapshots: snapshots::Snapshots::new(&config),
             closing: false,
+            closed: false,
             encoder: Encoder::default(),
             actions: Vec::new(),
             disk_done: Vec::new(),
@@ -247,6 +257,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         progressed |= self.on_network()?;
         self.watch_disk()?;
         self.mend()?;
+        self.mind_snapshots()?;
         progressed |= self.take_proposals();
         self.step(Event::Tick)?;
         self.write_pending();
@@ -314,6 +325,11 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 self.wal.release_claim(&mut self.disk);
                 Ok(())
             }
+            Action::SendSnapshot { to } => {
+                self.snapshots.installs.wanted_by(to);
+                Ok(())
+            }
+            Action::InstallSnapshot { last, epoch } => self.install(last, epoch),
             Action::Stop { violation } => Err(StopError::Invariant(violation.to_string())),
         }
     }
@@ -328,6 +344,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             for peer in self.peers.values_mut() {
                 peer.outbox.clear();
             }
+            self.snapshots.installs.deposed();
         }
         self.set_gate();
     }
@@ -364,6 +381,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         drop(proposals);
         self.deliveries.flush();
         self.shared.ingress.stop(cause.clone());
+        self.shared.snapshots.stop(&cause);
+        self.snapshots.refuse_all(&crate::snapshots::requests::SnapshotError::Stopped(cause.clone()));
         if let Some(network) = &mut self.network {
             network.close(&mut self.link);
         }
@@ -381,6 +400,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let (applied, chain) = self.applied();
         let leader = self.leader_hint();
         let damage = self.damage_status(raft);
+        let snapshot = self.snapshots.status(raft.restraint().state_lost);
         let peers = self.peers.iter().filter_map(|(id, peer)| {
             let matched = raft.progress(*id)?.matched;
             Some(PeerStatus { id: *id, connected: peer.session.is_some(), matched, stages: peer.stages })
@@ -396,6 +416,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             status.applied = applied;
             status.applied_chain = chain.0;
             status.damage = damage;
+            status.snapshot = snapshot;
             status.peers.clear();
             status.peers.extend(peers);
         });
@@ -416,6 +437,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Turn for Driver<D, L, S> {
                 let log = self.witness_at_ns.min(self.space_retry_at_ns);
                 let repair = if self.closing { u64::MAX } else { self.repair.next_deadline() };
                 let log = log.min(repair).min(self.stall_deadline());
+                let snapshots = self.snapshots.next_deadline(now.monotonic_ns);
+                let log = log.min(if self.closing { u64::MAX } else { snapshots });
                 TurnOutcome { progressed, next_deadline_ns: core.min(network).min(log), stop: false }
             }
             Err(error) => {

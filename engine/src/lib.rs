@@ -80,6 +80,7 @@ mod proposals;
 pub mod raft;
 mod recent;
 pub mod runtime;
+pub mod snapshots;
 pub mod state_machine;
 mod wire;
 

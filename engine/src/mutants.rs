@@ -26,13 +26,26 @@ pub enum Mutant {
     MatchFromSent,
     /// A claim ends with what is committed in a term that the node knew before.
     ClaimEndsInItsTerm,
+    /// A snapshot that covers less than what is committed here is installed.
+    SnapshotInstallRegressesApplied,
+    /// Whoever takes or installs a snapshot does not mind the members in it.
+    SnapshotForgetsConfiguration,
+    /// Whoever takes a snapshot leaves the client sessions out.
+    SnapshotForgetsSessions,
+    /// A log that has another entry where a snapshot ends keeps what follows.
+    InstallKeepsConflictingLog,
+    /// The log is purged when a snapshot is begun.
+    PurgeBeforeSnapshotDurable,
 }
 
 impl Mutant {
     /// Those that only damaged logs show.
     pub const REPAIR: [Self; 1] = [Self::ClaimEndsInItsTerm];
 
-    /// All others.
+    /// Those of snapshots in the core.
+    pub const SNAPSHOT: [Self; 2] = [Self::SnapshotInstallRegressesApplied, Self::InstallKeepsConflictingLog];
+
+    /// All others but those that only a driver can have.
     pub const ALL: [Self; 9] = [
         Self::AckBeforeDurable,
         Self::CommitOlderTermByCounting,

@@ -7,7 +7,7 @@
 //! completions and what was asked since: saves are numbered, and completions of the log carry its epoch.
 //!
 //! One verb, one file: `election` decides who leads, `append` replicates and commits, `repair` says what a node may
-//! do that has lost a part of its log. Each piece of state has
+//! do that has lost a part of its log, `snapshot` takes over where a log no longer reaches. Each piece of state has
 //! an owner that keeps its rule: `hard_state` that nothing leaves before term and vote are durable, `durable`
 //! that late completions do not count, `progress` what may be sent to a peer, `rounds` who was following when.
 //!
@@ -32,6 +32,7 @@ mod role;
 mod rounds;
 #[cfg(test)]
 mod simulation;
+mod snapshot;
 mod violation;
 
 // The switch of known bugs is the crate's; without the feature the core brings its own, which is constantly off.
@@ -290,8 +291,15 @@ impl Raft {
             Event::AllAsked { highest } => self.all_asked(highest),
             Event::NothingBehind { after } => self.nothing_behind(after, actions)?,
             Event::DiskStalled { stalled } => self.stalled(stalled, actions),
+            Event::Purged { through } => self.purged(through)?,
+            Event::SnapshotReceived { last, configuration } => {
+                self.snapshot_received(last, configuration, actions)?;
+            }
+            Event::SnapshotEnded { to, installed } => self.snapshot_ended(to, installed, actions),
+            Event::StateLost { lost } => self.state_lost(lost, actions),
         }
         self.release_if_due(actions);
+        self.send_snapshots(actions);
         Ok(())
     }
 
@@ -467,6 +475,7 @@ impl Raft {
             claim: self.repair.claim(),
             vote_bar: self.repair.vote_bar(self.log.last()),
             stalled: self.repair.is_stalled(),
+            state_lost: self.repair.is_state_lost(),
         }
     }
 
