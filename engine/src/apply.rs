@@ -26,6 +26,12 @@ pub(crate) struct Applier<S, B: BlockBuf> {
     fetched: VecDeque<StoredBatch<B>>,
     fetching: bool,
     sessions: Sessions,
+    /// The machine's state is being replaced, or is missing: nothing is applied.
+    suspended: bool,
+    /// What was applied since this was last taken, in bytes of log.
+    log_bytes: u64,
+    /// The log's time at `applied`.
+    time_ms: u64,
 }
 
 /// What an apply of some batches came to.
@@ -51,6 +57,9 @@ impl<S: StateMachine, B: BlockBuf> Applier<S, B> {
             fetched: VecDeque::new(),
             fetching: false,
             sessions: Sessions::default(),
+            suspended: false,
+            log_bytes: 0,
+            time_ms: 0,
         }
     }
 
@@ -71,15 +80,49 @@ impl<S: StateMachine, B: BlockBuf> Applier<S, B> {
         &self.sessions.table
     }
 
+    /// The sessions are those of a snapshot.
+    pub(crate) fn restore_sessions(&mut self, table: SessionTable) {
+        self.sessions.table = table;
+    }
+
     /// Tells this member's own clock, for a bug that can be put back.
     pub(crate) fn set_local_clock(&mut self, local_ms: u64) {
         self.sessions.local_ms = local_ms;
     }
 
-    /// Begins at the start of the log, before anything has been applied.
-    pub(crate) fn start_after(&mut self, applied: LogIndex, chain: Chain) {
-        debug_assert_eq!(self.applied, LogIndex(0));
-        (self.applied, self.chain) = (applied, chain);
+    /// The machine's state is the one behind `applied`: at the start, and when a snapshot is installed.
+    pub(crate) fn start_after(&mut self, applied: LogIndex, chain: Chain, time_ms: u64) {
+        debug_assert!(applied >= self.applied, "what is applied does not go back");
+        (self.applied, self.chain, self.time_ms) = (applied, chain, time_ms);
+        self.log_bytes = 0;
+        self.suspended = false;
+    }
+
+    /// Nothing is applied until [`Self::start_after`].
+    pub(crate) fn suspend(&mut self) {
+        self.suspended = true;
+        self.fetched.clear();
+    }
+
+    pub(crate) fn is_suspended(&self) -> bool {
+        self.suspended
+    }
+
+    pub(crate) fn machine_mut(&mut self) -> &mut S {
+        &mut self.machine
+    }
+
+    /// Bytes of log that were applied since [`Self::start_after`], or since they were last forgotten.
+    pub(crate) fn log_bytes(&self) -> u64 {
+        self.log_bytes
+    }
+
+    pub(crate) fn forget_log_bytes(&mut self) {
+        self.log_bytes = 0;
+    }
+
+    pub(crate) fn time_ms(&self) -> u64 {
+        self.time_ms
     }
 
     /// The read that [`Applied::Fetch`] asked for has ended.
@@ -105,6 +148,9 @@ impl<S: StateMachine, B: BlockBuf> Applier<S, B> {
         deliveries: &mut Deliveries,
     ) -> Result<Applied, String> {
         let mut bytes = 0;
+        if self.suspended {
+            return Ok(Applied::Waiting);
+        }
         while self.applied < commit {
             if bytes >= bytes_max {
                 return Ok(Applied::More);
@@ -160,6 +206,8 @@ impl<S: StateMachine, B: BlockBuf> Applier<S, B> {
             bytes += info.payload_bytes as usize;
             self.applied = info.last;
             self.chain = info.chain;
+            self.log_bytes += info.slot_bytes() as u64;
+            self.time_ms = info.time_ms;
         }
         self.fetched.clear();
         Ok(Applied::Current)

@@ -7,11 +7,13 @@
 //! position; the core answers with one persist and one append per follower, which are under way together; `on_disk` and `on_network` bring the durabilities back; the core moves the commit index;
 //! `apply` runs the state machine and delivers the outcome.
 
+mod installs;
 mod log;
 mod peers;
 mod proposing;
 mod reads;
 mod repair;
+mod snapshots;
 mod stages;
 mod stall;
 mod transfer;
@@ -30,6 +32,7 @@ use crate::runtime::{LocalWakeup, Now, Turn, TurnOutcome, Wakeup};
 use crate::sessions::SessionTable;
 use crate::state_machine::StateMachine;
 use crate::wire::{AckStages, Encoder};
+pub(crate) use installs::PIECE_BYTES;
 use ringraft_block::{Block, BlockBuf, GroupId, Incarnation, LogIndex, NodeId, Pool, round_up_to_block};
 use ringraft_net::link::Link;
 use ringraft_net::{BlockSource, NetEvent, Network};
@@ -97,7 +100,10 @@ pub struct Driver<D: Disk, L: Link<Buf = D::Buf>, S> {
     stall: stall::StallWatch,
     handover: transfer::Handover,
     reads: reads::Reads,
+    snapshots: snapshots::Snapshots<D::Buf>,
     closing: bool,
+    /// The log has closed; what is under way with snapshots has not.
+    closed: bool,
 
     encoder: Encoder,
     actions: Vec<Action>,
@@ -113,6 +119,8 @@ enum Life {
     Opening,
     /// The log is open; the cluster is not formed as far as this node knows.
     Forming(Formation),
+    /// It is; what was applied is being restored.
+    Restoring,
     /// The core runs.
     Running(Box<Raft>),
     /// It is over.
@@ -217,7 +225,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             stall: stall::StallWatch::default(),
             handover: transfer::Handover::default(),
             reads: reads::Reads::new(),
+            snapshots: snapshots::Snapshots::new(&config),
             closing: false,
+            closed: false,
             encoder: Encoder::default(),
             actions: Vec::new(),
             disk_done: Vec::new(),
@@ -267,6 +277,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         progressed |= self.on_network()?;
         self.watch_disk()?;
         self.mend()?;
+        self.mind_snapshots()?;
         progressed |= self.take_proposals();
         progressed |= self.take_requests()?;
         progressed |= self.take_reads()?;
@@ -343,6 +354,11 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 self.transfer_ended(end);
                 Ok(())
             }
+            Action::SendSnapshot { to } => {
+                self.snapshots.installs.wanted_by(to);
+                Ok(())
+            }
+            Action::InstallSnapshot { last, epoch } => self.install(last, epoch),
             Action::Stop { violation } => Err(StopError::Invariant(violation.to_string())),
             Action::ReadReady { id, index } => {
                 self.read_ready(id, index);
@@ -367,6 +383,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             for peer in self.peers.values_mut() {
                 peer.outbox.clear_appends();
             }
+            self.snapshots.installs.deposed();
         }
         self.handover_role_changed();
         self.set_gate();
@@ -419,6 +436,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.handover.stopped(|| TransferError::Stopped(cause.clone()));
         self.stop_reads(&cause);
         self.shared.ingress.stop(cause.clone());
+        self.shared.snapshots.stop(&cause);
+        self.snapshots.refuse_all(&crate::snapshots::requests::SnapshotError::Stopped(cause.clone()));
         if let Some(network) = &mut self.network {
             network.close(&mut self.link);
         }
@@ -436,6 +455,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let (applied, chain) = self.applied();
         let leader = self.leader_hint();
         let damage = self.damage_status(raft);
+        let snapshot = self.snapshots.status(raft.restraint().state_lost);
         let peers = self.peers.iter().filter_map(|(id, peer)| {
             let matched = raft.progress(*id)?.matched;
             let Peer { stages, no_space, .. } = *peer;
@@ -452,6 +472,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             status.applied = applied;
             status.applied_chain = chain.0;
             status.damage = damage;
+            status.snapshot = snapshot;
             status.peers.clear();
             status.peers.extend(peers);
         });
@@ -473,6 +494,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Turn for Driver<D, L, S> {
                 let repair = if self.closing { u64::MAX } else { self.repair.next_deadline() };
                 let log = log.min(repair).min(self.stall_deadline());
                 let log = log.min(self.handover.next_deadline()).min(self.reads_deadline());
+                let snapshots = self.snapshots.next_deadline(now.monotonic_ns);
+                let log = log.min(if self.closing { u64::MAX } else { snapshots });
                 TurnOutcome { progressed, next_deadline_ns: core.min(network).min(log), stop: false }
             }
             Err(error) => {

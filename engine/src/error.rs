@@ -315,6 +315,14 @@ pub enum StopError {
     /// The log could not be read back.
     #[error("log: {0}")]
     Read(ringraft_wal::ReadError),
+    /// A snapshot could not be restored.
+    #[error("the snapshot that ends at index {last} cannot be restored: {error}")]
+    Restore {
+        /// The last index that it covers.
+        last: LogIndex,
+        /// Why, in the words of the disk or of the state machine.
+        error: String,
+    },
     /// No memory for a buffer.
     #[error("no memory for a batch: {0}")]
     Memory(ringraft_wal::disk::DiskError),

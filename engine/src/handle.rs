@@ -16,6 +16,8 @@ use crate::proposals::LocalIngress;
 use crate::raft::{Claim, Role};
 use crate::runtime::{LocalWakeup, Wakeup};
 use crate::sessions::{Control, SessionLimits};
+use crate::snapshots::requests::Requests;
+pub use crate::snapshots::requests::{SnapshotError, SnapshotRequest, SnapshotTaken};
 pub use crate::wire::AckStages;
 use bytes::Bytes;
 use ringraft_block::{LogIndex, NodeId, Term};
@@ -66,6 +68,8 @@ pub struct Status {
     pub applied_chain: [u8; 16],
     /// What is wrong with its disk or its log, and what it waits for.
     pub damage: DamageStatus,
+    /// Its snapshots, and those under way.
+    pub snapshot: SnapshotStatus,
     /// What a leader knows of the other members, by id; empty while this node does not lead.
     pub peers: Vec<PeerStatus>,
     /// The address that it listens on, once it does.
@@ -90,6 +94,39 @@ pub struct DamageStatus {
     pub repaired: u64,
     /// For how many milliseconds the oldest write has been under way, once the disk counts as stalled.
     pub disk_stalled_ms: Option<u64>,
+}
+
+/// The snapshots of a node.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SnapshotStatus {
+    /// The last index that its newest snapshot covers.
+    pub last: Option<LogIndex>,
+    /// What that takes on its disk.
+    pub bytes: u64,
+    /// One is being taken.
+    pub taking: bool,
+    /// One is being read into the state machine, which applies nothing meanwhile.
+    pub restoring: bool,
+    /// What was applied before the log's start cannot be read here, and is fetched from the leader: meanwhile nothing is
+    /// applied, and the node does not lead.
+    pub state_lost: bool,
+    /// Snapshots on their way to other members, or from one.
+    pub installs: Vec<InstallStatus>,
+}
+
+/// A snapshot on its way from one member to another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InstallStatus {
+    /// The other member.
+    pub peer: NodeId,
+    /// Whether it comes from there.
+    pub incoming: bool,
+    /// The last index that it covers.
+    pub last: LogIndex,
+    /// How far it has come, in bytes.
+    pub bytes_done: u64,
+    /// Its size.
+    pub bytes: u64,
 }
 
 /// What a leader knows of another member.
@@ -122,6 +159,7 @@ impl Status {
             applied: LogIndex(0),
             applied_chain: [0; 16],
             damage: DamageStatus::default(),
+            snapshot: SnapshotStatus::default(),
             peers: Vec::new(),
             listening: None,
             stopped: None,
@@ -136,6 +174,7 @@ pub(crate) struct Shared {
     pub(crate) status: StatusCell,
     pub(crate) command_bytes_max: usize,
     pub(crate) session_limits: SessionLimits,
+    pub(crate) snapshots: Requests,
 }
 
 impl Shared {
@@ -146,6 +185,7 @@ impl Shared {
             status: StatusCell::new(Status::unstarted(config.node)),
             command_bytes_max: config.command_bytes_max,
             session_limits: config.session_limits(),
+            snapshots: Requests::default(),
         }
     }
 }
@@ -294,6 +334,14 @@ impl Handle {
     /// whether the condition held. Blocks the calling thread.
     pub fn wait_status(&self, timeout: Duration, condition: impl FnMut(&Status) -> bool) -> (Status, bool) {
         self.shared.status.wait(Instant::now().checked_add(timeout), condition)
+    }
+
+    /// Asks for a snapshot that covers all that this node has applied by now, at the least. The future resolves when it is
+    /// durable; dropping it takes nothing back. The log's start follows by itself.
+    pub fn snapshot(&self) -> SnapshotRequest {
+        let request = self.shared.snapshots.ask();
+        self.shared.wakeup.signal();
+        request
     }
 
     /// Hands leadership to `to`, or to the voter that holds the most of the log. Meanwhile commands are refused with

@@ -84,6 +84,7 @@ pub mod reads;
 mod recent;
 pub mod runtime;
 pub mod sessions;
+pub mod snapshots;
 pub mod state_machine;
 mod wire;
 

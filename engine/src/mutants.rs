@@ -50,6 +50,16 @@ pub enum Mutant {
     RestartedVoterVotesWithinLease,
     /// A read is answered before everything up to its index is applied.
     FollowerReadWithoutApply,
+    /// A snapshot that covers less than what is committed here is installed.
+    SnapshotInstallRegressesApplied,
+    /// Whoever takes or installs a snapshot does not mind the members in it.
+    SnapshotForgetsConfiguration,
+    /// Whoever takes a snapshot leaves the client sessions out.
+    SnapshotForgetsSessions,
+    /// A log that has another entry where a snapshot ends keeps what follows.
+    InstallKeepsConflictingLog,
+    /// The log is purged when a snapshot is begun.
+    PurgeBeforeSnapshotDurable,
 }
 
 impl Mutant {
@@ -72,7 +82,10 @@ impl Mutant {
         Self::FollowerReadWithoutApply,
     ];
 
-    /// All others.
+    /// Those of snapshots in the core.
+    pub const SNAPSHOT: [Self; 2] = [Self::SnapshotInstallRegressesApplied, Self::InstallKeepsConflictingLog];
+
+    /// All others but those that only a driver can have.
     pub const ALL: [Self; 9] = [
         Self::AckBeforeDurable,
         Self::CommitOlderTermByCounting,

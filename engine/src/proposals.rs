@@ -271,6 +271,19 @@ impl<B: BlockBuf> Proposals<B> {
         (block, info)
     }
 
+    /// Everything up to `applied` has been taken over from a snapshot: what became of a command in it is not known here.
+    pub(crate) fn overtaken(&mut self, applied: LogIndex, deliveries: &mut Deliveries) {
+        let overtaken = self.sealed.partition_point(|sealed| sealed.first <= applied);
+        for sealed in self.sealed.drain(..overtaken) {
+            self.uncommitted_bytes -= sealed.cost;
+            for (position, ticket) in sealed.tickets.into_iter().enumerate() {
+                let index = LogIndex(sealed.first.get() + position as u64);
+                let unknown = UnknownOutcome::LeadershipLost { index };
+                deliveries.push(ticket, Err(ProposeError::Unknown(unknown)));
+            }
+        }
+    }
+
     /// Whether anybody here waits for the batch that begins at `first`.
     pub(crate) fn awaits(&self, first: LogIndex) -> bool {
         self.sealed.front().is_some_and(|sealed| sealed.first == first)

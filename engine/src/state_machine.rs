@@ -1,8 +1,12 @@
 //! What the user brings: a state machine that applies committed commands.
 //!
 //! Happy path: the engine calls [`StateMachine::apply`] with each committed batch, in log order, once per life of
-//! the process, on every member. After a restart the engine applies the log again from its start (or, once there
-//! are snapshots, from the latest one), so a state machine in memory needs no durability of its own.
+//! the process, on every member. After a restart the engine applies the log again from its start or, if the machine makes
+//! snapshots, from the latest one on, so a state machine in memory needs no durability of its own.
+//!
+//! From time to time the engine asks for a picture of the state ([`StateMachine::snapshot`]), which it reads piece by piece
+//! while commits go on, and behind which it lets go of the log. A machine that is started, or that has fallen far behind the
+//! others, is given such a picture back ([`StateMachine::restore`]).
 //!
 //! A panic in `apply` aborts the process: to go on after half an apply would be to serve a state that no other
 //! member has.
@@ -31,6 +35,72 @@ pub trait StateMachine: 'static {
         let _ = query;
         Bytes::new()
     }
+
+    /// A picture of the state as it is now, after the last batch that was applied. It is read later, in pieces, while
+    /// [`apply`](Self::apply) goes on, and must not change by that: clone, or share and copy on write. This call itself runs on
+    /// the consensus core and holds up commits, so it should only take the picture and write nothing.
+    ///
+    /// Default: `None`, this machine makes no snapshots. Then the log is kept for ever, and a member whose log is lost
+    /// can only come back if the others hold all of theirs.
+    fn snapshot(&mut self) -> Option<Box<dyn SnapshotReader>> {
+        None
+    }
+
+    /// Replaces the whole state by what a snapshot holds, which comes in pieces, in order. After a [`Restore::Begin`] another one
+    /// may follow when what came so far turned out to be damaged. Between `Begin` and `End` nothing else is called.
+    ///
+    /// # Errors
+    /// When the bytes are not those of a snapshot of this machine, in its own words; the node stops. Default: always, since
+    /// a machine that makes none can read none.
+    fn restore(&mut self, step: Restore<'_>) -> Result<(), String> {
+        let _ = step;
+        Err("this state machine does not restore snapshots".to_owned())
+    }
+}
+
+/// A picture of a state machine's state, to be written out. Two members with the same state need not write the same bytes;
+/// when they do, a transfer that one of them began can be finished by the other.
+pub trait SnapshotReader: 'static {
+    /// At most so many bytes come from here on. Asked once, before the first is read: so much space is reserved on the disk.
+    fn bytes_max(&self) -> u64;
+
+    /// Writes the next bytes into `into`, at least one unless there are no more, and returns how many. Called on the consensus
+    /// core with 64 KiB at a time: commits wait meanwhile.
+    ///
+    /// # Errors
+    /// In the machine's own words; this snapshot is given up, and another one tried later.
+    fn read(&mut self, into: &mut [u8]) -> Result<usize, String>;
+}
+
+/// A picture that was written out at once.
+impl SnapshotReader for Bytes {
+    fn bytes_max(&self) -> u64 {
+        self.len() as u64
+    }
+
+    fn read(&mut self, into: &mut [u8]) -> Result<usize, String> {
+        let taken = self.split_to(self.len().min(into.len()));
+        into[..taken.len()].copy_from_slice(&taken);
+        Ok(taken.len())
+    }
+}
+
+/// A step of [`StateMachine::restore`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Restore<'a> {
+    /// Forget the state: another one follows.
+    Begin {
+        /// The last index that it covers.
+        last: LogIndex,
+        /// The term of that entry.
+        term: Term,
+        /// The log's time there, in milliseconds since 1970.
+        time_ms: u64,
+    },
+    /// The next bytes of it, in pieces of any length.
+    Piece(&'a [u8]),
+    /// That was all.
+    End,
 }
 
 /// A command as it reaches the state machine.

@@ -28,6 +28,9 @@ pub(crate) mod kind {
     pub(crate) const TIMEOUT_NOW: u16 = 23;
     pub(crate) const READ_INDEX: u16 = 24;
     pub(crate) const READ_INDEX_REPLY: u16 = 25;
+    pub(crate) const SNAPSHOT_OFFER: u16 = 40;
+    pub(crate) const SNAPSHOT_REQUEST: u16 = 41;
+    pub(crate) const SNAPSHOT_PIECE: u16 = 42;
 }
 
 /// The largest body: a formation message with a full configuration.
@@ -45,6 +48,9 @@ pub(crate) const FINGERPRINT: u64 = {
         size_of::<ArchivedFetchBody>(),
         size_of::<ArchivedFetchReplyBody>(),
         size_of::<ArchivedTimeoutNowBody>(),
+        size_of::<ArchivedOfferBody>(),
+        size_of::<ArchivedRequestBody>(),
+        size_of::<ArchivedPieceBody>(),
         size_of::<rkyv::primitive::ArchivedUsize>(),
         size_of::<ArchivedReadIndexBody>(),
         size_of::<ArchivedReadIndexReplyBody>(),
@@ -69,6 +75,9 @@ const _: () = {
     assert!(size_of::<ArchivedFetchReplyBody>() == 72);
     assert!(size_of::<ArchivedReadIndexBody>() == 24);
     assert!(size_of::<ArchivedReadIndexReplyBody>() == 32);
+    assert!(size_of::<ArchivedOfferBody>() == 64);
+    assert!(size_of::<ArchivedRequestBody>() == 48);
+    assert!(size_of::<ArchivedPieceBody>() == 48);
     assert!(align_of::<ArchivedAppendBody>() <= 16);
     assert!(
         size_of::<rkyv::primitive::ArchivedUsize>() == 4,
@@ -211,6 +220,44 @@ struct ReadIndexReplyBody {
     reserved: u32_le,
 }
 
+/// A leader's offer of a snapshot.
+#[derive(Archive, Serialize)]
+struct OfferBody {
+    chain: [u8; 16],
+    digest: [u8; 16],
+    last_term: u64_le,
+    last_index: u64_le,
+    bytes: u64_le,
+    reserved: u64_le,
+}
+
+/// What the receiver of a snapshot wants.
+#[derive(Archive, Serialize)]
+struct RequestBody {
+    digest: [u8; 16],
+    last_term: u64_le,
+    last_index: u64_le,
+    offset: u64_le,
+    what: u32_le,
+    reserved: u32_le,
+}
+
+const REQUEST_PIECE: u32 = 1;
+const REQUEST_INSTALLED: u32 = 2;
+const REQUEST_REFUSED: u32 = 3;
+const REQUEST_ANY: u32 = 4;
+
+/// A piece of a snapshot file, whose bytes travel beside it.
+#[derive(Archive, Serialize)]
+struct PieceBody {
+    digest: [u8; 16],
+    last_term: u64_le,
+    last_index: u64_le,
+    offset: u64_le,
+    crc: u32_le,
+    reserved: u32_le,
+}
+
 /// An append as the driver handles it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct AppendMessage {
@@ -299,6 +346,49 @@ pub(crate) enum Fetched {
     Busy,
 }
 
+/// Offers a snapshot. Two with the same digest have the same bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct OfferMessage {
+    /// The last entry that it covers, and the chain there.
+    pub(crate) last: LogId,
+    pub(crate) chain: Chain,
+    pub(crate) digest: [u8; 16],
+    /// Size of the file.
+    pub(crate) bytes: u64,
+}
+
+/// The receiver's side of a transfer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct RequestMessage {
+    pub(crate) last: LogId,
+    pub(crate) digest: [u8; 16],
+    /// Of a piece in the file.
+    pub(crate) offset: u64,
+    pub(crate) what: Requested,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Requested {
+    /// The piece at the offset.
+    Piece,
+    /// Nothing more: it is installed, or not needed.
+    Installed,
+    /// Nothing more: it was not to be had here, or cannot be taken now.
+    Refused,
+    /// An offer of any snapshot that ends behind `last.index`.
+    Any,
+}
+
+/// A piece of a snapshot, with its bytes beside it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct PieceMessage {
+    pub(crate) last: LogId,
+    pub(crate) digest: [u8; 16],
+    pub(crate) offset: u64,
+    /// crc32c of the bytes: frames have no checksum of what is attached.
+    pub(crate) crc: u32,
+}
+
 /// A decoded body.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Body {
@@ -312,6 +402,9 @@ pub(crate) enum Body {
     FetchReply(FetchReplyMessage),
     ReadIndex(ReadIndex),
     ReadIndexReply(ReadIndexReply),
+    Offer(OfferMessage),
+    Request(RequestMessage),
+    Piece(PieceMessage),
 }
 
 /// A body that is not what its frame type promises: the peer runs other code, or there is a bug.
@@ -462,6 +555,45 @@ impl Encoder {
         })
     }
 
+    pub(crate) fn offer(&mut self, message: &OfferMessage) -> &[u8] {
+        self.encode(&OfferBody {
+            chain: message.chain.0,
+            digest: message.digest,
+            last_term: message.last.term.get().into(),
+            last_index: message.last.index.get().into(),
+            bytes: message.bytes.into(),
+            reserved: 0.into(),
+        })
+    }
+
+    pub(crate) fn request(&mut self, message: &RequestMessage) -> &[u8] {
+        let what = match message.what {
+            Requested::Piece => REQUEST_PIECE,
+            Requested::Installed => REQUEST_INSTALLED,
+            Requested::Refused => REQUEST_REFUSED,
+            Requested::Any => REQUEST_ANY,
+        };
+        self.encode(&RequestBody {
+            digest: message.digest,
+            last_term: message.last.term.get().into(),
+            last_index: message.last.index.get().into(),
+            offset: message.offset.into(),
+            what: what.into(),
+            reserved: 0.into(),
+        })
+    }
+
+    pub(crate) fn piece(&mut self, message: &PieceMessage) -> &[u8] {
+        self.encode(&PieceBody {
+            digest: message.digest,
+            last_term: message.last.term.get().into(),
+            last_index: message.last.index.get().into(),
+            offset: message.offset.into(),
+            crc: message.crc.into(),
+            reserved: 0.into(),
+        })
+    }
+
     fn encode<T>(&mut self, body: &T) -> &[u8]
     where
         T: for<'a> Serialize<
@@ -543,6 +675,40 @@ pub(crate) fn decode(kind: u16, body: &[u8]) -> Result<Body, MalformedBody> {
                 term: Term(body.term.to_native()),
                 context: body.context.to_native(),
                 index: ready.then(|| LogIndex(body.index.to_native())),
+            }))
+        }
+        kind::SNAPSHOT_OFFER => {
+            let body = access::<ArchivedOfferBody>(body).ok_or(malformed)?;
+            Ok(Body::Offer(OfferMessage {
+                last: log_id(body.last_term, body.last_index),
+                chain: Chain(body.chain),
+                digest: body.digest,
+                bytes: body.bytes.to_native(),
+            }))
+        }
+        kind::SNAPSHOT_REQUEST => {
+            let body = access::<ArchivedRequestBody>(body).ok_or(malformed)?;
+            let what = match body.what.to_native() {
+                REQUEST_PIECE => Requested::Piece,
+                REQUEST_INSTALLED => Requested::Installed,
+                REQUEST_REFUSED => Requested::Refused,
+                REQUEST_ANY => Requested::Any,
+                _ => return Err(malformed),
+            };
+            Ok(Body::Request(RequestMessage {
+                last: log_id(body.last_term, body.last_index),
+                digest: body.digest,
+                offset: body.offset.to_native(),
+                what,
+            }))
+        }
+        kind::SNAPSHOT_PIECE => {
+            let body = access::<ArchivedPieceBody>(body).ok_or(malformed)?;
+            Ok(Body::Piece(PieceMessage {
+                last: log_id(body.last_term, body.last_index),
+                digest: body.digest,
+                offset: body.offset.to_native(),
+                crc: body.crc.to_native(),
             }))
         }
         _ => Err(malformed),
@@ -831,6 +997,16 @@ mod tests {
             let body = round_trip(kind::READ_INDEX_REPLY, encoder.read_index_reply(&reply));
             assert_eq!(body, Body::ReadIndexReply(reply));
         }
+        let (last, digest) = (LogId { term: Term(4), index: LogIndex(70) }, [9; 16]);
+        let offer = OfferMessage { last, chain: Chain([3; 16]), digest, bytes: 1 << 30 };
+        assert_eq!(round_trip(kind::SNAPSHOT_OFFER, encoder.offer(&offer)), Body::Offer(offer));
+        for what in [Requested::Piece, Requested::Installed, Requested::Refused, Requested::Any] {
+            let request = RequestMessage { last, digest, offset: 1 << 20, what };
+            let body = round_trip(kind::SNAPSHOT_REQUEST, encoder.request(&request));
+            assert_eq!(body, Body::Request(request));
+        }
+        let piece = PieceMessage { last, digest, offset: 1 << 20, crc: 7 };
+        assert_eq!(round_trip(kind::SNAPSHOT_PIECE, encoder.piece(&piece)), Body::Piece(piece));
         let formation =
             FormationMessage { incarnation: Incarnation(77), formed: true, configuration: vec![1, 2, 3] };
         assert_eq!(round_trip(kind::FORMATION, encoder.formation(&formation)), Body::Formation(formation));

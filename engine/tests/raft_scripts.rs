@@ -21,6 +21,10 @@
 //! | `damage 1 [from=3] [clamp=3]` | the batches of node 1 that cannot be read are these now |
 //! | `adopt 1 7@2`, `nowhere 1 6`, `asked 1 20@5` | what node 1's driver found out: a batch of its own, that there is none, how far all logs reach |
 //! | `ask 1` | node 1's driver asks the driver of the node that it follows how far that one's log reaches |
+//! | `snapshot 1 [at=6]` | the driver of node 1 has a durable snapshot of all that is committed, or up to there |
+//! | `purge 1 [through=6]` | and moves the log's start to its end, or to there |
+//! | `install 1->3`, `fail 1->3` | the snapshot of node 1 is durable at node 3, and the transfer has ended; or it came to nothing |
+//! | `stateless 1`, `stateful 1` | what was applied before the log's start cannot be read at node 1, or is there again |
 //! | `stall 1`, `unstall 1` | the disk of node 1 does not answer, or answers again |
 //! | `transfer 1 [to=2]` | leadership is to be handed over |
 //! | `read 1 [as=lease] [id=1]` | a read at node 1: `quorum` (the default), `lease`, `round` |
@@ -116,6 +120,8 @@ struct Disk {
     commit: LogIndex,
     damaged_from: Option<LogIndex>,
     claim: Option<Claim>,
+    start: LogId,
+    snapshot: LogId,
 }
 
 struct Life {
@@ -129,6 +135,7 @@ struct Life {
 enum Write {
     Append(Epoch, BatchRun),
     Truncate(LogIndex, Epoch),
+    Start(LogId, Option<Epoch>),
 }
 
 #[derive(Default)]
@@ -248,6 +255,36 @@ impl Cluster {
                 let (term, last) = (self.raft(leader).term(), self.raft(leader).last());
                 self.feed(id(node), Event::LeaderHolds { leader, term, last });
             }
+            ["snapshot", node, ..] => {
+                let raft = self.raft(id(node));
+                let at = index(&words, "at").unwrap_or(raft.commit().min(raft.durable()));
+                match raft.log().batch_end_at(at).filter(|_| at <= raft.commit() && at <= raft.durable()) {
+                    Some(last) => self.node(id(node)).disk.snapshot = last,
+                    None => self.fail("there is no snapshot to be taken there"),
+                }
+            }
+            ["purge", node, ..] => {
+                let through = index(&words, "through").unwrap_or(self.node(id(node)).disk.snapshot.index);
+                self.feed(id(node), Event::Purged { through });
+                let start = self.raft(id(node)).log_start();
+                if let Some(life) = &mut self.node(id(node)).life {
+                    life.writes.push_back(Write::Start(start, None));
+                }
+            }
+            [what @ ("install" | "fail"), link] => {
+                let (from, to) = link.split_once("->").unwrap_or_else(|| panic!("{link:?} is no link"));
+                let last = self.node(id(from)).disk.snapshot;
+                if *what == "install" {
+                    self.node(id(to)).disk.snapshot = last;
+                    let configuration = self.configuration.clone();
+                    self.feed(id(to), Event::SnapshotReceived { last, configuration });
+                }
+                let installed = (*what == "install").then_some(last);
+                self.feed(id(from), Event::SnapshotEnded { to: id(to), installed });
+            }
+            [what @ ("stateless" | "stateful"), node] => {
+                self.feed(id(node), Event::StateLost { lost: *what == "stateless" });
+            }
             [what @ ("stall" | "unstall"), node] => {
                 self.feed(id(node), Event::DiskStalled { stalled: *what == "stall" });
             }
@@ -337,6 +374,8 @@ impl Cluster {
                 let LogId { term, index } = position(option(words, name)?);
                 Some(Claim { term, last: index, certain: name == "claim" })
             }),
+            start: LogId::default(),
+            snapshot: LogId::default(),
         };
         self.boot(id);
         self.describe(id);
@@ -369,15 +408,23 @@ impl Cluster {
             consensus_only,
             ..defaults
         };
-        let last = node.disk.log.last().map(BatchRun::end).unwrap_or_default();
+        let snapshot = node.disk.snapshot;
+        if snapshot.index > node.disk.start.index
+            && !node.disk.log.iter().any(|batch| batch.end() == snapshot)
+        {
+            // An install was interrupted.
+            node.disk.log.clear();
+            node.disk.start = snapshot;
+        }
+        let last = node.disk.log.last().map_or(node.disk.start, BatchRun::end);
         let term = node.disk.term.max(last.term);
         let boot = Boot {
             term,
             vote: node.disk.vote.filter(|_| term == node.disk.term),
-            start: LogId::default(),
+            start: node.disk.start,
             batches: node.disk.log.clone(),
             epoch: node.disk.epoch,
-            commit: node.disk.commit,
+            commit: node.disk.commit.max(snapshot.index),
             damaged_from: node.disk.damaged_from,
             claim: node.disk.claim,
             now,
@@ -411,10 +458,15 @@ impl Cluster {
                 }
                 Action::SealEmpty => seal = true,
                 Action::ReleaseClaim => claim_released = true,
+                Action::InstallSnapshot { last, epoch: Some(epoch) } => {
+                    life.writes.push_back(Write::Start(last, Some(epoch)));
+                }
                 Action::Commit { .. }
                 | Action::Become { .. }
-                | Action::TransferEnded { .. }
                 | Action::Stop { .. }
+                | Action::SendSnapshot { .. }
+                | Action::InstallSnapshot { .. }
+                | Action::TransferEnded { .. }
                 | Action::ReadReady { .. }
                 | Action::ReadRefused { .. } => {}
             }
@@ -491,6 +543,14 @@ impl Cluster {
             Some(Write::Truncate(after, epoch)) => {
                 node.disk.log.retain(|batch| batch.last <= after);
                 node.disk.epoch = epoch;
+            }
+            Some(Write::Start(start, None)) => {
+                node.disk.log.retain(|batch| batch.last > start.index);
+                node.disk.start = start;
+            }
+            Some(Write::Start(start, Some(epoch))) => {
+                node.disk.log.clear();
+                (node.disk.start, node.disk.epoch) = (start, epoch);
             }
             None => return false,
         }
@@ -575,6 +635,9 @@ impl Cluster {
             status.epoch.0,
             if batches.is_empty() { "empty".to_owned() } else { batches.join(" ") },
         );
+        if status.log_start.index > LogIndex(0) {
+            let _ = writeln!(self.trace, "    log behind {}", show_position(status.log_start));
+        }
         let restraint = life.raft.restraint();
         let claim = restraint.claim.map(|claim| {
             let position = LogId { term: claim.term, index: claim.last };
@@ -582,7 +645,8 @@ impl Cluster {
         });
         let damage = restraint.damaged_from.map(|from| format!("damaged from {from}"));
         let stalled = restraint.stalled.then(|| "stalled".to_owned());
-        let restraints: Vec<String> = [damage, claim, stalled].into_iter().flatten().collect();
+        let lost = restraint.state_lost.then(|| "state lost".to_owned());
+        let restraints: Vec<String> = [damage, claim, stalled, lost].into_iter().flatten().collect();
         if !restraints.is_empty() {
             let bar =
                 restraint.vote_bar.map_or("nobody".to_owned(), |bar| format!("from {}", show_position(bar)));
@@ -699,6 +763,13 @@ fn show_event(event: &Event) -> String {
             format!("the disk {}", if *stalled { "stalls" } else { "answers again" })
         }
         Event::Read { id, kind } => format!("read #{id} {}", show_read(*kind)),
+        Event::Purged { through } => format!("purged through {through}"),
+        Event::SnapshotReceived { last, .. } => format!("snapshot up to {} received", show_position(*last)),
+        Event::SnapshotEnded { to, installed: Some(last) } => {
+            format!("snapshot up to {} installed at {to}", show_position(*last))
+        }
+        Event::SnapshotEnded { to, installed: None } => format!("no snapshot installed at {to}"),
+        Event::StateLost { lost } => format!("the state is {}", if *lost { "lost" } else { "there again" }),
     }
 }
 
@@ -742,5 +813,12 @@ fn show_read(kind: ReadKind) -> &'static str {
         ReadKind::Lease => "by lease or quorum",
         ReadKind::Quorum => "by quorum",
         ReadKind::Round => "round",
+        Action::SendSnapshot { to } => format!("send a snapshot to {to}"),
+        Action::InstallSnapshot { last, epoch: Some(epoch) } => {
+            format!("install the snapshot up to {}, log anew in epoch {}", show_position(*last), epoch.0)
+        }
+        Action::InstallSnapshot { last, epoch: None } => {
+            format!("install the snapshot up to {}, log kept", show_position(*last))
+        }
     }
 }

@@ -108,6 +108,12 @@ impl Window {
         }
         self.durable_through = self.durable_through.min(index);
     }
+
+    /// The log begins anew behind `index`: no write in flight counts.
+    pub(crate) fn start_behind(&mut self, index: LogIndex) {
+        self.cut_after(LogIndex(0));
+        self.durable_through = index;
+    }
 }
 
 #[cfg(test)]

@@ -5,9 +5,10 @@ use crate::config::{self, ConfigError};
 use crate::error::StopError;
 use crate::formation::{self, Formation, FormationError, Step};
 use crate::raft::{BatchRun, Boot, Configuration, Epoch, Event, LogId, Nanos, Raft, Role};
+use crate::snapshots::files;
 use crate::state_machine::StateMachine;
 use crate::wire::{self, FormationMessage};
-use ringraft_block::NodeId;
+use ringraft_block::{LogIndex, NodeId};
 use ringraft_net::Network;
 use ringraft_net::link::Link;
 use ringraft_wal::disk::Disk;
@@ -20,16 +21,23 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let mut events = std::mem::take(&mut self.wal_events);
         self.disk.poll(&mut done);
         let mut progressed = !done.is_empty();
+        let mut outcome = Ok(());
         for completion in done.drain(..) {
-            self.wal.handle(&mut self.disk, completion, &mut events);
+            if files::owns(completion.id) {
+                outcome = outcome.and_then(|()| self.on_snapshot_disk(completion));
+            } else {
+                self.wal.handle(&mut self.disk, completion, &mut events);
+            }
         }
         self.wal.advance(&mut self.disk, &mut events);
         progressed |= !events.is_empty();
-        let mut outcome = Ok(());
         while let Some(event) = events.pop_front() {
             outcome = outcome.and_then(|()| self.on_log(event));
         }
         (self.disk_done, self.wal_events) = (done, events);
+        if self.closed && self.snapshots.ops.in_flight == 0 {
+            outcome = outcome.and(Err(StopError::Requested));
+        }
         outcome.map(|()| progressed)
     }
 
@@ -83,7 +91,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             }
             WalEvent::DamageFound(batch) => self.damage_found(&batch),
             WalEvent::Repaired { first, last } => self.repaired(first, last),
-            WalEvent::Closed => Err(StopError::Requested),
+            WalEvent::Closed => {
+                self.closed = true;
+                Ok(())
+            }
         }
     }
 
@@ -202,8 +213,12 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         Ok(())
     }
 
-    /// The configuration is durable: from now on this node takes part.
-    fn start(&mut self, configuration: Configuration) -> Result<(), StopError> {
+    /// The configuration is durable, and what was applied up to `commit` is restored: from now on this node takes part.
+    pub(super) fn start_core(
+        &mut self,
+        configuration: Configuration,
+        commit: LogIndex,
+    ) -> Result<(), StopError> {
         for member in configuration.members() {
             if let Some(network) = self.network.as_mut().filter(|_| member.id != self.config.node) {
                 network.pin(member.id, member.incarnation);
@@ -219,13 +234,12 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             start,
             batches: runs,
             epoch: Epoch(self.wal.epoch()),
-            commit: start.index,
+            commit,
             damaged_from: self.wal.first_damaged(),
             claim: self.claim(),
             now: Nanos(self.now.monotonic_ns),
         };
         config::check_lease(&self.config, configuration.settings())?;
-        self.applier.start_after(log_start.index, log_start.chain);
         let raft = Raft::new(config::raft_config(&self.config, self.timing_seed), configuration, boot)
             .map_err(|error| ConfigError::Raft(error.to_string()))?;
         self.life = Life::Running(Box::new(raft));

@@ -50,6 +50,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 state.session = Some(incarnation);
                 state.outbox.clear();
                 self.repair.session_changed(peer);
+                self.snapshots.installs.session_changed(peer);
                 tracing::info!(node = %self.config.node, %peer, "session begins");
                 self.announce(peer);
                 self.step(Event::PeerConnected { peer })
@@ -59,6 +60,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 (state.session, state.stages, state.no_space) = (None, None, false);
                 state.outbox.clear();
                 self.repair.session_changed(peer);
+                self.snapshots.installs.session_changed(peer);
                 tracing::info!(node = %self.config.node, %peer, %cause, "session ended");
                 if let Life::Forming(formation) = &mut self.life {
                     formation.lost(peer);
@@ -109,6 +111,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             Body::ReadIndexReply(reply) => {
                 self.step(Event::Received { from: peer, message: Message::ReadIndexReply(reply) })
             }
+            Body::Offer(offer) => self.on_snapshot_offer(peer, offer),
+            Body::Request(request) => self.on_snapshot_request(peer, request),
+            Body::Piece(piece) => self.on_snapshot_piece(peer, piece, attachment.map(|a| (a.block, a.bytes))),
         }
     }
 
@@ -242,6 +247,12 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             loop {
                 let (message, batch) = match peer.outbox.head(&self.recent, durable) {
                     Head::Empty | Head::Waiting => break,
+                    // Purged since: the peer's next answer tells what it needs.
+                    Head::Fetch(first) if first <= self.wal.log_start().index => {
+                        peer.outbox.fetched(Vec::new());
+                        peer.outbox.pop();
+                        continue;
+                    }
                     // What cannot be read is waited for.
                     Head::Fetch(first) if self.wal.is_damaged(first) => {
                         peer.outbox.fetched(Vec::new());
@@ -283,6 +294,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             }
         }
         self.repair.send(network, &mut self.encoder);
+        self.snapshots.installs.send(network, &mut self.encoder);
         network.flush(&mut self.link);
     }
 }

@@ -136,7 +136,11 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// Chain and time at the end of what the core has accepted.
     fn tail(&self) -> (Chain, u64) {
         let last = self.pending.back().map(|(_, info)| *info).or_else(|| self.wal.last_info());
-        last.map_or_else(|| (self.wal.log_end().chain, 0), |info| (info.chain, info.time_ms))
+        // Of a log that holds nothing, what was applied last is the end.
+        last.map_or_else(
+            || (self.wal.log_end().chain, self.applier.time_ms()),
+            |info| (info.chain, info.time_ms),
+        )
     }
 
     /// The chain at `index`, a batch end of what the core has accepted.

@@ -260,6 +260,18 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.damage_changed()
     }
 
+    /// The log starts behind `start`: what cannot be read before is not missed any more.
+    pub(super) fn forget_damage_before(&mut self, start: LogIndex) -> Result<(), StopError> {
+        let gone = |first: &LogIndex| *first <= start;
+        let any = self.repair.clamped.first().is_some_and(gone)
+            || self.repair.searches.keys().any(|first| gone(first));
+        self.repair.clamped.retain(|first| !gone(first));
+        self.repair.offered.retain(|first| !gone(first));
+        self.repair.searches.retain(|first, _| !gone(first));
+        let told = self.raft().and_then(|raft| raft.restraint().damaged_from);
+        if any || told != self.wal.first_damaged() { self.damage_changed() } else { Ok(()) }
+    }
+
     fn damage_changed(&mut self) -> Result<(), StopError> {
         self.repair.due_at_ns = self.now.monotonic_ns;
         let (from, clamp) = (self.wal.first_damaged(), self.repair.clamped.first().copied());

@@ -1,6 +1,6 @@
 //! What the core wants done, in this order.
 
-use super::{BatchRun, Epoch, Message, ReadRefusal, Role, TransferEnd, Violation};
+use super::{BatchRun, Epoch, LogId, Message, ReadRefusal, Role, TransferEnd, Violation};
 use ringraft_block::{LogIndex, NodeId, Term};
 
 /// An output of [`Raft::handle`](super::Raft::handle). Actions are carried out in the order given.
@@ -70,6 +70,20 @@ pub enum Action {
     TransferEnded {
         /// Why.
         end: TransferEnd,
+    },
+    /// The log no longer holds what this peer needs: send it a snapshot, and report
+    /// [`Event::SnapshotEnded`](super::Event::SnapshotEnded). One at a time for each peer; void when the session with it ends.
+    SendSnapshot {
+        /// To whom.
+        to: NodeId,
+    },
+    /// The snapshot that was handed in is the state from now on.
+    InstallSnapshot {
+        /// The last entry that it covers.
+        last: LogId,
+        /// The log goes as a whole and starts behind the snapshot, durably, before any later [`Action::Persist`] is written,
+        /// and this is its epoch. None if it stays as it is, since it holds that entry: the start follows with the next purge.
+        epoch: Option<Epoch>,
     },
     /// An invariant between honest nodes is broken: carry out nothing more, close the node with this error. The
     /// event that showed it has no other action.

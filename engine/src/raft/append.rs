@@ -45,7 +45,7 @@ impl Raft {
     }
 
     /// Sends the peer at `at` what its window has room for; to a peer in Probe, one append.
-    fn replicate_to(&mut self, at: usize, actions: &mut Vec<Action>) {
+    pub(super) fn replicate_to(&mut self, at: usize, actions: &mut Vec<Action>) {
         let RoleState::Leader(leader) = &mut self.role else { return };
         // Until its own empty batch is appended, a leader has nothing to send but what the batch will carry along.
         let (Some(_), Some(progress)) = (leader.first_own, leader.peers.get_mut(at)) else { return };
@@ -83,6 +83,8 @@ impl Raft {
             }
             let start = self.log.start().index;
             let position = if heartbeat { progress.heartbeat_position(start) } else { progress.matched() };
+            // What was in flight when the log was purged is on its way all the same.
+            let position = if progress.next() > start { position.max(start) } else { position };
             let previous = self.log.batch_end_at(position).unwrap_or_else(|| {
                 progress.needs_snapshot();
                 self.log.start()

@@ -52,6 +52,13 @@ impl Durable {
         self.epoch
     }
 
+    /// The log begins anew behind `start`, which is durable; returns the epoch that begins.
+    pub(super) fn start_behind(&mut self, start: LogIndex) -> Epoch {
+        let epoch = self.truncate(LogIndex(0));
+        self.last = start;
+        epoch
+    }
+
     /// What a completion of `epoch` that reports `last` means now.
     pub(super) fn means(&self, epoch: Epoch, last: LogIndex) -> Result<LogIndex, FutureEpoch> {
         if epoch == self.epoch || mutants::active(Mutant::LateCompletionCounted) {

@@ -1,6 +1,6 @@
 //! What happens to the core: everything it knows of the world arrives as one of these.
 
-use super::{BatchRun, Epoch, LogId, ReadIndex, ReadIndexReply, ReadKind, Round};
+use super::{BatchRun, Configuration, Epoch, LogId, ReadIndex, ReadIndexReply, ReadKind, Round};
 use ringraft_block::{LogIndex, NodeId, Term};
 
 /// An input of [`Raft::handle`](super::Raft::handle).
@@ -99,6 +99,31 @@ pub enum Event {
         id: u64,
         /// What it has to be sure of.
         kind: ReadKind,
+    },
+    /// The log's start is moving to the end of a batch that is durable, committed, and covered by a durable snapshot.
+    Purged {
+        /// The batch end.
+        through: LogIndex,
+    },
+    /// A snapshot of another member is durable here, all of it verified.
+    SnapshotReceived {
+        /// The last entry that it covers.
+        last: LogId,
+        /// The members as of that entry.
+        configuration: Configuration,
+    },
+    /// The transfer of [`Action::SendSnapshot`](super::Action::SendSnapshot) has ended.
+    SnapshotEnded {
+        /// To whom.
+        to: NodeId,
+        /// The last entry of what is installed there; none if it failed.
+        installed: Option<LogId>,
+    },
+    /// The state before the log's start cannot be read, so that nothing can be applied; or it is there again. Meanwhile the node
+    /// does not campaign.
+    StateLost {
+        /// Which of the two.
+        lost: bool,
     },
 }
 

@@ -117,6 +117,12 @@ pub fn check(raft: &Raft) -> Result<(), Broken> {
         "what precedes the log is committed",
         "{start:?}, commit {commit:?}"
     );
+    let first = log.batch_at(start.index.next());
+    ensure!(
+        first.is_none_or(|first| first.term >= start.term),
+        "terms do not fall behind a snapshot",
+        "{start:?}, {first:?}"
+    );
     ensure!(commit.index <= last.index, "what is committed is in the log", "{commit:?} above {last:?}");
     ensure!(start.index <= durable, "what precedes the log is durable", "{durable} below {start:?}");
     ensure!(durable <= last.index, "what is durable is in the log", "{durable} above {last:?}");
@@ -147,7 +153,7 @@ pub fn check(raft: &Raft) -> Result<(), Broken> {
             ensure!(leader == Some(id), "a leader follows itself", "leader {leader:?}");
             if let Some(first_own) = leader_state.first_own {
                 ensure!(last.term == term, "a leader's log ends in its own term", "{last:?} in term {term}");
-                let own = log.term_at(first_own) == Some(term);
+                let own = first_own <= start.index || log.term_at(first_own) == Some(term);
                 ensure!(own, "a leader's first batch is of its own term", "{first_own}");
             }
             for progress in &leader_state.peers {
@@ -197,7 +203,8 @@ pub fn check_step(before: &State, after: &State) -> Result<(), Broken> {
     let votes = after.vote.is_some() && (to > from || before.vote != after.vote);
     let may_vote = before.restraint.vote_bar.is_some();
     ensure!(!votes || may_vote, "no vote while what was lost is unknown", "{:?}", before.restraint);
-    let damage = before.restraint.damaged_from.is_some() || before.restraint.claim.is_some();
+    let Restraint { damaged_from, claim, state_lost, .. } = before.restraint;
+    let damage = damaged_from.is_some() || claim.is_some() || state_lost;
     let campaigns = after.role == Role::Candidate && before.role != Role::Candidate;
     ensure!(!(campaigns && damage), "no campaign while the log is damaged", "{:?}", before.restraint);
     let (old, new) = (before.restraint.claim, after.restraint.claim);
@@ -218,6 +225,9 @@ pub fn check_step(before: &State, after: &State) -> Result<(), Broken> {
     ensure!(grew, "only a truncation shortens the log", "{new:?} after {old:?}");
     let (old, new) = (before.start, after.start);
     ensure!(new.index >= old.index, "the log's start does not go back", "{new:?} after {old:?}");
+    let moved = new != old && new.index > before.commit.index;
+    let installed = moved && after.commit == new;
+    ensure!(!moved || installed, "the log's start passes the commit index only with it", "{after:?}");
     ensure!(after.saves.0 <= before.saves.0 + 1, "at most one save per event", "{:?}", after.saves);
 
     let entered = after.role != before.role || to > from;

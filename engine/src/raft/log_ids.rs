@@ -91,6 +91,28 @@ impl LogIds {
         self.runs.truncate(kept);
     }
 
+    /// Drops everything up to `start`, a batch end of the log or its present start, which becomes where it starts.
+    ///
+    /// # Panics
+    /// If no batch ends there.
+    pub fn start_behind(&mut self, start: LogId) {
+        assert!(self.floor(start.index) == Some(start.index), "{start:?} is not a batch end");
+        let dropped = self.batches.partition_point(|slot| slot.last <= start.index);
+        self.batches.drain(..dropped);
+        // The run that goes on behind the start begins there.
+        let after = self.runs.partition_point(|run| run.first <= start.index);
+        if !self.batches.is_empty()
+            && let Some(run) = after.checked_sub(1).and_then(|at| self.runs.get(at)).copied()
+            && self.runs.get(after).is_none_or(|next| next.first > start.index.next())
+        {
+            self.runs.drain(..after - 1);
+            self.runs[0] = Run { first: start.index.next(), ..run };
+        } else {
+            self.runs.drain(..after);
+        }
+        self.start = start;
+    }
+
     /// The term of the entry at `index`; none outside of the log. Known at the start, too.
     #[must_use]
     pub fn term_at(&self, index: LogIndex) -> Option<Term> {
@@ -236,6 +258,35 @@ mod tests {
         log.truncate_after(LogIndex(0));
         assert_eq!(log.last(), id(0, 0));
         assert_eq!(log, LogIds::new(id(0, 0)));
+    }
+
+    #[test]
+    fn a_log_that_starts_later_answers_as_before_from_there_on() {
+        let batches = [(1, 1), (2, 2), (2, 2), (1, 3), (3, 3), (1, 6)];
+        let whole = log(id(0, 0), &batches);
+        for start in whole.iter().map(|batch| batch.end()) {
+            let mut later = whole.clone();
+            later.start_behind(start);
+            assert_eq!((later.start(), later.last()), (start, whole.last()));
+            for index in (start.index.get()..=11).map(LogIndex) {
+                assert_eq!(later.term_at(index), whole.term_at(index), "{index} behind {start:?}");
+                assert_eq!(later.batch_end_at(index), whole.batch_end_at(index));
+                if index > start.index {
+                    assert_eq!(later.batch_at(index), whole.batch_at(index));
+                }
+                for term in (start.term.get()..8).map(Term) {
+                    let expected = whole.floor_within_term(index, term);
+                    assert_eq!(later.floor_within_term(index, term), expected, "{index}@{term}");
+                }
+            }
+            assert_eq!(
+                later.term_at(start.index.previous()),
+                if start.index.get() == 0 { Some(Term(0)) } else { None }
+            );
+            let mut anew = LogIds::new(start);
+            whole.iter().filter(|batch| batch.first > start.index).for_each(|batch| anew.push(batch));
+            assert_eq!(later, anew);
+        }
     }
 
     #[test]

@@ -7,7 +7,8 @@
 //! completions and what was asked since: saves are numbered, and completions of the log carry its epoch.
 //!
 //! One verb, one file: `election` decides who leads, `append` replicates and commits, `repair` says what a node may
-//! do that has lost a part of its log, `transfer` hands leadership over, `read` answers without a write. Each piece of state has
+//! do that has lost a part of its log, `transfer` hands leadership over, `read` answers without a write, `snapshot` takes
+//! over where a log no longer reaches. Each piece of state has
 //! an owner that keeps its rule: `hard_state` that nothing leaves before term and vote are durable, `durable`
 //! that late completions do not count, `progress` what may be sent to a peer, `rounds` who was following when.
 //!
@@ -35,6 +36,7 @@ mod role;
 mod rounds;
 #[cfg(test)]
 mod simulation;
+mod snapshot;
 mod transfer;
 mod violation;
 
@@ -319,9 +321,16 @@ impl Raft {
             Event::DiskStalled { stalled } => self.stalled(stalled, actions),
             Event::Transfer { to } => self.transfer(to, actions),
             Event::Read { id, kind } => self.read(id, kind, actions),
+            Event::Purged { through } => self.purged(through)?,
+            Event::SnapshotReceived { last, configuration } => {
+                self.snapshot_received(last, configuration, actions)?;
+            }
+            Event::SnapshotEnded { to, installed } => self.snapshot_ended(to, installed, actions),
+            Event::StateLost { lost } => self.state_lost(lost, actions),
         }
         self.release_if_due(actions);
         self.serve_reads(actions);
+        self.send_snapshots(actions);
         Ok(())
     }
 
@@ -497,6 +506,7 @@ impl Raft {
             claim: self.repair.claim(),
             vote_bar: self.repair.vote_bar(self.log.last()),
             stalled: self.repair.is_stalled(),
+            state_lost: self.repair.is_state_lost(),
         }
     }
 

@@ -72,6 +72,9 @@ pub(super) struct Progress {
     asked_at: Nanos,
     /// When the commit index has to be sent alone.
     notice_due: Option<Nanos>,
+    /// Only in Snapshot: whether one has been asked for, and otherwise from when on it may be.
+    snapshot_asked: bool,
+    snapshot_at: Nanos,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -97,6 +100,8 @@ impl Progress {
             contact: now,
             asked_at: now,
             notice_due: None,
+            snapshot_asked: false,
+            snapshot_at: Nanos(0),
         }
     }
 
@@ -270,7 +275,7 @@ impl Progress {
         match agree {
             Some(agree) if mutants::active(Mutant::StaleRejectionTaken) => self.probe_after(agree),
             Some(agree) => self.probe_after(agree.max(self.matched)),
-            None => self.state = ReplicationState::Snapshot,
+            None => self.needs_snapshot(),
         }
         true
     }
@@ -288,14 +293,40 @@ impl Progress {
             self.probe_after(position);
             self.waiting = !connected;
         }
+        // A transfer ends with the session, and the next begins with the next one.
+        self.snapshot_asked = !connected;
+        self.snapshot_at = Nanos(0);
         self.matched = LogIndex(0);
     }
 
     /// The leader's log no longer begins at `next`.
     pub(super) fn needs_snapshot(&mut self) {
+        if self.state != ReplicationState::Snapshot {
+            (self.snapshot_asked, self.snapshot_at) = (false, Nanos(0));
+        }
         self.clear_inflight();
         self.waiting = false;
+        self.notice_due = None;
         self.state = ReplicationState::Snapshot;
+    }
+
+    /// Whether a snapshot is to be sent now. True once for each.
+    pub(super) fn asks_for_snapshot(&mut self, now: Nanos) -> bool {
+        let asks =
+            self.state == ReplicationState::Snapshot && !self.snapshot_asked && now >= self.snapshot_at;
+        self.snapshot_asked |= asks;
+        asks
+    }
+
+    /// A transfer has ended, with the peer's log at `reached`, if the leader's log holds that.
+    pub(super) fn snapshot_ended(&mut self, reached: Option<LogIndex>, retry_at: Nanos) {
+        if self.state != ReplicationState::Snapshot {
+            return;
+        }
+        (self.snapshot_asked, self.snapshot_at) = (false, retry_at);
+        if let Some(reached) = reached {
+            self.probe_after(reached.max(self.matched));
+        }
     }
 
     fn probe_after(&mut self, position: LogIndex) {

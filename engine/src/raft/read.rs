@@ -422,7 +422,11 @@ impl Raft {
             _ if !reads.waiting.is_empty() => return Err("only a leader's reads wait for rounds".to_owned()),
             RoleState::Follower if self.leader.is_some() => {
                 let behind_nothing = reads.outstanding.is_none() && !reads.queued.is_empty();
-                return if behind_nothing { Err("reads are queued behind nothing".to_owned()) } else { Ok(()) };
+                return if behind_nothing {
+                    Err("reads are queued behind nothing".to_owned())
+                } else {
+                    Ok(())
+                };
             }
             _ if reads.outstanding.is_some() || !reads.queued.is_empty() => {
                 return Err("without a leader nothing is asked".to_owned());

@@ -65,6 +65,8 @@ pub(super) struct Repair {
     leader_held: Option<(Term, LogId)>,
     /// The disk does not answer.
     stalled: bool,
+    /// What was applied before the log's start cannot be read.
+    state_lost: bool,
 }
 
 impl Repair {
@@ -91,7 +93,21 @@ impl Repair {
 
     /// Whether nothing keeps this node from leading.
     pub(super) fn is_whole(&self) -> bool {
-        self.damaged_from.is_none() && self.claim.is_none() && !self.stalled
+        self.damaged_from.is_none() && self.claim.is_none() && !self.stalled && !self.state_lost
+    }
+
+    pub(super) fn is_state_lost(&self) -> bool {
+        self.state_lost
+    }
+
+    pub(super) fn lose_state(&mut self, lost: bool) {
+        self.state_lost = lost;
+    }
+
+    /// What cannot be read up to `start` is not missed any more.
+    pub(super) fn start_behind(&mut self, start: LogIndex) {
+        self.damaged_from = self.damaged_from.filter(|from| *from > start);
+        self.clamp = self.clamp.filter(|from| *from > start);
     }
 
     /// Where the log of a candidate must end at least, when this node's own ends at `last`; none while it may not
@@ -144,7 +160,7 @@ impl Raft {
         self.restraint_changed(was_whole, actions);
     }
 
-    fn restraint_changed(&mut self, was_whole: bool, actions: &mut Vec<Action>) {
+    pub(super) fn restraint_changed(&mut self, was_whole: bool, actions: &mut Vec<Action>) {
         match (was_whole, self.repair.is_whole()) {
             (false, true) if !matches!(self.role, RoleState::Leader(_)) => self.restart_election_timer(),
             (true, false)
@@ -271,6 +287,8 @@ pub struct Restraint {
     pub vote_bar: Option<LogId>,
     /// The disk does not answer.
     pub stalled: bool,
+    /// What was applied before the log's start cannot be read.
+    pub state_lost: bool,
 }
 
 /// What a voter says about the batch behind a position, from all that it has: its log, and what it kept aside.

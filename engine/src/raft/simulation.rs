@@ -7,6 +7,7 @@
 
 mod damage;
 mod reads;
+mod snapshots;
 
 use super::invariants::{self, State};
 use super::random::Random;
@@ -14,6 +15,7 @@ use super::*;
 use crate::mutants::{self, Mutant};
 use damage::{Kept, Search, Talk};
 use ringraft_block::Incarnation;
+use snapshots::Transfer;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// What survives a crash.
@@ -29,15 +31,19 @@ struct Disk {
     /// Where the log was cut when the claim arose, and what was readable behind.
     cut_at: LogIndex,
     kept: Vec<Kept>,
+    /// What precedes the log.
+    start: LogId,
+    /// The end of the newest snapshot.
+    snapshot: LogId,
 }
 
 impl Disk {
     fn last(&self) -> LogId {
-        self.log.last().map(BatchRun::end).unwrap_or_default()
+        self.log.last().map_or(self.start, BatchRun::end)
     }
 
     fn holds(&self, position: LogId) -> bool {
-        position == LogId::default() || self.log.iter().rev().any(|batch| batch.end() == position)
+        position.index <= self.snapshot.index || self.log.iter().rev().any(|batch| batch.end() == position)
     }
 
     /// The term that would be recovered.
@@ -48,8 +54,19 @@ impl Disk {
 
 #[derive(Clone, Debug)]
 enum Write {
-    Append { epoch: Epoch, batch: BatchRun },
-    Truncate { after: LogIndex, epoch: Epoch },
+    Append {
+        epoch: Epoch,
+        batch: BatchRun,
+    },
+    Truncate {
+        after: LogIndex,
+        epoch: Epoch,
+    },
+    /// Of a log that goes as a whole, with its epoch.
+    Start {
+        start: LogId,
+        epoch: Option<Epoch>,
+    },
 }
 
 /// What does not survive one.
@@ -143,6 +160,9 @@ struct Simulation {
     /// Whose disk is much slower than the others'.
     slow: Option<usize>,
     reads: Option<Box<reads::ReadModel>>,
+    /// How often something happens with snapshots, in per mille of steps.
+    snapshots: u64,
+    transfers: Vec<Transfer>,
 }
 
 type Outcome = Result<(), String>;
@@ -202,6 +222,8 @@ impl Simulation {
             unnoticed: BTreeSet::new(),
             slow: None,
             reads: None,
+            snapshots: if seed.is_multiple_of(8) { 20 } else { 0 },
+            transfers: Vec::new(),
         };
         for at in 0..simulation.nodes.len() {
             simulation.boot(at);
@@ -218,6 +240,7 @@ impl Simulation {
         let node = &mut self.nodes[at];
         node.boots += 1;
         node.disk.epoch = Epoch(node.disk.epoch.0 + 1);
+        node.disk.reconcile();
         let term = node.disk.recovered_term();
         let config = RaftConfig {
             election_timeout: ELECTION_TIMEOUT,
@@ -230,10 +253,10 @@ impl Simulation {
         let boot = Boot {
             term,
             vote: node.disk.vote.filter(|_| term == node.disk.term),
-            start: LogId::default(),
+            start: node.disk.start,
             batches: node.disk.log.clone(),
             epoch: node.disk.epoch,
-            commit: LogIndex(0),
+            commit: node.disk.snapshot.index.max(node.disk.start.index),
             damaged_from: node.disk.damaged.first().copied(),
             claim: node.disk.claim,
             now,
@@ -365,6 +388,11 @@ impl Simulation {
             Action::Stop { violation } => return Err(format!("node {id}: {violation}")),
             Action::ReadReady { id, index } => self.read_ready(at, id, index)?,
             Action::ReadRefused { id, .. } => self.read_refused(at, id),
+            Action::SendSnapshot { to } => self.send_snapshot(at, to),
+            Action::InstallSnapshot { last, epoch } => {
+                life.clamped.retain(|_| epoch.is_none());
+                self.installed(at, last, epoch)?;
+            }
         }
         Ok(())
     }
@@ -393,6 +421,7 @@ impl Simulation {
         }
         let before = self.ledger.committed.iter().rev().find(|(_, by)| *by < term);
         if let Some((batch, by)) = before
+            && batch.last >= life.raft.log_start().index
             && life.raft.log().batch_end_at(batch.last) != Some(batch.end())
         {
             return Err(format!(
@@ -453,7 +482,8 @@ impl Simulation {
         for view in life.raft.status().peers {
             let peer = self.nodes.iter().find(|node| node.id == view.id);
             let Some((peer, Some(other))) = peer.map(|peer| (peer, &peer.life)) else { continue };
-            let term = life.raft.term_at(view.matched).unwrap_or_default();
+            // Below the log's start its term is not known any more.
+            let Some(term) = life.raft.term_at(view.matched) else { continue };
             let position = LogId { index: view.matched, term };
             let kept = peer.disk.kept.iter().any(|(_, batch)| batch.end() == position);
             let lost = kept || self.lost.contains(&(view.id, position));
@@ -513,6 +543,9 @@ impl Simulation {
         self.now = self.now.plus(Nanos(self.random.below(1_000_000)));
         let at = self.random.below(self.nodes.len() as u64) as usize;
         let dice = self.random.below(1_000);
+        if self.snapshots > 0 && self.random.below(1_000) < self.snapshots {
+            return self.some_snapshot(at);
+        }
         if self.damage > 0 {
             self.doom()?;
             self.notice()?;
@@ -651,6 +684,11 @@ impl Simulation {
                 }
                 node.disk.epoch = epoch;
             }
+            Some(Write::Start { start, epoch: None }) => node.disk.start_behind(start),
+            Some(Write::Start { start, epoch: Some(epoch) }) => {
+                node.disk.log.clear();
+                (node.disk.start, node.disk.epoch) = (start, epoch);
+            }
             None => {}
         }
     }
@@ -701,6 +739,7 @@ impl Simulation {
         if self.damage > 0 || self.random.below(4) > 0 {
             self.network.retain(|(from, to, _)| (*from, *to) != (id, other) && (*from, *to) != (other, id));
         }
+        self.transfers.retain(|transfer| !transfer.is_between(id, other));
         self.feed(at, Event::PeerDisconnected { peer: other })?;
         self.feed(peer, Event::PeerDisconnected { peer: id })?;
         self.feed(at, Event::PeerConnected { peer: other })?;
@@ -722,6 +761,7 @@ impl Simulation {
     fn heal(&mut self) -> Outcome {
         self.blocked.clear();
         self.heal_reads();
+        self.weather.crash = 0;
         for at in 0..self.nodes.len() {
             if self.nodes[at].life.is_none() {
                 self.boot(at);
@@ -813,11 +853,23 @@ impl Simulation {
         for (from, to, message) in std::mem::take(&mut self.network) {
             self.deliver(from, to, message)?;
         }
+        for transfer in std::mem::take(&mut self.transfers) {
+            quiet = false;
+            self.transferred(transfer, false)?;
+        }
         Ok(quiet)
     }
 
     fn converged(&self, leader: usize) -> Outcome {
-        let log = |at: usize| self.nodes[at].life.as_ref().map(|life| life.raft.log().clone());
+        let lives = self.nodes.iter().filter_map(|node| node.life.as_ref());
+        let start =
+            lives.map(|life| life.raft.log_start()).max_by_key(|start| start.index).unwrap_or_default();
+        let log = |at: usize| {
+            let mut log = self.nodes[at].life.as_ref()?.raft.log().clone();
+            log.batch_end_at(start.index).filter(|end| *end == start)?;
+            log.start_behind(start);
+            Some(log)
+        };
         match (0..self.nodes.len()).find(|at| log(*at) != log(leader)) {
             Some(at) => Err(format!(
                 "the logs of {} and {} differ after healing",
@@ -899,7 +951,7 @@ fn nonsense_from_members_never_panics() {
         let mut saves = 0;
         for _ in 0..200 {
             simulation.now = simulation.now.plus(Nanos(random.below(20_000_000)));
-            let event = match random.below(8) {
+            let event = match random.below(9) {
                 0 => Event::Tick,
                 1 => Event::HardStateSaved { sequence: saves },
                 2 => Event::Persisted { epoch: life.raft.epoch(), last: life.raft.last().index },
@@ -908,6 +960,17 @@ fn nonsense_from_members_never_panics() {
                         Event::Proposed { batch: BatchRun { first, last: first, term, bytes: 10 } }
                     }
                     None => Event::PeerConnected { peer: NodeId(2) },
+                },
+                8 => match random.below(3) {
+                    0 => Event::SnapshotEnded {
+                        to: NodeId(number(&mut random).min(6)),
+                        installed: (random.below(2) == 0).then(|| position(&mut random)),
+                    },
+                    1 => Event::Purged { through: life.raft.commit().min(life.raft.durable()) },
+                    _ => Event::SnapshotReceived {
+                        last: LogId { term: Term(1 + random.below(6)), index: LogIndex(1 + random.below(9)) },
+                        configuration: simulation.configuration.clone(),
+                    },
                 },
                 _ => {
                     let from = NodeId(number(&mut random).min(6));

@@ -86,6 +86,14 @@ pub enum Violation {
         /// The end of the log.
         last: LogId,
     },
+    /// The driver moved the log's start to where no batch ends, or beyond what is committed and durable.
+    #[error("the log was purged through {through}, with commit index {commit}")]
+    PurgedUnknown {
+        /// The index given.
+        through: LogIndex,
+        /// The commit index.
+        commit: LogIndex,
+    },
     /// A hard state was reported as saved that was never given.
     #[error("hard state {sequence} was saved, but {asked} is the last one asked for")]
     SavedUnknown {

@@ -73,6 +73,9 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario { name: "rollover-into-a-recycled-segment", play: rollover_into_recycled },
     Scenario { name: "start-into-a-recycled-segment", play: start_into_recycled },
     Scenario { name: "cut-in-a-recycled-segment", play: cut_in_recycled },
+    Scenario { name: "start-anew", play: start_anew },
+    Scenario { name: "start-anew-under-load", play: start_anew_under_load },
+    Scenario { name: "start-anew-and-start", play: start_anew_and_start },
 ];
 
 fn small(stage: &mut Stage<'_>, count: usize) {
@@ -340,6 +343,71 @@ fn cut_in_recycled(stage: &mut Stage<'_>) {
     stage.run.settle();
     assert!(stage.run.append(2, 2 * BLOCK_BYTES, 2), "the log is ready");
     stage.look();
+}
+
+/// The log goes, of several segments, which are left one after the other; and goes on behind the snapshot.
+fn start_anew(stage: &mut Stage<'_>) {
+    stage.start();
+    stage.fill_segment();
+    small(stage, 2);
+    stage.run.start_anew(3, 1);
+    stage.look();
+    stage.watch();
+    assert!(stage.run.append(1, 2 * BLOCK_BYTES, 1), "the log is ready");
+    stage.look();
+    stage.watch();
+    small(stage, 1);
+    let through = stage.run.batches().last().expect("batches").info.last;
+    stage.run.purge(through);
+    stage.run.start_anew(1, 1);
+    stage.look();
+    stage.watch();
+    assert!(stage.run.wal.stats().segments_recycled > 0, "a segment is recycled");
+}
+
+/// Appends, a save and a purge are in flight when the log begins anew, and then a truncation of what it went on with.
+fn start_anew_under_load(stage: &mut Stage<'_>) {
+    stage.start();
+    small(stage, 3);
+    let through = stage.run.batches()[1].info.last;
+    assert!(stage.run.append(1, BLOCK_BYTES, 0), "the log is ready");
+    stage.run.purge(through);
+    stage.run.save(2, Some(2));
+    assert!(stage.run.append(2, BLOCK_BYTES, 1), "the log is ready");
+    stage.run.start_anew(0, 2);
+    stage.look();
+    stage.watch();
+    let start = stage.run.wal.last_index();
+    assert!(stage.run.append(2, BLOCK_BYTES, 2), "the log is ready");
+    stage.run.save(3, None);
+    stage.run.truncate_after(start);
+    stage.look();
+    stage.watch();
+    assert!(stage.run.append(3, BLOCK_BYTES, 3), "the log is ready");
+    stage.look();
+    stage.watch();
+}
+
+/// The process dies in the middle of it, with the second copy of the hard state unwritten, torn, and written; and the next
+/// start is looked at.
+fn start_anew_and_start(stage: &mut Stage<'_>) {
+    for (steps, survivors) in
+        [(0, 0x0000_u32), (0, 0x00ff), (0, 0xffff), (1, 0), (1, 0xa5a5), (2, 0), (4, 0xffff)]
+    {
+        stage.begin();
+        stage.start();
+        small(stage, 3);
+        stage.run.start_anew(2, 1);
+        for _ in 0..steps {
+            stage.run.step();
+        }
+        stage.power_cut(|position| survivors >> (position % 32) & 1 == 1);
+        stage.restart();
+        stage.power_cut(|_| false);
+        stage.restart();
+        assert!(stage.run.append(1, BLOCK_BYTES, 3), "the log is ready");
+        stage.look();
+    }
 }
 
 /// Plays scenarios: each of `threads` judges its share of each moment's images.

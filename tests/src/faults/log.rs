@@ -6,7 +6,8 @@ use crate::sim::trace::Trace;
 use ringraft_block::{AlignedBuf, ClusterId, GroupId, LogIndex, NodeId, Pool, Term};
 use ringraft_wal::disk::{Disk, DiskDone};
 use ringraft_wal::format::{
-    BatchBuilder, BatchInfo, BatchKind, Chain, ENVELOPE_BYTES, HardState, Seal, image_bytes_for, slot_bytes,
+    BatchBuilder, BatchInfo, BatchKind, Chain, ENVELOPE_BYTES, HardState, LogStart, Seal, image_bytes_for,
+    slot_bytes,
 };
 use ringraft_wal::{HardStateUpdate, Recovered, Wal, WalConfig, WalError, WalEvent};
 use std::cell::RefCell;
@@ -76,6 +77,8 @@ pub struct Model {
     starts: Vec<LogIndex>,
     /// Term and vote that were told to be durable, then those that were asked to be saved since, in order.
     hard: Vec<(u64, (Term, Option<NodeId>))>,
+    /// Where the log was asked to begin anew, until that is durable.
+    anew: Option<LogIndex>,
     /// Length of the configuration that was told to be durable.
     pub configuration_bytes: usize,
 }
@@ -135,6 +138,7 @@ impl Model {
         self.starts = vec![start];
         self.log = Promise { batches, acknowledged };
         self.before.clear();
+        self.anew = None;
         self.hard = vec![(hard_state.sequence, (hard_state.term, hard_state.vote))];
         self.configuration_bytes = hard_state.configuration.len();
     }
@@ -265,6 +269,9 @@ impl LogRun {
             WalEvent::TruncateDone { epoch } => {
                 if epoch == self.wal.epoch() {
                     self.model.before.clear();
+                    if let Some(anew) = self.model.anew.take() {
+                        self.model.starts.retain(|start| *start >= anew);
+                    }
                 }
             }
             WalEvent::HardStateSaved { sequence } => {
@@ -403,6 +410,21 @@ impl LogRun {
         if start > before {
             self.model.starts.push(start);
         }
+    }
+
+    /// Begins the log anew, empty, so far behind its end, as behind a snapshot of a log that is another one.
+    pub fn start_anew(&mut self, beyond_end: u64, term: u64) {
+        let before = self.wal.first_index().previous();
+        let index = LogIndex(self.wal.last_index().get() + beyond_end);
+        let start = LogStart { index, term: Term(term), chain: Chain([0xa5; 16]) };
+        let anew = Promise { batches: Vec::new(), acknowledged: index };
+        self.model.before.push(std::mem::replace(&mut self.model.log, anew));
+        if self.model.starts.is_empty() {
+            self.model.starts.push(before);
+        }
+        self.model.starts.push(index);
+        self.model.anew = Some(index);
+        self.wal.start_anew(&mut self.disk, start);
     }
 
     /// Saves term and vote.

@@ -3,11 +3,14 @@
 //! The happy path: the new start is saved to both copies of the hard state; the segments wholly before it leave the table; each
 //! waits until nothing is in flight on it, is closed, and is recycled, or removed where it cannot be. Segments behind a
 //! truncation leave in the same way, once the cut is durable.
+//!
+//! [`Wal::start_anew`] is both in one: start and cut are saved together, and all segments are left behind.
 
-use super::{CutPhase, PendingCut, Stage, Wal, WalEvent};
+use super::{Announce, CutPhase, PendingCut, Stage, Wal, WalEvent};
 use crate::disk::{Disk, DiskDone, DiskErrorKind, DiskOp, DiskOpId};
 use crate::error::WalError;
-use crate::format::LogStart;
+use crate::format::{Cut, LogStart};
+use crate::index::Index;
 use crate::ops::Owner;
 use crate::read::close;
 use crate::recycle::{Recycled, Retired};
@@ -43,7 +46,7 @@ pub(super) struct Removal {
 
 impl<D: Disk> Wal<D> {
     /// Moves the log's start to `index`, or as near to it as leaves `retain_bytes` of log, and returns where it starts now. Reads
-    /// before it find nothing any more. [`WalEvent::Purged`] says that it is durable; only then do segments leave
+    /// before it find nothing any more. Damaged batches are not retained. [`WalEvent::Purged`] says that it is durable; only then do segments leave
     /// service. Does nothing when the log starts there already, or later, and while a claim is in force.
     ///
     /// # Panics
@@ -57,7 +60,11 @@ impl<D: Disk> Wal<D> {
         }
         assert!(self.index.chain_at(index).is_some(), "the log is purged through the end of a batch");
         assert!(index <= self.window.durable_through(), "only what is durable is purged");
-        let through = index.min(self.index.last_droppable(self.config.retain_bytes));
+        let droppable = self.index.last_droppable(self.config.retain_bytes);
+        // A batch that cannot be read is of no use to anyone.
+        let damaged = self.index.damaged().map(|(first, _)| first).take_while(|first| *first <= index).last();
+        let damaged = damaged.and_then(|first| self.index.containing(first)).map(|(info, _)| info.last);
+        let through = index.min(droppable.max(damaged.unwrap_or_default()));
         let Some((info, place)) = self.index.containing(through).filter(|_| through > start) else {
             return start;
         };
@@ -82,6 +89,48 @@ impl<D: Disk> Wal<D> {
         self.purges.push_back(purge);
         self.try_advance_hard_state(disk);
         start.index
+    }
+
+    /// Drops the whole log and lets it begin behind `start`, the end of a snapshot that is durable. Returns the new epoch. The
+    /// index shows it at once; appends wait until it is durable and a fresh segment is there. [`WalEvent::TruncateDone`] tells
+    /// the former. After a crash before that the log is as it was. Under a claim the old files are kept, and what was salvage
+    /// stays readable, since some of it may follow the snapshot.
+    ///
+    /// # Panics
+    /// When the log is not open, or `start` does not lie behind the present one.
+    pub fn start_anew(&mut self, disk: &mut D, start: LogStart) -> u64 {
+        assert_eq!(self.stage, Stage::Open, "an open log is started anew");
+        assert!(start.index > self.index.start().index, "the log's start does not go back");
+        self.epoch += 1;
+        self.index = Index::new(self.config.group, start);
+        self.window.start_behind(start.index);
+        self.reads.cut_after(LogIndex(0));
+        self.scrub.reads.cut_after(LogIndex(0));
+        self.persisted_told = start.index;
+        self.active = None;
+        for segment in self.segments.take_after(0) {
+            self.let_go(segment);
+        }
+        let kept = self.salvage.is_kept();
+        let next_generation = self.next_generation;
+        let store = self.open_hard_state();
+        store.state.start = start;
+        if !kept {
+            // Whatever is there now lies before the start.
+            store.state.start_generation = next_generation;
+        }
+        // Nothing has to become durable first, so the cut is saved with the start, in one.
+        let cut = Cut { index: start.index, ..Cut::default() };
+        let (phase, announce) = (CutPhase::Draining, Announce::TruncateDone);
+        self.cut = Some(PendingCut { phase, cut, after: start, announce });
+        self.try_advance_cut(disk);
+        self.epoch
+    }
+
+    /// The last index that [`Self::purge_through`] could move the start to if it had to leave `bytes` of log.
+    #[must_use]
+    pub fn last_droppable(&self, bytes: u64) -> LogIndex {
+        self.index.last_droppable(bytes)
     }
 
     /// Lets the segments go that lie before a start that is durable.

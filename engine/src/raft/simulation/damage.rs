@@ -465,6 +465,7 @@ impl Simulation {
 
 fn run(seed: u64, cover: &mut Cover) -> Outcome {
     let mut simulation = Simulation::new(seed);
+    simulation.snapshots = 0;
     simulation.damage = 50 + simulation.random.below(500);
     let slow = simulation.random.below(2 * simulation.nodes.len() as u64) as usize;
     simulation.slow = (slow < simulation.nodes.len()).then_some(slow);

@@ -1,0 +1,657 @@
+//! Snapshots on their way from a leader to a member that its log no longer reaches.
+//!
+//! Happy path: the core names the member; it is offered the newest snapshot; it asks for one piece of the file after the
+//! other, a few at a time; it writes them to a file of its own, reads that back, compares the digest with the one offered, and
+//! gives it its name; the core is told, which starts the log behind it; the machine is restored from the file.
+//!
+//! The receiver leads: it knows what it has. When the session ends, or another leader comes, an offer of the same bytes goes
+//! on where it stopped, and any other begins anew. Pieces wait for the throttle and for room in the network's queue, which
+//! appends do not share with them beyond a few pieces, so that a transfer delays neither heartbeats nor commits.
+
+use super::snapshots::{Throttle, tools};
+use super::{Driver, GROUP, invariant};
+use crate::config::Config;
+use crate::error::StopError;
+use crate::handle::InstallStatus;
+use crate::raft::{Epoch, Event, LogId, ReplicationState, Role};
+use crate::snapshots::files::{FileFailure, Part, PartStep, Tools};
+use crate::snapshots::{SnapshotFile, SnapshotMeta, name_of};
+use crate::state_machine::StateMachine;
+use crate::wire::{self, Encoder, OfferMessage, PieceMessage, RequestMessage, Requested};
+use ringraft_block::{BLOCK_BYTES, Block, BlockBuf, LogIndex, NodeId, SharedBlock, crc32c};
+use ringraft_net::Network;
+use ringraft_net::link::Link;
+use ringraft_wal::disk::{Access, Disk, DiskDone, DiskOp, DiskOpId, DiskOutput, FileId};
+use ringraft_wal::format::{ENVELOPE_BYTES, LogStart};
+use std::collections::{BTreeSet, VecDeque};
+use std::ops::Range;
+use std::rc::Rc;
+
+/// The file that is being received.
+const RECEIVING: &str = "snapshot-receiving.part";
+/// What travels at once.
+pub(crate) const PIECE_BYTES: usize = 64 << 10;
+/// Pieces that a receiver has asked for and not yet written.
+const WINDOW: u64 = 8;
+
+/// Transfers in both directions.
+pub(super) struct Installs<B: BlockBuf> {
+    throttle: Throttle,
+    patience_ns: u64,
+    /// Members that the core wants served, and members that have asked.
+    wanted: BTreeSet<NodeId>,
+    asking: BTreeSet<NodeId>,
+    serving: Vec<Serving>,
+    receiving: Option<Receiving<B>>,
+    /// What is to be received when the removal of what was received so far is through.
+    next_offer: Option<(NodeId, OfferMessage)>,
+    /// Whose snapshot is being installed.
+    installing: Option<NodeId>,
+    outgoing: VecDeque<(NodeId, Outgoing<B>)>,
+    ask_at_ns: u64,
+}
+
+enum Outgoing<B: BlockBuf> {
+    Offer(OfferMessage),
+    Request(RequestMessage),
+    Piece(PieceMessage, SharedBlock<B>, usize),
+}
+
+/// A snapshot on its way to a member.
+struct Serving {
+    /// None: it has ended, and the file is to be closed.
+    to: Option<NodeId>,
+    file: SnapshotFile,
+    wanted: VecDeque<u64>,
+    sent: u64,
+    descriptor: Option<FileId>,
+    op: Option<DiskOpId>,
+    reading: Option<u64>,
+}
+
+/// A snapshot on its way here.
+struct Receiving<B: BlockBuf> {
+    /// None: the session has ended; it goes on with the next offer of the same.
+    from: Option<NodeId>,
+    offer: OfferMessage,
+    part: Part,
+    /// Written, without a gap.
+    written: u64,
+    /// In flight to the disk.
+    writing: u64,
+    /// Arrived behind that, in order.
+    arrived: VecDeque<(SharedBlock<B>, usize)>,
+    arrived_bytes: u64,
+    /// Asked for in this session, without a gap.
+    asked: u64,
+}
+
+impl<B: BlockBuf> Installs<B> {
+    pub(super) fn new(config: &Config) -> Self {
+        Self {
+            throttle: Throttle::new(config.snapshot_bytes_per_second),
+            patience_ns: u64::try_from(config.election_timeout.as_nanos()).unwrap_or(u64::MAX),
+            wanted: BTreeSet::new(),
+            asking: BTreeSet::new(),
+            serving: Vec::new(),
+            receiving: None,
+            next_offer: None,
+            installing: None,
+            outgoing: VecDeque::new(),
+            ask_at_ns: 0,
+        }
+    }
+
+    pub(super) fn wanted_by(&mut self, peer: NodeId) {
+        self.wanted.insert(peer);
+    }
+
+    /// The lowest end of a snapshot on its way: the log behind it is wanted next.
+    pub(super) fn floor(&self) -> Option<LogIndex> {
+        self.serving
+            .iter()
+            .filter(|serving| serving.to.is_some())
+            .map(|serving| serving.file.meta.last.index)
+            .min()
+    }
+
+    pub(super) fn is_serving(&self, last: LogIndex) -> bool {
+        self.serving.iter().any(|serving| serving.file.meta.last.index == last)
+    }
+
+    pub(super) fn next_deadline(&self, now_ns: u64) -> u64 {
+        let reads = self.serving.iter().any(|serving| !serving.wanted.is_empty() && serving.op.is_none());
+        if reads { self.throttle.next_at_ns().max(now_ns) } else { u64::MAX }
+    }
+
+    pub(super) fn status(&self) -> Vec<InstallStatus> {
+        let outgoing = self.serving.iter().filter_map(|serving| {
+            let (last, bytes) = (serving.file.meta.last.index, serving.file.file_bytes);
+            Some(InstallStatus { peer: serving.to?, incoming: false, last, bytes_done: serving.sent, bytes })
+        });
+        let incoming = self.receiving.iter().filter_map(|receiving| {
+            let OfferMessage { last, bytes, .. } = receiving.offer;
+            let (peer, last) = (receiving.from?, last.index);
+            Some(InstallStatus { peer, incoming: true, last, bytes_done: receiving.written, bytes })
+        });
+        outgoing.chain(incoming).collect()
+    }
+
+    /// A session began or ended: what was under way in it is void.
+    pub(super) fn session_changed(&mut self, peer: NodeId) {
+        self.outgoing.retain(|(to, _)| *to != peer);
+        self.asking.remove(&peer);
+        self.stop_serving(|to| to == peer);
+        if let Some(receiving) = self.receiving.as_mut().filter(|receiving| receiving.from == Some(peer)) {
+            receiving.from = None;
+        }
+        self.next_offer = self.next_offer.filter(|(from, _)| *from != peer);
+        self.installing = self.installing.filter(|from| *from != peer);
+        self.ask_at_ns = 0;
+    }
+
+    /// This node does not lead any more.
+    pub(super) fn deposed(&mut self) {
+        self.wanted.clear();
+        self.asking.clear();
+        self.stop_serving(|_| true);
+        self.outgoing.retain(|(_, message)| matches!(message, Outgoing::Request(_)));
+    }
+
+    fn stop_serving(&mut self, ended: impl Fn(NodeId) -> bool) {
+        for serving in &mut self.serving {
+            serving.to = serving.to.filter(|to| !ended(*to));
+        }
+    }
+
+    fn answer(&mut self, to: NodeId, offer: &OfferMessage, what: Requested, offset: u64) {
+        let OfferMessage { last, digest, .. } = *offer;
+        let request = RequestMessage { last, digest, offset, what };
+        self.outgoing.push_back((to, Outgoing::Request(request)));
+    }
+
+    /// Asks for what the window has room for.
+    fn ask_on(&mut self) {
+        let Some(receiving) = &mut self.receiving else { return };
+        let Some(from) = receiving.from else { return };
+        let mut requests = Vec::new();
+        let end = receiving.written.saturating_add(WINDOW * PIECE_BYTES as u64).min(receiving.offer.bytes);
+        while receiving.asked < end {
+            requests.push(receiving.asked);
+            receiving.asked = receiving.asked.saturating_add(PIECE_BYTES as u64).min(receiving.offer.bytes);
+        }
+        let offer = receiving.offer;
+        requests.into_iter().for_each(|offset| self.answer(from, &offer, Requested::Piece, offset));
+    }
+
+    /// Moves what waits to the network, as far as that has room.
+    pub(super) fn send<L: Link<Buf = B>>(&mut self, network: &mut Network<L>, encoder: &mut Encoder) {
+        let mut full = BTreeSet::new();
+        let mut kept = VecDeque::new();
+        while let Some((to, message)) = self.outgoing.pop_front() {
+            let (kind, body, attachment): (_, _, Option<(_, Range<usize>)>) = match &message {
+                Outgoing::Offer(offer) => (wire::kind::SNAPSHOT_OFFER, encoder.offer(offer), None),
+                Outgoing::Request(request) => (wire::kind::SNAPSHOT_REQUEST, encoder.request(request), None),
+                Outgoing::Piece(piece, block, bytes) => {
+                    let attachment = Some((Rc::clone(block), 0..*bytes));
+                    (wire::kind::SNAPSHOT_PIECE, encoder.piece(piece), attachment)
+                }
+            };
+            let waits = full.contains(&to)
+                || matches!(
+                    network.send(to, kind, GROUP, body, attachment),
+                    Err(ringraft_net::SendError::Full)
+                );
+            if waits {
+                full.insert(to);
+                kept.push_back((to, message));
+            }
+        }
+        self.outgoing = kept;
+    }
+}
+
+fn offer_of(file: &SnapshotFile) -> OfferMessage {
+    let SnapshotMeta { last, chain, .. } = file.meta;
+    OfferMessage { last, chain, digest: file.digest, bytes: file.file_bytes }
+}
+
+impl Serving {
+    fn is(&self, to: NodeId, request: &RequestMessage) -> bool {
+        self.to == Some(to) && self.file.digest == request.digest && self.file.meta.last == request.last
+    }
+}
+
+// The sender.
+
+impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
+    /// Does what is due, a piece of each.
+    pub(super) fn mind_installs(&mut self) -> Result<(), StopError> {
+        self.offer_to_those_who_need_one()?;
+        self.serve();
+        self.receive_on();
+        self.ask_for_state();
+        Ok(())
+    }
+
+    fn offer_to_those_who_need_one(&mut self) -> Result<(), StopError> {
+        let needs = |driver: &Self, peer: NodeId| {
+            let progress = driver.raft().and_then(|raft| raft.progress(peer));
+            progress.is_some_and(|progress| progress.state == ReplicationState::Snapshot)
+        };
+        // Whoever has come by what it needs in another way needs no more of it.
+        for at in 0..self.snapshots.installs.serving.len() {
+            let to = self.snapshots.installs.serving[at].to;
+            if to.is_some_and(|to| !needs(self, to) && !self.snapshots.installs.asking.contains(&to)) {
+                self.snapshots.installs.serving[at].to = None;
+            }
+        }
+        let wanted = std::mem::take(&mut self.snapshots.installs.wanted);
+        for to in wanted.into_iter().chain(self.snapshots.installs.asking.clone()) {
+            let served = self.snapshots.installs.serving.iter().any(|serving| serving.to == Some(to));
+            let connected = self.peers.get(&to).is_some_and(|peer| peer.session.is_some());
+            if served {
+                continue;
+            }
+            let start = self.raft().map_or(LogIndex(0), |raft| raft.log_start().index);
+            let newest = self.snapshots.newest().filter(|file| file.meta.last.index >= start).cloned();
+            match newest {
+                Some(file) if connected => self.offer(to, file),
+                _ => self.step(Event::SnapshotEnded { to, installed: None })?,
+            }
+        }
+        Ok(())
+    }
+
+    fn offer(&mut self, to: NodeId, file: SnapshotFile) {
+        let last = file.meta.last.index;
+        tracing::info!(node = %self.config.node, %to, %last, bytes = file.file_bytes, "a snapshot is offered");
+        let op = tools!(self).submit(DiskOp::Open { name: name_of(last), access: Access::Read });
+        let installs = &mut self.snapshots.installs;
+        installs.outgoing.push_back((to, Outgoing::Offer(offer_of(&file))));
+        let (wanted, sent, descriptor, reading) = (VecDeque::new(), 0, None, None);
+        installs.serving.push(Serving {
+            to: Some(to),
+            file,
+            wanted,
+            sent,
+            descriptor,
+            op: Some(op),
+            reading,
+        });
+    }
+
+    /// Reads the next piece for a member, if the throttle allows, and closes what has ended.
+    fn serve(&mut self) {
+        let now = self.now.monotonic_ns;
+        let super::snapshots::Snapshots { ops, installs, .. } = &mut self.snapshots;
+        let tools = &mut Tools { disk: &mut self.disk, pool: &self.pool, ops };
+        installs.serving.retain_mut(|serving| {
+            if serving.op.is_some() {
+                return true;
+            }
+            match (serving.to, serving.descriptor) {
+                (None, Some(file)) => {
+                    serving.descriptor = None;
+                    serving.op = Some(tools.submit(DiskOp::Close { file }));
+                    true
+                }
+                (None, None) => false,
+                (Some(_), _) => true,
+            }
+        });
+        if !installs.throttle.is_open(now) {
+            return;
+        }
+        // Whoever has waited longest.
+        let idle =
+            |serving: &Serving| serving.op.is_none() && serving.to.is_some() && !serving.wanted.is_empty();
+        let Some(at) = installs.serving.iter().position(idle) else { return };
+        let mut serving = installs.serving.remove(at);
+        if let (Some(file), Some(offset)) = (serving.descriptor, serving.wanted.pop_front())
+            && let Ok(block) = tools.block(PIECE_BYTES)
+        {
+            let bytes = PIECE_BYTES.min((serving.file.file_bytes - offset) as usize);
+            serving.op = Some(tools.submit(DiskOp::Read { file, offset, block, bytes }));
+            serving.reading = Some(offset);
+            installs.throttle.spend(bytes as u64, now);
+        }
+        installs.serving.push(serving);
+    }
+
+    pub(super) fn on_snapshot_request(
+        &mut self,
+        from: NodeId,
+        request: RequestMessage,
+    ) -> Result<(), StopError> {
+        let leads = self.raft().is_some_and(|raft| raft.role() == Role::Leader);
+        let installs = &mut self.snapshots.installs;
+        match request.what {
+            Requested::Any => {
+                // It says what it needs more than.
+                let newer =
+                    self.snapshots.newest().is_some_and(|file| file.meta.last.index > request.last.index);
+                if leads && newer {
+                    self.snapshots.installs.asking.insert(from);
+                } else if leads {
+                    self.snapshots.take_soon();
+                }
+                Ok(())
+            }
+            Requested::Piece => {
+                let Some(serving) = installs.serving.iter_mut().find(|serving| serving.is(from, &request))
+                else {
+                    return Ok(());
+                };
+                let right = request.offset.is_multiple_of(BLOCK_BYTES as u64)
+                    && request.offset < serving.file.file_bytes
+                    && (serving.wanted.len() as u64) < 2 * WINDOW;
+                if !right {
+                    return self.refuse(from, "a request for what is no piece of a snapshot");
+                }
+                serving.wanted.push_back(request.offset);
+                Ok(())
+            }
+            Requested::Installed | Requested::Refused => {
+                let known = installs.serving.iter_mut().find(|serving| serving.is(from, &request));
+                if known.map(|serving| serving.to = None).is_none() {
+                    return Ok(());
+                }
+                installs.asking.remove(&from);
+                let installed = (request.what == Requested::Installed).then_some(request.last);
+                tracing::info!(node = %self.config.node, to = %from, ?installed, "a snapshot's transfer has ended");
+                self.step(Event::SnapshotEnded { to: from, installed })
+            }
+        }
+    }
+
+    /// Takes a completion that is for a transfer.
+    pub(super) fn on_install_disk(&mut self, done: DiskDone<D::Buf>) -> Result<(), StopError> {
+        let installs = &mut self.snapshots.installs;
+        if installs.receiving.as_ref().is_some_and(|receiving| receiving.part.awaits(done.id)) {
+            return self.on_receiving(done);
+        }
+        let Some(serving) = installs.serving.iter_mut().find(|serving| serving.op == Some(done.id)) else {
+            return Ok(());
+        };
+        serving.op = None;
+        let reading = serving.reading.take();
+        match (done.result, reading) {
+            (Ok(DiskOutput::Opened { file, .. }), _) => serving.descriptor = Some(file),
+            (Ok(DiskOutput::Read { block, bytes }), Some(offset)) => {
+                let Some(to) = serving.to else { return Ok(()) };
+                let crc = crc32c(block.get(..bytes).unwrap_or_default());
+                serving.sent = serving.sent.max(offset + bytes as u64);
+                let piece =
+                    PieceMessage { last: serving.file.meta.last, digest: serving.file.digest, offset, crc };
+                installs.outgoing.push_back((to, Outgoing::Piece(piece, Rc::new(block), bytes)));
+            }
+            (Err(error), _) => {
+                let to = serving.to.take();
+                tracing::warn!(node = %self.config.node, %error, "a snapshot cannot be read for another member");
+                if let Some(to) = to {
+                    return self.step(Event::SnapshotEnded { to, installed: None });
+                }
+            }
+            (Ok(_), _) => {}
+        }
+        Ok(())
+    }
+}
+
+// The receiver.
+
+impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
+    /// What this node needs more than.
+    fn reached(&self) -> LogIndex {
+        match self.raft() {
+            Some(raft) if raft.restraint().state_lost => raft.log_start().index.previous(),
+            _ => self.applier.applied(),
+        }
+    }
+
+    pub(super) fn on_snapshot_offer(&mut self, from: NodeId, offer: OfferMessage) -> Result<(), StopError> {
+        let Some(raft) = self.raft() else { return Ok(()) };
+        let from_another = raft.leader().is_some_and(|leader| leader != from);
+        let reached = self.reached();
+        if from_another || raft.role() == Role::Leader {
+            return Ok(());
+        }
+        if !offer.bytes.is_multiple_of(BLOCK_BYTES as u64) || offer.bytes < 2 * BLOCK_BYTES as u64 {
+            return self.refuse(from, "an offer of what cannot be a snapshot");
+        }
+        let held = self.snapshots.files.iter().find(|file| offer_of(file) == offer).cloned();
+        let restoring = self.snapshots.restoring.is_some();
+        let installs = &mut self.snapshots.installs;
+        if offer.last.index <= reached {
+            installs.answer(from, &offer, Requested::Installed, 0);
+            return Ok(());
+        }
+        if restoring {
+            // One at a time; it is offered again.
+            installs.answer(from, &offer, Requested::Refused, 0);
+            return Ok(());
+        }
+        if let Some(file) = held {
+            // Whole already, from a transfer whose end nobody heard of.
+            return self.install_file(Some(from), file);
+        }
+        match &mut installs.receiving {
+            Some(receiving) if receiving.offer == offer => {
+                tracing::info!(node = %self.config.node, %from, at = receiving.written, "a snapshot's transfer goes on");
+                receiving.from = Some(from);
+                receiving.arrived.clear();
+                receiving.arrived_bytes = 0;
+                receiving.asked = receiving.written + receiving.writing;
+                installs.ask_on();
+            }
+            Some(receiving) => {
+                installs.next_offer = Some((from, offer));
+                let part = &mut receiving.part;
+                part.fail(
+                    &mut Tools { disk: &mut self.disk, pool: &self.pool, ops: &mut self.snapshots.ops },
+                    FileFailure::Other,
+                );
+            }
+            None => self.receive(from, offer),
+        }
+        Ok(())
+    }
+
+    fn receive(&mut self, from: NodeId, offer: OfferMessage) {
+        tracing::info!(
+            node = %self.config.node, %from, last = %offer.last.index, bytes = offer.bytes, "a snapshot is received"
+        );
+        let part = Part::create(tools!(self), self.config.cluster, RECEIVING, offer.bytes);
+        self.snapshots.installs.receiving = Some(Receiving {
+            from: Some(from),
+            offer,
+            part,
+            written: 0,
+            writing: 0,
+            arrived: VecDeque::new(),
+            arrived_bytes: 0,
+            asked: 0,
+        });
+    }
+
+    pub(super) fn on_snapshot_piece(
+        &mut self,
+        from: NodeId,
+        piece: PieceMessage,
+        attachment: Option<(Block<D::Buf>, usize)>,
+    ) -> Result<(), StopError> {
+        let Some((block, bytes)) = attachment else {
+            return self.refuse(from, "a piece of a snapshot without its bytes");
+        };
+        let Some(data) = block.get(ENVELOPE_BYTES..ENVELOPE_BYTES + bytes) else { return Ok(()) };
+        if crc32c(data) != piece.crc {
+            return self.refuse(from, "a damaged piece of a snapshot");
+        }
+        let Some(receiving) = &mut self.snapshots.installs.receiving else { return Ok(()) };
+        let OfferMessage { last, digest, bytes: all, .. } = receiving.offer;
+        let next = receiving.written + receiving.writing + receiving.arrived_bytes;
+        let expected = receiving.from == Some(from) && (last, digest) == (piece.last, piece.digest);
+        // What was asked for in a session before, or by a transfer before.
+        if !expected || piece.offset != next {
+            return Ok(());
+        }
+        let right = bytes as u64 == (all - next).min(PIECE_BYTES as u64);
+        if !right {
+            return self.refuse(from, "a piece of a snapshot of the wrong size");
+        }
+        let mut own = match tools!(self).block(PIECE_BYTES) {
+            Ok(own) => own,
+            Err(FileFailure::Disk(error)) => return Err(StopError::Memory(error)),
+            Err(_) => return Ok(()),
+        };
+        // To the block's start, where direct I/O wants it.
+        own[..bytes].copy_from_slice(data);
+        let Some(receiving) = &mut self.snapshots.installs.receiving else { return Ok(()) };
+        receiving.arrived.push_back((Rc::new(own), bytes));
+        receiving.arrived_bytes += bytes as u64;
+        Ok(())
+    }
+
+    /// Writes the next piece, or goes on verifying.
+    fn receive_on(&mut self) {
+        let super::snapshots::Snapshots { ops, installs, .. } = &mut self.snapshots;
+        let Some(receiving) = &mut installs.receiving else { return };
+        let tools = &mut Tools { disk: &mut self.disk, pool: &self.pool, ops };
+        receiving.part.verify_on(tools);
+        if !receiving.part.is_ready() {
+            return;
+        }
+        if receiving.written == receiving.offer.bytes {
+            receiving.part.finish(tools);
+        } else if let Some((block, bytes)) = receiving.arrived.pop_front() {
+            receiving.arrived_bytes -= bytes as u64;
+            receiving.writing = bytes as u64;
+            receiving.part.write(tools, receiving.written, block, bytes);
+        }
+    }
+
+    fn on_receiving(&mut self, done: DiskDone<D::Buf>) -> Result<(), StopError> {
+        let super::snapshots::Snapshots { ops, installs, .. } = &mut self.snapshots;
+        let Some(receiving) = &mut installs.receiving else { return Ok(()) };
+        let tools = &mut Tools { disk: &mut self.disk, pool: &self.pool, ops };
+        match receiving.part.handle(tools, done) {
+            PartStep::Pending => Ok(()),
+            PartStep::Ready => {
+                receiving.written += std::mem::take(&mut receiving.writing);
+                installs.ask_on();
+                Ok(())
+            }
+            PartStep::Verified => {
+                let same = receiving.part.verified().is_some_and(|file| offer_of(file) == receiving.offer);
+                match same {
+                    true => receiving.part.publish(tools),
+                    false => receiving.part.fail(tools, FileFailure::Other),
+                }
+                Ok(())
+            }
+            PartStep::Failed(failure) => {
+                let (from, offer) = (receiving.from, receiving.offer);
+                installs.receiving = None;
+                if let Some((from, offer)) = installs.next_offer.take() {
+                    self.receive(from, offer);
+                    return Ok(());
+                }
+                tracing::warn!(node = %self.config.node, %failure, "a snapshot was not received: it is tried again");
+                if let Some(from) = from {
+                    installs.answer(from, &offer, Requested::Refused, 0);
+                }
+                Ok(())
+            }
+            PartStep::Published(file) => {
+                let from = receiving.from;
+                installs.receiving = None;
+                self.published(file.clone())?;
+                self.install_file(from, file)
+            }
+        }
+    }
+
+    /// A snapshot of another member is durable here: it becomes the state, if it tells more than this node has.
+    fn install_file(&mut self, from: Option<NodeId>, file: SnapshotFile) -> Result<(), StopError> {
+        let SnapshotMeta { last, chain, .. } = file.meta;
+        self.snapshots.installs.installing = from;
+        let Some(raft) = self.raft() else { return Ok(()) };
+        if last.index <= self.reached() {
+            return self.snapshot_installed(last);
+        }
+        if last.index > raft.commit() {
+            let Some(configuration) = wire::configuration::decode(&file.meta.configuration) else {
+                return match from {
+                    Some(from) => self.refuse(from, "a snapshot whose members cannot be decoded"),
+                    None => Ok(()),
+                };
+            };
+            // Figure 13 of the Raft paper is the core's; `install` is called if it comes to that.
+            return self.step(Event::SnapshotReceived { last, configuration });
+        }
+        // Known to be committed, and not applied: what lies before cannot be read here.
+        let own = self.wal.chain_at(last.index);
+        invariant(own == Some(chain), || {
+            format!("the snapshot that ends at {last:?} and this log differ there: {chain:?}, here {own:?}")
+        })?;
+        self.restore(file);
+        Ok(())
+    }
+
+    /// The core takes a snapshot over.
+    pub(super) fn install(&mut self, last: LogId, epoch: Option<Epoch>) -> Result<(), StopError> {
+        let file = self.snapshots.files.iter().rev().find(|file| file.meta.last == last).cloned();
+        let Some(file) = file else {
+            return Err(StopError::Invariant(format!("the core installs {last:?}, which is not here")));
+        };
+        tracing::info!(node = %self.config.node, last = %last.index, anew = epoch.is_some(), "snapshot installed");
+        if let Some(epoch) = epoch {
+            let all = LogIndex(0);
+            self.pending.clear();
+            self.stages.truncate_after(all);
+            self.recent.truncate_after(all);
+            self.applier.truncate_after(all);
+            self.repair.truncate_after(all);
+            let start = LogStart { index: last.index, term: last.term, chain: file.meta.chain };
+            let log_epoch = self.wal.start_anew(&mut self.disk, start);
+            invariant(Epoch(log_epoch) == epoch, || {
+                format!("log epoch {log_epoch} is not the core's {epoch:?}")
+            })?;
+        }
+        self.restore(file);
+        Ok(())
+    }
+
+    /// The state is that of the snapshot, or of a later entry.
+    pub(super) fn snapshot_installed(&mut self, last: LogId) -> Result<(), StopError> {
+        let file = self.snapshots.files.iter().find(|file| file.meta.last == last).map(offer_of);
+        if let (Some(from), Some(offer)) = (self.snapshots.installs.installing.take(), file) {
+            self.snapshots.installs.answer(from, &offer, Requested::Installed, 0);
+        }
+        self.purge_soon();
+        Ok(())
+    }
+
+    /// A node that cannot apply what lies next asks the leader for a snapshot of more.
+    fn ask_for_state(&mut self) {
+        let now = self.now.monotonic_ns;
+        let Some(raft) = self.raft() else { return };
+        let stuck = self.wal.first_damaged() == Some(self.applier.applied().next());
+        let busy = self.snapshots.installs.receiving.is_some() || self.snapshots.restoring.is_some();
+        let lost = raft.restraint().state_lost;
+        let Some(leader) = raft.leader().filter(|leader| *leader != raft.id()) else { return };
+        if busy || !(lost || stuck) || now < self.snapshots.installs.ask_at_ns {
+            return;
+        }
+        let first = self.snapshots.installs.ask_at_ns == 0;
+        self.snapshots.installs.ask_at_ns = now.saturating_add(2 * self.snapshots.installs.patience_ns);
+        if stuck && !lost && first {
+            // The others may still hold the batch: that is tried first.
+            return;
+        }
+        let last = LogId { index: self.reached(), ..LogId::default() };
+        let any = OfferMessage { last, ..OfferMessage::default() };
+        self.snapshots.installs.answer(leader, &any, Requested::Any, 0);
+    }
+}
