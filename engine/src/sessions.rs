@@ -88,8 +88,8 @@ pub const WINDOW_MAX: u32 = 65_536;
 /// The most bytes of replies that a session may keep.
 pub const REPLY_BYTES_CAP: u32 = 2 << 20;
 
-/// The largest `session_table_bytes_max`.
-pub const TABLE_BYTES_CAP: u64 = 4 << 30;
+/// The largest `session_table_bytes_max`: a snapshot carries the table, in memory while it is restored.
+pub const TABLE_BYTES_CAP: u64 = 192 << 20;
 
 /// What a session takes besides its window and its replies.
 pub const SESSION_BYTES: u64 = 256;
