@@ -82,8 +82,9 @@ use crate::mutants::{self, Mutant};
 use ringraft_block::{LogIndex, Term};
 use std::collections::VecDeque;
 
-/// The most sequences that a session's window may have: 2.5 MiB of memory.
-pub const WINDOW_MAX: u32 = 65_536;
+/// The most sequences that a session's window may have: 640 KiB of memory. An acknowledgement may have to look at each of
+/// them, and a batch may hold 7,000 acknowledgements.
+pub const WINDOW_MAX: u32 = 16_384;
 
 /// The most bytes of replies that a session may keep.
 pub const REPLY_BYTES_CAP: u32 = 2 << 20;
@@ -196,12 +197,12 @@ pub(crate) struct Answer {
 }
 
 /// What became of a request about sessions.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Controlled {
     /// Registered, acknowledged or closed.
     Done,
-    /// A resolved sequence had been applied.
-    Applied(Answer),
+    /// A resolved sequence had been applied: the answer is at this place.
+    Applied(Place),
 }
 
 /// The sessions of the cluster and what they remember; a function of the log.
@@ -237,6 +238,10 @@ struct Entry {
     floor: u64,
     /// The window; a sequence has the place of its remainder.
     slots: Box<[Slot]>,
+    /// Slots that are not empty.
+    seen: u32,
+    /// Slots of sequences whose reply has bytes and was kept at first.
+    kept: u32,
     replies: ReplyRing,
 }
 
@@ -300,13 +305,6 @@ impl ReplyRing {
         let skip = usize::try_from(at.checked_sub(self.start())?).ok()?;
         Some(self.bytes.range(skip..skip + bytes as usize).copied().collect())
     }
-
-    /// Lets go of what lies before `at`.
-    fn trim(&mut self, at: u64) {
-        let gone = at.saturating_sub(self.start());
-        let gone = usize::try_from(gone).unwrap_or(usize::MAX).min(self.bytes.len());
-        self.bytes.drain(..gone);
-    }
 }
 
 impl Entry {
@@ -342,13 +340,17 @@ impl Entry {
         let floor = self.floor.max(through.saturating_add(1));
         let cleared = (floor - self.floor).min(self.slots.len() as u64);
         for sequence in self.floor..self.floor.saturating_add(cleared) {
-            self.slots[self.slot_of(sequence) as usize] = Slot::default();
+            if self.seen == 0 {
+                break;
+            }
+            let slot = std::mem::take(&mut self.slots[self.slot_of(sequence) as usize]);
+            self.seen -= u32::from(slot.state != SlotState::Empty);
+            self.kept -= u32::from(slot.reply_bytes > 0);
         }
         self.floor = floor;
-        let kept = self.slots.iter().filter(|slot| slot.state == SlotState::Applied && slot.reply_bytes > 0);
-        let start = self.replies.start();
-        let first = kept.map(|slot| slot.reply_at).filter(|at| *at >= start).min();
-        self.replies.trim(first.unwrap_or(self.replies.end));
+        if self.kept == 0 {
+            self.replies.bytes.clear();
+        }
     }
 }
 
@@ -414,6 +416,7 @@ impl SessionTable {
                 };
                 // A reply without bytes, until it is known.
                 *slot = Slot { state, reply_bytes: 0, reply_at: 0, index, term };
+                entry.seen += u32::from(state != SlotState::Empty);
                 Verdict::Fresh(place)
             }
             SlotState::Applied | SlotState::Unkept => Verdict::Duplicate(place),
@@ -428,6 +431,7 @@ impl SessionTable {
         match entry.replies.push(reply) {
             Some(at) if slot.state == SlotState::Applied => {
                 (slot.reply_at, slot.reply_bytes) = (at, reply.len() as u32);
+                entry.kept += u32::from(slot.reply_bytes > 0);
             }
             Some(_) => {}
             None => slot.state = SlotState::Unkept,
@@ -486,6 +490,8 @@ impl SessionTable {
             active_ms: time_ms,
             floor: 1,
             slots: vec![Slot::default(); limits.window as usize].into(),
+            seen: 0,
+            kept: 0,
             replies: ReplyRing { bytes_max: limits.reply_bytes_max, ..ReplyRing::default() },
         };
         self.sessions.push((id, Box::new(entry)));
@@ -514,14 +520,16 @@ impl SessionTable {
         let at = entry.find(sequence)?;
         let slot = &mut entry.slots[at as usize];
         match slot.state {
-            SlotState::Empty | SlotState::Fenced => {
+            SlotState::Empty => {
                 if !mutants::active(Mutant::FenceNotRemembered) {
                     slot.state = SlotState::Fenced;
+                    entry.seen += 1;
                 }
                 Err(SessionRefusal::Fenced)
             }
+            SlotState::Fenced => Err(SessionRefusal::Fenced),
             SlotState::Applied | SlotState::Unkept => {
-                Ok(Controlled::Applied(self.answer(Place { session: position as u32, slot: at })))
+                Ok(Controlled::Applied(Place { session: position as u32, slot: at }))
             }
         }
     }

@@ -93,18 +93,26 @@ impl Sessions {
     ) -> Result<(), LogIndex> {
         let info = view.info();
         let time_ms = self.time_of(info.time_ms);
-        let mut done = Vec::with_capacity(view.len());
-        for command in view.commands() {
+        let awaited = waiters.proposals.awaits(info.first);
+        let mut outcomes = Vec::with_capacity(if awaited { view.len() } else { 0 });
+        for (ordinal, command) in view.commands().enumerate() {
             let control = Control::decode(command.bytes).ok_or(command.index)?;
-            done.push(self.table.control(control, command.index, time_ms));
-        }
-        let mut done = done.into_iter();
-        let outcome = |ordinal: usize, index: LogIndex| match done.next() {
-            Some(Ok(Controlled::Applied(answer))) => outcome_of(answer),
-            Some(Err(reason)) => Err(refused(reason, view, ordinal)),
-            Some(Ok(Controlled::Done)) | None => {
-                Ok(Committed { index, term: info.term, reply: Bytes::new() })
+            let done = self.table.control(control, command.index, time_ms);
+            if awaited {
+                outcomes.push(match done {
+                    Ok(Controlled::Done) => {
+                        Ok(Committed { index: command.index, term: info.term, reply: Bytes::new() })
+                    }
+                    // Before the next request makes another place of it.
+                    Ok(Controlled::Applied(place)) => outcome_of(self.table.answer(place)),
+                    Err(reason) => Err(refused(reason, view, ordinal)),
+                });
             }
+        }
+        let mut outcomes = outcomes.into_iter();
+        let outcome = |_, index| {
+            let done = Committed { index, term: info.term, reply: Bytes::new() };
+            outcomes.next().unwrap_or(Ok(done))
         };
         waiters.proposals.applied_with(&info, outcome, waiters.deliveries);
         Ok(())

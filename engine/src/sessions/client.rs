@@ -4,7 +4,7 @@
 //! Settled sequences at the front of the window are acknowledged by the way, a quarter of a window at a time. One of
 //! unknown outcome stays, and with it the floor, until it is proposed again, resolved, or acknowledged as it is.
 
-use super::{Control, SessionRefusal};
+use super::{Control, SessionRefusal, WINDOW_MAX};
 use crate::error::{ProposeError, Refusal, Refused, UnknownOutcome};
 use crate::handle::{Committed, Handle, Outcome, Proposal, lock};
 use crate::raft::Role;
@@ -478,9 +478,11 @@ struct Used {
 impl Book {
     fn new(position: SessionPosition) -> Self {
         let SessionPosition { window, floor, next, .. } = position;
-        let floor = floor.max(1);
+        // What this client would not have used itself is not kept track of.
+        let window = window.clamp(1, WINDOW_MAX);
+        let floor = floor.max(1).max(next.saturating_sub(2 * u64::from(window)));
         let mut book = Self {
-            window: window.max(1),
+            window,
             next: floor,
             floor,
             confirmed: floor,
@@ -488,8 +490,7 @@ impl Book {
             acknowledging: None,
             refusal: None,
         };
-        book.extend_to(next.min(floor.saturating_add(u64::from(book.window))), true);
-        book.next = book.next.max(next);
+        book.extend_to(next, true);
         book
     }
 
@@ -701,5 +702,7 @@ mod tests {
         assert_eq!(book.floor, 6);
         book.settle_through(90);
         assert_eq!((book.floor, book.next), (91, 91));
+        let book = Book::new(SessionPosition { id: 9, window: u32::MAX, floor: 0, next: u64::MAX });
+        assert_eq!((book.next, book.used.len()), (u64::MAX, 2 * WINDOW_MAX as usize), "bounded");
     }
 }

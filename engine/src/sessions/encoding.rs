@@ -143,6 +143,8 @@ impl Entry {
             active_ms,
             floor,
             slots: vec![Slot::default(); window as usize].into(),
+            seen,
+            kept: 0,
             replies: ReplyRing { end, bytes_max, ..ReplyRing::default() },
         };
         let mut last = None;
@@ -157,9 +159,10 @@ impl Entry {
             let (reply_at, reply_bytes) = (reader.u64()?, reader.u32()?);
             let state = SlotState::from_code(reader.u32()?).ok_or(range("state"))?;
             let reply_end = reply_at.checked_add(u64::from(reply_bytes)).ok_or(range("reply"))?;
-            if reply_end > end || (state != SlotState::Applied && reply_end != 0) {
+            if reply_end > end || state != SlotState::Applied && reply_end != 0 {
                 return Err(range("reply"));
             }
+            entry.kept += u32::from(reply_bytes > 0);
             let at = entry.slot_of(sequence) as usize;
             entry.slots[at] = Slot { state, reply_bytes, reply_at, index, term };
         }

@@ -43,13 +43,17 @@ fn acknowledge(
     table.control(Control::Acknowledge { session, through }, LogIndex(99), time_ms).map(|_| ())
 }
 
+/// The answer, if the sequence was applied.
 fn resolve(
     table: &mut SessionTable,
     session: u64,
     sequence: u64,
     time_ms: u64,
-) -> Result<Controlled, SessionRefusal> {
-    table.control(Control::Resolve { session, sequence }, LogIndex(99), time_ms)
+) -> Result<Option<Answer>, SessionRefusal> {
+    match table.control(Control::Resolve { session, sequence }, LogIndex(99), time_ms)? {
+        Controlled::Applied(place) => Ok(Some(table.answer(place))),
+        Controlled::Done => Ok(None),
+    }
 }
 
 #[test]
@@ -107,8 +111,7 @@ fn a_fence_answers_what_was_applied_and_keeps_away_what_was_not() {
     let mut table = SessionTable::default();
     register(&mut table, 5, LIMITS, 0);
     assert_eq!(apply(&mut table, (5, 1), 6, b"done", 0), Ok(None));
-    let applied = answer(6, Some(b"done")).map(Controlled::Applied).ok_or(SessionRefusal::Expired);
-    assert_eq!(resolve(&mut table, 5, 1, 0), applied);
+    assert_eq!(resolve(&mut table, 5, 1, 0), Ok(answer(6, Some(b"done"))));
     assert_eq!(resolve(&mut table, 5, 2, 0), Err(SessionRefusal::Fenced));
     assert_eq!(apply(&mut table, (5, 2), 7, b"late", 0), Err(SessionRefusal::Fenced));
     assert_eq!(resolve(&mut table, 5, 2, 0), Err(SessionRefusal::Fenced), "the answer stays");
@@ -329,7 +332,7 @@ impl World {
             None => Err(SessionRefusal::Expired),
             Some(model) => match (model.refusal(sequence), model.answer(sequence)) {
                 (Some(refusal), _) => Err(refusal),
-                (None, Some(answer)) => Ok(Controlled::Applied(answer)),
+                (None, Some(answer)) => Ok(Some(answer)),
                 (None, None) => {
                     model.fenced.push(sequence);
                     Err(SessionRefusal::Fenced)
@@ -379,6 +382,10 @@ impl World {
             if room > entry.replies.bytes_max as usize {
                 return Err(format!("replies take {room} of {} bytes", entry.replies.bytes_max));
             }
+            let seen = entry.slots.iter().filter(|slot| slot.state != SlotState::Empty).count();
+            self.told("seen", &(entry.seen as usize), &seen)?;
+            let kept = entry.slots.iter().filter(|slot| slot.reply_bytes > 0).count();
+            self.told("kept", &(entry.kept as usize), &kept)?;
         }
         Ok(())
     }

@@ -45,7 +45,8 @@ impl StateMachine for Echo {
     }
 }
 
-type Commands<'a> = &'a [(&'a str, Option<(u64, u64)>)];
+/// Commands with the session and sequence of each.
+type Commands<'a, T> = &'a [(&'a T, Option<(u64, u64)>)];
 
 struct Rig {
     pool: Pool<AlignedBuf>,
@@ -95,7 +96,7 @@ impl Rig {
     }
 
     /// A batch that another member sealed.
-    fn received(&mut self, kind: BatchKind, commands: &[(&[u8], Option<(u64, u64)>)]) {
+    fn received(&mut self, kind: BatchKind, commands: Commands<'_, [u8]>) {
         let mut builder = BatchBuilder::new(self.block());
         for (bytes, session) in commands {
             let session = session.map(|(session, sequence)| SessionRef { session, sequence });
@@ -111,7 +112,7 @@ impl Rig {
         self.last.get()
     }
 
-    fn commands(&mut self, commands: Commands<'_>) {
+    fn commands(&mut self, commands: Commands<'_, str>) {
         let commands: Vec<_> = commands.iter().map(|(text, session)| (text.as_bytes(), *session)).collect();
         self.received(BatchKind::Commands, &commands);
     }
