@@ -26,11 +26,13 @@ pub enum Mutant {
     MatchFromSent,
     /// A claim ends with what is committed in a term that the node knew before.
     ClaimEndsInItsTerm,
+    /// A batch that cannot be read is acknowledged as if it could.
+    DamageAcknowledged,
 }
 
 impl Mutant {
     /// Those that only damaged logs show.
-    pub const REPAIR: [Self; 1] = [Self::ClaimEndsInItsTerm];
+    pub const REPAIR: [Self; 2] = [Self::ClaimEndsInItsTerm, Self::DamageAcknowledged];
 
     /// All others.
     pub const ALL: [Self; 9] = [

@@ -44,8 +44,6 @@ pub(super) struct Repairer<B: BlockBuf> {
     patience_ns: u64,
     scrub_bytes_per_second: u64,
     scrub_at_ns: u64,
-    /// What the start found unreadable and is not repaired: not acknowledged in this life.
-    clamped: BTreeSet<LogIndex>,
     /// What the start found, for people.
     report: Vec<Damage>,
     /// An end of a batch, beyond that of the log, that is proved to have been in it: a batch that was kept aside follows it.
@@ -127,7 +125,6 @@ impl<B: BlockBuf> Repairer<B> {
             patience_ns: patience_ns.unwrap_or(u64::MAX),
             scrub_bytes_per_second: config.scrub_bytes_per_second,
             scrub_at_ns: u64::MAX,
-            clamped: BTreeSet::new(),
             report: Vec::new(),
             proved: None,
             offered: BTreeSet::new(),
@@ -153,9 +150,8 @@ impl<B: BlockBuf> Repairer<B> {
         }
     }
 
-    /// The core begins; `damaged` is what it was told.
-    pub(super) fn start(&mut self, damaged: impl Iterator<Item = LogIndex>, now_ns: u64) {
-        self.clamped = damaged.collect();
+    /// The core begins.
+    pub(super) fn start(&mut self, now_ns: u64) {
         self.due_at_ns = now_ns;
         if self.scrub_bytes_per_second > 0 {
             self.scrub_at_ns = now_ns.saturating_add(SCRUB_INTERVAL_NS);
@@ -163,7 +159,6 @@ impl<B: BlockBuf> Repairer<B> {
     }
 
     pub(super) fn truncate_after(&mut self, after: LogIndex) {
-        self.clamped.retain(|first| *first <= after);
         self.offered.retain(|first| *first <= after);
         self.proved = self.proved.filter(|(last, _)| *last <= after);
         self.searches.clear();
@@ -255,15 +250,14 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     pub(super) fn repaired(&mut self, first: LogIndex, last: LogIndex) -> Result<(), StopError> {
         tracing::info!(node = %self.config.node, %first, %last, "repaired");
         self.repair.repaired += 1;
-        self.repair.clamped.remove(&first);
         self.repair.offered.remove(&first);
         self.damage_changed()
     }
 
     fn damage_changed(&mut self) -> Result<(), StopError> {
         self.repair.due_at_ns = self.now.monotonic_ns;
-        let (from, clamp) = (self.wal.first_damaged(), self.repair.clamped.first().copied());
-        self.step(Event::DamageChanged { from, clamp })
+        let damaged = self.wal.damaged().map(|batch| batch.info.first).collect();
+        self.step(Event::DamageChanged { damaged })
     }
 
     /// An intact image of `info` is there; if that batch cannot be read, the log is given it. False if it is refused for good.

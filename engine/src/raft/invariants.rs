@@ -6,6 +6,7 @@
 use super::role::RoleState;
 use super::{Epoch, LogId, Nanos, Raft, Restraint, Role, Round};
 use ringraft_block::{LogIndex, NodeId, Term};
+use std::collections::BTreeSet;
 use std::fmt;
 
 /// An invariant that does not hold.
@@ -56,6 +57,10 @@ pub struct State {
     pub saves: (u64, u64),
     /// What a leader knows its peers to hold, by id.
     pub matches: Vec<(NodeId, LogIndex)>,
+    /// What was acknowledged to the leader of the term in this session, or is counted by this one.
+    pub acked: LogIndex,
+    /// First indexes of the batches that cannot be read.
+    pub damaged: BTreeSet<LogIndex>,
     /// What damage, or a disk that does not answer, keeps the node from.
     pub restraint: Restraint,
 }
@@ -86,6 +91,8 @@ impl State {
             alone: raft.quorum.is_only(raft.config.id),
             saves: (raft.hard.asked(), raft.hard.saved()),
             matches,
+            acked: raft.hearing.acked,
+            damaged: raft.repair.damaged().clone(),
             restraint: raft.restraint(),
         }
     }
@@ -122,9 +129,6 @@ pub fn check(raft: &Raft) -> Result<(), Broken> {
         ensure!(ends_batch, "positions are batch ends", "{what} {index} in {:?}", log.batch_at(index));
     }
     ensure!(saves.1 <= saves.0, "only what was asked for is saved", "{saves:?}");
-    let acked = raft.hearing.acked;
-    let clamped = raft.repair.clamped(acked) == acked;
-    ensure!(clamped, "what this life found damaged is not acknowledged", "{acked}, {:?}", raft.repair);
     let leads = matches!(raft.role, RoleState::Leader(_));
     ensure!(
         !leads || raft.repair.claim().is_none(),
@@ -195,6 +199,15 @@ pub fn check_step(before: &State, after: &State) -> Result<(), Broken> {
     let damage = before.restraint.damaged_from.is_some() || before.restraint.claim.is_some();
     let campaigns = after.role == Role::Candidate && before.role != Role::Candidate;
     ensure!(!(campaigns && damage), "no campaign while the log is damaged", "{:?}", before.restraint);
+    let counted = if to > from { LogIndex(0) } else { before.acked.min(after.acked) };
+    let mut both = before.damaged.intersection(&after.damaged);
+    let unread = both.find(|first| **first > counted && **first <= after.acked);
+    ensure!(
+        unread.is_none(),
+        "what cannot be read is not acknowledged anew",
+        "{unread:?} in {}",
+        after.acked
+    );
     let (old, new) = (before.restraint.claim, after.restraint.claim);
     ensure!(new.is_none() || new == old, "a claim only ends", "{new:?} after {old:?}");
     let (old, new) = (before.leader, after.leader);
