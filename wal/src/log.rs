@@ -495,6 +495,17 @@ impl<D: Disk> Wal<D> {
         self.index.damaged().filter_map(|(first, cause)| self.damaged_batch(first, cause))
     }
 
+    /// The first indexes of the damaged batches, in order.
+    pub fn damaged_firsts(&self) -> impl Iterator<Item = LogIndex> + '_ {
+        self.index.damaged().map(|(first, _)| first)
+    }
+
+    /// What is known of the damaged batch that begins at `first`.
+    #[must_use]
+    pub fn damaged_at(&self, first: LogIndex) -> Option<DamagedBatch> {
+        self.damaged_batch(first, self.index.damage_of(first)?)
+    }
+
     /// The first index of the first damaged batch.
     #[must_use]
     pub fn first_damaged(&self) -> Option<LogIndex> {

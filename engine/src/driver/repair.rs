@@ -12,7 +12,7 @@
 //! Everything is bounded: one question per member under way, one read per member that asks, a few searches at a time.
 //! Whoever does not answer within an election time-out is asked again, and named in the status.
 
-use super::{Driver, GROUP, invariant, run_of, take_block};
+use super::{Driver, GROUP, run_of, take_block};
 use crate::config::Config;
 use crate::error::{LostExtent, StopError};
 use crate::raft::{Answer, Claim, Event, Inquiry, LogId, Raft, Role, Verdict};
@@ -32,6 +32,8 @@ use std::time::Duration;
 const READ_TOKENS: u64 = 1 << 62;
 /// Searches at a time.
 const SEARCHES_MAX: usize = 16;
+/// So many times the patience with one member, the batches that have their turn may get nowhere.
+const TURN_PATIENCES: u64 = 4;
 /// How often the scrubber gets its share.
 const SCRUB_INTERVAL_NS: u64 = 250_000_000;
 /// How often the log of the node repeats what it waits for.
@@ -51,6 +53,9 @@ pub(super) struct Repairer<B: BlockBuf> {
     /// Batches whose image the log has, and is writing.
     offered: BTreeSet<LogIndex>,
     searches: BTreeMap<LogIndex, Search<B>>,
+    /// Of more damaged batches than are searched for at a time, those from here on have their turn, since then.
+    turn_of: LogIndex,
+    turn_since_ns: u64,
     asked: BTreeMap<NodeId, Asked>,
     tokens: u64,
     reads: BTreeMap<u64, ReadFor>,
@@ -79,6 +84,9 @@ struct Search<B: BlockBuf> {
     want: Option<(LogIndex, Chain)>,
     inquiry: Inquiry,
     began_at_ns: u64,
+    /// Everybody was asked, and it is not settled: whose answers left it in doubt, and when it is asked again.
+    doubted: BTreeSet<NodeId>,
+    rests_until_ns: u64,
     retry_at_ns: BTreeMap<NodeId, u64>,
     /// An intact batch that may be the one: whether what was kept aside follows it is being looked up.
     candidate: Option<(Block<B>, BatchInfo)>,
@@ -129,6 +137,8 @@ impl<B: BlockBuf> Repairer<B> {
             proved: None,
             offered: BTreeSet::new(),
             searches: BTreeMap::new(),
+            turn_of: LogIndex(0),
+            turn_since_ns: 0,
             asked: BTreeMap::new(),
             tokens: 0,
             reads: BTreeMap::new(),
@@ -167,6 +177,10 @@ impl<B: BlockBuf> Repairer<B> {
 
     pub(super) fn session_changed(&mut self, peer: NodeId) {
         self.asked.remove(&peer);
+        // What it was asked in the session before, it may be asked at once in the next.
+        for search in self.searches.values_mut() {
+            search.retry_at_ns.remove(&peer);
+        }
         self.outgoing.retain(|(to, _)| *to != peer);
         // What is being read for it would answer a question of the session before, whose numbers begin anew with each
         // process.
@@ -199,8 +213,9 @@ impl<B: BlockBuf> Repairer<B> {
 
     /// When a member may be asked again.
     fn next_retry(&self, now_ns: u64) -> u64 {
-        let retries = self.searches.values().flat_map(|search| search.retry_at_ns.values());
-        retries.copied().filter(|at| *at > now_ns).min().unwrap_or(u64::MAX)
+        let retries = self.searches.values().flat_map(|search| search.retry_at_ns.values().copied());
+        let rests = self.searches.values().map(|search| search.rests_until_ns);
+        retries.chain(rests).filter(|at| *at > now_ns).min().unwrap_or(u64::MAX)
     }
 
     fn token(&mut self) -> u64 {
@@ -256,7 +271,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
 
     fn damage_changed(&mut self) -> Result<(), StopError> {
         self.repair.due_at_ns = self.now.monotonic_ns;
-        let damaged = self.wal.damaged().map(|batch| batch.info.first).collect();
+        let damaged = self.wal.damaged_firsts().collect();
         self.step(Event::DamageChanged { damaged })
     }
 
@@ -269,6 +284,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         match self.wal.repair(&mut self.disk, info.first, block) {
             Ok(()) => {
                 self.repair.offered.insert(info.first);
+                self.repair.turn_since_ns = self.now.monotonic_ns;
                 self.repair.searches.remove(&info.first);
                 self.repair.due_at_ns = self.now.monotonic_ns;
                 true
@@ -284,7 +300,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
 
     pub(super) fn damage_status(&self, raft: &Raft) -> crate::handle::DamageStatus {
         crate::handle::DamageStatus {
-            batches: self.wal.damaged().count(),
+            batches: self.wal.damaged_firsts().count(),
             first: self.wal.first_damaged(),
             claim: raft.restraint().claim,
             waiting_for: self.repair.waiting_for.clone(),
@@ -324,6 +340,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             self.repair.proved = None;
             self.repair.asked.clear();
             self.repair.waiting_for.clear();
+            self.repair.turn_of = LogIndex(0);
             self.repair.due_at_ns = u64::MAX;
             return Ok(());
         }
@@ -333,12 +350,25 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             (Some(_), _) => None,
             (None, since) => since.or(Some(now)),
         };
+        self.mend_from_memory()?;
         self.begin_searches(claim);
         self.read_own();
         self.conclude()?;
         self.ask_members(claim, leader);
         self.repair.due_at_ns = self.repair.due_at_ns.min(self.repair.next_retry(now));
         self.say_what_is_waited_for();
+        Ok(())
+    }
+
+    /// What cannot be read and is still held in memory needs nobody else.
+    fn mend_from_memory(&mut self) -> Result<(), StopError> {
+        let here = self.wal.damaged_firsts().filter(|first| !self.repair.offered.contains(first));
+        let here: Vec<_> = here.filter_map(|first| self.recent.starting_at(first).cloned()).collect();
+        for batch in here {
+            let info = batch.info;
+            let block = self.own_block(batch)?;
+            self.offer_repair(info, block);
+        }
         Ok(())
     }
 
@@ -359,15 +389,16 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     fn begin_searches(&mut self, claim: Option<Claim>) {
         let Some(raft) = self.raft() else { return };
         let claimed = self.claimed_position(claim);
-        let known = self.wal.damaged().filter(|batch| !self.repair.offered.contains(&batch.info.first));
+        let (id, quorum, end) = (self.config.node, raft.quorum().clone(), self.end_of_all(raft));
+        let now = self.now.monotonic_ns;
+        let claimed = claimed.map(|(first, previous)| (first, previous, None));
+        let room = SEARCHES_MAX - usize::from(claimed.is_some());
+        let known = self.next_known(room).into_iter().filter_map(|first| self.wal.damaged_at(first));
         let known = known.map(|batch| {
             let DamagedBatch { info, previous, .. } = batch;
             (info.first, previous, Some((info.last, info.chain)))
         });
-        let claimed = claimed.map(|(first, previous)| (first, previous, None));
-        let wanted: Vec<_> = claimed.into_iter().chain(known).take(SEARCHES_MAX).collect();
-        let (id, quorum, end) = (self.config.node, raft.quorum().clone(), self.end_of_all(raft));
-        let now = self.now.monotonic_ns;
+        let wanted: Vec<_> = claimed.into_iter().chain(known).collect();
         let is_wanted = |first: &LogIndex, search: &Search<D::Buf>| {
             wanted.contains(&(*first, search.previous, search.want))
         };
@@ -378,12 +409,35 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 want,
                 inquiry: Inquiry::new(id, &quorum, end),
                 began_at_ns: now,
+                doubted: BTreeSet::new(),
+                rests_until_ns: now,
                 retry_at_ns: BTreeMap::new(),
                 candidate: None,
                 own: Own::Unread,
                 proof: 0,
             });
         }
+    }
+
+    /// The damaged batches to be searched for: not all at once, and when those that have their turn get nowhere, the next ones
+    /// get theirs.
+    fn next_known(&mut self, room: usize) -> Vec<LogIndex> {
+        let unrepaired = |first: &LogIndex| !self.repair.offered.contains(first);
+        let mut known: Vec<LogIndex> = self.wal.damaged_firsts().filter(unrepaired).collect();
+        let now = self.now.monotonic_ns;
+        if known.len() <= room {
+            self.repair.turn_since_ns = now;
+        } else {
+            let from = known.partition_point(|first| *first < self.repair.turn_of) % known.len();
+            known.rotate_left(from);
+            if now.saturating_sub(self.repair.turn_since_ns) >= TURN_PATIENCES * self.repair.patience_ns {
+                known.rotate_left(room);
+                self.repair.turn_since_ns = now;
+            }
+            self.repair.turn_of = known[0];
+            known.truncate(room);
+        }
+        known
     }
 
     /// What was kept aside may follow the log as it is.
@@ -417,7 +471,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 continue;
             }
             let open = |(first, search): &(&LogIndex, &mut Search<D::Buf>)| {
-                let due = search.retry_at_ns.get(&peer).is_none_or(|at| *at <= now);
+                let due =
+                    search.rests_until_ns <= now && search.retry_at_ns.get(&peer).is_none_or(|at| *at <= now);
                 let one_at_a_time = search.want.is_some() && busy.contains(first);
                 let idle = search.own != Own::Reading && search.candidate.is_none();
                 due && !one_at_a_time && idle && search.inquiry.open().any(|voter| voter == peer)
@@ -475,7 +530,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// Follows the verdicts.
     fn conclude(&mut self) -> Result<(), StopError> {
         let Some(raft) = self.raft() else { return Ok(()) };
-        let quorum = raft.quorum().clone();
+        let (id, quorum, end) = (self.config.node, raft.quorum().clone(), self.end_of_all(raft));
+        // What is not settled is asked again, and not at once: somebody else has to do something first.
+        let rests_until_ns = self.now.monotonic_ns.saturating_add(self.repair.patience_ns / 4);
         let mut verdicts = Vec::new();
         for (first, search) in &mut self.repair.searches {
             if search.own != Own::Reading
@@ -483,10 +540,14 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 && let Some(verdict) = search.inquiry.verdict(&quorum)
             {
                 verdicts.push((*first, search.want, verdict));
+                search.doubted = search.inquiry.doubted().collect();
+                search.inquiry = Inquiry::new(id, &quorum, end);
+                search.retry_at_ns.clear();
+                search.rests_until_ns = rests_until_ns;
+                search.own = Own::Unread;
             }
         }
         for (first, want, verdict) in verdicts {
-            self.repair.searches.remove(&first);
             let Some(raft) = self.raft() else { return Ok(()) };
             let committed = first <= raft.commit();
             // While somebody leads, his log decides about what is not committed. But a leader that cannot read a batch that
@@ -532,20 +593,26 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     fn say_what_is_waited_for(&mut self) {
         let now = self.now.monotonic_ns;
         let long = 2 * self.repair.patience_ns;
-        let mut silent = BTreeSet::new();
-        for search in self.repair.searches.values() {
-            if now.saturating_sub(search.began_at_ns) >= long {
-                silent.extend(search.inquiry.open());
+        let mut awaited = BTreeSet::new();
+        let is_young = |search: &Search<D::Buf>| now.saturating_sub(search.began_at_ns) < long;
+        for search in self.repair.searches.values().filter(|search| !is_young(search)) {
+            if search.rests_until_ns <= now {
+                awaited.extend(search.inquiry.open());
             }
+            awaited.extend(&search.doubted);
         }
-        self.repair.waiting_for = silent.into_iter().collect();
+        // When others have just got their turn, there is nothing new yet.
+        let young = !self.repair.searches.is_empty() && self.repair.searches.values().all(is_young);
+        if !young || self.repair.turn_of == LogIndex(0) {
+            self.repair.waiting_for = awaited.into_iter().collect();
+        }
         let quiet = self.repair.warned_at_ns.is_some_and(|at| now.saturating_sub(at) < WARN_INTERVAL_NS);
         if !self.repair.waiting_for.is_empty() && !quiet {
             self.repair.warned_at_ns = Some(now);
             let indexes: Vec<u64> = self.repair.searches.keys().map(|first| first.get()).collect();
             tracing::warn!(
                 node = %self.config.node, ?indexes, members = ?self.repair.waiting_for,
-                "what the log lacks may be only with members that do not answer: bring them back"
+                "what the log lacks may be only with members that do not answer, or cannot tell: bring them back"
             );
         }
     }
@@ -592,6 +659,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 let whole = info.chain == chain && info.group == GROUP && view.verify_chain(previous);
                 if !named || !whole || info.image_bytes as usize > self.config.image_bytes_max() {
                     return self.refuse(from, "a fetched batch that is not the one announced");
+                }
+                // Terms never fall along a log; one that lies on the way lies further on.
+                if self.raft().and_then(|raft| raft.term_at(first.previous())) > Some(info.term) {
+                    return self.refuse(from, "a fetched batch of an earlier term than what it follows");
                 }
                 match self.take_fetched(from, &asked, &reply, block, info)? {
                     Some(answer) => answer,
@@ -692,7 +763,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let restrained = raft.restraint().claim.is_some() && raft.leader().is_none();
         let idle = raft.role() == Role::Follower && !self.closing;
         // A leader may have been quicker.
-        if !restrained || !idle || last.index.next() != info.first || info.term > raft.term() {
+        let follows = last.index.next() == info.first && (last.term..=raft.term()).contains(&info.term);
+        if !restrained || !idle || !follows {
             return Ok(());
         }
         if !self.has_room_for(&info) {
@@ -700,7 +772,6 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             self.repair.due_at_ns = self.now.monotonic_ns.saturating_add(BUSY_RETRY_NS);
             return Ok(());
         }
-        invariant(info.term >= last.term, || format!("{info:?} was kept behind {last:?}"))?;
         let batch = run_of(&info);
         self.incoming = Some((block, info));
         let outcome = self.step(Event::Adopt { batch });
@@ -761,19 +832,23 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     }
 
     fn adopt_stored(&mut self, batch: StoredBatch<D::Buf>) -> Result<(), StopError> {
-        let StoredBatch { info, block } = batch;
-        let block = match Rc::try_unwrap(block) {
-            Ok(block) => block,
-            Err(shared) => {
-                let mut own = take_block(&self.pool, &mut self.disk, info.slot_bytes());
-                if let Ok(own) = &mut own {
-                    let bytes = info.slot_bytes();
-                    own[..bytes].copy_from_slice(&shared[..bytes]);
-                }
-                own.map_err(StopError::Memory)?
-            }
-        };
+        let info = batch.info;
+        let block = self.own_block(batch)?;
         self.adopt(info, block)
+    }
+
+    /// The batch in a block of its own: nobody else may write to one that is shared.
+    fn own_block(&mut self, batch: StoredBatch<D::Buf>) -> Result<Block<D::Buf>, StopError> {
+        let StoredBatch { info, block } = batch;
+        match Rc::try_unwrap(block) {
+            Ok(block) => Ok(block),
+            Err(shared) => {
+                let bytes = info.slot_bytes();
+                let mut own = take_block(&self.pool, &mut self.disk, bytes).map_err(StopError::Memory)?;
+                own[..bytes].copy_from_slice(&shared[..bytes]);
+                Ok(own)
+            }
+        }
     }
 }
 
@@ -818,12 +893,16 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         };
         if message.only_proved && !self.proves(&message) {
             self.reply(from, &message, Fetched::None, None);
+        } else if let Some(batch) = self.recent.starting_at(first).cloned() {
+            // Whatever its copy on the disk is like: that is mended from this one.
+            match message.image {
+                true => self.reply(from, &message, batch_of(&batch.info), Some(batch)),
+                false => self.reply(from, &message, Fetched::NotSent, None),
+            }
         } else if self.wal.is_damaged(first) {
             self.reply(from, &message, Fetched::Had, None);
         } else if !message.image {
             self.reply(from, &message, Fetched::NotSent, None);
-        } else if let Some(batch) = self.recent.starting_at(first).cloned() {
-            self.reply(from, &message, batch_of(&batch.info), Some(batch));
         } else if run.last > self.wal.durable_through() {
             self.reply(from, &message, Fetched::Busy, None);
         } else {
@@ -894,3 +973,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
 fn batch_of(info: &BatchInfo) -> Fetched {
     Fetched::Batch { end: LogId { term: info.term, index: info.last }, chain: info.chain }
 }
+
+#[cfg(test)]
+pub(super) mod testing;
+#[cfg(test)]
+mod tests;

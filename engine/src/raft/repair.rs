@@ -322,7 +322,7 @@ pub struct Inquiry {
     open: BTreeSet<NodeId>,
     had: BTreeSet<NodeId>,
     unclear: BTreeSet<NodeId>,
-    other: bool,
+    other: BTreeSet<NodeId>,
     highest: LogId,
 }
 
@@ -332,13 +332,18 @@ impl Inquiry {
     #[must_use]
     pub fn new(own: NodeId, quorum: &Quorum, highest: LogId) -> Self {
         let voters: BTreeSet<NodeId> = quorum.voters().filter(|voter| *voter != own).collect();
-        let (had, unclear) = ([own].into(), BTreeSet::new());
-        Self { open: voters.clone(), voters, second: false, had, unclear, other: false, highest }
+        let (had, unclear, other) = ([own].into(), BTreeSet::new(), BTreeSet::new());
+        Self { open: voters.clone(), voters, second: false, had, unclear, other, highest }
     }
 
     /// Who has to be asked now, in a round of this number.
     pub fn open(&self) -> impl Iterator<Item = NodeId> + '_ {
         self.open.iter().copied()
+    }
+
+    /// Whose answers leave open what was there.
+    pub fn doubted(&self) -> impl Iterator<Item = NodeId> + '_ {
+        self.other.union(&self.unclear).copied()
     }
 
     /// The round, which answers must name: one of an earlier round is void.
@@ -354,7 +359,7 @@ impl Inquiry {
         }
         self.highest = self.highest.max(highest);
         match answer {
-            Answer::Other => self.other = true,
+            Answer::Other => drop(self.other.insert(voter)),
             Answer::Had => drop(self.had.insert(voter)),
             Answer::Unclear => drop(self.unclear.insert(voter)),
             Answer::None => {}
@@ -374,13 +379,13 @@ impl Inquiry {
             }
         }
         let highest = self.highest;
-        Some(match self.other {
-            true => Verdict::Unproved { highest },
-            false if quorum.reached(|id| self.had.contains(&id)) => Verdict::AllCopiesGone,
-            false if quorum.reached(|id| self.had.contains(&id) || self.unclear.contains(&id)) => {
+        Some(match self.other.is_empty() {
+            false => Verdict::Unproved { highest },
+            true if quorum.reached(|id| self.had.contains(&id)) => Verdict::AllCopiesGone,
+            true if quorum.reached(|id| self.had.contains(&id) || self.unclear.contains(&id)) => {
                 Verdict::Unproved { highest }
             }
-            false => Verdict::Nowhere { highest },
+            true => Verdict::Nowhere { highest },
         })
     }
 }
