@@ -606,6 +606,10 @@ impl<D: Disk> Wal<D> {
         let cause = DamageCause::ImageRotten;
         let is_new = self.index.damage(first, cause);
         if is_new && let Some(batch) = self.damaged_batch(first, cause) {
+            // It holds something else than what was counted: it is not recycled later.
+            if let Some(segment) = self.segments.get_mut(batch.generation) {
+                segment.sums = None;
+            }
             events.push_back(WalEvent::DamageFound(batch));
         }
         is_new
