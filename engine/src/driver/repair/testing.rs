@@ -290,7 +290,7 @@ impl Bench {
         bytes: usize,
     ) -> (Block<AlignedBuf>, BatchInfo) {
         let size = round_up_to_block(bytes + 2 * BLOCK_BYTES);
-        let block = super::take_block(&self.driver.pool, &mut self.driver.disk, size).expect("memory");
+        let block = super::super::take_block(&self.driver.pool, &mut self.driver.disk, size).expect("memory");
         let mut builder = BatchBuilder::new(block);
         builder.push(&vec![first as u8; bytes], None).expect("it fits");
         builder.seal(Seal {
