@@ -87,8 +87,9 @@ pub struct DamageStatus {
     pub first: Option<LogIndex>,
     /// More was in the log than can be read: until that is settled the node does not lead, and may not vote.
     pub claim: Option<Claim>,
-    /// Members that have been asked for what is missing and have not answered for a while. Without a leader nothing
-    /// goes on before they do: bring them back.
+    /// Members without whom it stays open for a while now what the log lacks: they do not answer, or what they answer leaves
+    /// it in doubt. Without a leader nothing goes on before that is settled: bring back those that are down, and look at the
+    /// status of the others, which may lack something themselves.
     pub waiting_for: Vec<NodeId>,
     /// Batches repaired since the start.
     pub repaired: u64,

@@ -60,11 +60,13 @@ pub enum Mutant {
     InstallKeepsConflictingLog,
     /// The log is purged when a snapshot is begun.
     PurgeBeforeSnapshotDurable,
+    /// A batch that cannot be read is acknowledged as if it could.
+    DamageAcknowledged,
 }
 
 impl Mutant {
     /// Those that only damaged logs show.
-    pub const REPAIR: [Self; 1] = [Self::ClaimEndsInItsTerm];
+    pub const REPAIR: [Self; 2] = [Self::ClaimEndsInItsTerm, Self::DamageAcknowledged];
 
     /// Those that only commands of sessions show.
     pub const SESSIONS: [Self; 4] =

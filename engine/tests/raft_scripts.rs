@@ -18,7 +18,7 @@
 //! | `duplicate 1->2`, `drop 1->2` | as deliver: arrive and stay under way, or do not arrive |
 //! | `save 2`, `persist 2` | hard state, or log, of node 2 is durable, and reports it |
 //! | `write 2`, `complete 2` | the halves of `persist`: it is durable; it is reported, in one completion per epoch |
-//! | `damage 1 [from=3] [clamp=3]` | the batches of node 1 that cannot be read are these now |
+//! | `damage 1 [3 9]` | the batches of node 1 that cannot be read are these now |
 //! | `adopt 1 7@2`, `nowhere 1 6`, `asked 1 20@5` | what node 1's driver found out: a batch of its own, that there is none, how far all logs reach |
 //! | `ask 1` | node 1's driver asks the driver of the node that it follows how far that one's log reaches |
 //! | `snapshot 1 [at=6]` | the driver of node 1 has a durable snapshot of all that is committed, or up to there |
@@ -41,7 +41,7 @@ use ringraft::raft::{
     MemberRole, Message, Nanos, Raft, RaftConfig, ReadKind, ReadRefusal, ReplicationState, Role, Settings,
 };
 use ringraft_block::{Incarnation, LogIndex, NodeId, Term};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt::Write as _;
 use std::path::Path;
 
@@ -231,10 +231,11 @@ impl Cluster {
                 self.feed(id(one), Event::PeerConnected { peer: id(other) });
                 self.feed(id(other), Event::PeerConnected { peer: id(one) });
             }
-            ["damage", node, ..] => {
-                let (from, clamp) = (index(&words, "from"), index(&words, "clamp"));
-                self.node(id(node)).disk.damaged_from = from;
-                self.feed(id(node), Event::DamageChanged { from, clamp });
+            ["damage", node, firsts @ ..] => {
+                let damaged: BTreeSet<LogIndex> =
+                    firsts.iter().map(|first| LogIndex(number(first))).collect();
+                self.node(id(node)).disk.damaged_from = damaged.first().copied();
+                self.feed(id(node), Event::DamageChanged { damaged });
             }
             ["adopt", node, at] => {
                 let LogId { term, index } = position(at);
@@ -742,11 +743,10 @@ fn show_event(event: &Event) -> String {
         Event::HardStateSaved { sequence } => format!("saved #{sequence}"),
         Event::PeerConnected { peer } => format!("connected to {peer}"),
         Event::PeerDisconnected { peer } => format!("disconnected from {peer}"),
-        Event::DamageChanged { from, clamp } => {
-            let at = |index: &Option<LogIndex>| {
-                index.map_or("nothing".to_owned(), |index| format!("from {index}"))
-            };
-            format!("damaged {}, not acknowledged {}", at(from), at(clamp))
+        Event::DamageChanged { damaged } if damaged.is_empty() => "damaged nothing".to_owned(),
+        Event::DamageChanged { damaged } => {
+            let firsts: Vec<String> = damaged.iter().map(ToString::to_string).collect();
+            format!("damaged {}", firsts.join(" "))
         }
         Event::Adopt { batch } => format!("adopts {}", show_batch(batch)),
         Event::LeaderHolds { leader, term, last } => {

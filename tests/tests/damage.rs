@@ -505,6 +505,46 @@ fn the_scrubber_finds_rot_at_nodes_that_run_and_it_is_healed_while_the_leader_le
     assert!((0..NODES).all(|node| lab.is_healed(node)));
 }
 
+/// The leader that it was acknowledged to goes on counting it; the next one is told what can be read.
+#[test]
+fn rot_found_at_a_follower_that_runs_is_not_counted_by_the_next_leader_before_it_is_mended() {
+    let mut lab = prepared(6, NODES);
+    lab.kill_all();
+    lab.boot_all();
+    lab.commit(1);
+    lab.converge();
+    let first = lab.leader().expect("a leader");
+    let damaged = follower(&lab);
+    let matched = |lab: &Lab, leader: usize| {
+        let id = NodeId(damaged as u64 + 1);
+        let status = lab.status(leader).expect("it runs");
+        status.peers.iter().find(|peer| peer.id == id).map(|peer| peer.matched.get())
+    };
+    // It finds the rot and has no room for the mended segment.
+    lab.disks[damaged].borrow_mut().faults_mut().no_space = true;
+    lab.rot_image(damaged, 4);
+    lab.until("found", |lab| lab.status(damaged).is_some_and(|status| status.damage.batches == 1));
+    lab.commit(1);
+    lab.converge();
+    let last = lab.status(first).expect("it runs").last.get();
+    lab.until("counted as before", |lab| matched(lab, first) == Some(last));
+
+    lab.kill(first);
+    lab.until("another leader", |lab| lab.leader().is_some());
+    let next = lab.leader().expect("just seen");
+    assert_ne!(next, damaged);
+    lab.until("it is heard", |lab| matched(lab, next).is_some_and(|matched| matched > 0));
+    let commit = lab.status(next).expect("it runs").commit;
+    lab.run(SECOND);
+    assert_eq!(matched(&lab, next), Some(3), "what lies before the damage");
+    assert_eq!(lab.status(next).expect("it runs").commit, commit, "two of three, and one cannot read it");
+    lab.disks[damaged].borrow_mut().faults_mut().no_space = false;
+    lab.until("mended", |lab| lab.is_healed(damaged));
+    lab.commit(1);
+    lab.boot(first);
+    lab.converge();
+}
+
 #[test]
 fn a_follower_without_space_holds_a_bounded_number_of_batches_in_memory_and_catches_up_later() {
     let mut lab = prepared(5, NODES);

@@ -1016,6 +1016,112 @@ fn a_truncation_that_overtakes_a_rebuild_stays_a_truncation() {
 }
 
 #[test]
+fn a_purge_that_overtakes_a_rebuild_leaves_nothing_of_the_segment() {
+    let whole = Whole::new();
+    let sick = whole.rotten(&[20, 22]);
+    let of_segment = |first: u64| whole.batch(first).name == whole.batch(20).name;
+    let last = (20..60).rev().find(|first| of_segment(*first)).unwrap();
+    // Within the segment, before and behind the repaired batch; through its end, and further.
+    for through in [19, 21, last, last + 1] {
+        // The disk may do first what it was asked for last.
+        for (operations, backwards) in (0..).flat_map(|operations| [(operations, false), (operations, true)])
+        {
+            let mut harness = sick.clone().start();
+            harness.open();
+            whole.repair(&mut harness, 20);
+            let finished = !(0..operations).all(|_| harness.step());
+            assert_eq!(harness.wal.purge_through(&mut harness.disk, LogIndex(through)), LogIndex(through));
+            while backwards && let Some(last) = harness.disk.queue.len().checked_sub(1) {
+                harness.disk.complete(last, Fate::Happen);
+                harness.turn();
+            }
+            harness.settle();
+            assert!(harness.wal.poisoned().is_none());
+            let damaged: Vec<u64> = harness.wal.damaged().map(|batch| batch.info.first.get()).collect();
+            assert_eq!(damaged, if through < 22 { &[22][..] } else { &[] }, "repaired, or purged");
+            let names = harness.disk.device.names();
+            assert!(names.iter().all(|name| !name.ends_with(".new")), "{names:?}");
+            let gone = names.iter().all(|name| *name != whole.batch(20).name);
+            assert_eq!(gone, through >= last, "through {through} after {operations}: {names:?}");
+            assert_eq!(harness.disk.open_files(), open_files(&whole), "no descriptor is left over");
+            harness.append_durably(9, 1, 100, 1);
+            let (harness, recovered) = Sick::new(harness.shut_down()).opens();
+            assert_eq!((recovered.claim, harness.wal.last_index()), (None, LogIndex(61)));
+            assert_eq!(harness.wal.log_start().index, LogIndex(through));
+            if finished {
+                break;
+            }
+        }
+    }
+}
+
+/// How many files a log has open that nothing happens to.
+fn open_files(whole: &Whole) -> usize {
+    let mut harness = Harness::start(whole.device.clone());
+    harness.open();
+    harness.settle();
+    harness.disk.open_files()
+}
+
+#[test]
+fn a_segment_whose_file_is_too_short_is_rebuilt_in_its_whole_length() {
+    let whole = Whole::new();
+    let of_segment = |first: &u64| whole.batch(*first).name == whole.batch(20).name;
+    let last = (20..60).rev().find(of_segment).unwrap();
+    let batch = whole.batch(last);
+    // A part of the last batch is missing with what is behind it; the file ends in the midst of a block, or of a piece.
+    for missing_from in [BLOCK_BYTES, BLOCK_BYTES + SECTOR_BYTES] {
+        let mut sick = whole.rotten(&[20]);
+        sick.device.shorten(&batch.name, batch.at + missing_from);
+        let (mut harness, recovered) = sick.opens();
+        assert_eq!(recovered.claim, None);
+        whole.reads_back(&mut harness, &[20, last]);
+        told(&mut harness);
+        // Memory that was in use before.
+        let pool = harness.pool.clone();
+        let dirty: Vec<_> =
+            (0..3).map(|_| crate::ops::take(&pool, &mut harness.disk, 140 * 1024).unwrap()).collect();
+        dirty.into_iter().for_each(|mut block| block.fill(0x55));
+        for first in [20, last] {
+            whole.repair(&mut harness, first);
+        }
+        harness.settle();
+        let mut repaired = told(&mut harness);
+        repaired.sort();
+        assert_eq!(repaired, [(true, 20), (true, last)]);
+        let content = harness.disk.device.content(&batch.name);
+        assert_eq!(content.len(), whole.device.content(&batch.name).len());
+        let end = (batch.at + batch.bytes.len()).next_multiple_of(BLOCK_BYTES);
+        assert!(content[end..].iter().all(|byte| *byte == 0), "nothing else comes into the log");
+        whole.reads_back(&mut harness, &[]);
+        let (mut harness, recovered) = Sick::new(harness.crash(|| false)).opens();
+        assert_eq!((recovered.report.damage, recovered.claim), (Vec::new(), None));
+        whole.reads_back(&mut harness, &[]);
+    }
+}
+
+/// What lies behind the end of a log that was cut has to stay behind it.
+#[test]
+fn a_segment_within_which_the_log_was_cut_is_rebuilt_and_stays_cut() {
+    let whole = Whole::new();
+    for keep in [20, 21, 24] {
+        let (mut harness, _) = whole.rotten(&[20]).opens();
+        harness.wal.truncate_after(&mut harness.disk, LogIndex(keep));
+        harness.settle();
+        let appended = harness.append_durably(9, 1, 100, 1);
+        let (mut harness, _) = Sick::new(harness.crash(|| false)).opens();
+        whole.repair(&mut harness, 20);
+        harness.settle();
+        let (mut harness, recovered) = Sick::new(harness.crash(|| false)).opens();
+        assert_eq!((recovered.report.damage, recovered.claim), (Vec::new(), None));
+        assert_eq!(harness.wal.last_info(), Some(appended));
+        harness.wal.truncate_after(&mut harness.disk, LogIndex(keep));
+        harness.settle();
+        whole.reads_back(&mut harness, &[]);
+    }
+}
+
+#[test]
 fn damage_found_by_a_read_is_told_once_and_the_log_rolls_over_to_repair_what_it_appends_to() {
     let mut harness = Harness::fresh();
     for salt in 0..4 {
@@ -1287,4 +1393,28 @@ fn a_claim_is_not_certain_when_more_was_vouched_for_or_the_newest_epoch_left_no_
     sick.device.remove(&newest);
     let (_, recovered) = sick.opens();
     assert!(!recovered.claim.unwrap().certain);
+}
+
+/// The log is followed behind damage, and then a segment is missing that only the header of the next one tells of, before its
+/// first batch: what was in it, nobody knows, and the end that was seen is not the end.
+#[test]
+fn a_claim_is_not_certain_when_the_last_segment_is_missing_and_the_next_one_is_still_empty() {
+    let (device, names) = sixty_batches();
+    let all = device.names();
+    let next = all.iter().filter(|name| name.ends_with(".wal")).find(|name| *name > names.last().unwrap());
+    let next = next.expect("one is ready");
+    let header = device.content(next);
+    assert!(header[..SECTOR_BYTES].iter().any(|byte| *byte != 0), "and has its header");
+    let (name, at) = {
+        let mut harness = Harness::start(device.clone());
+        harness.open();
+        slot_at(&harness, LogIndex(2))
+    };
+    let mut sick = Sick::new(device);
+    sick.flip(&name, at);
+    sick.device.remove(names.last().unwrap());
+    let (harness, recovered) = sick.opens();
+    assert_eq!(harness.wal.last_index(), LogIndex(1));
+    let claim = recovered.claim.unwrap();
+    assert!(!claim.certain, "{claim:?}");
 }

@@ -495,6 +495,17 @@ impl<D: Disk> Wal<D> {
         self.index.damaged().filter_map(|(first, cause)| self.damaged_batch(first, cause))
     }
 
+    /// The first indexes of the damaged batches, in order.
+    pub fn damaged_firsts(&self) -> impl Iterator<Item = LogIndex> + '_ {
+        self.index.damaged().map(|(first, _)| first)
+    }
+
+    /// What is known of the damaged batch that begins at `first`.
+    #[must_use]
+    pub fn damaged_at(&self, first: LogIndex) -> Option<DamagedBatch> {
+        self.damaged_batch(first, self.index.damage_of(first)?)
+    }
+
     /// The first index of the first damaged batch.
     #[must_use]
     pub fn first_damaged(&self) -> Option<LogIndex> {
@@ -595,6 +606,10 @@ impl<D: Disk> Wal<D> {
         let cause = DamageCause::ImageRotten;
         let is_new = self.index.damage(first, cause);
         if is_new && let Some(batch) = self.damaged_batch(first, cause) {
+            // It holds something else than what was counted: it is not recycled later.
+            if let Some(segment) = self.segments.get_mut(batch.generation) {
+                segment.sums = None;
+            }
             events.push_back(WalEvent::DamageFound(batch));
         }
         is_new

@@ -7,6 +7,11 @@
 //!
 //! Only segments that this process has written are recycled: a write of a dead process may still be on its way to any other.
 //!
+//! The checksums are those of what was written, and the content is not read back to compare: that would read as many bytes as the log
+//! writes, for ever, to notice rot that matters only where a crash then tears the last write over it. There the torn tail looks
+//! like damage to a batch that nobody acknowledged: loud, settled by asking the other members, and never unsafe. A
+//! segment in which a read or the scrubber has found damage is not recycled at all.
+//!
 //! Failures: where the former checksums cannot be read, or there is no space, the segment is given up and removed. Any other
 //! error stops the log. A crash leaves an `.old` file, removed at the next start, or a `.used` one, which is whole.
 

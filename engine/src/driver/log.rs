@@ -243,7 +243,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let raft = Raft::new(config::raft_config(&self.config, self.timing_seed), configuration, boot)
             .map_err(|error| ConfigError::Raft(error.to_string()))?;
         self.life = Life::Running(Box::new(raft));
-        self.repair.start(self.wal.damaged().map(|batch| batch.info.first), self.now.monotonic_ns);
+        self.repair.start(self.now.monotonic_ns);
         self.set_gate();
         let connected: Vec<NodeId> =
             self.peers.iter().filter(|(_, peer)| peer.session.is_some()).map(|(id, _)| *id).collect();

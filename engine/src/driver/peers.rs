@@ -132,7 +132,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.form(step)
     }
 
-    fn on_append(
+    pub(super) fn on_append(
         &mut self,
         from: NodeId,
         message: AppendMessage,

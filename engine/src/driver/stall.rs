@@ -78,3 +78,63 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.stall.since_ns.saturating_add(nanos(next)).min(look)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::repair::testing::Bench;
+    use super::*;
+
+    const MILLISECOND_NS: u64 = 1_000_000;
+
+    /// Turns as often as the driver asks for, and once a millisecond.
+    fn look(bench: &mut Bench, span_ns: u64) -> Result<(), StopError> {
+        let end = bench.driver.now.monotonic_ns + span_ns;
+        while bench.driver.now.monotonic_ns < end {
+            bench.driver.now.monotonic_ns += MILLISECOND_NS;
+            bench.driver.watch_disk()?;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_process_that_did_not_run_for_long_does_not_take_its_disk_for_stalled() {
+        let mut bench = Bench::new();
+        let config = &bench.driver.config;
+        let (stalls, stops) = (nanos(config.disk_stall_timeout()), nanos(config.disk_stall_stop));
+        bench.memory.borrow_mut().holds_writes = true;
+        bench.append(1, 0);
+        look(&mut bench, stalls / 2).expect("a slow disk");
+        for pause in [3 * stalls, 100 * stops] {
+            bench.driver.now.monotonic_ns += pause;
+            bench.driver.watch_disk().expect("nothing is known of the disk");
+            assert_eq!(bench.driver.stall.stalled_ms(bench.driver.now.monotonic_ns), None);
+        }
+        // What it took while somebody looked counts.
+        look(&mut bench, stalls / 2 - MILLISECOND_NS).expect("a slow disk");
+        assert!(!bench.driver.stall.stalled);
+        look(&mut bench, 2 * MILLISECOND_NS).expect("it stands aside");
+        assert!(bench.driver.stall.stalled);
+        let end = look(&mut bench, stops);
+        assert!(
+            matches!(end, Err(StopError::DiskStalled { millis }) if millis == stops / MILLISECOND_NS),
+            "{end:?}"
+        );
+    }
+
+    #[test]
+    fn a_node_looks_often_enough_to_tell_a_pause_from_a_stall() {
+        let mut bench = Bench::new();
+        bench.memory.borrow_mut().holds_writes = true;
+        bench.append(1, 0);
+        let stops = nanos(bench.driver.config.disk_stall_stop);
+        let began = bench.driver.now.monotonic_ns;
+        bench.driver.watch_disk().expect("it has just been asked");
+        // Only at the deadlines that it gives itself.
+        let end = (0..100).find_map(|_| {
+            bench.driver.now.monotonic_ns = bench.driver.stall_deadline();
+            bench.driver.watch_disk().err()
+        });
+        assert!(matches!(end, Some(StopError::DiskStalled { .. })), "{end:?}");
+        assert!(bench.driver.now.monotonic_ns - began <= stops + MILLISECOND_NS);
+    }
+}

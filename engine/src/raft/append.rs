@@ -174,8 +174,9 @@ impl Raft {
         let own = if mutants::active(Mutant::AckBeforeDurable) {
             self.log.last().index
         } else {
-            self.repair.clamped(self.durable.last())
+            self.repair.countable(self.durable.last(), self.hearing.acked)
         };
+        self.hearing.acked = own;
         let id = self.config.id;
         let agreed = self.quorum.agreed(|voter| {
             if voter == id {
@@ -396,7 +397,7 @@ impl Raft {
         let index = if mutants::active(Mutant::AckBeforeDurable) {
             self.hearing.matched
         } else {
-            self.repair.clamped(self.durable.last().min(self.hearing.matched))
+            self.repair.countable(self.durable.last().min(self.hearing.matched), self.hearing.acked)
         };
         // Both are batch ends of this log.
         self.log.batch_end_at(index).unwrap_or(self.log.start())

@@ -2,6 +2,7 @@
 
 use super::{BatchRun, Configuration, Epoch, LogId, ReadIndex, ReadIndexReply, ReadKind, Round};
 use ringraft_block::{LogIndex, NodeId, Term};
+use std::collections::BTreeSet;
 
 /// An input of [`Raft::handle`](super::Raft::handle).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,10 +49,8 @@ pub enum Event {
     },
     /// The batches of the log that cannot be read have changed: one was found, one is durable again.
     DamageChanged {
-        /// First index of the first one.
-        from: Option<LogIndex>,
-        /// The same among those that were known when this life began: from there on nothing is acknowledged.
-        clamp: Option<LogIndex>,
+        /// First indexes of all of them.
+        damaged: BTreeSet<LogIndex>,
     },
     /// This batch, which continues the log, is proved to have been in it before the damage. Only while a claim is in force
     /// and no leader is known.

@@ -6,6 +6,7 @@
 use super::role::RoleState;
 use super::{Epoch, LogId, Nanos, Raft, Restraint, Role, Round};
 use ringraft_block::{LogIndex, NodeId, Term};
+use std::collections::BTreeSet;
 use std::fmt;
 
 /// An invariant that does not hold.
@@ -58,6 +59,10 @@ pub struct State {
     pub matches: Vec<(NodeId, LogIndex)>,
     /// Whether this is a candidate that the leader of the term before asked to campaign.
     pub transfer: bool,
+    /// What was acknowledged to the leader of the term in this session, or is counted by this one.
+    pub acked: LogIndex,
+    /// First indexes of the batches that cannot be read.
+    pub damaged: BTreeSet<LogIndex>,
     /// What damage, or a disk that does not answer, keeps the node from.
     pub restraint: Restraint,
 }
@@ -89,6 +94,8 @@ impl State {
             saves: (raft.hard.asked(), raft.hard.saved()),
             matches,
             transfer: matches!(raft.role, RoleState::Candidate { transfer: true, .. }),
+            acked: raft.hearing.acked,
+            damaged: raft.repair.damaged().clone(),
             restraint: raft.restraint(),
         }
     }
@@ -131,9 +138,6 @@ pub fn check(raft: &Raft) -> Result<(), Broken> {
         ensure!(ends_batch, "positions are batch ends", "{what} {index} in {:?}", log.batch_at(index));
     }
     ensure!(saves.1 <= saves.0, "only what was asked for is saved", "{saves:?}");
-    let acked = raft.hearing.acked;
-    let clamped = raft.repair.clamped(acked) == acked;
-    ensure!(clamped, "what this life found damaged is not acknowledged", "{acked}, {:?}", raft.repair);
     let reads = raft.check_reads();
     ensure!(reads.is_ok(), "reads wait for what will come", "{reads:?}");
     let leads = matches!(raft.role, RoleState::Leader(_));
@@ -207,6 +211,15 @@ pub fn check_step(before: &State, after: &State) -> Result<(), Broken> {
     let damage = damaged_from.is_some() || claim.is_some() || state_lost;
     let campaigns = after.role == Role::Candidate && before.role != Role::Candidate;
     ensure!(!(campaigns && damage), "no campaign while the log is damaged", "{:?}", before.restraint);
+    let counted = if to > from { LogIndex(0) } else { before.acked.min(after.acked) };
+    let mut both = before.damaged.intersection(&after.damaged);
+    let unread = both.find(|first| **first > counted && **first <= after.acked);
+    ensure!(
+        unread.is_none(),
+        "what cannot be read is not acknowledged anew",
+        "{unread:?} in {}",
+        after.acked
+    );
     let (old, new) = (before.restraint.claim, after.restraint.claim);
     ensure!(new.is_none() || new == old, "a claim only ends", "{new:?} after {old:?}");
     let (old, new) = (before.leader, after.leader);

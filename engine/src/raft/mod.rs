@@ -313,7 +313,7 @@ impl Raft {
             }
             Event::PeerConnected { peer } => self.session_changed(peer, true, actions),
             Event::PeerDisconnected { peer } => self.session_changed(peer, false, actions),
-            Event::DamageChanged { from, clamp } => self.damage_changed(from, clamp, actions)?,
+            Event::DamageChanged { damaged } => self.damage_changed(damaged, actions)?,
             Event::Adopt { batch } => self.adopt(batch, actions)?,
             Event::LeaderHolds { leader, term, last } => self.leader_holds(leader, term, last),
             Event::AllAsked { highest } => self.all_asked(highest),

@@ -2,7 +2,9 @@
 //!
 //! Two kinds. **Known**: a batch whose identity is intact and whose bytes are not. The log is complete as far as
 //! votes go; but nothing at or behind the batch is acknowledged, and the node does not campaign, until its bytes are
-//! there again. **A claim**: the log was cut before the damage, and more was there. What of it was acknowledged is
+//! there again. Only what was acknowledged before the damage was found stays so, in that term and session: the leader
+//! counts it already, and to take what lies behind out as well would stop its commits and make no copy whole. The next
+//! leader, or the same one over a new session, begins to count anew, and is told what can be read. **A claim**: the log was cut before the damage, and more was there. What of it was acknowledged is
 //! known (a *certain* claim: the end of the log that was) or is not.
 //!
 //! What a claim forbids follows from what was forgotten: the node may have acknowledged, and a leader may have
@@ -53,11 +55,9 @@ impl Claim {
 /// What restrains this node.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Repair {
-    /// First index of the first batch that is known and cannot be read.
-    damaged_from: Option<LogIndex>,
-    /// The same among those that were found at this start: nothing from there on is acknowledged in this life. Damage found
-    /// later takes nothing back.
-    clamp: Option<LogIndex>,
+    /// First indexes of the batches that are known and cannot be read. Of those that were found at the start only the first
+    /// one, before the log has told of a change.
+    damaged: BTreeSet<LogIndex>,
     claim: Option<Claim>,
     /// What stands for the end of the log that was there while the claim is not certain.
     floor: Option<LogId>,
@@ -71,7 +71,7 @@ pub(super) struct Repair {
 
 impl Repair {
     pub(super) fn new(damaged_from: Option<LogIndex>, claim: Option<Claim>) -> Self {
-        Self { damaged_from, clamp: damaged_from, claim, ..Self::default() }
+        Self { damaged: damaged_from.into_iter().collect(), claim, ..Self::default() }
     }
 
     pub(super) fn claim(&self) -> Option<Claim> {
@@ -79,21 +79,29 @@ impl Repair {
     }
 
     pub(super) fn damaged_from(&self) -> Option<LogIndex> {
-        self.damaged_from
+        self.damaged.first().copied()
+    }
+
+    pub(super) fn damaged(&self) -> &BTreeSet<LogIndex> {
+        &self.damaged
     }
 
     pub(super) fn is_stalled(&self) -> bool {
         self.stalled
     }
 
-    /// `index`, or what lies below the first batch that must not be acknowledged.
-    pub(super) fn clamped(&self, index: LogIndex) -> LogIndex {
-        self.clamp.map_or(index, |from| index.min(from.previous()))
+    /// How far `index` may be acknowledged to whom `acked` was acknowledged before: a batch that cannot be read ends it, unless
+    /// it lies in that.
+    pub(super) fn countable(&self, index: LogIndex, acked: LogIndex) -> LogIndex {
+        if mutants::active(Mutant::DamageAcknowledged) {
+            return index;
+        }
+        self.damaged.range(acked.next()..).next().map_or(index, |first| index.min(first.previous()))
     }
 
     /// Whether nothing keeps this node from leading.
     pub(super) fn is_whole(&self) -> bool {
-        self.damaged_from.is_none() && self.claim.is_none() && !self.stalled && !self.state_lost
+        self.damaged.is_empty() && self.claim.is_none() && !self.stalled && !self.state_lost
     }
 
     pub(super) fn is_state_lost(&self) -> bool {
@@ -106,8 +114,7 @@ impl Repair {
 
     /// What cannot be read up to `start` is not missed any more.
     pub(super) fn start_behind(&mut self, start: LogIndex) {
-        self.damaged_from = self.damaged_from.filter(|from| *from > start);
-        self.clamp = self.clamp.filter(|from| *from > start);
+        self.damaged.retain(|first| *first > start);
     }
 
     /// Where the log of a candidate must end at least, when this node's own ends at `last`; none while it may not
@@ -122,27 +129,22 @@ impl Repair {
     }
 
     fn cut_after(&mut self, after: LogIndex) {
-        self.damaged_from = self.damaged_from.filter(|from| *from <= after);
-        self.clamp = self.clamp.filter(|from| *from <= after);
+        self.damaged.retain(|first| *first <= after);
     }
 }
 
 impl Raft {
-    /// The batches that cannot be read have changed: `from` is the first, `clamp` the first of those found at the start.
+    /// The batches that cannot be read are these now.
     pub(super) fn damage_changed(
         &mut self,
-        from: Option<LogIndex>,
-        clamp: Option<LogIndex>,
+        damaged: BTreeSet<LogIndex>,
         actions: &mut Vec<Action>,
     ) -> Result<(), Violation> {
-        let named = from.into_iter().chain(clamp);
-        // What is clamped in this life was so from its start: a batch that was acknowledged stays acknowledged.
-        let grew = clamp.is_some_and(|clamp| self.repair.clamp.is_none_or(|before| clamp < before));
-        if grew || named.into_iter().any(|first| self.log.batch_starting_at(first).is_none()) {
-            return Err(Violation::DamageUnknown { from, clamp });
+        if let Some(first) = damaged.iter().find(|first| self.log.batch_starting_at(**first).is_none()) {
+            return Err(Violation::DamageUnknown { first: *first });
         }
         let was_whole = self.repair.is_whole();
-        (self.repair.damaged_from, self.repair.clamp) = (from, clamp);
+        self.repair.damaged = damaged;
         self.restraint_changed(was_whole, actions);
         self.acknowledge_news(actions);
         Ok(())
@@ -210,7 +212,7 @@ impl Raft {
         actions: &mut Vec<Action>,
     ) -> Result<(), Violation> {
         let idle = matches!(self.role, RoleState::Follower) && self.leader.is_none();
-        let damaged = self.repair.damaged_from.is_some_and(|from| from.previous() == after);
+        let damaged = self.repair.damaged_from().is_some_and(|from| from.previous() == after);
         if damaged && after >= self.commit && matches!(self.role, RoleState::Leader(_)) {
             // Nobody can be sent what follows either: only a leader without that batch gets on.
             self.become_follower(self.hard.term(), None, actions);
@@ -238,6 +240,7 @@ impl Raft {
     pub(super) fn cut(&mut self, after: LogIndex, actions: &mut Vec<Action>) {
         self.log.truncate_after(after);
         self.hearing.matched = self.hearing.matched.min(after);
+        self.hearing.acked = self.hearing.acked.min(after);
         self.repair.cut_after(after);
         let epoch = self.durable.truncate(after);
         actions.push(Action::Truncate { after, epoch });
@@ -337,7 +340,7 @@ pub struct Inquiry {
     open: BTreeSet<NodeId>,
     had: BTreeSet<NodeId>,
     unclear: BTreeSet<NodeId>,
-    other: bool,
+    other: BTreeSet<NodeId>,
     highest: LogId,
 }
 
@@ -347,13 +350,18 @@ impl Inquiry {
     #[must_use]
     pub fn new(own: NodeId, quorum: &Quorum, highest: LogId) -> Self {
         let voters: BTreeSet<NodeId> = quorum.voters().filter(|voter| *voter != own).collect();
-        let (had, unclear) = ([own].into(), BTreeSet::new());
-        Self { open: voters.clone(), voters, second: false, had, unclear, other: false, highest }
+        let (had, unclear, other) = ([own].into(), BTreeSet::new(), BTreeSet::new());
+        Self { open: voters.clone(), voters, second: false, had, unclear, other, highest }
     }
 
     /// Who has to be asked now, in a round of this number.
     pub fn open(&self) -> impl Iterator<Item = NodeId> + '_ {
         self.open.iter().copied()
+    }
+
+    /// Whose answers leave open what was there.
+    pub fn doubted(&self) -> impl Iterator<Item = NodeId> + '_ {
+        self.other.union(&self.unclear).copied()
     }
 
     /// The round, which answers must name: one of an earlier round is void.
@@ -369,7 +377,7 @@ impl Inquiry {
         }
         self.highest = self.highest.max(highest);
         match answer {
-            Answer::Other => self.other = true,
+            Answer::Other => drop(self.other.insert(voter)),
             Answer::Had => drop(self.had.insert(voter)),
             Answer::Unclear => drop(self.unclear.insert(voter)),
             Answer::None => {}
@@ -389,13 +397,13 @@ impl Inquiry {
             }
         }
         let highest = self.highest;
-        Some(match self.other {
-            true => Verdict::Unproved { highest },
-            false if quorum.reached(|id| self.had.contains(&id)) => Verdict::AllCopiesGone,
-            false if quorum.reached(|id| self.had.contains(&id) || self.unclear.contains(&id)) => {
+        Some(match self.other.is_empty() {
+            false => Verdict::Unproved { highest },
+            true if quorum.reached(|id| self.had.contains(&id)) => Verdict::AllCopiesGone,
+            true if quorum.reached(|id| self.had.contains(&id) || self.unclear.contains(&id)) => {
                 Verdict::Unproved { highest }
             }
-            false => Verdict::Nowhere { highest },
+            true => Verdict::Nowhere { highest },
         })
     }
 }

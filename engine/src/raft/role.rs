@@ -128,7 +128,7 @@ impl Raft {
 pub(super) struct Hearing {
     /// The highest position verified to be equal to the log of this term's leader: a batch end.
     pub(super) matched: LogIndex,
-    /// The highest position acknowledged to it.
+    /// The highest position acknowledged to it in this session; of a leader, what it counts as its own part.
     pub(super) acked: LogIndex,
     /// The highest round heard.
     pub(super) round: super::Round,

@@ -76,8 +76,8 @@ struct Life {
     completions: VecDeque<Event>,
     saves: VecDeque<(u64, Term, Option<NodeId>)>,
     deferred: VecDeque<(u64, NodeId, Message)>,
-    /// Batches that this life began with and could not read.
-    clamped: BTreeSet<LogIndex>,
+    /// In which term this life found batches that it cannot read.
+    found: BTreeMap<LogIndex, Term>,
     search: Option<Search>,
 }
 
@@ -269,7 +269,7 @@ impl Simulation {
             completions: VecDeque::new(),
             saves: VecDeque::new(),
             deferred: VecDeque::new(),
-            clamped: node.disk.damaged.clone(),
+            found: BTreeMap::new(),
             search: None,
         });
     }
@@ -349,7 +349,7 @@ impl Simulation {
             }
             Action::Truncate { after, epoch } => {
                 self.cover.mark("truncate");
-                life.clamped.retain(|first| *first <= after);
+                life.found.retain(|first, _| *first <= after);
                 life.writes.push_back(Write::Truncate { after, epoch });
             }
             Action::SaveHardState { sequence, term, vote } => life.saves.push_back((sequence, term, vote)),
@@ -520,6 +520,10 @@ impl Simulation {
                     if self.strict && current && !disk.holds(matched) {
                         return Err(format!("node {id} acknowledges {matched:?}, not durable"));
                     }
+                    if self.strict && current {
+                        self.acknowledged(at, ack.term, matched)?;
+                    }
+                    let disk = &self.nodes[at].disk;
                     if self.damage > 0 && matched == disk.last() && self.random.below(60) == 0 {
                         self.doomed.push((at, true));
                     }

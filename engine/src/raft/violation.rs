@@ -68,15 +68,11 @@ pub enum Violation {
         /// The log's end.
         end: LogIndex,
     },
-    /// The log reported damage where it has no batch, or takes back what was acknowledged.
-    #[error(
-        "damage is reported from {from:?}, of the start from {clamp:?}, where no batch begins or none was reported"
-    )]
+    /// The log reported damage where it has no batch.
+    #[error("damage is reported at {first}, where no batch begins")]
     DamageUnknown {
-        /// First index of the first damaged batch.
-        from: Option<LogIndex>,
-        /// The same among those found at the start.
-        clamp: Option<LogIndex>,
+        /// First index of the damaged batch.
+        first: LogIndex,
     },
     /// The driver adopted what does not follow, or where there is nothing to be adopted.
     #[error("{batch:?} was adopted behind {last:?}")]

@@ -500,6 +500,8 @@ impl LogScan {
             self.stop = Some(Stop { name: segment.name, place, epoch, slot, cause: Some(cause) });
         }
         self.beyond.lost_track = true;
+        // A log that looks torn before that may have gone on, and been vouched for, in what is missing.
+        self.beyond.open.clear();
     }
 
     /// The stop is irrelevant.

@@ -123,6 +123,23 @@ fn a_purge_moves_the_start_and_reads_before_it_find_nothing() {
     assert_eq!(harness.read_all().len(), 1);
 }
 
+/// What it holds is not what it is counted to hold: after a crash, a sector that a torn write left alone would look like damage.
+#[test]
+fn a_segment_in_which_damage_was_found_has_no_other_life() {
+    let mut harness = Harness::fresh();
+    fill(&mut harness, 60, 6000);
+    let (name, at) = slot_at(&harness, LogIndex(3));
+    harness.disk.device.corrupt(&name, at + 3 * SECTOR_BYTES, |bytes| bytes[0] ^= 1, 1);
+    harness.events.clear();
+    harness.wal.read(&mut harness.disk, 1, LogIndex(3), 1);
+    harness.settle();
+    assert!(matches!(harness.take_read(), Err(ReadError::Damaged { .. })));
+    harness.wal.purge_through(&mut harness.disk, LogIndex(40));
+    harness.settle();
+    assert_eq!((harness.wal.stats().segments_recycled, harness.wal.stats().segments_removed), (1, 1));
+    used_segments_are_whole(&harness.disk.device);
+}
+
 #[test]
 fn a_read_that_a_purge_overtakes_is_answered_and_its_file_stays_until_then() {
     let mut harness = Harness::fresh();

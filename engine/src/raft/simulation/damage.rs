@@ -266,6 +266,9 @@ impl Simulation {
             return Ok(());
         }
         self.lose_known(at, batch);
+        if let Some(life) = &mut self.nodes[at].life {
+            life.found.entry(batch.first).or_insert(life.raft.term());
+        }
         self.tell_damage(at)
     }
 
@@ -278,10 +281,24 @@ impl Simulation {
             let damaged = node.disk.log.iter().find(|batch| batch.first == **first);
             damaged.is_some() && log.batch_starting_at(**first).as_ref() == damaged
         };
-        let from = node.disk.damaged.iter().find(there).copied();
-        life.clamped.retain(|first| node.disk.damaged.contains(first) && there(&first));
-        let clamp = life.clamped.first().copied();
-        self.feed(at, Event::DamageChanged { from, clamp })
+        let damaged: BTreeSet<LogIndex> = node.disk.damaged.iter().filter(there).copied().collect();
+        life.found.retain(|first, _| damaged.contains(first));
+        self.feed(at, Event::DamageChanged { damaged })
+    }
+
+    /// What a node says that it holds, it can read; or it found that it cannot in the term in which it says so, and may have said
+    /// so before.
+    pub(super) fn acknowledged(&mut self, at: usize, term: Term, matched: LogId) -> Outcome {
+        let node = &self.nodes[at];
+        let Some(life) = &node.life else { return Ok(()) };
+        for first in node.disk.damaged.range(..=matched.index) {
+            let excused = life.found.get(first) == Some(&term);
+            if !excused && life.raft.batch_starting_at(*first).is_some() {
+                return Err(format!("node {} acknowledges {matched:?} and cannot read {first}", node.id));
+            }
+            self.cover.mark("acknowledged before it rotted");
+        }
+        Ok(())
     }
 
     /// The driver of a damaged node does what is next.
@@ -506,6 +523,7 @@ fn damaged_logs_lose_nothing_that_was_committed_and_heal() {
         "all asked",
         "released",
         "halted",
+        "acknowledged before it rotted",
     ] {
         let count = cover.0.get(what).copied().unwrap_or_default();
         assert!(count >= 10, "{what:?} was exercised {count} times: {cover:?}");
