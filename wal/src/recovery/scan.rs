@@ -195,7 +195,7 @@ impl LogScan {
         }
         if header_lost {
             if header.epoch > self.epoch {
-                self.end_epoch(header.epoch);
+                self.begin_epoch_without_its_cut(header.epoch);
                 self.cut_where_it_continues(scanned, bytes);
             }
             self.stop_before(scanned, DamageCause::SegmentHeader);
@@ -211,13 +211,8 @@ impl LogScan {
                         previous.generation == expected && previous.epoch == header.epoch
                     });
                     if header.epoch > self.epoch {
-                        // The segment that tells where this epoch cut the log is missing. Of the newest epoch the hard
-                        // state knows it.
-                        self.end_epoch(header.epoch);
-                        let HardState { epoch, cut, start, .. } = &self.hard_state;
-                        if *epoch == header.epoch && cut.index >= start.index {
-                            self.cut(*cut, None, header.epoch);
-                        }
+                        // The segment that tells where this epoch cut the log is missing.
+                        self.begin_epoch_without_its_cut(header.epoch);
                     }
                     // Segments before the log's start are removed in order, and not missed.
                     if !continues && !self.is_before_start() {
@@ -466,14 +461,18 @@ impl LogScan {
         self.salvage = salvage;
     }
 
-    /// An epoch begins whose cut is not known.
-    fn end_epoch(&mut self, next: u64) {
+    /// An epoch begins whose cut no segment tells. Of the newest epoch the hard state knows it.
+    fn begin_epoch_without_its_cut(&mut self, epoch: u64) {
         self.drop_torn();
-        self.epoch = next;
+        self.epoch = epoch;
         self.durable_through = LogIndex(0);
         self.salvage_before = self.salvage.len();
         self.beyond.open.clear();
         self.beyond.lost_track = true;
+        let HardState { epoch: newest, cut, start, .. } = &self.hard_state;
+        if *newest == epoch && cut.index >= start.index {
+            self.cut(*cut, None, epoch);
+        }
     }
 
     /// A segment whose header is lost opens an epoch: where its first batch continues the log tells where the log had been cut.
