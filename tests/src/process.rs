@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
@@ -21,6 +21,8 @@ pub struct EngineFlags {
     pub batch_bytes_max: usize,
     /// The largest command.
     pub command_bytes_max: usize,
+    /// After how many milliseconds a disk that does not answer stops the member.
+    pub disk_stall_stop_ms: u64,
 }
 
 /// Small logs.
@@ -29,6 +31,7 @@ pub const ENGINE_FLAGS: EngineFlags = EngineFlags {
     segments_ahead: 1,
     batch_bytes_max: 256 << 10,
     command_bytes_max: 1 << 20,
+    disk_stall_stop_ms: 30_000,
 };
 
 /// How long a test waits for what should take milliseconds before it gives up: no assertion of speed.
@@ -83,20 +86,23 @@ impl NodeArgs {
 
 impl EngineFlags {
     fn to_arg(self) -> String {
-        let Self { segment_bytes, segments_ahead, batch_bytes_max, command_bytes_max } = self;
-        format!("{segment_bytes},{segments_ahead},{batch_bytes_max},{command_bytes_max}")
+        let Self { segment_bytes, segments_ahead, batch_bytes_max, command_bytes_max, disk_stall_stop_ms } =
+            self;
+        format!("{segment_bytes},{segments_ahead},{batch_bytes_max},{command_bytes_max},{disk_stall_stop_ms}")
     }
 
     fn parse(text: &str) -> Result<Self> {
         let parts: Vec<&str> = text.split(',').collect();
-        let [segment_bytes, segments_ahead, batch_bytes_max, command_bytes_max] = parts[..] else {
-            bail!("flags are four numbers, not {text:?}")
+        let [segment_bytes, segments_ahead, batch_bytes_max, command_bytes_max, disk_stall_stop_ms] = parts[..]
+        else {
+            bail!("flags are five numbers, not {text:?}")
         };
         Ok(Self {
             segment_bytes: segment_bytes.parse()?,
             segments_ahead: segments_ahead.parse()?,
             batch_bytes_max: batch_bytes_max.parse()?,
             command_bytes_max: command_bytes_max.parse()?,
+            disk_stall_stop_ms: disk_stall_stop_ms.parse()?,
         })
     }
 }
@@ -331,6 +337,40 @@ impl Cluster {
         member.child.wait()?;
         member.join_reader();
         Ok(())
+    }
+
+    /// Kills all running members at once, and does not wait until they have ended, nor forgets them.
+    ///
+    /// # Errors
+    /// When one cannot be killed.
+    pub fn signal_all(&mut self) -> Result<()> {
+        self.running.values_mut().try_for_each(|member| Ok(member.child.kill()?))
+    }
+
+    /// Waits for a line of member `id` that begins so.
+    ///
+    /// # Errors
+    /// When it ends before, or does not say so for a very long time.
+    pub fn wait_line(&mut self, id: u64, prefix: &str) -> Result<String> {
+        self.member(id)?.answers.wait(prefix).with_context(|| format!("member {id}"))
+    }
+
+    /// Waits until member `id` ends by itself, and takes in what it had said until then.
+    ///
+    /// # Errors
+    /// When it does not for a very long time.
+    pub fn wait_exit(&mut self, id: u64) -> Result<ExitStatus> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.member(id)?.child.try_wait()? {
+                if let Some(mut member) = self.running.remove(&id) {
+                    member.join_reader();
+                }
+                return Ok(status);
+            }
+            ensure!(Instant::now() < deadline, "member {id} does not end");
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// Kills all running members at once, and takes in what they had said until then.
