@@ -195,8 +195,9 @@ impl LogScan {
         }
         if header_lost {
             if header.epoch > self.epoch {
-                self.begin_epoch_without_its_cut(header.epoch);
+                self.end_epoch(header.epoch);
                 self.cut_where_it_continues(scanned, bytes);
+                self.keep_aside_what_the_newest_cut_voided();
             }
             self.stop_before(scanned, DamageCause::SegmentHeader);
         } else {
@@ -211,8 +212,13 @@ impl LogScan {
                         previous.generation == expected && previous.epoch == header.epoch
                     });
                     if header.epoch > self.epoch {
-                        // The segment that tells where this epoch cut the log is missing.
-                        self.begin_epoch_without_its_cut(header.epoch);
+                        // The segment that tells where this epoch cut the log is missing. Of the newest epoch the hard
+                        // state knows it.
+                        self.end_epoch(header.epoch);
+                        let HardState { epoch, cut, start, .. } = &self.hard_state;
+                        if *epoch == header.epoch && cut.index >= start.index {
+                            self.cut(*cut, None, header.epoch);
+                        }
                     }
                     // Segments before the log's start are removed in order, and not missed.
                     if !continues && !self.is_before_start() {
@@ -448,12 +454,8 @@ impl LogScan {
     /// A cut since the claim that is in force. What the claim left in the older segments is not void, even if it can be read again;
     /// until a leader cuts off a part of the log that it continued. What was appended since is void behind a cut.
     fn cut_under_claim(&mut self, index: LogIndex, at: Place, claim_epoch: u64) {
+        self.move_aside(at);
         let mut salvage = std::mem::take(&mut self.salvage);
-        let cut_off = self.index.ordinal_at_place(at)..self.index.len();
-        for (info, place) in cut_off.map_while(|ordinal| self.index.at(ordinal)) {
-            let intact = self.damaged.iter().all(|(damaged, _)| *damaged != info.first);
-            salvage.push(Salvaged { info, place, intact });
-        }
         let stays = index >= self.hard_state.claim_cut;
         salvage.retain(|batch| {
             if self.epoch_of(batch.place.generation) < claim_epoch { stays } else { batch.place < at }
@@ -461,18 +463,37 @@ impl LogScan {
         self.salvage = salvage;
     }
 
-    /// An epoch begins whose cut no segment tells. Of the newest epoch the hard state knows it.
-    fn begin_epoch_without_its_cut(&mut self, epoch: u64) {
+    /// The batches of the log at or behind a place count as salvage.
+    fn move_aside(&mut self, at: Place) {
+        let cut_off = self.index.ordinal_at_place(at)..self.index.len();
+        for (info, place) in cut_off.map_while(|ordinal| self.index.at(ordinal)) {
+            let intact = self.damaged.iter().all(|(damaged, _)| *damaged != info.first);
+            self.salvage.push(Salvaged { info, place, intact });
+        }
+    }
+
+    /// An epoch begins whose cut is not known.
+    fn end_epoch(&mut self, next: u64) {
         self.drop_torn();
-        self.epoch = epoch;
+        self.epoch = next;
         self.durable_through = LogIndex(0);
         self.salvage_before = self.salvage.len();
         self.beyond.open.clear();
         self.beyond.lost_track = true;
-        let HardState { epoch: newest, cut, start, .. } = &self.hard_state;
-        if *newest == epoch && cut.index >= start.index {
-            self.cut(*cut, None, epoch);
+    }
+
+    /// A segment whose header is lost opens an epoch: if it is the newest, the hard state knows where that cut the log. What is
+    /// void counts as salvage, since a later start, whose hard state knows a later cut only, finds it so.
+    fn keep_aside_what_the_newest_cut_voided(&mut self) {
+        let HardState { epoch, cut, start, .. } = &self.hard_state;
+        if *epoch != self.epoch || cut.index < start.index {
+            return;
         }
+        let at = Place { generation: cut.generation, offset: cut.offset };
+        self.move_aside(at);
+        self.index.truncate_at_place(at);
+        self.truncate_after(self.index.end().index);
+        self.salvage_before = self.salvage.len();
     }
 
     /// A segment whose header is lost opens an epoch: where its first batch continues the log tells where the log had been cut.
