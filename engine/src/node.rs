@@ -85,7 +85,10 @@ impl Node {
 
     fn join_thread(&mut self) {
         let stalled = |status: &Status| {
-            status.stopped.as_ref().is_some_and(|cause| matches!(cause.error(), StopError::DiskStalled { .. }))
+            status
+                .stopped
+                .as_ref()
+                .is_some_and(|cause| matches!(cause.error(), StopError::DiskStalled { .. }))
         };
         if let Some(thread) = self.thread.take() {
             while !thread.is_finished() {

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, bail, ensure};
 use ringraft::{ClusterId, MemberConfig, NodeId};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -93,7 +93,8 @@ impl EngineFlags {
 
     fn parse(text: &str) -> Result<Self> {
         let parts: Vec<&str> = text.split(',').collect();
-        let [segment_bytes, segments_ahead, batch_bytes_max, command_bytes_max, disk_stall_stop_ms] = parts[..]
+        let [segment_bytes, segments_ahead, batch_bytes_max, command_bytes_max, disk_stall_stop_ms] =
+            parts[..]
         else {
             bail!("flags are five numbers, not {text:?}")
         };
@@ -194,7 +195,7 @@ struct Member {
 /// Lines of a member that are not of the load, to be waited for.
 #[derive(Default)]
 struct Answers {
-    lines: Mutex<(Vec<String>, bool)>,
+    lines: Mutex<(VecDeque<String>, bool)>,
     changed: Condvar,
 }
 
@@ -565,7 +566,7 @@ impl Answers {
         } else if let Some(command) = line.strip_prefix("unknown ").and_then(pair) {
             ledger.lock().expect("no holder panics").unknown.insert(command);
         } else if line != "lost" {
-            self.lines.lock().expect("no holder panics").0.push(line);
+            self.lines.lock().expect("no holder panics").0.push_back(line);
             self.changed.notify_all();
         }
     }
@@ -581,7 +582,7 @@ impl Answers {
         let mut lines = self.lines.lock().expect("no holder panics");
         loop {
             if let Some(position) = lines.0.iter().position(|line| line.starts_with(prefix)) {
-                return Ok(lines.0.remove(position));
+                return lines.0.remove(position).context("a line has just been there");
             }
             let left = deadline.saturating_duration_since(Instant::now());
             ensure!(!lines.1, "the member ended before it said {prefix:?}");

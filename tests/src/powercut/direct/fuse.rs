@@ -241,16 +241,7 @@ impl Filesystem for VolumeFs {
         answer_entry(self.make(parent, name, true).map(|(attributes, _)| attributes), reply);
     }
 
-    fn create(
-        &self,
-        _: &Request,
-        parent: INodeNo,
-        name: &OsStr,
-        _: u32,
-        _: u32,
-        _: i32,
-        reply: ReplyCreate,
-    ) {
+    fn create(&self, _: &Request, parent: INodeNo, name: &OsStr, _: u32, _: u32, _: i32, reply: ReplyCreate) {
         match self.make(parent, name, false) {
             Ok((attributes, handle)) => {
                 reply.created(&NOT_AT_ALL, &attributes, Generation(0), handle, OPENED);
@@ -260,8 +251,10 @@ impl Filesystem for VolumeFs {
     }
 
     fn unlink(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        let outcome =
-            self.0.powered().and_then(|mut volume| plain(name).and_then(|name| volume.remove(parent.0, name)));
+        let outcome = self
+            .0
+            .powered()
+            .and_then(|mut volume| plain(name).and_then(|name| volume.remove(parent.0, name)));
         answer(outcome, reply);
     }
 

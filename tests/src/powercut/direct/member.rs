@@ -73,7 +73,7 @@ pub fn run(rig: &mut DirectRig, program: &Program, failure: Failure, seed: u64) 
     let cluster = Cluster::stopped(program.clone(), FLAGS, rig.directory(), MEMBERS)?;
     let mut rng = Rng::new(seed);
     let was_leader = rng.chance(500_000) && failure != Failure::Read;
-    let mut trial = Trial { rig, rng, cluster, streams: 0, victim: 0, was_leader, died: None };
+    let mut trial = Trial { rig, rng, cluster, streams: 0, loading: None, victim: 0, was_leader, died: None };
     let outcome = trial.run(failure);
     trial.kill_all()?;
     Ok(Report {
@@ -93,6 +93,8 @@ struct Trial<'a> {
     cluster: Cluster,
     /// Streams used so far: each load has its own.
     streams: u64,
+    /// Who was told to load last.
+    loading: Option<u64>,
     victim: u64,
     was_leader: bool,
     died: Option<String>,
@@ -118,8 +120,8 @@ impl Trial<'_> {
             Failure::Full => self.is_full(leader)?,
             Failure::Hang => self.hangs()?,
         }
-        let leader = self.load()?;
-        self.cluster.stop_load(leader)?;
+        self.load()?;
+        self.stop_load()?;
         self.cluster.verify()
     }
 
@@ -137,7 +139,9 @@ impl Trial<'_> {
     /// Of the members that run, finds the leader, and returns once it acknowledges a new load.
     fn load(&mut self) -> Result<u64> {
         for _ in 0..10 {
+            self.stop_load()?;
             let leader = self.cluster.wait_leader()?;
+            self.loading = Some(leader);
             self.cluster.order(leader, &format!("load {} {STREAMS}", self.streams))?;
             self.streams += STREAMS;
             let before = self.cluster.ledger().acked.len();
@@ -149,9 +153,16 @@ impl Trial<'_> {
                 std::thread::sleep(Duration::from_millis(5));
             }
             // It led no more when the order came.
-            self.cluster.stop_load(leader)?;
         }
         bail!("nothing new is acknowledged")
+    }
+
+    /// Ends the load, if who was told to load still runs.
+    fn stop_load(&mut self) -> Result<()> {
+        match self.loading.take().filter(|id| self.cluster.running().contains(id)) {
+            Some(id) => self.cluster.stop_load(id),
+            None => Ok(()),
+        }
     }
 
     fn fails(&mut self, on: On, within: u64, other: u64, third: u64) -> Result<()> {
@@ -168,8 +179,8 @@ impl Trial<'_> {
         self.cluster.restart(self.victim)?;
         self.cluster.restart(third)?;
         self.cluster.wait_leader()?;
-        let leader = self.load()?;
-        self.cluster.stop_load(leader)?;
+        self.load()?;
+        self.stop_load()?;
         self.cluster.verify()?;
         self.cluster.restart(other)
     }
@@ -205,8 +216,7 @@ impl Trial<'_> {
         }
         self.rig.disk().strike_under(&under, Effect::Free)?;
         self.cluster.wait_acks(500).context("there is space again")?;
-        let leader = self.cluster.wait_leader()?;
-        self.cluster.stop_load(leader)?;
+        self.stop_load()?;
         self.cluster.wait_converged()?;
         Ok(())
     }
@@ -232,8 +242,8 @@ impl Trial<'_> {
             }
         }
         self.dies("DiskStalled {", &[])?;
-        let leader = self.load()?;
-        self.cluster.stop_load(leader)?;
+        self.load()?;
+        self.stop_load()?;
         // The hung disk is replaced by a loss of power, and keeps what it had.
         self.kill_all()?;
         let seed = self.rng.bits();

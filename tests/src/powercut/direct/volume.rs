@@ -593,13 +593,7 @@ impl File {
         }
     }
 
-    fn lose_power(
-        &mut self,
-        survival: Survival,
-        rng: &mut Rng,
-        luck: &mut Luck,
-        survived: &mut Survived,
-    ) {
+    fn lose_power(&mut self, survival: Survival, rng: &mut Rng, luck: &mut Luck, survived: &mut Survived) {
         let bytes = match (survival, rng.below(3)) {
             (Survival::None, _) | (_, 0) => self.durable_bytes,
             (_, 1) => rng.between(self.durable_bytes, self.current.bytes()),
