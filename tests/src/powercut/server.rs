@@ -90,7 +90,7 @@ pub fn serve_directory(mut args: impl Iterator<Item = String>) -> Result<()> {
 }
 
 fn mount_and_obey(
-    file_system: impl fuser::Filesystem + Send + Sync + 'static,
+    file_system: impl fuser::Filesystem,
     served: &impl Served,
     mount: &Path,
     upper: Option<&Path>,
