@@ -12,6 +12,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 /// A task that runs on the consensus core, beside the node.
 pub type LocalTask = Box<dyn FnOnce(LocalHandle) -> Pin<Box<dyn Future<Output = ()>>> + Send>;
@@ -21,6 +22,9 @@ pub struct Node {
     handle: Handle,
     thread: Option<JoinHandle<()>>,
 }
+
+/// How often a thread is looked at that is waited for: it says when it stops, unless it panics.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
 impl Node {
     /// Starts a node on a thread of its own and returns when its log is open and it listens, which takes as long as
@@ -71,14 +75,31 @@ impl Node {
         self.handle.clone()
     }
 
-    /// Waits until the node has stopped, by [`Handle::shutdown`] or by itself, and tells why.
+    /// Waits until the node has stopped, by [`Handle::shutdown`] or by itself, and tells why. All it had under way has ended
+    /// then, except when its disk does not answer ([`StopError::DiskStalled`]): what waits for that disk is left behind, and
+    /// the process should end.
     pub fn join(mut self) -> StopCause {
         self.join_thread();
         self.handle.status().stopped.unwrap_or_else(|| StopError::ThreadLost.into())
     }
 
     fn join_thread(&mut self) {
+        let stalled = |status: &Status| {
+            status
+                .stopped
+                .as_ref()
+                .is_some_and(|cause| matches!(cause.error(), StopError::DiskStalled { .. }))
+        };
         if let Some(thread) = self.thread.take() {
+            while !thread.is_finished() {
+                let (status, _) = self.handle.wait_status(LOOK_AGAIN, |status| status.stopped.is_some());
+                if stalled(&status) {
+                    return;
+                }
+                if status.stopped.is_some() {
+                    break;
+                }
+            }
             // A panic on the core has aborted the process: see `run_core`.
             let _ = thread.join();
         }

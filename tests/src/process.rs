@@ -2,11 +2,11 @@
 
 use anyhow::{Context, Result, bail, ensure};
 use ringraft::{ClusterId, MemberConfig, NodeId};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
@@ -21,6 +21,8 @@ pub struct EngineFlags {
     pub batch_bytes_max: usize,
     /// The largest command.
     pub command_bytes_max: usize,
+    /// After how many milliseconds a disk that does not answer stops the member.
+    pub disk_stall_stop_ms: u64,
 }
 
 /// Small logs.
@@ -29,6 +31,7 @@ pub const ENGINE_FLAGS: EngineFlags = EngineFlags {
     segments_ahead: 1,
     batch_bytes_max: 256 << 10,
     command_bytes_max: 1 << 20,
+    disk_stall_stop_ms: 30_000,
 };
 
 /// How long a test waits for what should take milliseconds before it gives up: no assertion of speed.
@@ -83,20 +86,24 @@ impl NodeArgs {
 
 impl EngineFlags {
     fn to_arg(self) -> String {
-        let Self { segment_bytes, segments_ahead, batch_bytes_max, command_bytes_max } = self;
-        format!("{segment_bytes},{segments_ahead},{batch_bytes_max},{command_bytes_max}")
+        let Self { segment_bytes, segments_ahead, batch_bytes_max, command_bytes_max, disk_stall_stop_ms } =
+            self;
+        format!("{segment_bytes},{segments_ahead},{batch_bytes_max},{command_bytes_max},{disk_stall_stop_ms}")
     }
 
     fn parse(text: &str) -> Result<Self> {
         let parts: Vec<&str> = text.split(',').collect();
-        let [segment_bytes, segments_ahead, batch_bytes_max, command_bytes_max] = parts[..] else {
-            bail!("flags are four numbers, not {text:?}")
+        let [segment_bytes, segments_ahead, batch_bytes_max, command_bytes_max, disk_stall_stop_ms] =
+            parts[..]
+        else {
+            bail!("flags are five numbers, not {text:?}")
         };
         Ok(Self {
             segment_bytes: segment_bytes.parse()?,
             segments_ahead: segments_ahead.parse()?,
             batch_bytes_max: batch_bytes_max.parse()?,
             command_bytes_max: command_bytes_max.parse()?,
+            disk_stall_stop_ms: disk_stall_stop_ms.parse()?,
         })
     }
 }
@@ -188,7 +195,7 @@ struct Member {
 /// Lines of a member that are not of the load, to be waited for.
 #[derive(Default)]
 struct Answers {
-    lines: Mutex<(Vec<String>, bool)>,
+    lines: Mutex<(VecDeque<String>, bool)>,
     changed: Condvar,
 }
 
@@ -331,6 +338,40 @@ impl Cluster {
         member.child.wait()?;
         member.join_reader();
         Ok(())
+    }
+
+    /// Kills all running members at once, and does not wait until they have ended, nor forgets them.
+    ///
+    /// # Errors
+    /// When one cannot be killed.
+    pub fn signal_all(&mut self) -> Result<()> {
+        self.running.values_mut().try_for_each(|member| Ok(member.child.kill()?))
+    }
+
+    /// Waits for a line of member `id` that begins so.
+    ///
+    /// # Errors
+    /// When it ends before, or does not say so for a very long time.
+    pub fn wait_line(&mut self, id: u64, prefix: &str) -> Result<String> {
+        self.member(id)?.answers.wait(prefix).with_context(|| format!("member {id}"))
+    }
+
+    /// Waits until member `id` ends by itself, and takes in what it had said until then.
+    ///
+    /// # Errors
+    /// When it does not for a very long time.
+    pub fn wait_exit(&mut self, id: u64) -> Result<ExitStatus> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.member(id)?.child.try_wait()? {
+                if let Some(mut member) = self.running.remove(&id) {
+                    member.join_reader();
+                }
+                return Ok(status);
+            }
+            ensure!(Instant::now() < deadline, "member {id} does not end");
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// Kills all running members at once, and takes in what they had said until then.
@@ -525,7 +566,7 @@ impl Answers {
         } else if let Some(command) = line.strip_prefix("unknown ").and_then(pair) {
             ledger.lock().expect("no holder panics").unknown.insert(command);
         } else if line != "lost" {
-            self.lines.lock().expect("no holder panics").0.push(line);
+            self.lines.lock().expect("no holder panics").0.push_back(line);
             self.changed.notify_all();
         }
     }
@@ -541,7 +582,7 @@ impl Answers {
         let mut lines = self.lines.lock().expect("no holder panics");
         loop {
             if let Some(position) = lines.0.iter().position(|line| line.starts_with(prefix)) {
-                return Ok(lines.0.remove(position));
+                return lines.0.remove(position).context("a line has just been there");
             }
             let left = deadline.saturating_duration_since(Instant::now());
             ensure!(!lines.1, "the member ended before it said {prefix:?}");

@@ -1,26 +1,40 @@
 //! Power cuts under a cluster of real processes: a few trials. The binary `powercut` runs as many as one likes.
 
 use anyhow::Result;
+use ringraft_tests::powercut::direct::member::{self, Failure};
+use ringraft_tests::powercut::direct::rig::DirectRig;
 use ringraft_tests::powercut::mounts::{self, FsKind};
 use ringraft_tests::powercut::rig::Rig;
-use ringraft_tests::powercut::trial::{self, Fault, Moment, Report, Verdict};
+use ringraft_tests::powercut::trial::{self, Fault, Machine, Moment, Report, Verdict};
 use ringraft_tests::process::Program;
 use std::path::Path;
 
-/// Runs trials from `seed` on, or says why this machine cannot.
-fn run(kind: FsKind, fault: Fault, seed: u64, trials: usize) -> Result<Option<Vec<Report>>> {
-    if let Some(why) = mounts::missing(kind) {
+/// Where the members and the disk come from.
+fn programs() -> (&'static Path, Program, &'static Path) {
+    let member = Program { path: env!("CARGO_BIN_EXE_testnode").into(), leading: Vec::new() };
+    (Path::new(env!("CARGO_BIN_EXE_powercut")), member, Path::new(env!("CARGO_TARGET_TMPDIR")))
+}
+
+/// Runs trials from `seed` on, under a file system or directly, or says why this machine cannot.
+fn run(kind: Option<FsKind>, fault: Fault, seed: u64, trials: usize) -> Result<Option<Vec<Report>>> {
+    if let Some(why) = kind.map_or_else(mounts::missing_of_fuse, mounts::missing) {
         println!("skipped: {why}");
         return Ok(None);
     }
-    let powercut = Path::new(env!("CARGO_BIN_EXE_powercut"));
-    let member = Program { path: env!("CARGO_BIN_EXE_testnode").into(), leading: Vec::new() };
-    let mut rig = Rig::new(powercut, kind, Path::new(env!("CARGO_TARGET_TMPDIR")))?;
-    let reports = (seed..).take(trials).map(|seed| trial::run(&mut rig, &member, fault, seed));
-    Ok(Some(reports.collect::<Result<_>>()?))
+    let (powercut, _, scratch) = programs();
+    let reports = match kind {
+        Some(kind) => run_on(Rig::new(powercut, kind, scratch)?, fault, seed, trials)?,
+        None => run_on(DirectRig::new(powercut, scratch)?, fault, seed, trials)?,
+    };
+    Ok(Some(reports))
 }
 
-fn all_sound(kind: FsKind, fault: Fault, seed: u64, trials: usize) -> Result<Option<Vec<Report>>> {
+fn run_on(mut rig: impl Machine, fault: Fault, seed: u64, trials: usize) -> Result<Vec<Report>> {
+    let (_, member, _) = programs();
+    (seed..).take(trials).map(|seed| trial::run(&mut rig, &member, fault, seed)).collect()
+}
+
+fn all_sound(kind: Option<FsKind>, fault: Fault, seed: u64, trials: usize) -> Result<Option<Vec<Report>>> {
     let reports = run(kind, fault, seed, trials)?;
     for report in reports.iter().flatten() {
         assert_eq!(report.verdict, Verdict::Sound, "{report:?}");
@@ -30,7 +44,7 @@ fn all_sound(kind: FsKind, fault: Fault, seed: u64, trials: usize) -> Result<Opt
 }
 
 /// Two seeds, one of which also cuts while the members form.
-fn two_cuts(kind: FsKind) -> Result<()> {
+fn two_cuts(kind: Option<FsKind>) -> Result<()> {
     let Some(reports) = all_sound(kind, Fault::None, 2, 2)? else { return Ok(()) };
     let moments: Vec<_> = reports.iter().map(|report| &report.moments[..]).collect();
     assert_eq!(moments, [&[Moment::UnderLoad][..], &[Moment::Starting, Moment::UnderLoad]]);
@@ -39,25 +53,77 @@ fn two_cuts(kind: FsKind) -> Result<()> {
 
 #[test]
 fn nothing_acknowledged_is_lost_when_the_power_fails_under_ext4() -> Result<()> {
-    two_cuts(FsKind::Ext4)
+    two_cuts(Some(FsKind::Ext4))
 }
 
 #[test]
 fn nothing_acknowledged_is_lost_when_the_power_fails_under_xfs() -> Result<()> {
-    two_cuts(FsKind::Xfs)
+    two_cuts(Some(FsKind::Xfs))
 }
 
 #[test]
 fn nothing_acknowledged_is_lost_when_a_write_or_a_flush_fails_before_the_power_does() -> Result<()> {
-    all_sound(FsKind::Ext4, Fault::ErrorWrite, 1, 1)?;
-    all_sound(FsKind::Ext4, Fault::ErrorFlush, 1, 1)?;
+    all_sound(Some(FsKind::Ext4), Fault::ErrorWrite, 1, 1)?;
+    all_sound(Some(FsKind::Ext4), Fault::ErrorFlush, 1, 1)?;
     Ok(())
 }
 
 #[test]
 fn on_a_disk_that_lies_about_flushes_acknowledged_commands_are_lost() -> Result<()> {
-    let Some(reports) = run(FsKind::Ext4, Fault::Lie, 1, 2)? else { return Ok(()) };
-    let lost = reports.iter().filter(|report| matches!(report.verdict, Verdict::Lost(_))).count();
-    assert!(lost > 0, "the check notices losses: {reports:?}");
+    for kind in [Some(FsKind::Ext4), None] {
+        let Some(reports) = run(kind, Fault::Lie, 1, 2)? else { continue };
+        let lost = reports.iter().filter(|report| matches!(report.verdict, Verdict::Lost(_))).count();
+        assert!(lost > 0, "the check notices losses: {reports:?}");
+    }
     Ok(())
+}
+
+#[test]
+fn nothing_acknowledged_is_lost_when_the_power_fails_directly_under_the_log() -> Result<()> {
+    two_cuts(None)
+}
+
+/// Seeds that let the disk of a follower and that of the leader fail.
+const FOLLOWER: u64 = 2;
+const LEADER: u64 = 3;
+
+/// The disk of one member fails, once of a follower and once of the leader.
+fn one_fails(failure: Failure) -> Result<()> {
+    if let Some(why) = mounts::missing_of_fuse() {
+        println!("skipped: {why}");
+        return Ok(());
+    }
+    let (powercut, program, scratch) = programs();
+    let mut rig = DirectRig::new(powercut, scratch)?;
+    for seed in [FOLLOWER, LEADER] {
+        let report = member::run(&mut rig, &program, failure, seed)?;
+        assert_eq!(report.wrong, None, "{report:?}");
+        assert_eq!(report.was_leader, seed == LEADER && failure != Failure::Read);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_member_whose_disk_fails_a_write_ends_by_name_and_nobody_counts_on_it() -> Result<()> {
+    one_fails(Failure::Write)
+}
+
+#[test]
+fn a_member_whose_disk_fails_a_flush_ends_by_name_and_nobody_counts_on_it() -> Result<()> {
+    one_fails(Failure::Flush)
+}
+
+#[test]
+fn a_member_that_cannot_read_its_disk_once_comes_back() -> Result<()> {
+    one_fails(Failure::Read)
+}
+
+#[test]
+fn a_leader_without_space_refuses_by_name_and_a_follower_stays_behind_until_there_is_some() -> Result<()> {
+    one_fails(Failure::Full)
+}
+
+#[test]
+fn a_member_whose_disk_hangs_gives_way_and_ends_by_name() -> Result<()> {
+    one_fails(Failure::Hang)
 }

@@ -2,11 +2,13 @@
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
+use ringraft_tests::powercut::direct::member::{self, Failure};
+use ringraft_tests::powercut::direct::rig::DirectRig;
 use ringraft_tests::powercut::disk::Survived;
 use ringraft_tests::powercut::mounts::{self, FsKind};
 use ringraft_tests::powercut::rig::Rig;
 use ringraft_tests::powercut::server;
-use ringraft_tests::powercut::trial::{self, Fault, Report, Verdict};
+use ringraft_tests::powercut::trial::{self, Fault, Machine, Report, Verdict};
 use ringraft_tests::process::{NodeArgs, Program};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -23,9 +25,9 @@ const MEMBER: &str = "member";
 #[derive(Parser)]
 #[command(name = "powercut")]
 struct Arguments {
-    /// The file system under the nodes
+    /// What is under the nodes
     #[arg(long, value_enum, default_value = "ext4")]
-    fs: FsKind,
+    fs: Under,
     /// How many trials
     #[arg(long, default_value_t = 50)]
     trials: u64,
@@ -35,6 +37,9 @@ struct Arguments {
     /// What happens to the disk before its power is cut
     #[arg(long, value_enum, default_value = "none", conflicts_with = "sabotage")]
     fault: Fault,
+    /// No power cut: the disk of one member fails like this, directly under it
+    #[arg(long, value_enum, conflicts_with_all = ["sabotage", "fault", "fs"])]
+    member: Option<Failure>,
     /// The control: a disk that acknowledges flushes and does nothing. Succeeds if acknowledged commands are lost
     #[arg(long)]
     sabotage: bool,
@@ -49,17 +54,44 @@ struct Arguments {
     dir: Option<PathBuf>,
 }
 
+/// What is between the nodes and the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Under {
+    /// ext4 on a loop device
+    Ext4,
+    /// XFS on a loop device
+    Xfs,
+    /// Nothing: files and names themselves are lost and torn
+    Direct,
+}
+
+impl Under {
+    fn kind(self) -> Option<FsKind> {
+        match self {
+            Self::Ext4 => Some(FsKind::Ext4),
+            Self::Xfs => Some(FsKind::Xfs),
+            Self::Direct => None,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        self.kind().map_or("direct", FsKind::name)
+    }
+}
+
 fn main() -> Result<ExitCode> {
     let mut args = std::env::args().skip(1);
     match args.next().as_deref() {
         Some(server::SERVE) => server::serve(args).map(|()| ExitCode::SUCCESS),
+        Some(server::SERVE_DIRECTORY) => server::serve_directory(args).map(|()| ExitCode::SUCCESS),
         Some(MEMBER) => testnode::run(&NodeArgs::parse(args)?).map(|()| ExitCode::SUCCESS),
         _ => cut(&Arguments::parse()),
     }
 }
 
 fn cut(arguments: &Arguments) -> Result<ExitCode> {
-    if let Some(why) = mounts::missing(arguments.fs) {
+    let under = if arguments.member.is_some() { Under::Direct } else { arguments.fs };
+    if let Some(why) = under.kind().map_or_else(mounts::missing_of_fuse, mounts::missing) {
         if arguments.or_skip {
             println!("skipped: {why}");
             return Ok(ExitCode::SUCCESS);
@@ -69,12 +101,23 @@ fn cut(arguments: &Arguments) -> Result<ExitCode> {
     let this = std::env::current_exe()?;
     let beside = this.parent().and_then(|profile| profile.parent()).map(|target| target.join("tmp"));
     let parent = arguments.dir.clone().or(beside).context("give a directory with --dir")?;
-    let mut rig = Rig::new(&this, arguments.fs, &parent)?;
-    let program = Program { path: this, leading: vec![MEMBER.to_owned()] };
+    let program = Program { path: this.clone(), leading: vec![MEMBER.to_owned()] };
+    match (arguments.member, under.kind()) {
+        (Some(failure), _) => fail_members(arguments, DirectRig::new(&this, &parent)?, &program, failure),
+        (None, None) => cut_power(arguments, DirectRig::new(&this, &parent)?, &program),
+        (None, Some(kind)) => cut_power(arguments, Rig::new(&this, kind, &parent)?, &program),
+    }
+}
+
+fn seeds(arguments: &Arguments) -> Result<impl Iterator<Item = u64> + use<>> {
+    Ok((arguments.seed..).take(usize::try_from(arguments.trials)?))
+}
+
+fn cut_power(arguments: &Arguments, mut rig: impl Machine, program: &Program) -> Result<ExitCode> {
     let fault = if arguments.sabotage { Fault::Lie } else { arguments.fault };
     let mut sum = Sum::default();
-    for seed in (arguments.seed..).take(usize::try_from(arguments.trials)?) {
-        let report = trial::run(&mut rig, &program, fault, seed)?;
+    for seed in seeds(arguments)? {
+        let report = trial::run(&mut rig, program, fault, seed)?;
         if !arguments.json {
             print(&report);
         }
@@ -83,6 +126,40 @@ fn cut(arguments: &Arguments) -> Result<ExitCode> {
     drop(rig);
     println!("{}", sum.json(arguments, fault));
     Ok(if sum.good(fault) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn fail_members(
+    arguments: &Arguments,
+    mut rig: DirectRig,
+    program: &Program,
+    failure: Failure,
+) -> Result<ExitCode> {
+    let (mut wrong, mut acked, mut leaders, mut died, mut seconds) = (Vec::new(), 0, 0, 0, 0.0);
+    for seed in seeds(arguments)? {
+        let report = member::run(&mut rig, program, failure, seed)?;
+        if !arguments.json {
+            println!("{report:?}");
+        }
+        acked += report.acked;
+        leaders += u64::from(report.was_leader);
+        died += u64::from(report.died.is_some());
+        seconds += report.took.as_secs_f64();
+        wrong.extend(report.wrong.map(|wrong| format!("seed {seed}: {wrong}")));
+    }
+    drop(rig);
+    let json = serde_json::json!({
+        "member": format!("{failure:?}"),
+        "seed": arguments.seed,
+        "trials": arguments.trials,
+        "violations": wrong.len(),
+        "acknowledged": acked,
+        "leaders": leaders,
+        "died": died,
+        "seconds": (seconds * 10.0).round() / 10.0,
+        "wrong": wrong,
+    });
+    println!("{json}");
+    Ok(if wrong.is_empty() && acked > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn print(report: &Report) {

@@ -9,6 +9,9 @@
 //! applied            answers `applied INDEX CHAIN COUNT` and that many lines `at STREAM SEQUENCE`, in log order
 //! quit               stops in good order; answers `quit`
 //! ```
+//!
+//! Without an order it says `full` when commands are refused for lack of space (and tries again), and `died ERROR` when
+//! the node stops by itself; then it ends with an exit status that is not 0.
 
 use anyhow::{Context, Result, bail, ensure};
 use ringraft::error::{ProposeError, Refusal};
@@ -64,11 +67,19 @@ pub(crate) fn run(args: &NodeArgs) -> Result<()> {
     config.segments_ahead = args.engine.segments_ahead;
     config.batch_bytes_max = args.engine.batch_bytes_max;
     config.command_bytes_max = args.engine.command_bytes_max;
+    config.disk_stall_stop = Duration::from_millis(args.engine.disk_stall_stop_ms);
     let journal = Journal::default();
     let machine = journal.clone();
     let node = Node::start(config, move || machine).with_context(|| format!("node {}", args.id))?;
     let handle = node.handle();
     say("ready");
+    let watcher = std::thread::spawn(move || {
+        let cause = node.join();
+        if !cause.is_orderly() {
+            say(&format!("died {:?}", cause.error()));
+            std::process::exit(1);
+        }
+    });
     let stop_load = Arc::new(AtomicBool::new(false));
     let mut load = None;
     for line in std::io::stdin().lock().lines() {
@@ -113,10 +124,7 @@ pub(crate) fn run(args: &NodeArgs) -> Result<()> {
     }
     stop_load.store(true, Ordering::Relaxed);
     handle.shutdown();
-    let cause = node.join();
-    if !cause.is_orderly() {
-        bail!("stopped: {cause}");
-    }
+    watcher.join().expect("the watcher does not panic");
     say("quit");
     Ok(())
 }
@@ -129,6 +137,7 @@ fn run_load(mut pipeline: Pipeline, first: u64, count: u64, stop: &AtomicBool) -
     let mut under_way = 0_u64;
     let mut last = 0;
     let mut done = Vec::new();
+    let mut full = false;
     loop {
         if !stop.load(Ordering::Relaxed) {
             for stream in std::mem::take(&mut idle) {
@@ -138,7 +147,7 @@ fn run_load(mut pipeline: Pipeline, first: u64, count: u64, stop: &AtomicBool) -
                 command.extend(sequence.to_le_bytes());
                 match pipeline.submit(stream, command) {
                     Ok(()) => under_way += 1,
-                    Err(refused) if refused.reason == Refusal::Busy => idle.push(stream),
+                    Err(refused) if is_passing(&refused.reason, &mut full) => idle.push(stream),
                     Err(_) => {
                         say("lost");
                         return last;
@@ -155,6 +164,7 @@ fn run_load(mut pipeline: Pipeline, first: u64, count: u64, stop: &AtomicBool) -
             let sequence = next.entry(stream).or_default();
             match outcome {
                 Ok(committed) => {
+                    full = false;
                     last = last.max(committed.index.get());
                     text.push(format!("ack {stream} {sequence}"));
                 }
@@ -162,7 +172,7 @@ fn run_load(mut pipeline: Pipeline, first: u64, count: u64, stop: &AtomicBool) -
                     text.push(format!("unknown {stream} {sequence}"))
                 }
                 Err(ProposeError::Refused(refused)) => {
-                    if !matches!(refused.reason, Refusal::Busy) {
+                    if !is_passing(&refused.reason, &mut full) {
                         say("lost");
                         return last;
                     }
@@ -177,6 +187,14 @@ fn run_load(mut pipeline: Pipeline, first: u64, count: u64, stop: &AtomicBool) -
             say(&text.join("\n"));
         }
     }
+}
+
+/// Whether a command that was refused for this may be taken later. `full` is whether this was said.
+fn is_passing(reason: &Refusal, full: &mut bool) -> bool {
+    if *reason == Refusal::NoSpace && !std::mem::replace(full, true) {
+        say("full");
+    }
+    matches!(reason, Refusal::Busy | Refusal::NoSpace)
 }
 
 /// One write, so that lines of different threads do not mix.

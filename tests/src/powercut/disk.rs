@@ -23,6 +23,8 @@ pub struct FaultDisk {
     cached: Vec<CachedWrite>,
     triggers: Vec<Trigger>,
     mode: Mode,
+    /// A write or flush has failed.
+    failed: bool,
     stats: Stats,
 }
 
@@ -48,12 +50,21 @@ enum Mode {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum On {
+    /// Reads.
+    Read,
     /// Writes.
     Write,
     /// Flushes.
     Flush,
-    /// Both.
+    /// Writes and flushes.
     Any,
+}
+
+impl On {
+    /// Whether a trigger of this counts `operation`.
+    pub(super) fn counts(self, operation: On) -> bool {
+        self == operation || self == On::Any && operation != On::Read
+    }
 }
 
 /// What happens to the disk.
@@ -63,11 +74,13 @@ pub enum Effect {
     /// The power goes: this operation and everything after it fails, until [`FaultDisk::power_on`]. A write is under
     /// way then, and counts as cached.
     Cut,
-    /// This one operation fails with EIO: a write that does not happen, or a flush after which all that was in the
-    /// cache still is. The next one succeeds.
+    /// This one operation fails with EIO: a read, a write that does not happen, or a flush after which all that was in
+    /// the cache still is. The next one succeeds.
     Error,
     /// From here on writes fail with ENOSPC, as those of a thinly provisioned disk may.
     Full,
+    /// There is space again.
+    Free,
     /// From here on nothing is answered.
     Hang,
     /// From here on flushes are acknowledged, and nothing becomes durable.
@@ -126,6 +139,8 @@ pub struct Stats {
     pub triggered: u64,
     /// Times the power went.
     pub cuts: u64,
+    /// Writes and flushes that came after one had failed by [`Effect::Error`].
+    pub after_error: u64,
 }
 
 /// Why the disk refuses.
@@ -150,6 +165,7 @@ impl FaultDisk {
             cached: Vec::new(),
             triggers: Vec::new(),
             mode: Mode::Good,
+            failed: false,
             stats: Stats { powered: true, ..Stats::default() },
         }
     }
@@ -196,6 +212,8 @@ impl FaultDisk {
             _ if self.mode == Mode::Off => Mode::Off,
             Effect::Error => self.mode,
             Effect::Full => Mode::Full,
+            Effect::Free if self.mode == Mode::Full => Mode::Good,
+            Effect::Free => self.mode,
             Effect::Hang => Mode::Hung,
             Effect::Lie => Mode::Lying,
         };
@@ -205,12 +223,8 @@ impl FaultDisk {
     ///
     /// # Errors
     /// When the range is beyond the end, and by the faults.
-    pub fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), DiskError> {
-        match self.mode {
-            Mode::Off => return Err(DiskError::Io),
-            Mode::Hung => return Err(DiskError::Hung),
-            Mode::Good | Mode::Full | Mode::Lying => {}
-        }
+    pub fn read(&mut self, offset: u64, into: &mut [u8]) -> Result<(), DiskError> {
+        self.count(On::Read)?;
         if !self.current.contains(offset, into.len()) {
             return Err(DiskError::Io);
         }
@@ -261,9 +275,10 @@ impl FaultDisk {
 
     /// Lets triggers count an operation; whether it may go on.
     fn count(&mut self, operation: On) -> Result<(), DiskError> {
+        self.stats.after_error += u64::from(self.failed && operation != On::Read);
         let mut struck = Vec::new();
         self.triggers.retain_mut(|trigger| {
-            if trigger.on != On::Any && trigger.on != operation {
+            if !trigger.on.counts(operation) {
                 return true;
             }
             if trigger.after == 0 && self.cached.len() as u64 >= trigger.cached_min {
@@ -280,7 +295,10 @@ impl FaultDisk {
         match self.mode {
             Mode::Off => Err(DiskError::Io),
             Mode::Hung => Err(DiskError::Hung),
-            _ if struck.contains(&Effect::Error) => Err(DiskError::Io),
+            _ if struck.contains(&Effect::Error) => {
+                self.failed |= operation != On::Read;
+                Err(DiskError::Io)
+            }
             Mode::Good | Mode::Full | Mode::Lying => Ok(()),
         }
     }
@@ -310,20 +328,21 @@ impl FaultDisk {
         self.current = self.durable.clone();
         self.triggers.clear();
         self.mode = Mode::Good;
+        self.failed = false;
         survived
     }
 }
 
 /// Decides what survives. Some cuts lose nearly everything and some nearly nothing: with even odds for each sector, a
 /// cut with many writes would always look the same.
-struct Luck {
+pub(super) struct Luck {
     rng: Rng,
     lose_ppm: u32,
     keep_ppm: u32,
 }
 
 impl Luck {
-    fn new(seed: u64, survival: Survival) -> Self {
+    pub(super) fn new(seed: u64, survival: Survival) -> Self {
         let mut rng = Rng::new(seed);
         let (lose_ppm, keep_ppm) = match (survival, rng.below(4)) {
             (Survival::None, _) => (1_000_000, 0),
@@ -334,7 +353,7 @@ impl Luck {
         Self { rng, lose_ppm, keep_ppm }
     }
 
-    fn sectors(&mut self, count: usize) -> Vec<bool> {
+    pub(super) fn sectors(&mut self, count: usize) -> Vec<bool> {
         let draw = self.rng.below(1_000_000) as u32;
         if draw < self.lose_ppm {
             vec![false; count]

@@ -179,7 +179,7 @@ impl Filesystem for DiskFs {
     ) {
         let len = u64::from(size).min(self.bytes.saturating_sub(offset));
         let mut bytes = vec![0; len as usize];
-        let outcome = self.disk.connected(handle).and_then(|disk| disk.read(offset, &mut bytes));
+        let outcome = self.disk.connected(handle).and_then(|mut disk| disk.read(offset, &mut bytes));
         match outcome {
             Ok(()) => reply.data(&bytes),
             Err(DiskError::Hung) => self.disk.hold(Held::Read(reply)),

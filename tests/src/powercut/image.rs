@@ -50,6 +50,23 @@ impl Image {
         self.bytes
     }
 
+    /// Makes it `bytes` long, which is no less than it is: the new bytes are zeros.
+    pub(super) fn grow(&mut self, bytes: u64) {
+        debug_assert!(bytes >= self.bytes);
+        self.bytes = bytes;
+    }
+
+    /// Cuts it off at `bytes`, which is no more than it is.
+    pub(super) fn cut_off(&mut self, bytes: u64) {
+        debug_assert!(bytes <= self.bytes);
+        self.bytes = bytes;
+        self.chunks.retain(|number, _| number * (CHUNK_BYTES as u64) < bytes);
+        let within = (bytes % CHUNK_BYTES as u64) as usize;
+        if let Some(last) = self.chunks.get_mut(&(bytes / CHUNK_BYTES as u64)) {
+            Arc::make_mut(last)[within..].fill(0);
+        }
+    }
+
     /// Whether `len` bytes at `offset` are within it.
     #[must_use]
     pub fn contains(&self, offset: u64, len: usize) -> bool {
@@ -123,6 +140,18 @@ mod tests {
         let mut back = [0; 3];
         copy.read(0, &mut back);
         assert_eq!(&back, b"old");
+    }
+
+    #[test]
+    fn what_was_cut_off_is_zero_when_the_image_grows_again() {
+        let mut image = Image::zeroed(3 * CHUNK_BYTES as u64);
+        image.write(0, &vec![1; 3 * CHUNK_BYTES]);
+        image.cut_off(CHUNK_BYTES as u64 + 7);
+        image.grow(3 * CHUNK_BYTES as u64);
+        let mut back = vec![9; 3 * CHUNK_BYTES];
+        image.read(0, &mut back);
+        assert!(back[..CHUNK_BYTES + 7].iter().all(|byte| *byte == 1));
+        assert!(back[CHUNK_BYTES + 7..].iter().all(|byte| *byte == 0));
     }
 
     #[test]

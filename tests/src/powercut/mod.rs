@@ -12,9 +12,12 @@
 //! that disk or nowhere. The acknowledgements are recorded outside of it. A [`trial`] ends with a check that none of
 //! them is lost. That the check can fail is shown by a disk that acknowledges flushes and does nothing.
 //!
+//! [`direct`] is the same without a loop device and a file system between.
+//!
 //! It needs root, `/dev/fuse`, a loop device, and the file system with its mkfs; [`mounts::missing`] says what is not
 //! there.
 
+pub mod direct;
 pub mod disk;
 pub mod fuse;
 pub mod image;

@@ -77,6 +77,22 @@ impl FsKind {
 /// Why this machine cannot run power cuts on `kind`; none if it can.
 #[must_use]
 pub fn missing(kind: FsKind) -> Option<String> {
+    if let Some(why) = missing_of_fuse() {
+        return Some(why);
+    }
+    if let Err(error) = OpenOptions::new().read(true).write(true).open(LOOP_CONTROL) {
+        return Some(format!("{LOOP_CONTROL}: {error}"));
+    }
+    let (program, _) = kind.mkfs();
+    if let Err(error) = Command::new(program).arg("-V").output() {
+        return Some(format!("{program}: {error}"));
+    }
+    unknown(kind.name())
+}
+
+/// Why this machine cannot mount a FUSE file system; none if it can.
+#[must_use]
+pub fn missing_of_fuse() -> Option<String> {
     if !rustix::process::geteuid().is_root() {
         return Some("needs root, for mount(2)".to_owned());
     }
@@ -84,24 +100,19 @@ pub fn missing(kind: FsKind) -> Option<String> {
     if !capable.is_ok_and(|sets| sets.effective.contains(CapabilitySet::SYS_ADMIN)) {
         return Some("root may not mount here: CAP_SYS_ADMIN is missing".to_owned());
     }
-    for device in ["/dev/fuse", LOOP_CONTROL] {
-        if let Err(error) = OpenOptions::new().read(true).write(true).open(device) {
-            return Some(format!("{device}: {error}"));
-        }
+    if let Err(error) = OpenOptions::new().read(true).write(true).open(FUSE) {
+        return Some(format!("{FUSE}: {error}"));
     }
-    let (program, _) = kind.mkfs();
-    if let Err(error) = Command::new(program).arg("-V").output() {
-        return Some(format!("{program}: {error}"));
-    }
+    unknown("fuse")
+}
+
+/// Why a file system cannot be mounted, if the kernel does not know it.
+fn unknown(name: &str) -> Option<String> {
     let known = std::fs::read_to_string("/proc/filesystems").unwrap_or_default();
-    for name in ["fuse", kind.name()] {
-        // A module that is not loaded yet is not listed; mount(2) loads it.
-        let module = || Command::new("modprobe").args(["-q", name]).status().is_ok_and(|s| s.success());
-        if !known.lines().any(|line| line.split_whitespace().last() == Some(name)) && !module() {
-            return Some(format!("this kernel has no {name}"));
-        }
-    }
-    None
+    // A module that is not loaded yet is not listed; mount(2) loads it.
+    let module = || Command::new("modprobe").args(["-q", name]).status().is_ok_and(|s| s.success());
+    let is_known = known.lines().any(|line| line.split_whitespace().last() == Some(name)) || module();
+    (!is_known).then(|| format!("this kernel has no {name}"))
 }
 
 /// Unmounts what is mounted at `path`, and waits for those who were just killed in it.
@@ -126,6 +137,7 @@ pub fn detach(path: &Path) {
     let _ = rustix::mount::unmount(path, UnmountFlags::DETACH);
 }
 
+const FUSE: &str = "/dev/fuse";
 const LOOP_CONTROL: &str = "/dev/loop-control";
 const LOOP_CTL_GET_FREE: libc::Ioctl = 0x4C82;
 const LOOP_CONFIGURE: libc::Ioctl = 0x4C0A;

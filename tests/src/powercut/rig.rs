@@ -3,12 +3,16 @@
 use super::disk::{SECTOR_BYTES, Survival, Survived};
 use super::mounts::{self, FsKind, LoopDevice};
 use super::server::Server;
+use super::trial::Machine;
 use super::{fuse, mounts::unmount};
 use anyhow::{Context, Result, ensure};
 use std::path::{Path, PathBuf};
 
 /// Enough for three members with small segments, and for XFS, which takes no less than 300 MB.
 const DISK_BYTES: u64 = 512 << 20;
+
+/// Many, since most flushes follow their write at once.
+const CACHED_AT_CUT: u64 = 6;
 
 /// The rig. Dropping it cuts the power and removes everything.
 #[derive(Debug)]
@@ -50,22 +54,23 @@ impl Rig {
         Ok(Self { kind, server, mounted: false, lower, upper, _scratch: scratch })
     }
 
-    /// The disk.
-    pub fn disk(&mut self) -> &mut Server {
-        &mut self.server
+    fn unmount(&mut self) -> Result<()> {
+        if self.mounted {
+            unmount(&self.upper).context("what used the file system has been killed")?;
+            self.mounted = false;
+        }
+        Ok(())
+    }
+}
+
+impl Machine for Rig {
+    fn reset(&mut self) -> Result<()> {
+        self.server.strike(super::disk::Effect::Cut)?;
+        self.unmount()?;
+        self.server.reset()
     }
 
-    /// Where the file system is mounted.
-    #[must_use]
-    pub fn directory(&self) -> &Path {
-        &self.upper
-    }
-
-    /// Mounts the file system as the disk holds it now.
-    ///
-    /// # Errors
-    /// When there is no device for it.
-    pub fn mount(&mut self) -> Result<Boot> {
+    fn boot(&mut self) -> Result<Boot> {
         ensure!(!self.mounted, "the file system is mounted");
         let device = LoopDevice::attach(&self.lower.join(fuse::FILE), SECTOR_BYTES as u32)?;
         if let Err(error) = self.kind.mount(device.path(), &self.upper) {
@@ -75,32 +80,21 @@ impl Rig {
         Ok(Boot::Up)
     }
 
-    /// Puts the power on again once it has been cut and nobody uses the file system: what survives is decided by
-    /// `seed`. The file system is not mounted then.
-    ///
-    /// # Errors
-    /// When the file system is in use.
-    pub fn power_on(&mut self, seed: u64, survival: Survival) -> Result<Survived> {
+    fn directory(&self) -> &Path {
+        &self.upper
+    }
+
+    fn disk(&mut self) -> &mut Server {
+        &mut self.server
+    }
+
+    fn power_on(&mut self, seed: u64, survival: Survival) -> Result<Survived> {
         self.unmount()?;
         self.server.power_on(seed, survival)
     }
 
-    /// Puts the new file system back, not mounted, without faults.
-    ///
-    /// # Errors
-    /// When the old one is in use.
-    pub fn reset(&mut self) -> Result<()> {
-        self.server.strike(super::disk::Effect::Cut)?;
-        self.unmount()?;
-        self.server.reset()
-    }
-
-    fn unmount(&mut self) -> Result<()> {
-        if self.mounted {
-            unmount(&self.upper).context("what used the file system has been killed")?;
-            self.mounted = false;
-        }
-        Ok(())
+    fn cached_at_cut(&self) -> u64 {
+        CACHED_AT_CUT
     }
 }
 

@@ -1,13 +1,14 @@
-//! The process that holds the disk: a file system must not be served by those who wait for it.
+//! The process that holds the disk or the volume: a file system must not be served by those who wait for it.
 //!
 //! Orders come in on standard input and answers go out on standard output, one line of JSON each. When standard input
 //! ends without [`Order::Quit`], those who should have cleaned up are gone: the power is cut and everything unmounted.
 
+use super::direct::fuse::{SharedVolume, VolumeFs};
 use super::disk::{Effect, FaultDisk, Stats, Survival, Survived, Trigger};
 use super::fuse::{DiskFs, SharedDisk};
 use super::image::Image;
 use super::mounts;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::CommandExt;
@@ -18,16 +19,31 @@ use std::time::Duration;
 /// The first argument of a program that is to [`serve`].
 pub const SERVE: &str = "serve-disk";
 
-/// What the server is told.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// The first argument of a program that is to [`serve_directory`].
+pub const SERVE_DIRECTORY: &str = "serve-directory";
+
+/// What the server is told. `under` is a directory at the top of a volume, whose disk alone is meant.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Order {
     /// [`FaultDisk::reset`].
     Reset,
     /// [`FaultDisk::arm`].
-    Arm(Trigger),
+    Arm {
+        /// Where.
+        under: Option<String>,
+        /// What.
+        trigger: Trigger,
+    },
     /// [`FaultDisk::strike`].
-    Strike(Effect),
+    Strike {
+        /// Where.
+        under: Option<String>,
+        /// What.
+        effect: Effect,
+    },
+    /// Those who wait for a disk without power have been killed: their requests fail.
+    Release,
     /// [`FaultDisk::power_on`].
     PowerOn {
         /// Decides what survives.
@@ -60,25 +76,133 @@ pub fn serve(mut args: impl Iterator<Item = String>) -> Result<()> {
     let (image, mount, upper) = (path()?, path()?, path()?);
     let disk = SharedDisk::new(FaultDisk::new(Image::load(&image)?));
     std::fs::remove_file(&image)?;
+    mount_and_obey(DiskFs::new(disk.clone()), &disk, &mount, Some(&upper))
+}
+
+/// The main function of the server of a volume: `MOUNT` serves an empty one on that directory.
+///
+/// # Errors
+/// When it cannot be mounted, or the orders are not understood.
+pub fn serve_directory(mut args: impl Iterator<Item = String>) -> Result<()> {
+    let mount = args.next().map(PathBuf::from).context("serve-directory MOUNT")?;
+    let volume = SharedVolume::default();
+    mount_and_obey(VolumeFs::new(volume.clone()), &volume, &mount, None)
+}
+
+fn mount_and_obey(
+    file_system: impl fuser::Filesystem,
+    served: &impl Served,
+    mount: &Path,
+    upper: Option<&Path>,
+) -> Result<()> {
     let mut config = fuser::Config::default();
     config.mount_options = vec![fuser::MountOption::FSName("powercut".to_owned())];
-    let session = fuser::Session::new(DiskFs::new(disk.clone()), &mount, &config)
+    let session = fuser::Session::new(file_system, mount, &config)
         .with_context(|| format!("cannot mount the disk on {}", mount.display()))?;
     let session = session.spawn()?;
-    let orderly = obey(&disk);
+    let orderly = obey(served);
     if matches!(orderly, Ok(true)) {
-        mounts::detach(&mount);
+        mounts::detach(mount);
     } else {
-        disk.cut();
-        mounts::detach(&upper);
-        mounts::detach(&mount);
-        if let Some(scratch) = image.parent() {
+        served.cut();
+        served.release();
+        upper.into_iter().for_each(mounts::detach);
+        mounts::detach(mount);
+        if let Some(scratch) = mount.parent() {
             remove(scratch);
         }
     }
     // Ends as this process does: whoever still has the file open must not be waited for.
     drop(session);
     orderly.map(|_| ())
+}
+
+/// What orders are for.
+trait Served {
+    fn reset(&self);
+    fn arm(&self, under: Option<String>, trigger: Trigger) -> Result<()>;
+    fn strike(&self, under: Option<String>, effect: Effect) -> Result<()>;
+    fn cut(&self);
+    fn release(&self);
+    fn power_on(&self, seed: u64, survival: Survival) -> Survived;
+    fn stats(&self) -> Stats;
+}
+
+impl Served for SharedDisk {
+    fn reset(&self) {
+        SharedDisk::cut(self);
+        self.lock().reset();
+    }
+
+    fn arm(&self, under: Option<String>, trigger: Trigger) -> Result<()> {
+        ensure!(under.is_none(), "a disk knows no directories");
+        self.lock().arm(trigger);
+        Ok(())
+    }
+
+    fn strike(&self, under: Option<String>, effect: Effect) -> Result<()> {
+        ensure!(under.is_none(), "a disk knows no directories");
+        match effect {
+            Effect::Cut => SharedDisk::cut(self),
+            _ => self.lock().strike(effect),
+        }
+        Ok(())
+    }
+
+    fn cut(&self) {
+        SharedDisk::cut(self);
+    }
+
+    /// The cut has let them fail.
+    fn release(&self) {}
+
+    fn power_on(&self, seed: u64, survival: Survival) -> Survived {
+        SharedDisk::cut(self);
+        self.lock().power_on(seed, survival)
+    }
+
+    fn stats(&self) -> Stats {
+        self.lock().stats()
+    }
+}
+
+impl Served for SharedVolume {
+    fn reset(&self) {
+        SharedVolume::cut(self);
+        SharedVolume::release(self);
+        self.lock().reset();
+        self.begin_anew();
+    }
+
+    fn arm(&self, under: Option<String>, trigger: Trigger) -> Result<()> {
+        self.lock().arm(under, trigger);
+        Ok(())
+    }
+
+    fn strike(&self, under: Option<String>, effect: Effect) -> Result<()> {
+        self.lock().strike(under.as_deref(), effect);
+        Ok(())
+    }
+
+    fn cut(&self) {
+        SharedVolume::cut(self);
+    }
+
+    fn release(&self) {
+        SharedVolume::release(self);
+    }
+
+    fn power_on(&self, seed: u64, survival: Survival) -> Survived {
+        SharedVolume::cut(self);
+        SharedVolume::release(self);
+        let survived = self.lock().power_on(seed, survival);
+        self.begin_anew();
+        survived
+    }
+
+    fn stats(&self) -> Stats {
+        self.lock().stats()
+    }
 }
 
 /// Removes the directory in which nothing is mounted any more. Members that were about to start may still make theirs
@@ -91,35 +215,20 @@ fn remove(scratch: &Path) {
 }
 
 /// Obeys until the end, and says whether that was ordered.
-fn obey(disk: &SharedDisk) -> Result<bool> {
+fn obey(served: &impl Served) -> Result<bool> {
     let mut out = std::io::stdout().lock();
     say(&mut out, Answer::Done)?;
     for line in std::io::stdin().lock().lines() {
-        let answer = match serde_json::from_str(&line?)? {
-            Order::Reset => {
-                disk.cut();
-                disk.lock().reset();
-                Answer::Done
-            }
-            Order::Arm(trigger) => {
-                disk.lock().arm(trigger);
-                Answer::Done
-            }
-            Order::Strike(Effect::Cut) => {
-                disk.cut();
-                Answer::Done
-            }
-            Order::Strike(effect) => {
-                disk.lock().strike(effect);
-                Answer::Done
-            }
-            Order::PowerOn { seed, survival } => {
-                disk.cut();
-                Answer::Survived(disk.lock().power_on(seed, survival))
-            }
-            Order::Stats => Answer::Stats(disk.lock().stats()),
+        let mut answer = Answer::Done;
+        match serde_json::from_str(&line?)? {
+            Order::Reset => served.reset(),
+            Order::Arm { under, trigger } => served.arm(under, trigger)?,
+            Order::Strike { under, effect } => served.strike(under, effect)?,
+            Order::Release => served.release(),
+            Order::PowerOn { seed, survival } => answer = Answer::Survived(served.power_on(seed, survival)),
+            Order::Stats => answer = Answer::Stats(served.stats()),
             Order::Quit => return Ok(true),
-        };
+        }
         say(&mut out, answer)?;
     }
     Ok(false)
@@ -141,14 +250,26 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts `program` as the server.
+    /// Starts `program` as the server of a disk.
     ///
     /// # Errors
     /// When it does not come up; it has said why on standard error.
     pub fn start(program: &Path, image: &Path, mount: &Path, upper: &Path) -> Result<Self> {
+        Self::start_with(program, SERVE, &[image, mount, upper])
+    }
+
+    /// Starts `program` as the server of a volume.
+    ///
+    /// # Errors
+    /// When it does not come up; it has said why on standard error.
+    pub fn start_directory(program: &Path, mount: &Path) -> Result<Self> {
+        Self::start_with(program, SERVE_DIRECTORY, &[mount])
+    }
+
+    fn start_with(program: &Path, what: &str, paths: &[&Path]) -> Result<Self> {
         let mut child = Command::new(program)
-            .arg(SERVE)
-            .args([image, mount, upper])
+            .arg(what)
+            .args(paths)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             // An interrupt from the terminal ends the others; the server then cleans up behind them.
@@ -175,7 +296,15 @@ impl Server {
     /// # Errors
     /// When the server is gone.
     pub fn arm(&mut self, trigger: Trigger) -> Result<()> {
-        self.done(Order::Arm(trigger))
+        self.done(Order::Arm { under: None, trigger })
+    }
+
+    /// Adds a fault to come on the disk of one directory of a volume.
+    ///
+    /// # Errors
+    /// When the server is gone.
+    pub fn arm_under(&mut self, under: &str, trigger: Trigger) -> Result<()> {
+        self.done(Order::Arm { under: Some(under.to_owned()), trigger })
     }
 
     /// Lets something happen now.
@@ -183,7 +312,23 @@ impl Server {
     /// # Errors
     /// When the server is gone.
     pub fn strike(&mut self, effect: Effect) -> Result<()> {
-        self.done(Order::Strike(effect))
+        self.done(Order::Strike { under: None, effect })
+    }
+
+    /// Lets something happen now to the disk of one directory of a volume.
+    ///
+    /// # Errors
+    /// When the server is gone.
+    pub fn strike_under(&mut self, under: &str, effect: Effect) -> Result<()> {
+        self.done(Order::Strike { under: Some(under.to_owned()), effect })
+    }
+
+    /// Lets requests without an answer fail: those who wait for them have been killed.
+    ///
+    /// # Errors
+    /// When the server is gone.
+    pub fn release(&mut self) -> Result<()> {
+        self.done(Order::Release)
     }
 
     /// Puts the power on again.

@@ -1,10 +1,12 @@
 //! One trial: a new file system and a new cluster, one or two power cuts, and a check of what was acknowledged.
 
 use super::disk::{Effect, On, Survival, Survived, Trigger};
-use super::rig::{Boot, Rig};
+use super::rig::Boot;
+use super::server::Server;
 use crate::process::{Cluster, EngineFlags, Lost, Program};
 use crate::sim::rng::Rng;
 use anyhow::{Result, bail};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// As small as the configuration allows with batches of this size: a trial zero-fills less and rolls over more.
@@ -13,9 +15,11 @@ pub const ENGINE_FLAGS: EngineFlags = EngineFlags {
     segments_ahead: 1,
     batch_bytes_max: 32 << 10,
     command_bytes_max: 16 << 10,
+    disk_stall_stop_ms: 30_000,
 };
 
-const MEMBERS: u64 = 3;
+/// Members of a cluster.
+pub(super) const MEMBERS: u64 = 3;
 const STREAMS: u64 = 64;
 
 /// Writes and flushes of the disk between the moment a cut is armed and the cut, at most. Three members form with some
@@ -23,9 +27,6 @@ const STREAMS: u64 = 64;
 const CUT_AFTER_STARTING: u64 = 200;
 const CUT_AFTER_LOAD: u64 = 2_500;
 const CUT_AFTER_FAULT: u64 = 20;
-
-/// A cut waits until the cache holds a number of writes below this.
-const CACHED_AT_CUT: u64 = 6;
 
 /// A cut that is armed and has not come by now is made: a cluster without work writes nothing.
 const CUT_PATIENCE: Duration = Duration::from_secs(2);
@@ -101,14 +102,45 @@ pub struct Report {
     pub took: Duration,
 }
 
+/// What loses its power in a trial.
+pub trait Machine {
+    /// Puts the new file system back, without faults. It is not mounted.
+    ///
+    /// # Errors
+    /// When the old one is in use.
+    fn reset(&mut self) -> Result<()>;
+
+    /// Mounts the file system as it is now, if that is not done yet.
+    ///
+    /// # Errors
+    /// When there is no device for it.
+    fn boot(&mut self) -> Result<Boot>;
+
+    /// Where the file system is mounted.
+    fn directory(&self) -> &Path;
+
+    /// Orders of the disk.
+    fn disk(&mut self) -> &mut Server;
+
+    /// Puts the power on again once it has been cut and nobody uses the file system: what survives is decided by
+    /// `seed`. The file system is not mounted then.
+    ///
+    /// # Errors
+    /// When the file system is in use.
+    fn power_on(&mut self, seed: u64, survival: Survival) -> Result<Survived>;
+
+    /// A cut waits until the cache holds a number of writes below this.
+    fn cached_at_cut(&self) -> u64;
+}
+
 /// Runs the trial of `seed`, with members run by `program`.
 ///
 /// # Errors
 /// When the rig does not work. What is wrong with the members is in the report.
-pub fn run(rig: &mut Rig, program: &Program, fault: Fault, seed: u64) -> Result<Report> {
+pub fn run(rig: &mut impl Machine, program: &Program, fault: Fault, seed: u64) -> Result<Report> {
     let started = Instant::now();
     rig.reset()?;
-    if let Boot::Refused(error) = rig.mount()? {
+    if let Boot::Refused(error) = rig.boot()? {
         bail!("the kernel refuses a new file system: {error}");
     }
     let mut rng = Rng::new(seed);
@@ -117,7 +149,7 @@ pub fn run(rig: &mut Rig, program: &Program, fault: Fault, seed: u64) -> Result<
     let mut trial =
         Trial { rig, rng, fault, cluster, streams: 0, survived: Survived::default(), triggered: 0 };
     let verdict = trial.outcome(&moments)?;
-    trial.cluster.kill_all()?;
+    trial.kill_all()?;
     let acked = trial.cluster.ledger().acked.len();
     let stats = trial.rig.disk().stats()?;
     Ok(Report {
@@ -141,8 +173,8 @@ fn moments(rng: &mut Rng, fault: Fault) -> Vec<Moment> {
     }
 }
 
-struct Trial<'a> {
-    rig: &'a mut Rig,
+struct Trial<'a, M: Machine> {
+    rig: &'a mut M,
     rng: Rng,
     fault: Fault,
     cluster: Cluster,
@@ -152,7 +184,7 @@ struct Trial<'a> {
     triggered: u64,
 }
 
-impl Trial<'_> {
+impl<M: Machine> Trial<'_, M> {
     fn outcome(&mut self, moments: &[Moment]) -> Result<Verdict> {
         for moment in moments {
             match moment {
@@ -245,7 +277,7 @@ impl Trial<'_> {
     }
 
     fn arm_cut(&mut self, after: u64) -> Result<()> {
-        let cached_min = self.rng.below(CACHED_AT_CUT);
+        let cached_min = self.rng.below(self.rig.cached_at_cut());
         self.rig.disk().arm(Trigger { on: On::Any, after, cached_min, effect: Effect::Cut })
     }
 
@@ -253,6 +285,13 @@ impl Trial<'_> {
     fn wait_cut(&mut self) -> Result<()> {
         self.triggered(CUT_PATIENCE)?;
         self.rig.disk().strike(Effect::Cut)?;
+        self.kill_all()
+    }
+
+    /// Kills the members. One that waits for a disk without power does not end before its requests fail.
+    fn kill_all(&mut self) -> Result<()> {
+        self.cluster.signal_all()?;
+        self.rig.disk().release()?;
         self.cluster.kill_all()
     }
 
@@ -278,13 +317,14 @@ impl Trial<'_> {
         self.survived.kept += survived.kept;
         self.survived.torn += survived.torn;
         self.survived.lost += survived.lost;
-        self.rig.mount()
+        self.rig.boot()
     }
 }
 
-impl Drop for Trial<'_> {
+impl<M: Machine> Drop for Trial<'_, M> {
     fn drop(&mut self) {
         // The members are killed next. One that waits for a hung disk would not end before its power is cut.
         let _ = self.rig.disk().strike(Effect::Cut);
+        let _ = self.rig.disk().release();
     }
 }

@@ -197,6 +197,7 @@ impl LogScan {
             if header.epoch > self.epoch {
                 self.end_epoch(header.epoch);
                 self.cut_where_it_continues(scanned, bytes);
+                self.keep_aside_what_the_newest_cut_voided();
             }
             self.stop_before(scanned, DamageCause::SegmentHeader);
         } else {
@@ -453,17 +454,22 @@ impl LogScan {
     /// A cut since the claim that is in force. What the claim left in the older segments is not void, even if it can be read again;
     /// until a leader cuts off a part of the log that it continued. What was appended since is void behind a cut.
     fn cut_under_claim(&mut self, index: LogIndex, at: Place, claim_epoch: u64) {
+        self.move_aside(at);
         let mut salvage = std::mem::take(&mut self.salvage);
-        let cut_off = self.index.ordinal_at_place(at)..self.index.len();
-        for (info, place) in cut_off.map_while(|ordinal| self.index.at(ordinal)) {
-            let intact = self.damaged.iter().all(|(damaged, _)| *damaged != info.first);
-            salvage.push(Salvaged { info, place, intact });
-        }
         let stays = index >= self.hard_state.claim_cut;
         salvage.retain(|batch| {
             if self.epoch_of(batch.place.generation) < claim_epoch { stays } else { batch.place < at }
         });
         self.salvage = salvage;
+    }
+
+    /// The batches of the log at or behind a place count as salvage.
+    fn move_aside(&mut self, at: Place) {
+        let cut_off = self.index.ordinal_at_place(at)..self.index.len();
+        for (info, place) in cut_off.map_while(|ordinal| self.index.at(ordinal)) {
+            let intact = self.damaged.iter().all(|(damaged, _)| *damaged != info.first);
+            self.salvage.push(Salvaged { info, place, intact });
+        }
     }
 
     /// An epoch begins whose cut is not known.
@@ -474,6 +480,20 @@ impl LogScan {
         self.salvage_before = self.salvage.len();
         self.beyond.open.clear();
         self.beyond.lost_track = true;
+    }
+
+    /// A segment whose header is lost opens an epoch: if it is the newest, the hard state knows where that cut the log. What is
+    /// void counts as salvage, since a later start, whose hard state knows a later cut only, finds it so.
+    fn keep_aside_what_the_newest_cut_voided(&mut self) {
+        let HardState { epoch, cut, start, .. } = &self.hard_state;
+        if *epoch != self.epoch || cut.index < start.index {
+            return;
+        }
+        let at = Place { generation: cut.generation, offset: cut.offset };
+        self.move_aside(at);
+        self.index.truncate_at_place(at);
+        self.truncate_after(self.index.end().index);
+        self.salvage_before = self.salvage.len();
     }
 
     /// A segment whose header is lost opens an epoch: where its first batch continues the log tells where the log had been cut.

@@ -17,7 +17,7 @@ fn fill(disk: &mut FaultDisk, sector: u64, count: usize, value: u8) -> Result<()
 }
 
 /// The value of each sector; a sector is never mixed.
-fn values(disk: &FaultDisk, sector: u64, count: usize) -> Vec<u8> {
+fn values(disk: &mut FaultDisk, sector: u64, count: usize) -> Vec<u8> {
     let mut bytes = vec![0; count * SECTOR_BYTES];
     disk.read(at(sector), &mut bytes).expect("the disk is on");
     let sectors = bytes.chunks(SECTOR_BYTES);
@@ -41,10 +41,10 @@ fn what_was_flushed_survives_and_what_was_not_need_not() {
             fill(&mut disk, 0, 8, 2).unwrap();
             disk.flush().unwrap();
             fill(&mut disk, 8, 8, 3).unwrap();
-            assert_eq!(values(&disk, 8, 1), [3], "the cache is read");
+            assert_eq!(values(&mut disk, 8, 1), [3], "the cache is read");
             let survived = disk.power_on(seed, survival);
-            assert_eq!(values(&disk, 0, 8), [2; 8]);
-            let rest = values(&disk, 8, 8);
+            assert_eq!(values(&mut disk, 0, 8), [2; 8]);
+            let rest = values(&mut disk, 8, 8);
             let new = rest.iter().filter(|value| **value == 3).count();
             assert!(rest.iter().all(|value| [1, 3].contains(value)));
             match new {
@@ -71,8 +71,8 @@ fn over_many_seeds_writes_are_kept_lost_torn_and_overtaken() {
         sum.torn += survived.torn;
         sum.lost += survived.lost;
         // The later write to the same place is there, and the one before it nowhere.
-        let first = values(&disk, 0, 8);
-        overtaken += u32::from(first.contains(&3) && values(&disk, 8, 8) == [1; 8]);
+        let first = values(&mut disk, 0, 8);
+        overtaken += u32::from(first.contains(&3) && values(&mut disk, 8, 8) == [1; 8]);
     }
     assert!(sum.kept > 200 && sum.torn > 200 && sum.lost > 200, "{sum:?}");
     assert!(overtaken > 10, "{overtaken}");
@@ -86,7 +86,7 @@ fn the_same_seed_leaves_the_same() {
             fill(&mut disk, write * 8, 8, write as u8 + 2).unwrap();
         }
         disk.power_on(seed, Survival::Random);
-        values(&disk, 0, 80)
+        values(&mut disk, 0, 80)
     };
     assert_eq!(run(5), run(5));
     assert_ne!(run(5), run(6));
@@ -106,7 +106,7 @@ fn once_the_power_is_cut_nothing_is_accepted() {
     let before = disk.cuts();
     disk.power_on(1, Survival::None);
     assert_eq!(disk.cuts(), before, "it was off already");
-    assert_eq!(values(&disk, 0, 2), [2, 1]);
+    assert_eq!(values(&mut disk, 0, 2), [2, 1]);
 }
 
 #[test]
@@ -133,8 +133,8 @@ fn a_write_that_the_cut_meets_fails_and_survives_in_part() {
         assert_eq!(fill(&mut disk, 0, 8, 2), Err(DiskError::Io));
         assert_eq!(fill(&mut disk, 8, 8, 2), Err(DiskError::Io));
         disk.power_on(seed, Survival::Random);
-        assert_eq!(values(&disk, 8, 8), [1; 8], "that one came too late");
-        let new = values(&disk, 0, 8).iter().filter(|value| **value == 2).count();
+        assert_eq!(values(&mut disk, 8, 8), [1; 8], "that one came too late");
+        let new = values(&mut disk, 0, 8).iter().filter(|value| **value == 2).count();
         seen[usize::from(new > 0) + usize::from(new == 8)] = true;
     }
     assert_eq!(seen, [true; 3], "none, some and all of it");
@@ -149,13 +149,13 @@ fn a_lying_disk_acknowledges_flushes_and_keeps_only_what_was_durable_before() {
     fill(&mut disk, 1, 1, 3).unwrap();
     disk.flush().unwrap();
     assert_eq!((disk.stats().flushes, disk.stats().lies), (2, 1));
-    assert_eq!(values(&disk, 0, 2), [2, 3]);
+    assert_eq!(values(&mut disk, 0, 2), [2, 3]);
     assert_eq!(disk.power_on(1, Survival::None).lost, 1);
-    assert_eq!(values(&disk, 0, 2), [2, 1]);
+    assert_eq!(values(&mut disk, 0, 2), [2, 1]);
     fill(&mut disk, 1, 1, 4).unwrap();
     disk.flush().unwrap();
     disk.power_on(1, Survival::None);
-    assert_eq!(values(&disk, 1, 1), [4], "the lie ends with the power");
+    assert_eq!(values(&mut disk, 1, 1), [4], "the lie ends with the power");
 }
 
 #[test]
@@ -166,10 +166,10 @@ fn a_failed_write_does_not_happen_and_a_failed_flush_makes_nothing_durable() {
     fill(&mut disk, 0, 1, 2).unwrap();
     assert_eq!(disk.flush(), Err(DiskError::Io));
     assert_eq!(fill(&mut disk, 1, 1, 2), Err(DiskError::Io));
-    assert_eq!(values(&disk, 0, 2), [2, 1]);
+    assert_eq!(values(&mut disk, 0, 2), [2, 1]);
     assert_eq!(disk.stats().triggered, 2);
     disk.power_on(1, Survival::None);
-    assert_eq!(values(&disk, 0, 2), [1, 1]);
+    assert_eq!(values(&mut disk, 0, 2), [1, 1]);
 }
 
 #[test]
@@ -181,7 +181,7 @@ fn a_full_disk_takes_no_writes_but_flushes_what_it_has() {
     assert_eq!(fill(&mut disk, 1, 1, 2), Err(DiskError::Full), "until the power has been off");
     disk.flush().unwrap();
     disk.power_on(1, Survival::None);
-    assert_eq!(values(&disk, 0, 2), [2, 1]);
+    assert_eq!(values(&mut disk, 0, 2), [2, 1]);
     fill(&mut disk, 1, 1, 2).unwrap();
 }
 
@@ -211,6 +211,6 @@ fn a_reset_disk_holds_what_it_held_at_first() {
     disk.flush().unwrap();
     disk.strike(Effect::Cut);
     disk.reset();
-    assert_eq!(values(&disk, 0, 4), [1; 4]);
+    assert_eq!(values(&mut disk, 0, 4), [1; 4]);
     assert_eq!((disk.stats().writes, disk.stats().cuts), (0, 1));
 }
