@@ -390,7 +390,6 @@ impl Simulation {
             Action::ReadRefused { id, .. } => self.read_refused(at, id),
             Action::SendSnapshot { to } => self.send_snapshot(at, to),
             Action::InstallSnapshot { last, epoch } => {
-                life.clamped.retain(|_| epoch.is_none());
                 self.installed(at, last, epoch)?;
             }
         }
