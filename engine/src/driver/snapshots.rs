@@ -119,8 +119,8 @@ impl Throttle {
 
     /// A piece of so many bytes goes.
     pub(super) fn spend(&mut self, bytes: u64, now_ns: u64) {
-        if self.bytes_per_second > 0 {
-            let span = bytes.saturating_mul(1_000_000_000) / self.bytes_per_second;
+        // Without a limit nothing is waited for.
+        if let Some(span) = bytes.saturating_mul(1_000_000_000).checked_div(self.bytes_per_second) {
             self.next_at_ns = self.next_at_ns.max(now_ns).saturating_add(span);
         }
     }
