@@ -48,7 +48,7 @@ impl StateMachine for Counter {
 
     fn query(&self, query: &[u8]) -> Bytes {
         let mut answer = query.to_vec();
-        answer.extend(self.0.to_le_bytes());
+        answer.extend(self.count.to_le_bytes());
         answer.into()
     }
 }
