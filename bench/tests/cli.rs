@@ -526,11 +526,15 @@ fn a_neutral_driver_can_drive_three_replicas() {
     assert_eq!(lines.next().unwrap().unwrap(), "LEADER");
     for payload in ["128", "4096"] {
         use std::io::Write as _;
-        writeln!(leader.stdin.as_mut().unwrap(), "bench {payload} 16 50 200").unwrap();
-        assert_eq!(lines.next().unwrap().unwrap(), "BEGIN");
-        let line = lines.next().unwrap().unwrap();
-        let result: Value = serde_json::from_str(line.strip_prefix("END ").unwrap()).unwrap();
-        assert!(result["entries"].as_u64() > Some(0), "{line}");
+        // On a busy machine nothing may come through in so short a time: then once more.
+        let entries = (0..50).find_map(|_| {
+            writeln!(leader.stdin.as_mut().unwrap(), "bench {payload} 16 50 200").unwrap();
+            assert_eq!(lines.next().unwrap().unwrap(), "BEGIN");
+            let line = lines.next().unwrap().unwrap();
+            let result: Value = serde_json::from_str(line.strip_prefix("END ").unwrap()).unwrap();
+            result["entries"].as_u64().filter(|entries| *entries > 0)
+        });
+        assert!(entries.is_some(), "nothing of {payload} bytes was ever committed");
     }
     for replica in replicas {
         let mut child = replica.take();

@@ -98,6 +98,14 @@ pub struct Config {
     /// it. Default: 30 s, the time-out after which the block layer resets a device.
     pub disk_stall_stop: Duration,
 
+    /// How much this node should lead, compared to the others: 255 campaigns without delay, 0 waits up to one more
+    /// `election_timeout` before it campaigns. Default: none, no delay. It orders who is first to campaign; it takes
+    /// leadership from nobody ([`Handle::transfer_leadership`](crate::Handle::transfer_leadership) does).
+    pub election_priority: Option<u8>,
+    /// Elections only, for programs that need a leader and no log: term and vote are durable, nothing can be proposed and
+    /// nothing is appended. The same on all members. Default: false.
+    pub consensus_only: bool,
+
     /// Seed of the timing of this node (election times, backoff), mixed with its id. Default: none, the system's
     /// entropy. The identity of a new directory is always drawn from the system: a wiped one must not come back as
     /// the same.
@@ -168,6 +176,8 @@ impl Config {
             scrub_bytes_per_second: 1 << 20,
             disk_stall_timeout: None,
             disk_stall_stop: Duration::from_secs(30),
+            election_priority: None,
+            consensus_only: false,
             seed: None,
             lease_drift_ppm: None,
             read_timeout: Duration::from_secs(5),
@@ -350,6 +360,8 @@ pub(crate) fn raft_config(config: &Config, seed: u64) -> RaftConfig {
         commit_notice_delay: nanos(config.commit_notice_delay),
         window_batches: config.window_batches,
         window_bytes: config.window_bytes as u64,
+        priority: config.election_priority,
+        consensus_only: config.consensus_only,
         ..RaftConfig::new(config.node, seed)
     }
 }
@@ -374,6 +386,7 @@ pub(crate) fn net_config(
         body(kind::VOTE, 256),
         body(kind::VOTE_REPLY, 256),
         body(kind::FORMATION, wire::BODY_BYTES_MAX as u32),
+        body(kind::TIMEOUT_NOW, 256),
         body(kind::FETCH, 256),
         FrameCap { kind: kind::FETCH_REPLY, ..append },
         body(kind::READ_INDEX, 256),

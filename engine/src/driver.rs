@@ -14,13 +14,14 @@ mod reads;
 mod repair;
 mod stages;
 mod stall;
+mod transfer;
 
 use crate::apply::Applier;
 use crate::config::{BATCH_BYTES_CAP, Config, ConfigError};
-use crate::error::{Refusal, StopCause, StopError, UnknownOutcome};
+use crate::error::{Refusal, StopCause, StopError, TransferError, UnknownOutcome};
 use crate::formation::Formation;
 use crate::handle::{Handle, LocalHandle, PeerStatus, Shared};
-use crate::ingress::Deliveries;
+use crate::ingress::{Control, Deliveries};
 use crate::outbox::Outbox;
 use crate::proposals::{LocalIngress, ProposalLimits, Proposals};
 use crate::raft::{Action, BatchRun, Configuration, Epoch, Event, Message, Nanos, Raft, Role};
@@ -39,6 +40,8 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
+pub(crate) use transfer::TransferSlot;
+pub use transfer::Transferred;
 
 /// The only group of this version.
 const GROUP: GroupId = GroupId(0);
@@ -91,6 +94,7 @@ pub struct Driver<D: Disk, L: Link<Buf = D::Buf>, S> {
     witness_at_ns: u64,
     repair: repair::Repairer<D::Buf>,
     stall: stall::StallWatch,
+    handover: transfer::Handover,
     reads: reads::Reads,
     closing: bool,
 
@@ -120,6 +124,14 @@ struct Peer<B: BlockBuf> {
     session: Option<Incarnation>,
     /// What it said last, to this leader.
     stages: Option<AckStages>,
+    /// It said that its log has no space.
+    no_space: bool,
+}
+
+impl<B: BlockBuf> Peer<B> {
+    fn new() -> Self {
+        Self { outbox: Outbox::new(), session: None, stages: None, no_space: false }
+    }
 }
 
 /// Blocks for what the network receives.
@@ -175,9 +187,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         };
         let others = config.members.iter().filter(|member| member.id != config.node);
         Self {
-            peers: others
-                .map(|member| (member.id, Peer { outbox: Outbox::new(), session: None, stages: None }))
-                .collect(),
+            peers: others.map(|member| (member.id, Peer::new())).collect(),
             seed,
             timing_seed: seed,
             shared,
@@ -204,6 +214,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             witness_at_ns: u64::MAX,
             repair: repair::Repairer::new(&config),
             stall: stall::StallWatch::default(),
+            handover: transfer::Handover::default(),
             reads: reads::Reads::new(),
             closing: false,
             encoder: Encoder::default(),
@@ -252,16 +263,18 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.mend()?;
         progressed |= self.take_proposals();
         progressed |= self.take_reads()?;
+        progressed |= self.take_controls()?;
         self.step(Event::Tick)?;
         self.write_pending();
         progressed |= self.seal()?;
         progressed |= self.seal_barrier()?;
+        self.advance_handover()?;
         progressed |= self.apply()?;
         progressed |= self.serve_reads();
         self.send_queued();
         self.deliveries.flush();
         self.keep_log();
-        progressed |= self.close_if_asked();
+        progressed |= self.close_if_asked()?;
         Ok(progressed)
     }
 
@@ -320,6 +333,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 self.wal.release_claim(&mut self.disk);
                 Ok(())
             }
+            Action::TransferEnded { end } => {
+                self.transfer_ended(end);
+                Ok(())
+            }
             Action::Stop { violation } => Err(StopError::Invariant(violation.to_string())),
             Action::ReadReady { id, index } => {
                 self.read_ready(id, index);
@@ -338,20 +355,34 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         if role != Role::Leader {
             let refusal = self.refusal();
             let unknown = |index| UnknownOutcome::LeadershipLost { index };
-            self.proposals.borrow_mut().abandon(unknown, &refusal, &mut self.deliveries);
+            let certain = self.raft().map_or(LogIndex(0), Raft::commit);
+            self.proposals.borrow_mut().abandon(certain, unknown, &refusal, &mut self.deliveries);
             self.reads_lose_leadership();
             for peer in self.peers.values_mut() {
-                peer.outbox.clear();
+                peer.outbox.clear_appends();
             }
         }
+        self.handover_role_changed();
         self.set_gate();
+    }
+
+    /// Takes what handles ask besides commands.
+    fn take_controls(&mut self) -> Result<bool, StopError> {
+        let controls = self.shared.ingress.take_controls();
+        let any = !controls.is_empty();
+        for control in controls {
+            match control {
+                Control::Transfer { to, slot } => self.transfer_asked(to, slot)?,
+            }
+        }
+        Ok(any)
     }
 
     // ---- The end
 
     /// True when it begins to close: a log with nothing in flight closes in the next turn, which no completion calls for.
-    fn close_if_asked(&mut self) -> bool {
-        let begins = !self.closing && self.shared.ingress.shutdown_requested();
+    fn close_if_asked(&mut self) -> Result<bool, StopError> {
+        let begins = !self.closing && self.shared.ingress.shutdown_requested() && self.is_drained()?;
         if begins {
             self.closing = true;
             let stopped = Refusal::Stopped(StopError::Requested.into());
@@ -362,7 +393,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             }
             self.wal.close(&mut self.disk);
         }
-        begins
+        Ok(begins)
     }
 
     fn stop(&mut self, error: StopError) {
@@ -375,10 +406,11 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let refusal = Refusal::Stopped(cause.clone());
         let unknown = |_| UnknownOutcome::Stopped(cause.clone());
         let mut proposals = self.proposals.borrow_mut();
-        proposals.abandon(unknown, &refusal, &mut self.deliveries);
+        proposals.abandon(LogIndex(0), unknown, &refusal, &mut self.deliveries);
         proposals.set_gate(Err(refusal));
         drop(proposals);
         self.deliveries.flush();
+        self.handover.stopped(|| TransferError::Stopped(cause.clone()));
         self.stop_reads(&cause);
         self.shared.ingress.stop(cause.clone());
         if let Some(network) = &mut self.network {
@@ -400,7 +432,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let damage = self.damage_status(raft);
         let peers = self.peers.iter().filter_map(|(id, peer)| {
             let matched = raft.progress(*id)?.matched;
-            Some(PeerStatus { id: *id, connected: peer.session.is_some(), matched, stages: peer.stages })
+            let Peer { stages, no_space, .. } = *peer;
+            Some(PeerStatus { id: *id, connected: peer.session.is_some(), matched, stages, no_space })
         });
         self.shared.status.publish(|status| {
             status.formed = true;
@@ -432,7 +465,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Turn for Driver<D, L, S> {
                 let network = self.network.as_ref().map_or(u64::MAX, Network::next_deadline);
                 let log = self.witness_at_ns.min(self.space_retry_at_ns);
                 let repair = if self.closing { u64::MAX } else { self.repair.next_deadline() };
-                let log = log.min(repair).min(self.stall_deadline()).min(self.reads_deadline());
+                let log = log.min(repair).min(self.stall_deadline()).min(self.handover.next_deadline());
+                let log = log.min(self.reads_deadline());
                 TurnOutcome { progressed, next_deadline_ns: core.min(network).min(log), stop: false }
             }
             Err(error) => {

@@ -2,7 +2,7 @@
 //! may repeat the one and must not blindly repeat the other.
 
 use bytes::Bytes;
-use ringraft_block::{LogIndex, NodeId};
+use ringraft_block::{LogIndex, NodeId, Term};
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -60,6 +60,31 @@ pub enum Refusal {
     /// The log cannot reserve another segment: free space on its disk; the node lives on.
     #[error("no space for another log segment: free space on the log's disk")]
     NoSpace,
+    /// Leadership is being handed to another member: propose there in a moment, or here if it comes to nothing.
+    #[error("leadership is being transferred: propose again in a moment, at the new leader")]
+    Transferring,
+    /// The cluster only elects: its members are configured with `consensus_only`.
+    #[error("this cluster only elects leaders (consensus_only): it keeps no log to propose to")]
+    ConsensusOnly,
+    /// The node has stopped.
+    #[error("the node has stopped: {0}")]
+    Stopped(StopCause),
+}
+
+/// Why leadership did not go where it was to go.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TransferError {
+    /// It came to nothing; a node that led leads on.
+    #[error(transparent)]
+    Ended(#[from] crate::raft::TransferEnd),
+    /// There was an election, and another member won it, or this one again.
+    #[error("node {leader} won the election of term {term}")]
+    OtherLeader {
+        /// Who leads now.
+        leader: NodeId,
+        /// In which term.
+        term: Term,
+    },
     /// The node has stopped.
     #[error("the node has stopped: {0}")]
     Stopped(StopCause),
@@ -181,6 +206,9 @@ pub enum ReadError {
     /// A read through the log needs space in it.
     #[error("no space for another log segment: free space on the log's disk, or read without the log")]
     NoSpace,
+    /// The cluster only elects leaders: there is nothing to read.
+    #[error("this cluster only elects leaders (`consensus_only`): there is nothing to read")]
+    ConsensusOnly,
     /// It was not ready in time: no majority answers, or this node is behind.
     #[error("timed out before the read could be answered")]
     TimedOut,
@@ -193,7 +221,7 @@ impl ReadError {
     /// Whether the same read may well succeed here a little later.
     #[must_use]
     pub fn is_transient(&self) -> bool {
-        !matches!(self, Self::NotLeader { .. } | Self::Stopped(_))
+        !matches!(self, Self::NotLeader { .. } | Self::ConsensusOnly | Self::Stopped(_))
     }
 }
 

@@ -84,7 +84,14 @@ impl Formation {
     pub(crate) fn new(node: NodeId, incarnation: Incarnation, members: &[MemberConfig]) -> Self {
         let mut members = members.to_vec();
         members.sort_by_key(|member| member.id);
-        Self { node, incarnation, members, heard: BTreeMap::new(), decided: false, settings: Settings::default() }
+        Self {
+            node,
+            incarnation,
+            members,
+            heard: BTreeMap::new(),
+            decided: false,
+            settings: Settings::default(),
+        }
     }
 
     /// What the configuration says if this node composes it.

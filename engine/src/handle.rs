@@ -7,9 +7,11 @@
 //! For many commands at a time use a [`Pipeline`]: submissions carry a tag of the caller's, completions are
 //! collected in batches, and a run of commands that commit together costs one lock and one wake.
 
+use crate::answer::Answer;
 use crate::config::Config;
-use crate::error::{LeaderHint, ProposeError, Refusal, Refused, StopCause};
-use crate::ingress::{Ingress, Submission, Ticket};
+pub use crate::driver::Transferred;
+use crate::error::{LeaderHint, ProposeError, Refusal, Refused, StopCause, TransferError};
+use crate::ingress::{Control, Ingress, Submission, Ticket};
 use crate::proposals::LocalIngress;
 use crate::raft::{Claim, Role};
 use crate::runtime::{LocalWakeup, Wakeup};
@@ -101,6 +103,8 @@ pub struct PeerStatus {
     /// Where it spent its time on the newest batch that it made durable, as it said last in this session and term. A large
     /// `durable_us` is a slow disk or a busy core there; what a command waits beyond it is the network, or this leader.
     pub stages: Option<AckStages>,
+    /// Its log has no space for more.
+    pub no_space: bool,
 }
 
 impl Status {
@@ -261,7 +265,23 @@ impl Handle {
         self.shared.status.wait(Instant::now().checked_add(timeout), condition)
     }
 
-    /// Asks the node to stop in good order: it takes no more commands, finishes its writes and closes. Returns at
+    /// Hands leadership to `to`, or to the voter that holds the most of the log. Meanwhile commands are refused with
+    /// [`Refusal::Transferring`]; those admitted before are committed first. If the member has not taken over within
+    /// an election time-out, or its connection is lost, this node leads on and the answer says why. To ask for the
+    /// node that leads already is answered at once.
+    ///
+    /// # Errors
+    /// The answer is an error when this node does not lead, when `to` cannot lead, when it did not take over, or when
+    /// another member won the election.
+    pub fn transfer_leadership(&self, to: Option<NodeId>) -> Answer<Result<Transferred, TransferError>> {
+        let (answer, slot) = Answer::new();
+        self.shared.ingress.push_control(Control::Transfer { to, slot });
+        self.shared.wakeup.signal();
+        answer
+    }
+
+    /// Asks the node to stop in good order: it takes no more commands, hands leadership over if it leads and another voter
+    /// is there to take it (for at most two election time-outs), finishes its writes and closes. Returns at
     /// once; [`Node::join`](crate::Node::join) waits.
     pub fn shutdown(&self) {
         self.shared.ingress.request_shutdown();

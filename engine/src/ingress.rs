@@ -3,13 +3,15 @@
 //! A push wakes nobody unless the core is parked; then it signals once (`runtime::Wakeup`). The queue carries
 //! commands and the address that the outcome goes to; it knows nothing of the log.
 
-use crate::error::{ProposeError, StopCause};
-use crate::handle::{BatchSlot, Outcome, PipelineShared, ProposalSlot};
+use crate::driver::TransferSlot;
+use crate::error::{ProposeError, StopCause, TransferError};
+use crate::handle::{BatchSlot, Outcome, PipelineShared, ProposalSlot, lock};
 use crate::reads::{ReadQueue, ReadRequest};
 use bytes::Bytes;
 use crossbeam_queue::ArrayQueue;
+use ringraft_block::NodeId;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 /// A command on its way into the core.
 pub(crate) struct Submission {
@@ -73,7 +75,25 @@ pub(crate) struct Ingress {
     /// Set when the core takes no more: whoever pushed in the meantime is answered by `drain_stopped`.
     stopped: OnceLock<StopCause>,
     shutdown: AtomicBool,
+    /// What is asked besides commands: rare, so a lock will do.
+    controls: Mutex<Vec<Control>>,
+    has_controls: AtomicBool,
     reads: ReadQueue,
+}
+
+/// What is asked of the core besides commands.
+pub(crate) enum Control {
+    /// Hand leadership over.
+    Transfer { to: Option<NodeId>, slot: TransferSlot },
+}
+
+impl Control {
+    /// The core has stopped.
+    fn refuse(self, cause: &StopCause) {
+        match self {
+            Self::Transfer { slot, .. } => slot.complete(Err(TransferError::Stopped(cause.clone()))),
+        }
+    }
 }
 
 impl Ingress {
@@ -82,6 +102,8 @@ impl Ingress {
             queue: ArrayQueue::new(capacity),
             stopped: OnceLock::new(),
             shutdown: AtomicBool::new(false),
+            controls: Mutex::new(Vec::new()),
+            has_controls: AtomicBool::new(false),
             reads: ReadQueue::new(reads_max),
         }
     }
@@ -113,7 +135,27 @@ impl Ingress {
         self.drain_stopped(cause);
     }
 
+    /// Queues what is asked besides commands.
+    pub(crate) fn push_control(&self, control: Control) {
+        lock(&self.controls).push(control);
+        self.has_controls.store(true, Ordering::Release);
+        fence(Ordering::SeqCst);
+        if let Some(cause) = self.stopped.get() {
+            self.drain_stopped(cause);
+        }
+    }
+
+    pub(crate) fn take_controls(&self) -> Vec<Control> {
+        if !self.has_controls.swap(false, Ordering::AcqRel) {
+            return Vec::new();
+        }
+        std::mem::take(&mut lock(&self.controls))
+    }
+
     fn drain_stopped(&self, cause: &StopCause) {
+        for control in std::mem::take(&mut *lock(&self.controls)) {
+            control.refuse(cause);
+        }
         self.reads.refuse_all(cause);
         while let Some(Submission { command, ticket, .. }) = self.queue.pop() {
             let reason = crate::error::Refusal::Stopped(cause.clone());

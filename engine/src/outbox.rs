@@ -3,7 +3,7 @@
 //!
 //! The core bounds what is in here by the peer's window; acks replace one another.
 
-use crate::raft::{ReadIndex, ReadIndexReply, Vote, VoteReply};
+use crate::raft::{ReadIndex, ReadIndexReply, TimeoutNow, Vote, VoteReply};
 use crate::recent::Recent;
 use crate::wire::{AckMessage, AppendMessage};
 use ringraft_block::{BlockBuf, LogIndex};
@@ -16,6 +16,7 @@ pub(crate) enum Outgoing {
     Ack(AckMessage),
     Vote(Vote),
     VoteReply(VoteReply),
+    TimeoutNow(TimeoutNow),
     ReadIndex(ReadIndex),
     ReadIndexReply(ReadIndexReply),
 }
@@ -54,6 +55,12 @@ impl<B: BlockBuf> Outbox<B> {
 
     pub(crate) fn is_empty(&self) -> bool {
         self.queue.is_empty()
+    }
+
+    /// Leadership ended: appends are void, what else was said is not.
+    pub(crate) fn clear_appends(&mut self) {
+        self.queue.retain(|message| !matches!(message, Outgoing::Append(_)));
+        self.fetched.clear();
     }
 
     /// The session ended: what was queued for it is void. A read that is under way may still come back.

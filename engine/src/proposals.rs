@@ -233,14 +233,17 @@ impl<B: BlockBuf> Proposals<B> {
         self.spare.push(tickets);
     }
 
-    /// Leadership was lost, or the node stops: what is in the log is of unknown outcome, the rest is refused.
+    /// Leadership was lost, or the node stops: what is in the log behind `certain` is of unknown outcome, what is not in
+    /// it is refused. What is committed up to `certain` still gets its replies when it is applied.
     pub(crate) fn abandon(
         &mut self,
+        certain: LogIndex,
         unknown: impl Fn(LogIndex) -> UnknownOutcome,
         refusal: &Refusal,
         deliveries: &mut Deliveries,
     ) {
-        for sealed in self.sealed.drain(..) {
+        let kept = self.sealed.partition_point(|sealed| sealed.first <= certain);
+        for sealed in self.sealed.drain(kept..) {
             for (position, ticket) in sealed.tickets.into_iter().enumerate() {
                 let index = LogIndex(sealed.first.get() + position as u64);
                 deliveries.push(ticket, Err(ProposeError::Unknown(unknown(index))));
@@ -259,7 +262,12 @@ impl<B: BlockBuf> Proposals<B> {
         for Submission { command, ticket, .. } in self.overflow.drain(..) {
             deliveries.push(ticket, Err(Refused { reason: refusal.clone(), command }.into()));
         }
-        self.uncommitted_bytes = 0;
+        self.uncommitted_bytes = self.sealed.iter().map(|sealed| sealed.cost).sum();
+    }
+
+    /// Whether commands were admitted that are in no batch of the log yet.
+    pub(crate) fn has_unsealed(&self) -> bool {
+        !self.open.is_empty() || !self.overflow.is_empty()
     }
 
     /// Nothing is open, queued or waiting.
@@ -433,16 +441,20 @@ mod tests {
     fn when_leadership_ends_the_sealed_are_unknown_and_the_others_come_back() {
         let mut rig = Rig::leading();
         rig.open();
+        let committed = rig.propose(vec![0; 8]);
+        let (committed_info, _) = rig.seal().unwrap();
+        rig.open();
         let sealed = rig.propose(vec![1; 8]);
         let _ = rig.seal().unwrap();
         rig.open();
         let open = rig.propose(vec![2; 8]);
         let waiting = rig.propose(vec![3; 20_000]);
         let unknown = |index| UnknownOutcome::LeadershipLost { index };
-        rig.proposals.abandon(unknown, &Refusal::NotLeader { leader: None }, &mut rig.deliveries);
+        let refusal = Refusal::NotLeader { leader: None };
+        rig.proposals.abandon(committed_info.last, unknown, &refusal, &mut rig.deliveries);
         assert!(matches!(
             outcome(&sealed),
-            Some(Err(ProposeError::Unknown(UnknownOutcome::LeadershipLost { index: LogIndex(1) })))
+            Some(Err(ProposeError::Unknown(UnknownOutcome::LeadershipLost { index: LogIndex(2) })))
         ));
         for (slot, command) in [(open, vec![2; 8]), (waiting, vec![3; 20_000])] {
             match outcome(&slot) {
@@ -450,6 +462,9 @@ mod tests {
                 other => panic!("{other:?}"),
             }
         }
+        assert!(outcome(&committed).is_none(), "committed: its reply comes when it is applied");
+        rig.apply(&committed_info);
+        assert!(matches!(outcome(&committed), Some(Ok(_))));
         assert!(rig.proposals.is_idle());
         assert!(rig.seal().is_none(), "nothing of it is sealed later");
     }

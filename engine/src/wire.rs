@@ -6,7 +6,8 @@
 //! apart.
 
 use crate::raft::{
-    Append, AppendAck, AppendOutcome, BatchRun, LogId, ReadIndex, ReadIndexReply, ReadKind, Round, Vote, VoteReply,
+    Append, AppendAck, AppendOutcome, BatchRun, LogId, ReadIndex, ReadIndexReply, ReadKind, Round,
+    TimeoutNow, Vote, VoteReply,
 };
 use ringraft_block::{Incarnation, LogIndex, NodeId, Term};
 use ringraft_wal::format::Chain;
@@ -24,6 +25,7 @@ pub(crate) mod kind {
     pub(crate) const FORMATION: u16 = 20;
     pub(crate) const FETCH: u16 = 21;
     pub(crate) const FETCH_REPLY: u16 = 22;
+    pub(crate) const TIMEOUT_NOW: u16 = 23;
     pub(crate) const READ_INDEX: u16 = 24;
     pub(crate) const READ_INDEX_REPLY: u16 = 25;
 }
@@ -42,11 +44,12 @@ pub(crate) const FINGERPRINT: u64 = {
         align_of::<ArchivedFormationBody>(),
         size_of::<ArchivedFetchBody>(),
         size_of::<ArchivedFetchReplyBody>(),
+        size_of::<ArchivedTimeoutNowBody>(),
         size_of::<rkyv::primitive::ArchivedUsize>(),
         size_of::<ArchivedReadIndexBody>(),
         size_of::<ArchivedReadIndexReplyBody>(),
     ];
-    let version = 3;
+    let version = 4;
     let mut hash: u64 = 0xcbf2_9ce4_8422_2325 ^ version;
     let mut at = 0;
     while at < sizes.len() {
@@ -61,6 +64,7 @@ const _: () = {
     assert!(size_of::<ArchivedAppendAckBody>() == 72);
     assert!(size_of::<ArchivedVoteBody>() == 32);
     assert!(size_of::<ArchivedVoteReplyBody>() == 16);
+    assert!(size_of::<ArchivedTimeoutNowBody>() == 8);
     assert!(size_of::<ArchivedFetchBody>() == 64);
     assert!(size_of::<ArchivedFetchReplyBody>() == 72);
     assert!(size_of::<ArchivedReadIndexBody>() == 24);
@@ -105,7 +109,7 @@ struct AppendAckBody {
     durable_us: u32_le,
     queued_us: u32_le,
     outcome: u16_le,
-    reserved: u16_le,
+    flags: u16_le,
     reserved_2: u32_le,
 }
 
@@ -113,13 +117,20 @@ const ACK_MATCHED: u16 = 1;
 const ACK_REJECTED: u16 = 2;
 const ACK_STALE_TERM: u16 = 3;
 
+const ACK_NO_SPACE: u16 = 1;
+
 #[derive(Archive, Serialize)]
 struct VoteBody {
     term: u64_le,
     last_term: u64_le,
     last_index: u64_le,
     pre: u32_le,
-    reserved: u32_le,
+    transfer: u32_le,
+}
+
+#[derive(Archive, Serialize)]
+struct TimeoutNowBody {
+    term: u64_le,
 }
 
 #[derive(Archive, Serialize)]
@@ -217,6 +228,8 @@ pub(crate) struct AckMessage {
     /// The chain at the matched position.
     pub(crate) chain: Chain,
     pub(crate) stages: AckStages,
+    /// The follower's log has no space for more: it cannot lead either.
+    pub(crate) no_space: bool,
 }
 
 /// Where a follower spent its time on the newest batch from a leader that became durable there, in microseconds,
@@ -293,6 +306,7 @@ pub(crate) enum Body {
     AppendAck(AckMessage),
     Vote(Vote),
     VoteReply(VoteReply),
+    TimeoutNow(TimeoutNow),
     Formation(FormationMessage),
     Fetch(FetchMessage),
     FetchReply(FetchReplyMessage),
@@ -338,7 +352,7 @@ impl Encoder {
     }
 
     pub(crate) fn ack(&mut self, message: &AckMessage) -> &[u8] {
-        let AckMessage { ack, chain, stages } = message;
+        let AckMessage { ack, chain, stages, no_space } = message;
         let (outcome, position, refused) = match ack.outcome {
             AppendOutcome::Matched { matched } => (ACK_MATCHED, matched, LogIndex(0)),
             AppendOutcome::Rejected { refused, hint } => (ACK_REJECTED, hint, refused),
@@ -354,7 +368,7 @@ impl Encoder {
             durable_us: stages.durable_us.into(),
             queued_us: stages.queued_us.into(),
             outcome: outcome.into(),
-            reserved: 0.into(),
+            flags: if *no_space { ACK_NO_SPACE } else { 0 }.into(),
             reserved_2: 0.into(),
         })
     }
@@ -365,8 +379,12 @@ impl Encoder {
             last_term: vote.last.term.get().into(),
             last_index: vote.last.index.get().into(),
             pre: u32::from(vote.pre).into(),
-            reserved: 0.into(),
+            transfer: u32::from(vote.transfer).into(),
         })
+    }
+
+    pub(crate) fn timeout_now(&mut self, message: &TimeoutNow) -> &[u8] {
+        self.encode(&TimeoutNowBody { term: message.term.get().into() })
     }
 
     pub(crate) fn vote_reply(&mut self, reply: &VoteReply) -> &[u8] {
@@ -477,7 +495,12 @@ pub(crate) fn decode(kind: u16, body: &[u8]) -> Result<Body, MalformedBody> {
                 term: Term(body.term.to_native()),
                 last: log_id(body.last_term, body.last_index),
                 pre: flag(body.pre).ok_or(malformed)?,
+                transfer: flag(body.transfer).ok_or(malformed)?,
             }))
+        }
+        kind::TIMEOUT_NOW => {
+            let body = access::<ArchivedTimeoutNowBody>(body).ok_or(malformed)?;
+            Ok(Body::TimeoutNow(TimeoutNow { term: Term(body.term.to_native()) }))
         }
         kind::VOTE_REPLY => {
             let body = access::<ArchivedVoteReplyBody>(body).ok_or(malformed)?;
@@ -578,6 +601,10 @@ fn decode_append(body: &ArchivedAppendBody) -> Option<AppendMessage> {
 }
 
 fn decode_ack(body: &ArchivedAppendAckBody) -> Option<AckMessage> {
+    let flags = body.flags.to_native();
+    if flags & !ACK_NO_SPACE != 0 {
+        return None;
+    }
     let position = log_id(body.index_term, body.index);
     let outcome = match body.outcome.to_native() {
         ACK_MATCHED => AppendOutcome::Matched { matched: position },
@@ -591,6 +618,7 @@ fn decode_ack(body: &ArchivedAppendAckBody) -> Option<AckMessage> {
         ack: AppendAck { term: Term(body.term.to_native()), round: Round(body.round.to_native()), outcome },
         chain: Chain(body.chain),
         stages: AckStages { durable_us: body.durable_us.to_native(), queued_us: body.queued_us.to_native() },
+        no_space: flags & ACK_NO_SPACE != 0,
     })
 }
 
@@ -709,7 +737,8 @@ pub(crate) mod configuration {
         let drift_ppm = record.lease_drift_ppm.to_native();
         let lease = LeaseSettings { election_timeout_min_ns, drift_ppm };
         let settings = Settings { lease: (election_timeout_min_ns > 0).then_some(lease) };
-        let configuration = Configuration::joint(members.collect::<Option<Vec<_>>>()?, outgoing.collect()).ok()?;
+        let configuration =
+            Configuration::joint(members.collect::<Option<Vec<_>>>()?, outgoing.collect()).ok()?;
         Some(configuration.with_settings(settings))
     }
 }
@@ -756,11 +785,17 @@ mod tests {
                 ack: AppendAck { term: Term(7), round: Round(3), outcome },
                 chain: Chain([5; 16]),
                 stages: AckStages { durable_us: 40, queued_us: 2 },
+                no_space: true,
             };
             assert_eq!(round_trip(kind::APPEND_ACK, encoder.ack(&ack)), Body::AppendAck(ack));
         }
-        let vote = Vote { term: Term(2), last: LogId { term: Term(1), index: LogIndex(5) }, pre: true };
-        assert_eq!(round_trip(kind::VOTE, encoder.vote(&vote)), Body::Vote(vote));
+        for (pre, transfer) in [(true, false), (false, true)] {
+            let last = LogId { term: Term(1), index: LogIndex(5) };
+            let vote = Vote { term: Term(2), last, pre, transfer };
+            assert_eq!(round_trip(kind::VOTE, encoder.vote(&vote)), Body::Vote(vote));
+        }
+        let now = TimeoutNow { term: Term(9) };
+        assert_eq!(round_trip(kind::TIMEOUT_NOW, encoder.timeout_now(&now)), Body::TimeoutNow(now));
         let reply = VoteReply { term: Term(2), granted: true, pre: false };
         assert_eq!(round_trip(kind::VOTE_REPLY, encoder.vote_reply(&reply)), Body::VoteReply(reply));
         for (proof, image, only_proved) in

@@ -8,7 +8,7 @@
 //!
 //! | command | what happens |
 //! |---|---|
-//! | `nodes 3 [learners=4,5] [window=2] [window_bytes=1000] [lease=500ms]` | a cluster of empty nodes; leases count on that minimum |
+//! | `nodes 3 [learners=4,5] [window=2] [window_bytes=1000] [consensus_only] [lease=500ms]` | a cluster of empty nodes; leases count on that minimum |
 //! | `node 1 term=3 [vote=2] [log=1,1,2*3] [commit=1]` | node 1 boots with that disk: a term per batch, `*3` of three entries |
 //! | `node 1 ... [damaged=3] [claim=20@5] [uncertain=20@5]` | and it found a batch damaged, or its log cut before damage |
 //! | `tick 2 [150ms]` | node 2 ticks after that time; without a time at its deadline |
@@ -22,6 +22,7 @@
 //! | `adopt 1 7@2`, `nowhere 1 6`, `asked 1 20@5` | what node 1's driver found out: a batch of its own, that there is none, how far all logs reach |
 //! | `ask 1` | node 1's driver asks the driver of the node that it follows how far that one's log reaches |
 //! | `stall 1`, `unstall 1` | the disk of node 1 does not answer, or answers again |
+//! | `transfer 1 [to=2]` | leadership is to be handed over |
 //! | `read 1 [as=lease] [id=1]` | a read at node 1: `quorum` (the default), `lease`, `round` |
 //! | `disconnect 1 2`, `connect 1 2` | the session ends, what is under way is lost; a session begins |
 //! | `crash 3`, `restart 3` | node 3 loses what is not durable |
@@ -136,6 +137,7 @@ struct Cluster {
     configuration: Configuration,
     window: Option<usize>,
     window_bytes: Option<u64>,
+    consensus_only: bool,
     reads: u64,
     nodes: BTreeMap<NodeId, Node>,
     network: Vec<(NodeId, NodeId, Message)>,
@@ -249,6 +251,10 @@ impl Cluster {
             [what @ ("stall" | "unstall"), node] => {
                 self.feed(id(node), Event::DiskStalled { stalled: *what == "stall" });
             }
+            ["transfer", node, ..] => {
+                let to = option(&words, "to").map(id);
+                self.feed(id(node), Event::Transfer { to });
+            }
             ["read", node, ..] => {
                 self.reads = count(&words, "id", self.reads + 1);
                 let kind = match option(&words, "as") {
@@ -305,6 +311,7 @@ impl Cluster {
         self.nodes.clear();
         self.window = option(words, "window").map(|value| number(value) as usize);
         self.window_bytes = option(words, "window_bytes").map(number);
+        self.consensus_only = words.contains(&"consensus_only");
         for member in self.configuration.members() {
             self.nodes.insert(member.id, Node { disk: Disk::default(), life: None, boots: 0 });
         }
@@ -346,6 +353,7 @@ impl Cluster {
 
     fn boot(&mut self, id: NodeId) {
         let (now, configuration) = (self.now, self.configuration.clone());
+        let consensus_only = self.consensus_only;
         let defaults = RaftConfig::new(id, 0);
         let (window_batches, window_bytes) = (
             self.window.unwrap_or(defaults.window_batches),
@@ -354,8 +362,13 @@ impl Cluster {
         let node = self.node(id);
         node.boots += 1;
         node.disk.epoch = Epoch(node.disk.epoch.0 + 1);
-        let config =
-            RaftConfig { window_batches, window_bytes, seed: id.get() * 1_000 + node.boots, ..defaults };
+        let config = RaftConfig {
+            window_batches,
+            window_bytes,
+            seed: id.get() * 1_000 + node.boots,
+            consensus_only,
+            ..defaults
+        };
         let last = node.disk.log.last().map(BatchRun::end).unwrap_or_default();
         let term = node.disk.term.max(last.term);
         let boot = Boot {
@@ -400,6 +413,7 @@ impl Cluster {
                 Action::ReleaseClaim => claim_released = true,
                 Action::Commit { .. }
                 | Action::Become { .. }
+                | Action::TransferEnded { .. }
                 | Action::Stop { .. }
                 | Action::ReadReady { .. }
                 | Action::ReadRefused { .. } => {}
@@ -635,13 +649,15 @@ fn show_message(message: &Message) -> String {
         }
         Message::Vote(vote) => {
             let kind = if vote.pre { "pre-vote" } else { "vote" };
-            format!("{kind} t{} last {}", vote.term, show_position(vote.last))
+            let transfer = if vote.transfer { " transfer" } else { "" };
+            format!("{kind} t{} last {}{transfer}", vote.term, show_position(vote.last))
         }
         Message::VoteReply(reply) => {
             let kind = if reply.pre { "pre-vote" } else { "vote" };
             let answer = if reply.granted { "granted" } else { "refused" };
             format!("{kind} t{} {answer}", reply.term)
         }
+        Message::TimeoutNow(message) => format!("time-out now t{}", message.term),
         Message::ReadIndex(request) => {
             // The context is a number drawn at random: what counts is whether it is the one that is awaited.
             format!("read t{} {}", request.term, show_read(request.kind))
@@ -676,6 +692,9 @@ fn show_event(event: &Event) -> String {
             format!("everybody ends at {} at the highest", show_position(*highest))
         }
         Event::NothingBehind { after } => format!("nobody has anything behind {after}"),
+        Event::Transfer { to } => {
+            format!("transfer to {}", to.map_or("the best".to_owned(), |to| to.to_string()))
+        }
         Event::DiskStalled { stalled } => {
             format!("the disk {}", if *stalled { "stalls" } else { "answers again" })
         }
@@ -703,11 +722,13 @@ fn show_action(action: &Action) -> String {
         }
         Action::SealEmpty => "seal an empty batch".to_owned(),
         Action::ReleaseClaim => "release the claim".to_owned(),
+        Action::TransferEnded { end } => format!("transfer ended: {end}"),
         Action::Stop { violation } => format!("STOP: {violation}"),
         Action::ReadReady { id, index } => format!("read #{id} at {index}"),
         Action::ReadRefused { id, reason } => {
             let why = match reason {
                 ReadRefusal::NotLeader => "no leader",
+                ReadRefusal::ConsensusOnly => "there is no log",
                 ReadRefusal::LeaderChanged => "the leader changed",
                 ReadRefusal::SessionLost => "the session is lost",
                 ReadRefusal::Refused => "the leader refuses",

@@ -7,10 +7,10 @@ mod reads;
 use bytes::Bytes;
 use ringraft::config::{Config, MemberConfig};
 use ringraft::driver::Driver;
-use ringraft::error::StopError;
+use ringraft::error::{ProposeError, Refusal, StopError, TransferError};
 use ringraft::formation::FormationError;
-use ringraft::handle::{AckStages, Completion, Handle, Pipeline, Status};
-use ringraft::raft::Role;
+use ringraft::handle::{AckStages, Completion, Handle, Pipeline, Status, Transferred};
+use ringraft::raft::{Role, TransferEnd};
 use ringraft::runtime::{Now, Turn, Wakeup};
 use ringraft::state_machine::{CommittedBatch, Replies, StateMachine};
 use ringraft_block::{ClusterId, LogIndex, NodeId};
@@ -67,6 +67,8 @@ struct Rig {
     machines: Vec<Machine>,
     /// Of the next process.
     seed: u64,
+    /// A machine whose process gets no turn.
+    still: Option<usize>,
 }
 
 fn config(node: usize, nodes: usize) -> Config {
@@ -99,7 +101,7 @@ impl Rig {
             ended: None,
         };
         let machines = (0..machines).map(machine).collect();
-        Self { context, fabric, machines, seed }
+        Self { context, fabric, machines, seed, still: None }
     }
 
     /// A cluster with a leader that can propose: its position.
@@ -140,7 +142,9 @@ impl Rig {
         let mut next = None;
         let mut at = self.fabric.borrow().next_due().unwrap_or(Time::MAX);
         for (node, machine) in self.machines.iter().enumerate() {
-            let Some(process) = &machine.process else { continue };
+            let Some(process) = machine.process.as_ref().filter(|_| self.still != Some(node)) else {
+                continue;
+            };
             let disk = machine.disk.borrow().next_due().unwrap_or(Time::MAX);
             let network = if self.fabric.borrow().has_done(node) { 0 } else { Time::MAX };
             let due = process.wake_at.min(disk).min(network);
@@ -549,4 +553,243 @@ fn a_node_is_told_when_its_members_are_not_those_that_the_cluster_was_formed_wit
         let leader = rig.run_until_led();
         rig.commit(leader, 100);
     }
+}
+
+// ---- Leadership (K4, K5, K10)
+
+fn answer_of<T>(answer: &mut ringraft::Answer<T>) -> Option<T> {
+    use std::future::Future as _;
+    let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+    match std::pin::Pin::new(answer).poll(&mut context) {
+        std::task::Poll::Ready(value) => Some(value),
+        std::task::Poll::Pending => None,
+    }
+}
+
+impl Rig {
+    /// Asks for a transfer and lets things happen until it has ended.
+    fn transfer(&mut self, from: usize, to: Option<usize>) -> Result<usize, TransferError> {
+        let mut answer = self.ask_for_transfer(from, to);
+        for _ in 0..100_000 {
+            self.step();
+            if let Some(told) = answer_of(&mut answer) {
+                return told.map(|done| done.leader.get() as usize - 1);
+            }
+        }
+        panic!("the transfer never ends");
+    }
+
+    fn ask_for_transfer(
+        &mut self,
+        from: usize,
+        to: Option<usize>,
+    ) -> ringraft::Answer<Result<Transferred, TransferError>> {
+        let process = self.process(from);
+        process.wake_at = 0;
+        process.handle.transfer_leadership(to.map(|to| NodeId(to as u64 + 1)))
+    }
+}
+
+/// K5: every command that was admitted is committed, none is of unknown outcome, and the successor leads within a few round
+/// trips.
+#[test]
+fn leadership_goes_where_it_is_asked_to_and_no_command_is_lost_on_the_way() {
+    let (mut rig, leader) = Rig::started(3);
+    rig.commit(leader, 100);
+    for to in [(leader + 1) % 3, leader] {
+        let from = rig.leader().expect("a leader");
+        for tag in 0..200 {
+            rig.propose(from, tag, 1_000);
+        }
+        rig.turn(from);
+        let began = rig.context.now();
+        assert_eq!(rig.transfer(from, Some(to)), Ok(to));
+        let timeout = config(0, 3).election_timeout.as_nanos() as Time;
+        assert!(rig.context.now() - began < timeout, "without waiting for an election time-out");
+        rig.run_until("the successor takes commands", |rig| rig.leader() == Some(to));
+        let done = rig.completed(from);
+        assert_eq!(done.len(), 200);
+        for completion in done {
+            completion.outcome.expect("admitted, hence committed");
+        }
+        rig.commit(to, 100);
+    }
+}
+
+#[test]
+fn commands_are_refused_while_leadership_is_on_its_way_and_taken_again_when_it_stays() {
+    let (mut rig, leader) = Rig::started(3);
+    rig.commit(leader, 100);
+    let target = (leader + 1) % 3;
+    // It follows, and its disk makes nothing durable: it never holds the whole log.
+    let now = rig.context.now();
+    rig.machines[target].disk.borrow_mut().faults_mut().stalled_until = now + 20 * SECOND;
+    rig.propose(leader, 1, 100);
+    rig.run_until("committed by the others", |rig| rig.status(leader).commit == rig.status(leader).last);
+    let mut answer = rig.ask_for_transfer(leader, Some(target));
+    rig.run_until("it is under way", |rig| {
+        rig.machines[leader]
+            .process
+            .as_ref()
+            .is_some_and(|process| process.driver.raft().is_some_and(|raft| raft.transfer_target().is_some()))
+    });
+    rig.completed(leader);
+    rig.propose(leader, 2, 100);
+    rig.run_until("refused", |rig| {
+        rig.machines[leader].process.as_ref().is_some_and(|process| process.turns > 0)
+    });
+    let mut told = None;
+    rig.run_for(MILLISECOND);
+    if let Some(completion) = rig.completed(leader).pop() {
+        told = Some(completion.outcome);
+    }
+    let Some(Err(ProposeError::Refused(refused))) = told else { panic!("{told:?}") };
+    assert_eq!(refused.reason, Refusal::Transferring);
+
+    let began = rig.context.now();
+    let ended = loop {
+        rig.step();
+        if let Some(told) = answer_of(&mut answer) {
+            break told;
+        }
+    };
+    let to = NodeId(target as u64 + 1);
+    assert_eq!(ended, Err(TransferError::Ended(TransferEnd::TimedOut { to })));
+    let timeout = config(0, 3).election_timeout.as_nanos() as Time;
+    assert!(rig.context.now() - began <= timeout + 10 * MILLISECOND);
+    assert_eq!(rig.leader(), Some(leader));
+    rig.commit(leader, 100);
+}
+
+#[test]
+fn a_transfer_that_cannot_be_says_why() {
+    let (mut rig, leader) = Rig::started(3);
+    let other = (leader + 1) % 3;
+    let ended = |end| Err(TransferError::Ended(end));
+    assert_eq!(rig.transfer(other, None), ended(TransferEnd::NotLeader));
+    assert_eq!(rig.transfer(leader, Some(8)), ended(TransferEnd::NotAVoter { to: NodeId(9) }));
+    assert_eq!(rig.transfer(leader, Some(leader)), Ok(leader), "it leads already");
+    rig.kill(other);
+    let to = NodeId(other as u64 + 1);
+    let Err(TransferError::Ended(end)) = rig.transfer(leader, Some(other)) else { panic!("it is dead") };
+    assert!(matches!(end, TransferEnd::Lost { .. } | TransferEnd::TimedOut { .. }), "{end:?} for {to}");
+    assert_eq!(rig.leader(), Some(leader), "it leads on");
+
+    let (mut alone, _) = Rig::started(1);
+    assert_eq!(alone.transfer(0, None), ended(TransferEnd::NoCandidate));
+}
+
+/// K5: on shutdown.
+#[test]
+fn a_leader_that_shuts_down_hands_over_first_and_its_last_commands_are_committed() {
+    let (mut rig, leader) = Rig::started(3);
+    rig.commit(leader, 100);
+    for tag in 0..50 {
+        rig.propose(leader, tag, 500);
+    }
+    // Once the commands are in.
+    rig.turn(leader);
+    rig.shutdown(leader);
+    let began = rig.context.now();
+    let handle = rig.process(leader).handle.clone();
+    let pipeline = std::mem::replace(&mut rig.process(leader).pipeline, handle.pipeline());
+    let status = rig.run_until_ended(leader);
+    assert!(status.stopped.is_some_and(|cause| cause.is_orderly()));
+    let successor = rig.run_until_led();
+    assert_ne!(successor, leader);
+    let timeout = config(0, 3).election_timeout.as_nanos() as Time;
+    assert!(rig.context.now() - began < timeout, "nobody waited for an election time-out");
+    let (mut pipeline, mut done) = (pipeline, Vec::new());
+    pipeline.completions(&mut done);
+    assert_eq!(done.len(), 50);
+    assert!(done.into_iter().all(|completion| completion.outcome.is_ok()));
+    rig.commit(successor, 100);
+}
+
+#[test]
+fn a_leader_that_shuts_down_alone_does_not_wait_for_anybody() {
+    let (mut rig, leader) = Rig::started(3);
+    rig.commit(leader, 100);
+    for other in [1, 2] {
+        rig.kill((leader + other) % 3);
+    }
+    rig.run_for(10 * MILLISECOND);
+    let began = rig.context.now();
+    rig.shutdown(leader);
+    rig.run_until_ended(leader);
+    let timeout = config(0, 3).election_timeout.as_nanos() as Time;
+    assert!(rig.context.now() - began <= 2 * timeout + 10 * MILLISECOND);
+}
+
+/// K4: with priorities, the higher one follows a dead leader, whoever that is.
+#[test]
+fn the_member_of_the_highest_priority_campaigns_first() {
+    for seed in 0..20 {
+        let mut rig = Rig::seeded(3, seed);
+        for node in 0..3 {
+            let election_priority = Some([0, 0, 255][node]);
+            rig.boot(Config { election_priority, ..config(node, 3) });
+        }
+        assert_eq!(rig.run_until_led(), 2, "seed {seed}");
+    }
+}
+
+/// K10: a leader and no log. After its death another one, and terms that never repeat over restarts.
+#[test]
+fn a_cluster_that_only_elects_has_one_leader_at_a_time_and_takes_no_commands() {
+    let boot = |rig: &mut Rig, node| rig.boot(Config { consensus_only: true, ..config(node, 3) });
+    let mut rig = Rig::new(3);
+    (0..3).for_each(|node| boot(&mut rig, node));
+    let leads = |rig: &Rig| {
+        let of =
+            |node: &usize| rig.machines[*node].process.is_some() && rig.status(*node).role == Role::Leader;
+        (0..3).find(of)
+    };
+    let mut terms = Vec::new();
+    for _ in 0..4 {
+        rig.run_until("a leader", |rig| leads(rig).is_some());
+        let leader = leads(&rig).expect("a leader");
+        terms.push(rig.status(leader).term);
+        rig.run_for(5 * SECOND);
+        assert_eq!(leads(&rig), Some(leader), "it stays");
+        assert_eq!(rig.status(leader).last, LogIndex(0));
+        rig.completed(leader);
+        rig.propose(leader, 1, 10);
+        rig.run_for(MILLISECOND);
+        let told = rig.completed(leader).pop().expect("refused").outcome;
+        assert!(
+            matches!(&told, Err(ProposeError::Refused(refused)) if refused.reason == Refusal::ConsensusOnly),
+            "{told:?}"
+        );
+        rig.kill(leader);
+        rig.run_until("another leader", |rig| leads(rig).is_some());
+        terms.push(rig.status(leads(&rig).expect("a leader")).term);
+        boot(&mut rig, leader);
+        rig.run_for(SECOND);
+        (0..3).for_each(|node| rig.kill(node));
+        (0..3).for_each(|node| boot(&mut rig, node));
+    }
+    assert!(terms.windows(2).all(|pair| pair[0] < pair[1]), "{terms:?}");
+}
+
+/// FAULTS: a leader whose log has no space lets one lead that has some.
+#[test]
+fn a_leader_without_space_hands_over_to_a_member_that_has_some() {
+    let (mut rig, leader) = Rig::started(3);
+    rig.commit(leader, 100);
+    rig.machines[leader].disk.borrow_mut().faults_mut().no_space = true;
+    let mut tag = 0;
+    let deadline = rig.context.now() + 30 * SECOND;
+    while rig.leader() == Some(leader) {
+        if rig.status(leader).leader.is_some() && tag < 20_000 {
+            tag += 1;
+            rig.propose(leader, tag, 30_000);
+        }
+        rig.run_for(MILLISECOND);
+        rig.completed(leader);
+        assert!(rig.context.now() < deadline, "it leads on without space");
+    }
+    let successor = rig.run_until_led();
+    assert_ne!(successor, leader);
+    rig.commit(successor, 100);
 }

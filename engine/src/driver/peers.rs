@@ -56,7 +56,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             }
             NetEvent::PeerDisconnected { peer, cause, .. } => {
                 let Some(state) = self.peers.get_mut(&peer) else { return Ok(()) };
-                (state.session, state.stages) = (None, None);
+                (state.session, state.stages, state.no_space) = (None, None, false);
                 state.outbox.clear();
                 self.repair.session_changed(peer);
                 tracing::info!(node = %self.config.node, %peer, %cause, "session ended");
@@ -99,6 +99,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             Body::Vote(vote) => self.step(Event::Received { from: peer, message: Message::Vote(vote) }),
             Body::VoteReply(reply) => {
                 self.step(Event::Received { from: peer, message: Message::VoteReply(reply) })
+            }
+            Body::TimeoutNow(message) => {
+                self.step(Event::Received { from: peer, message: Message::TimeoutNow(message) })
             }
             Body::ReadIndex(request) => {
                 self.step(Event::Received { from: peer, message: Message::ReadIndex(request) })
@@ -178,7 +181,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     }
 
     fn on_ack(&mut self, from: NodeId, message: AckMessage) -> Result<(), StopError> {
-        let AckMessage { ack, chain, stages } = message;
+        let AckMessage { ack, chain, stages, no_space } = message;
+        if let Some(peer) = self.peers.get_mut(&from) {
+            peer.no_space = no_space;
+        }
         if let AppendOutcome::Matched { matched } = ack.outcome {
             let leads =
                 self.raft().is_some_and(|raft| raft.role() == Role::Leader && raft.term() == ack.term);
@@ -209,10 +215,16 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                     AppendOutcome::Matched { matched } => chain_at(matched.index)?,
                     _ => Chain::default(),
                 };
-                Outgoing::Ack(AckMessage { ack, chain, stages: self.stages.newest() })
+                Outgoing::Ack(AckMessage {
+                    ack,
+                    chain,
+                    stages: self.stages.newest(),
+                    no_space: self.no_space,
+                })
             }
             Message::Vote(vote) => Outgoing::Vote(vote),
             Message::VoteReply(reply) => Outgoing::VoteReply(reply),
+            Message::TimeoutNow(message) => Outgoing::TimeoutNow(message),
             Message::ReadIndex(request) => Outgoing::ReadIndex(request),
             Message::ReadIndexReply(reply) => Outgoing::ReadIndexReply(reply),
         };
@@ -250,7 +262,12 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                     Outgoing::Ack(message) => (wire::kind::APPEND_ACK, self.encoder.ack(message)),
                     Outgoing::Vote(vote) => (wire::kind::VOTE, self.encoder.vote(vote)),
                     Outgoing::VoteReply(reply) => (wire::kind::VOTE_REPLY, self.encoder.vote_reply(reply)),
-                    Outgoing::ReadIndex(request) => (wire::kind::READ_INDEX, self.encoder.read_index(request)),
+                    Outgoing::TimeoutNow(message) => {
+                        (wire::kind::TIMEOUT_NOW, self.encoder.timeout_now(message))
+                    }
+                    Outgoing::ReadIndex(request) => {
+                        (wire::kind::READ_INDEX, self.encoder.read_index(request))
+                    }
                     Outgoing::ReadIndexReply(reply) => {
                         (wire::kind::READ_INDEX_REPLY, self.encoder.read_index_reply(reply))
                     }

@@ -23,11 +23,17 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
 
     /// Opens or closes the way in for proposals.
     pub(super) fn set_gate(&mut self) {
-        if self.closing {
+        if self.closing || self.is_draining() {
             return;
         }
         let leads = self.raft().is_some_and(Raft::can_accept_proposals);
         let gate = match (leads, self.no_space) {
+            _ if self.config.consensus_only => Err(Refusal::ConsensusOnly),
+            _ if self.handover.is_under_way()
+                && self.raft().is_some_and(|raft| raft.role() == Role::Leader) =>
+            {
+                Err(Refusal::Transferring)
+            }
             (true, false) => Ok(()),
             (true, true) => Err(Refusal::NoSpace),
             (false, _) => Err(self.refusal()),
@@ -94,7 +100,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 if kind != BatchKind::Empty {
                     // Only an empty batch has no entry at all.
                     let pushed = builder.push(&[], None);
-                    pushed.map_err(|_| StopError::Invariant("a block holds an entry without bytes".to_owned()))?;
+                    pushed.map_err(|_| {
+                        StopError::Invariant("a block holds an entry without bytes".to_owned())
+                    })?;
                 }
                 Some(builder.seal(seal))
             }

@@ -79,7 +79,8 @@ impl Reads {
     }
 
     fn drain(&mut self) -> Vec<Waiting> {
-        let mut all: Vec<Waiting> = std::mem::take(&mut self.asked).into_values().flat_map(|(_, reads)| reads).collect();
+        let mut all: Vec<Waiting> =
+            std::mem::take(&mut self.asked).into_values().flat_map(|(_, reads)| reads).collect();
         all.extend(std::mem::take(&mut self.applying).into_values().flatten());
         all.extend(std::mem::take(&mut self.committing).into_values().flatten());
         all.extend(self.stale.drain(..).map(|(_, read)| read));
@@ -186,7 +187,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             Some((ReadKind::Round, reads)) => {
                 self.reads.count -= reads.len();
                 let applied = self.applier.applied();
-                reads.into_iter().for_each(|read| read.ticket.complete(index, applied, |_| Default::default()));
+                reads
+                    .into_iter()
+                    .for_each(|read| read.ticket.complete(index, applied, |_| Default::default()));
             }
             Some((_, reads)) => self.reads.applying.entry(index).or_default().extend(reads),
             None => {}
@@ -198,6 +201,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let Some((_, reads)) = self.reads.asked.remove(&id) else { return };
         let error = match reason {
             ReadRefusal::NotLeader => self.not_leader(),
+            ReadRefusal::ConsensusOnly => ReadError::ConsensusOnly,
             ReadRefusal::LeaderChanged | ReadRefusal::Refused => ReadError::LeaderChanged,
             ReadRefusal::SessionLost => ReadError::LeaderUnreachable,
         };
@@ -212,6 +216,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     fn barrier_refusal(&self) -> Option<ReadError> {
         let leads = self.raft().is_some_and(|raft| raft.role() == Role::Leader);
         match (leads, self.no_space) {
+            _ if self.config.consensus_only => Some(ReadError::ConsensusOnly),
             (false, _) => Some(self.not_leader()),
             (true, true) => Some(ReadError::NoSpace),
             (true, false) => None,

@@ -1,6 +1,6 @@
 //! What the core wants done, in this order.
 
-use super::{BatchRun, Epoch, Message, ReadRefusal, Role, Violation};
+use super::{BatchRun, Epoch, Message, ReadRefusal, Role, TransferEnd, Violation};
 use ringraft_block::{LogIndex, NodeId, Term};
 
 /// An output of [`Raft::handle`](super::Raft::handle). Actions are carried out in the order given.
@@ -65,6 +65,12 @@ pub enum Action {
     SealEmpty,
     /// Nothing is left of what the claim stands for: clear it durably. Nothing waits for that.
     ReleaseClaim,
+    /// A transfer of leadership came to nothing; this node leads on, if it did. One that succeeds ends with
+    /// [`Action::Become`].
+    TransferEnded {
+        /// Why.
+        end: TransferEnd,
+    },
     /// An invariant between honest nodes is broken: carry out nothing more, close the node with this error. The
     /// event that showed it has no other action.
     Stop {

@@ -74,6 +74,7 @@ impl Raft {
             // Thesis, section 6.2: a leader that a quorum no longer follows must not keep clients waiting.
             return self.become_follower(self.hard.term(), None, actions);
         }
+        self.expire_transfer(actions);
         let RoleState::Leader(leader) = &mut self.role else { return };
         for progress in &mut leader.peers {
             let heartbeat = progress.heartbeat_due(&self.config) <= self.now;
@@ -107,7 +108,8 @@ impl Raft {
             let heartbeat = progress.heartbeat_due(&self.config);
             progress.notice_due().map_or(heartbeat, |notice| notice.min(heartbeat))
         });
-        per_peer.min().unwrap_or(Nanos::NEVER).min(self.check_quorum_deadline()).min(self.reads_deadline())
+        let others = self.check_quorum_deadline().min(self.transfer_deadline()).min(self.reads_deadline());
+        per_peer.min().unwrap_or(Nanos::NEVER).min(others)
     }
 
     /// When a leader gives up, if it hears nobody any more.
@@ -147,6 +149,7 @@ impl Raft {
                     progress.acked(matched.index);
                     self.advance_commit(actions);
                     self.replicate_to(at, actions);
+                    self.advance_transfer(actions);
                 }
             }
             AppendOutcome::Rejected { refused, hint } => {
@@ -189,6 +192,7 @@ impl Raft {
         for progress in &mut leader.peers {
             progress.owe_notice(self.now.plus(self.config.commit_notice_delay));
         }
+        self.advance_transfer(actions);
     }
 
     /// A session with `peer` began or ended.
@@ -199,6 +203,7 @@ impl Raft {
                 if let Some(progress) = leader.peers.get_mut(at) {
                     progress.new_session(connected);
                 }
+                self.transfer_lost(peer, actions);
                 self.replicate_to(at, actions);
             }
             RoleState::PreCandidate(_) | RoleState::Candidate { .. } if connected => {

@@ -28,6 +28,8 @@ pub struct RaftConfig {
     /// How much this node should lead: one of 255 campaigns without delay, one of 0 waits up to one
     /// `election_timeout` more than its draw. `None` is no delay.
     pub priority: Option<u8>,
+    /// Elections only: a leader appends nothing, so nothing can be proposed, and the log stays empty.
+    pub consensus_only: bool,
 }
 
 impl RaftConfig {
@@ -44,6 +46,7 @@ impl RaftConfig {
             window_bytes: 8 << 20,
             seed,
             priority: None,
+            consensus_only: false,
         }
     }
 

@@ -68,7 +68,7 @@ impl Raft {
     pub(super) fn tick_election(&mut self, actions: &mut Vec<Action>) {
         if self.may_campaign() && self.now >= self.timer.deadline() {
             if mutants::active(Mutant::PreVoteIgnored) {
-                return self.campaign(actions);
+                return self.campaign(false, actions);
             }
             self.ask_for_pre_votes(actions);
         } else if self.leader_may_be_lost() && self.now >= self.timer.deadline() {
@@ -96,19 +96,19 @@ impl Raft {
         let RoleState::PreCandidate(votes) = &self.role else { return false };
         let won = self.quorum.reached(|id| votes.has(id));
         if won {
-            self.campaign(actions);
+            self.campaign(false, actions);
         }
         won
     }
 
     /// Enters the next term and asks for votes. The own vote counts when it is durable
-    /// ([`Raft::hard_state_saved`]), and the requests leave then.
-    fn campaign(&mut self, actions: &mut Vec<Action>) {
+    /// ([`Raft::hard_state_saved`]), and the requests leave then. `transfer`: the leader asked for it.
+    pub(super) fn campaign(&mut self, transfer: bool, actions: &mut Vec<Action>) {
         self.hard.enter(self.hard.term().next());
         self.hearing.new_term(self.commit);
         self.hard.vote_for(self.config.id);
         self.hard.flush(actions);
-        self.role = RoleState::Candidate { votes: Votes::default(), own_vote: self.hard.asked() };
+        self.role = RoleState::Candidate { votes: Votes::default(), own_vote: self.hard.asked(), transfer };
         self.leader = None;
         self.restart_election_timer();
         self.announce(actions);
@@ -128,13 +128,13 @@ impl Raft {
 
     /// Sends the request of the current role to `voter`: again, after a new session began.
     pub(super) fn ask_voter(&mut self, voter: NodeId, actions: &mut Vec<Action>) {
-        let (term, pre, votes) = match &self.role {
-            RoleState::PreCandidate(votes) => (self.hard.term().next(), true, votes),
-            RoleState::Candidate { votes, .. } => (self.hard.term(), false, votes),
+        let (term, pre, transfer, votes) = match &self.role {
+            RoleState::PreCandidate(votes) => (self.hard.term().next(), true, false, votes),
+            RoleState::Candidate { votes, transfer, .. } => (self.hard.term(), false, *transfer, votes),
             RoleState::Follower | RoleState::Leader(_) => return,
         };
         if voter != self.config.id && self.configuration.is_voter(voter) && !votes.has(voter) {
-            let vote = Vote { term, last: self.log.last(), pre };
+            let vote = Vote { term, last: self.log.last(), pre, transfer };
             self.hard.outbox(actions).send(voter, Message::Vote(vote));
         }
     }
@@ -167,7 +167,7 @@ impl Raft {
         if malformed {
             return self.ignore();
         }
-        let sticks = self.sticks_to_leader() || self.is_bound_by_lease();
+        let sticks = (self.sticks_to_leader() || self.is_bound_by_lease()) && !vote.transfer;
         if !sticks && !vote.pre && vote.term > self.hard.term() {
             self.become_follower(vote.term, None, actions);
         }

@@ -84,6 +84,11 @@ pub enum Event {
         /// Which of the two.
         stalled: bool,
     },
+    /// Leadership is to be handed over. Ends with another leader, or with [`Action::TransferEnded`](super::Action::TransferEnded).
+    Transfer {
+        /// To whom; without a name, to the most caught-up voter.
+        to: Option<NodeId>,
+    },
     /// A read is asked for; answered by one [`Action::ReadReady`](super::Action::ReadReady) or
     /// [`Action::ReadRefused`](super::Action::ReadRefused). All that arrived at about the same time may go under one id.
     ///
@@ -108,6 +113,8 @@ pub enum Message {
     Vote(Vote),
     /// The answer to a [`Vote`].
     VoteReply(VoteReply),
+    /// The leader hands over: campaign now (Raft thesis, section 3.10).
+    TimeoutNow(TimeoutNow),
     /// Where can I read? From a follower to the leader.
     ReadIndex(ReadIndex),
     /// The answer to a [`ReadIndex`].
@@ -124,6 +131,7 @@ impl Message {
             Self::AppendAck(ack) => ack.term,
             Self::Vote(vote) => vote.term,
             Self::VoteReply(reply) => reply.term,
+            Self::TimeoutNow(message) => message.term,
             Self::ReadIndex(request) => request.term,
             Self::ReadIndexReply(reply) => reply.term,
         }
@@ -187,6 +195,8 @@ pub struct Vote {
     pub last: LogId,
     /// Whether this only asks if a campaign could succeed.
     pub pre: bool,
+    /// Whether the leader itself asked for this campaign: then nobody sticks to it.
+    pub transfer: bool,
 }
 
 /// The answer to a [`Vote`].
@@ -198,4 +208,11 @@ pub struct VoteReply {
     pub granted: bool,
     /// Which of the two it answers.
     pub pre: bool,
+}
+
+/// A leader's last word to its successor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TimeoutNow {
+    /// The leader's term. In a later one the message means nothing.
+    pub term: Term,
 }

@@ -56,6 +56,8 @@ pub struct State {
     pub saves: (u64, u64),
     /// What a leader knows its peers to hold, by id.
     pub matches: Vec<(NodeId, LogIndex)>,
+    /// Whether this is a candidate that the leader of the term before asked to campaign.
+    pub transfer: bool,
     /// What damage, or a disk that does not answer, keeps the node from.
     pub restraint: Restraint,
 }
@@ -86,6 +88,7 @@ impl State {
             alone: raft.quorum.is_only(raft.config.id),
             saves: (raft.hard.asked(), raft.hard.saved()),
             matches,
+            transfer: matches!(raft.role, RoleState::Candidate { transfer: true, .. }),
             restraint: raft.restraint(),
         }
     }
@@ -220,7 +223,9 @@ pub fn check_step(before: &State, after: &State) -> Result<(), Broken> {
     let entered = after.role != before.role || to > from;
     match after.role {
         Role::Candidate if entered => {
-            let asked = before.role == Role::PreCandidate || after.alone;
+            let asked = before.role == Role::PreCandidate
+                || after.alone
+                || (after.transfer && before.leader.is_some());
             ensure!(asked && to.0 == from.0 + 1, "a campaign follows a pre-vote", "{:?} {from}", before.role);
         }
         Role::Leader if entered => {

@@ -143,6 +143,12 @@ impl Configuration {
         self.members.iter().filter(|member| member.role == MemberRole::Voter).map(|member| member.id)
     }
 
+    /// Whether `id` is a voter of the configuration that is in force, or is being entered.
+    #[must_use]
+    pub fn is_incoming_voter(&self, id: NodeId) -> bool {
+        self.member(id).is_some_and(|member| member.role == MemberRole::Voter)
+    }
+
     /// Whether `id` counts in any quorum.
     #[must_use]
     pub fn is_voter(&self, id: NodeId) -> bool {

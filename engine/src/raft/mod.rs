@@ -7,7 +7,8 @@
 //! completions and what was asked since: saves are numbered, and completions of the log carry its epoch.
 //!
 //! One verb, one file: `election` decides who leads, `append` replicates and commits, `repair` says what a node may
-//! do that has lost a part of its log, `read` answers without a write. Each piece of state has
+//! do that has lost a part of its log, `transfer` hands leadership over, `read` answers without a write. Each piece of
+//! state has
 //! an owner that keeps its rule: `hard_state` that nothing leaves before term and vote are durable, `durable`
 //! that late completions do not count, `progress` what may be sent to a peer, `rounds` who was following when.
 //!
@@ -24,6 +25,8 @@ mod hard_state;
 pub mod invariants;
 mod log_ids;
 mod members;
+#[cfg(test)]
+mod model;
 mod progress;
 mod quorum;
 mod random;
@@ -33,6 +36,7 @@ mod role;
 mod rounds;
 #[cfg(test)]
 mod simulation;
+mod transfer;
 mod violation;
 
 // The switch of known bugs is the crate's; without the feature the core brings its own, which is constantly off.
@@ -40,13 +44,14 @@ use crate::mutants;
 
 pub use action::Action;
 pub use config::{ConfigError, RaftConfig};
-pub use event::{Append, AppendAck, AppendOutcome, Event, Message, Vote, VoteReply};
+pub use event::{Append, AppendAck, AppendOutcome, Event, Message, TimeoutNow, Vote, VoteReply};
 pub use log_ids::LogIds;
 pub use members::{Configuration, ConfigurationError, LeaseSettings, Member, MemberRole, Settings};
 pub use progress::{ProgressView, ReplicationState};
 pub use quorum::Quorum;
 pub use read::{ReadIndex, ReadIndexReply, ReadKind, ReadRefusal};
 pub use repair::{Answer, Claim, Inquiry, Restraint, Verdict};
+pub use transfer::TransferEnd;
 pub use violation::Violation;
 
 use durable::Durable;
@@ -294,6 +299,7 @@ impl Raft {
                 Message::AppendAck(ack) => self.handle_append_ack(from, ack, actions),
                 Message::Vote(vote) => self.handle_vote(from, vote, actions),
                 Message::VoteReply(reply) => self.handle_vote_reply(from, reply, actions),
+                Message::TimeoutNow(message) => self.handle_timeout_now(from, message, actions),
                 Message::ReadIndex(request) => self.handle_read_index(from, request, actions),
                 Message::ReadIndexReply(reply) => self.handle_read_index_reply(reply, actions),
             },
@@ -312,6 +318,7 @@ impl Raft {
             Event::AllAsked { highest } => self.all_asked(highest),
             Event::NothingBehind { after } => self.nothing_behind(after, actions)?,
             Event::DiskStalled { stalled } => self.stalled(stalled, actions),
+            Event::Transfer { to } => self.transfer(to, actions),
             Event::Read { id, kind } => self.read(id, kind, actions),
         }
         self.release_if_due(actions);
@@ -339,18 +346,18 @@ impl Raft {
     }
 
     /// Where a batch can be proposed now, and in which term: only while this node leads. Before its empty batch is
-    /// proposed, this is the place of that one ([`Action::SealEmpty`]).
+    /// proposed, this is the place of that one ([`Action::SealEmpty`]). Nowhere in a cluster that only elects.
     #[must_use]
     pub fn next_position(&self) -> Option<(Term, LogIndex)> {
         let leads = matches!(self.role, RoleState::Leader(_)) && self.violation.is_none();
-        leads.then(|| (self.hard.term(), self.log.last().index.next()))
+        (leads && !self.config.consensus_only).then(|| (self.hard.term(), self.log.last().index.next()))
     }
 
-    /// Whether commands can be proposed: this node leads and has appended its empty batch.
+    /// Whether commands can be proposed: this node leads, has appended its empty batch, and is not handing over.
     #[must_use]
     pub fn can_accept_proposals(&self) -> bool {
         self.violation.is_none()
-            && matches!(&self.role, RoleState::Leader(leader) if leader.first_own.is_some())
+            && matches!(&self.role, RoleState::Leader(leader) if leader.first_own.is_some() && leader.transfer.is_none())
     }
 
     /// This node.

@@ -310,6 +310,15 @@ impl Progress {
         self.inflight_bytes = 0;
     }
 
+    /// What makes two of them behave alike, times and rounds aside.
+    #[cfg(test)]
+    pub(super) fn fingerprint(&self, into: &mut impl std::hash::Hasher) {
+        use std::hash::Hash;
+        let Self { id, state, matched, next, waiting, inflight, mark, notice_due, .. } = self;
+        (id, state, matched, next, waiting, mark, notice_due.is_some()).hash(into);
+        inflight.iter().for_each(|sent| (sent.first, sent.last).hash(into));
+    }
+
     /// The invariants above, as far as they can be seen from here.
     pub(super) fn check(&self, config: &RaftConfig) -> Result<(), &'static str> {
         if self.next <= self.matched {

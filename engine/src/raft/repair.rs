@@ -138,6 +138,7 @@ impl Raft {
         self.repair.stalled = stalled;
         if stalled && matches!(self.role, RoleState::Leader(_)) {
             // A leader that cannot make its own term durable, nor anything after it, keeps others from leading.
+            self.hand_over_now(actions);
             return self.become_follower(self.hard.term(), None, actions);
         }
         self.restraint_changed(was_whole, actions);

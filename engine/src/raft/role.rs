@@ -2,6 +2,7 @@
 
 use super::progress::Progress;
 use super::rounds::Rounds;
+use super::transfer::Transfer;
 use super::{Action, Nanos, Raft, Role};
 use ringraft_block::{LogIndex, NodeId, Term};
 
@@ -14,6 +15,8 @@ pub(super) enum RoleState {
         votes: Votes,
         /// The save that makes the node's own vote durable.
         own_vote: u64,
+        /// The leader of the term before asked for it.
+        transfer: bool,
     },
     Leader(Leader),
 }
@@ -53,6 +56,9 @@ pub(super) struct Leader {
     pub(super) rounds: Rounds,
     /// The first index of this term, once its empty batch is appended.
     pub(super) first_own: Option<LogIndex>,
+    pub(super) transfer: Option<Transfer>,
+    /// In this term a member was told to campaign.
+    pub(super) told_to_campaign: bool,
 }
 
 impl Leader {
@@ -98,10 +104,14 @@ impl Raft {
             peers: others.map(|member| Progress::new(member.id, last, self.now)).collect(),
             rounds: Rounds::new(self.config.election_timeout),
             first_own: None,
+            transfer: None,
+            told_to_campaign: false,
         });
         self.leader = Some(id);
         self.announce(actions);
-        actions.push(Action::SealEmpty);
+        if !self.config.consensus_only {
+            actions.push(Action::SealEmpty);
+        }
     }
 
     /// Tells the role, if it is not the one told last.
@@ -134,7 +144,13 @@ pub(super) struct Hearing {
 impl Hearing {
     /// Whoever will lead a new term holds all that is committed (Raft, figure 3: leader completeness).
     pub(super) fn starting_at(commit: LogIndex) -> Self {
-        Self { matched: commit, acked: LogIndex(0), round: super::Round(0), heard_at: None, commit: LogIndex(0) }
+        Self {
+            matched: commit,
+            acked: LogIndex(0),
+            round: super::Round(0),
+            heard_at: None,
+            commit: LogIndex(0),
+        }
     }
 
     pub(super) fn new_term(&mut self, commit: LogIndex) {

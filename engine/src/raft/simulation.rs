@@ -99,13 +99,22 @@ struct Weather {
     crash: u64,
     partition: u64,
     session: u64,
+    transfer: u64,
     /// Of the disk's and the network's speed.
     disk: u64,
     network: u64,
 }
 
+impl Node {
+    fn leads(&self) -> bool {
+        self.life.as_ref().is_some_and(|life| life.raft.role() == Role::Leader)
+    }
+}
+
 struct Simulation {
     random: Random,
+    /// Who was told last to campaign, and in which term it will.
+    handed_to: Option<(NodeId, Term)>,
     now: Nanos,
     nodes: Vec<Node>,
     configuration: Configuration,
@@ -159,6 +168,7 @@ impl Simulation {
             crash: random.below(10) * rough.min(1),
             partition: random.below(10) * rough.min(1),
             session: random.below(10),
+            transfer: if random.below(3) == 0 { random.below(6) } else { 0 },
             disk: 20 + random.below(300),
             network: 200 + random.below(400),
         };
@@ -171,6 +181,7 @@ impl Simulation {
         });
         let mut simulation = Self {
             random: Random::new(seed ^ 0xabcd),
+            handed_to: None,
             now: Nanos(1),
             nodes: nodes.collect(),
             configuration,
@@ -319,7 +330,12 @@ impl Simulation {
                 life.writes.push_back(Write::Truncate { after, epoch });
             }
             Action::SaveHardState { sequence, term, vote } => life.saves.push_back((sequence, term, vote)),
-            Action::SendNow { to, message } => self.send(at, to, message)?,
+            Action::SendNow { to, message } => {
+                if let Message::TimeoutNow(TimeoutNow { term }) = &message {
+                    self.handed_to = Some((to, term.next()));
+                }
+                self.send(at, to, message)?;
+            }
             Action::SendAfterSave { sequence, to, message } => {
                 self.cover.mark("send after save");
                 life.deferred.push_back((sequence, to, message));
@@ -341,6 +357,11 @@ impl Simulation {
                 node.disk.kept.clear();
                 self.after_release(at);
             }
+            Action::TransferEnded { end } => self.cover.mark(match end {
+                TransferEnd::TimedOut { .. } => "transfer given up",
+                TransferEnd::Lost { .. } => "transfer lost",
+                _ => "transfer refused",
+            }),
             Action::Stop { violation } => return Err(format!("node {id}: {violation}")),
             Action::ReadReady { id, index } => self.read_ready(at, id, index)?,
             Action::ReadRefused { id, .. } => self.read_refused(at, id),
@@ -360,6 +381,9 @@ impl Simulation {
         let Some(life) = &node.life else { return Ok(()) };
         let id = node.id;
         self.cover.mark("leader");
+        if self.handed_to == Some((id, term)) {
+            self.cover.mark("transferred");
+        }
         let known = *self.ledger.leaders.entry(term).or_insert((id, node.boots));
         if known != (id, node.boots) {
             return Err(format!("election safety: {known:?} and {id} lead term {term}"));
@@ -569,7 +593,13 @@ impl Simulation {
             let (count, bytes) = (1 + self.random.below(3), 50 + self.random.below(300) as u32);
             return self.propose(at, count, bytes);
         }
-        bound += weather.network;
+        if dice < bound + weather.transfer {
+            let leads = |at: &usize| self.nodes[*at].leads() && !self.is_still(*at);
+            let Some(at) = (0..self.nodes.len()).find(leads) else { return Ok(()) };
+            let to = NodeId(1 + self.random.below(6));
+            return self.feed(at, Event::Transfer { to: (to.get() < 6).then_some(to) });
+        }
+        bound += weather.transfer + weather.network;
         if dice < bound {
             return match self.some_message() {
                 Some(at) => {
@@ -839,7 +869,11 @@ fn nonsense(random: &mut Random) -> Message {
             };
             Message::AppendAck(AppendAck { term, round: Round(number(random)), outcome })
         }
-        2 => Message::Vote(Vote { term, last: position(random), pre: random.below(2) == 0 }),
+        2 if random.below(6) == 0 => Message::TimeoutNow(TimeoutNow { term }),
+        2 => {
+            let (pre, transfer) = (random.below(2) == 0, random.below(4) == 0);
+            Message::Vote(Vote { term, last: position(random), pre, transfer })
+        }
         3 => {
             let (context, kind) = (number(random), [ReadKind::Round, ReadKind::Lease, ReadKind::Quorum]);
             match random.below(2) {
@@ -951,6 +985,10 @@ fn random_runs_keep_the_invariants_and_progress_after_healing() {
         "send after save",
         "session",
         "stale term",
+        "transfer given up",
+        "transfer lost",
+        "transfer refused",
+        "transferred",
         "truncate",
     ] {
         let count = cover.0.get(what).copied().unwrap_or_default();

@@ -1,0 +1,208 @@
+//! The driver and the end of an office: leadership handed over because somebody asked, because the node shuts down, or because
+//! its log has no space.
+//!
+//! Asked → the gate closes, so that no command comes in that would have to be given back → what was admitted is sealed →
+//! the core replicates it and tells the successor → another leader is heard. If that takes longer than an election
+//! time-out, the gate opens again.
+
+use super::Driver;
+use crate::answer::AnswerSlot;
+use crate::error::{Refusal, StopError, TransferError};
+use crate::raft::{Event, Raft, Role, TransferEnd};
+use crate::state_machine::StateMachine;
+use ringraft_block::{NodeId, Term};
+use ringraft_net::link::Link;
+use ringraft_wal::disk::Disk;
+use std::sync::Arc;
+
+/// A leader without space tries again to find another that has some, after this.
+const NO_SPACE_RETRY_NS: u64 = 10_000_000_000;
+
+/// Leadership has been handed over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Transferred {
+    /// Who leads now.
+    pub leader: NodeId,
+    /// In which term.
+    pub term: Term,
+}
+
+/// Where the end of a transfer goes.
+pub(crate) type TransferSlot = Arc<AnswerSlot<Result<Transferred, TransferError>>>;
+
+#[derive(Default)]
+pub(super) struct Handover {
+    current: Option<Current>,
+    /// The node shuts down and has tried, or need not try, to hand over before.
+    drained: bool,
+    no_space_retry_at_ns: u64,
+}
+
+struct Current {
+    to: Option<NodeId>,
+    /// Who is told; nobody when the node itself wanted it.
+    slot: Option<TransferSlot>,
+    stage: Stage,
+    deadline_ns: u64,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// What was admitted is being sealed.
+    Flushing,
+    /// The core is at it.
+    UnderWay,
+    /// This node does not lead any more; who does is not known yet.
+    SteppedDown,
+}
+
+impl Handover {
+    pub(super) fn is_under_way(&self) -> bool {
+        self.current.is_some()
+    }
+
+    pub(super) fn next_deadline(&self) -> u64 {
+        self.current.as_ref().map_or(u64::MAX, |current| current.deadline_ns)
+    }
+
+    /// The node stops: whoever waits is told.
+    pub(super) fn stopped(&mut self, error: impl FnOnce() -> TransferError) {
+        if let Some(slot) = self.current.take().and_then(|current| current.slot) {
+            slot.complete(Err(error()));
+        }
+    }
+}
+
+impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
+    fn leads(&self) -> bool {
+        self.raft().is_some_and(|raft| raft.role() == Role::Leader)
+    }
+
+    /// Somebody asks for a transfer.
+    pub(super) fn transfer_asked(&mut self, to: Option<NodeId>, slot: TransferSlot) -> Result<(), StopError> {
+        let raft = self.raft();
+        let refused = match (&self.handover.current, raft) {
+            _ if !self.leads() => TransferEnd::NotLeader,
+            (Some(current), _) => TransferEnd::UnderWay { to: current.to.unwrap_or_default() },
+            (None, Some(raft)) if to.is_some_and(|to| to == raft.id()) => {
+                // It leads already.
+                let done = Transferred { leader: raft.id(), term: raft.term() };
+                slot.complete(Ok(done));
+                return Ok(());
+            }
+            (None, _) => return self.begin_handover(to, Some(slot), Stage::Flushing),
+        };
+        slot.complete(Err(refused.into()));
+        Ok(())
+    }
+
+    fn begin_handover(
+        &mut self,
+        to: Option<NodeId>,
+        slot: Option<TransferSlot>,
+        stage: Stage,
+    ) -> Result<(), StopError> {
+        let timeout = u64::try_from(self.config.election_timeout.as_nanos()).unwrap_or(u64::MAX);
+        let deadline_ns = self.now.monotonic_ns.saturating_add(timeout.saturating_mul(2));
+        self.handover.current = Some(Current { to, slot, stage, deadline_ns });
+        self.set_gate();
+        if stage == Stage::UnderWay { self.step(Event::Transfer { to }) } else { Ok(()) }
+    }
+
+    /// Moves a handover on. To be called when what was admitted has been sealed as far as the log takes it.
+    pub(super) fn advance_handover(&mut self) -> Result<(), StopError> {
+        self.hand_over_when_full()?;
+        let now_ns = self.now.monotonic_ns;
+        let Some(current) = &mut self.handover.current else { return Ok(()) };
+        if now_ns >= current.deadline_ns {
+            let to = current.to.unwrap_or_default();
+            self.end_handover(Err(TransferEnd::TimedOut { to }.into()));
+        } else if current.stage == Stage::Flushing && !self.proposals.borrow().has_unsealed() {
+            current.stage = Stage::UnderWay;
+            let to = current.to;
+            self.step(Event::Transfer { to })?;
+            let target = self.raft().and_then(Raft::transfer_target);
+            if let Some(current) = &mut self.handover.current {
+                current.to = current.to.or(target);
+            }
+        }
+        Ok(())
+    }
+
+    /// A leader that cannot take commands lets one lead that can.
+    fn hand_over_when_full(&mut self) -> Result<(), StopError> {
+        let now_ns = self.now.monotonic_ns;
+        let wanted = self.no_space && !self.closing && self.handover.current.is_none() && self.leads();
+        if !wanted || now_ns < self.handover.no_space_retry_at_ns {
+            return Ok(());
+        }
+        self.handover.no_space_retry_at_ns = now_ns.saturating_add(NO_SPACE_RETRY_NS);
+        let Some(raft) = self.raft() else { return Ok(()) };
+        let able = self.peers.iter().filter(|(id, peer)| {
+            peer.session.is_some() && !peer.no_space && raft.configuration().is_incoming_voter(**id)
+        });
+        let best = able.filter_map(|(id, _)| raft.progress(*id).map(|view| (view.matched, *id))).max();
+        let Some((_, to)) = best else { return Ok(()) };
+        tracing::warn!(node = %self.config.node, %to, "the log has no space: leadership is handed over");
+        // What was admitted and is not sealed has no place here: it is given back.
+        self.begin_handover(Some(to), None, Stage::UnderWay)
+    }
+
+    /// The core gave up, or refused.
+    pub(super) fn transfer_ended(&mut self, end: TransferEnd) {
+        tracing::info!(node = %self.config.node, %end, "leadership was not handed over");
+        self.end_handover(Err(end.into()));
+    }
+
+    /// The role changed, or another leader was heard.
+    pub(super) fn handover_role_changed(&mut self) {
+        let Some((leads, leader, term)) =
+            self.raft().map(|raft| (raft.role() == Role::Leader, raft.leader(), raft.term()))
+        else {
+            return;
+        };
+        let Some(current) = &mut self.handover.current else { return };
+        match leader {
+            // Elected again.
+            Some(leader) if leads && current.stage == Stage::SteppedDown => {
+                self.end_handover(Err(TransferError::OtherLeader { leader, term }));
+            }
+            _ if leads => {}
+            Some(leader) if current.to.is_none_or(|to| to == leader) => {
+                self.end_handover(Ok(Transferred { leader, term }));
+            }
+            Some(leader) => self.end_handover(Err(TransferError::OtherLeader { leader, term })),
+            None => current.stage = Stage::SteppedDown,
+        }
+    }
+
+    fn end_handover(&mut self, outcome: Result<Transferred, TransferError>) {
+        if let Some(slot) = self.handover.current.take().and_then(|current| current.slot) {
+            slot.complete(outcome);
+        }
+        self.set_gate();
+    }
+
+    /// A leader that is asked to shut down hands over first. True once nothing is left to wait for.
+    pub(super) fn is_drained(&mut self) -> Result<bool, StopError> {
+        if !self.handover.drained {
+            self.handover.drained = true;
+            let others = self.raft().is_some_and(|raft| {
+                let configuration = raft.configuration();
+                let mut connected = self.peers.iter().filter(|(_, peer)| peer.session.is_some());
+                connected.any(|(id, _)| configuration.is_incoming_voter(*id))
+            });
+            let stopped = Refusal::Stopped(StopError::Requested.into());
+            self.proposals.borrow_mut().set_gate(Err(stopped));
+            if self.leads() && others && self.handover.current.is_none() {
+                self.begin_handover(None, None, Stage::Flushing)?;
+            }
+        }
+        Ok(self.handover.current.is_none())
+    }
+
+    /// Whether the node is on its way out, though not closing yet.
+    pub(super) fn is_draining(&self) -> bool {
+        self.handover.drained
+    }
+}
