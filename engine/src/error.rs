@@ -234,6 +234,9 @@ pub enum ReadError {
     /// A read through the log needs space in it.
     #[error("no space for another log segment: free space on the log's disk, or read without the log")]
     NoSpace,
+    /// The cluster only elects leaders: there is nothing to read.
+    #[error("this cluster only elects leaders (`consensus_only`): there is nothing to read")]
+    ConsensusOnly,
     /// It was not ready in time: no majority answers, or this node is behind.
     #[error("timed out before the read could be answered")]
     TimedOut,
@@ -246,7 +249,7 @@ impl ReadError {
     /// Whether the same read may well succeed here a little later.
     #[must_use]
     pub fn is_transient(&self) -> bool {
-        !matches!(self, Self::NotLeader { .. } | Self::Stopped(_))
+        !matches!(self, Self::NotLeader { .. } | Self::ConsensusOnly | Self::Stopped(_))
     }
 }
 

@@ -55,7 +55,7 @@ pub(crate) const FINGERPRINT: u64 = {
         size_of::<ArchivedReadIndexBody>(),
         size_of::<ArchivedReadIndexReplyBody>(),
     ];
-    let version = 3;
+    let version = 4;
     let mut hash: u64 = 0xcbf2_9ce4_8422_2325 ^ version;
     let mut at = 0;
     while at < sizes.len() {

@@ -799,6 +799,7 @@ fn show_action(action: &Action) -> String {
         Action::ReadRefused { id, reason } => {
             let why = match reason {
                 ReadRefusal::NotLeader => "no leader",
+                ReadRefusal::ConsensusOnly => "there is no log",
                 ReadRefusal::LeaderChanged => "the leader changed",
                 ReadRefusal::SessionLost => "the session is lost",
                 ReadRefusal::Refused => "the leader refuses",

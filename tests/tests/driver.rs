@@ -78,6 +78,8 @@ struct Rig {
     machines: Vec<Machine>,
     /// Of the next process.
     seed: u64,
+    /// A machine whose process gets no turn.
+    still: Option<usize>,
 }
 
 fn config(node: usize, nodes: usize) -> Config {
@@ -111,7 +113,7 @@ impl Rig {
             wall_ahead_ms: 0,
         };
         let machines = (0..machines).map(machine).collect();
-        Self { context, fabric, machines, seed }
+        Self { context, fabric, machines, seed, still: None }
     }
 
     /// A cluster with a leader that can propose: its position.
@@ -153,7 +155,9 @@ impl Rig {
         let mut next = None;
         let mut at = self.fabric.borrow().next_due().unwrap_or(Time::MAX);
         for (node, machine) in self.machines.iter().enumerate() {
-            let Some(process) = &machine.process else { continue };
+            let Some(process) = machine.process.as_ref().filter(|_| self.still != Some(node)) else {
+                continue;
+            };
             let disk = machine.disk.borrow().next_due().unwrap_or(Time::MAX);
             let network = if self.fabric.borrow().has_done(node) { 0 } else { Time::MAX };
             let due = process.wake_at.min(disk).min(network);

@@ -103,6 +103,8 @@ fn only_the_runtime_knows_the_executor() {
         "driver/log",
         "driver/peers",
         "driver/proposing",
+        "driver/reads",
+        "reads",
         "driver/stages",
         "apply",
         "proposals",

@@ -201,6 +201,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let Some((_, reads)) = self.reads.asked.remove(&id) else { return };
         let error = match reason {
             ReadRefusal::NotLeader => self.not_leader(),
+            ReadRefusal::ConsensusOnly => ReadError::ConsensusOnly,
             ReadRefusal::LeaderChanged | ReadRefusal::Refused => ReadError::LeaderChanged,
             ReadRefusal::SessionLost => ReadError::LeaderUnreachable,
         };
@@ -215,6 +216,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     fn barrier_refusal(&self) -> Option<ReadError> {
         let leads = self.raft().is_some_and(|raft| raft.role() == Role::Leader);
         match (leads, self.no_space) {
+            _ if self.config.consensus_only => Some(ReadError::ConsensusOnly),
             (false, _) => Some(self.not_leader()),
             (true, true) => Some(ReadError::NoSpace),
             (true, false) => None,

@@ -38,6 +38,8 @@ pub enum ReadKind {
 pub enum ReadRefusal {
     /// No leader is known; of a [`ReadKind::Round`], this node does not lead.
     NotLeader,
+    /// This cluster only elects: there is nothing to read.
+    ConsensusOnly,
     /// The leader changed, or lost its office, before the read was ready.
     LeaderChanged,
     /// The session with the leader ended before it answered.
@@ -86,8 +88,6 @@ pub(super) struct Reads {
     context: u64,
     /// Until then this node may be bound by what it promised in an earlier life.
     bound_until: Nanos,
-    /// A leader that has told another member to campaign has no lease any more in that term.
-    lease_dropped_in: Option<Term>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -119,7 +119,6 @@ impl Reads {
             queued: Vec::new(),
             context: super::Random::new(!seed).next(),
             bound_until,
-            lease_dropped_in: None,
         }
     }
 
@@ -137,6 +136,9 @@ impl Raft {
     /// A read was asked for here.
     pub(super) fn read(&mut self, id: u64, kind: ReadKind, actions: &mut Vec<Action>) {
         match (&self.role, self.leader) {
+            _ if self.config.consensus_only && kind != ReadKind::Round => {
+                actions.push(Action::ReadRefused { id, reason: ReadRefusal::ConsensusOnly });
+            }
             (RoleState::Leader(_), _) => self.wait_for_round(Origin::Local(id), kind),
             (RoleState::Follower, Some(_)) if kind != ReadKind::Round => {
                 self.reads.queued.push((id, kind));
@@ -157,6 +159,7 @@ impl Raft {
         let origin = Origin::Peer(from, request.context);
         let of_peer = |read: &&Waiting| matches!(read.origin, Origin::Peer(peer, _) if peer == from);
         if request.term != self.hard.term()
+            || self.config.consensus_only
             || self.reads.waiting.iter().filter(of_peer).count() >= REQUESTS_PER_PEER_MAX
         {
             return self.answer_read(origin, None, actions);
@@ -282,8 +285,8 @@ impl Raft {
     pub fn lease_end(&self) -> Option<Nanos> {
         let lease = self.configuration.settings().lease?;
         let RoleState::Leader(_) = &self.role else { return None };
-        let dropped = self.reads.lease_dropped_in == Some(self.hard.term());
-        if dropped && !mutants::active(Mutant::LeaseKeptThroughTransfer) {
+        // A member that is told to campaign at once overrides what followers promise, whenever it gets to do so.
+        if !self.may_lease() && !mutants::active(Mutant::LeaseKeptThroughTransfer) {
             return None;
         }
         // A contact that no round has shown is that of the election, and a vote promises nothing for later.
@@ -428,10 +431,6 @@ impl Raft {
                     Ok(())
                 };
             }
-            _ if reads.outstanding.is_some() || !reads.queued.is_empty() => {
-                return Err("without a leader nothing is asked".to_owned());
-            }
-            _ => {}
         }
         Ok(())
     }

@@ -630,7 +630,8 @@ impl Simulation {
             return self.propose(at, count, bytes);
         }
         if dice < bound + weather.transfer {
-            let Some(at) = self.nodes.iter().position(Node::leads) else { return Ok(()) };
+            let leads = |at: &usize| self.nodes[*at].leads() && !self.is_still(*at);
+            let Some(at) = (0..self.nodes.len()).find(leads) else { return Ok(()) };
             let to = NodeId(1 + self.random.below(6));
             return self.feed(at, Event::Transfer { to: (to.get() < 6).then_some(to) });
         }

@@ -25,6 +25,8 @@ pub(super) struct ReadModel {
     /// Messages to this node are held up.
     held: Option<(NodeId, Nanos)>,
     plot: Option<Plot>,
+    /// The last hand-over that was seen.
+    handed: Option<(NodeId, Term)>,
     /// Answered in all.
     ready: u64,
 }
@@ -96,6 +98,7 @@ impl Simulation {
             still: None,
             held: None,
             plot: None,
+            handed: None,
             ready: 0,
         }));
         (0..simulation.nodes.len()).for_each(|at| simulation.boot(at));
@@ -135,6 +138,15 @@ impl Simulation {
             }
             return Ok(true);
         }
+        if reads.handed != self.handed_to {
+            // A member has been told to campaign: in many runs its leader is the last to hear what comes of it.
+            reads.handed = self.handed_to;
+            let leader = self.nodes.iter().find(|node| node.leads()).map(|node| node.id);
+            if let Some(leader) = leader.filter(|_| reads.random.below(4) > 0) {
+                self.cover.mark("held up while it hands over");
+                reads.held = Some((leader, self.now.plus(ELECTION_TIMEOUT)));
+            }
+        }
         let count = self.nodes.len() as u64;
         let dice = reads.random.below(1_000);
         let at = reads.random.below(count) as usize;
@@ -155,26 +167,35 @@ impl Simulation {
                     [ReadKind::Round, ReadKind::Lease, ReadKind::Quorum][reads.random.below(3) as usize];
                 self.ask(at, kind, None)?;
             }
-            (150..153, [first, ..]) if reads.still.is_none() && reads.random.below(2) == 0 => {
-                self.cover.mark("stands still");
-                let (first, read) = (*first, reads.clocks[*first].show(self.now));
-                reads.still = Some(Still { at: first, read, until: self.now.plus(span) });
+            (150..160, [first, ..]) if reads.still.is_none() => {
+                // Best when every answer has come back: then nothing tells that time has passed.
+                let raft = self.nodes[*first].life.as_ref().map(|life| &life.raft);
+                let answered = raft.is_some_and(|raft| raft.quorum_round() == Some(raft.status().round));
+                if answered || dice < 152 {
+                    self.cover.mark("stands still");
+                    let read = reads.clocks[*first].show(self.now);
+                    let until = self.now.plus(Nanos(ELECTION_TIMEOUT.0 + span.0));
+                    reads.still = Some(Still { at: *first, read, until });
+                }
             }
-            (153..155, _) => {
+            (160..162, _) => {
                 self.cover.mark("held up");
                 reads.held = Some((self.nodes[at].id, self.now.plus(Nanos(span.0 / 2))));
             }
-            (155..156, _) => {
+            (162..163, _) => {
                 self.crash(at);
                 self.boot(at);
             }
-            (156..160, [first, ..]) if reads.plot.is_none() && count > 2 => {
+            (163..167, [first, ..]) if reads.plot.is_none() && count > 2 => {
                 let (leader, usurper) = (self.nodes[*first].id, self.nodes[at].id);
                 if leader != usurper {
                     let until = self.now.plus(Nanos(ELECTION_TIMEOUT.0 + span.0 / 3));
                     reads.plot = Some(Plot { leader, usurper, stage: Stage::Waiting, until });
                     self.blocked.extend([(leader, usurper), (usurper, leader)]);
                 }
+            }
+            (167..173, [first, ..]) if !self.is_still(*first) => {
+                self.feed(*first, Event::Transfer { to: None })?;
             }
             _ => return Ok(false),
         }
@@ -193,7 +214,7 @@ impl Simulation {
         reads.plot = Some(Plot { stage: Stage::Alone, until, ..plot });
         let trick = reads.random.below(4);
         let held = Nanos(ELECTION_TIMEOUT.0 / 2 + reads.random.below(ELECTION_TIMEOUT.0 / 2));
-        if trick == 0 {
+        if trick < 2 {
             reads.held = Some((plot.leader, self.now.plus(held)));
         }
         let others: Vec<NodeId> =
@@ -310,6 +331,7 @@ fn reads_see_all_that_was_committed_before_they_were_asked_for() {
     }
     for what in [
         "held up",
+        "held up while it hands over",
         "plot",
         "read on a follower",
         "read on a leader",
