@@ -302,12 +302,6 @@ impl Raft {
         self.lease_end().is_some_and(|end| self.now < end)
     }
 
-    /// Before another member is told to campaign at once, which overrides what followers promise: for the rest of the term
-    /// there is no lease. Not only until the transfer is given up: the request for votes may be on its way for longer.
-    pub(super) fn drop_lease(&mut self) {
-        self.reads.lease_dropped_in = Some(self.hard.term());
-    }
-
     /// Whether this node, restarted, may have promised a leader in an earlier life to elect nobody else yet.
     pub(super) fn is_bound_by_lease(&self) -> bool {
         self.now < self.reads.bound_until && !mutants::active(Mutant::RestartedVoterVotesWithinLease)
@@ -422,14 +416,17 @@ impl Raft {
                     }
                 }
             }
-            _ if !reads.waiting.is_empty() => return Err("only a leader's reads wait for rounds".to_owned()),
-            RoleState::Follower if self.leader.is_some() => {
-                let behind_nothing = reads.outstanding.is_none() && !reads.queued.is_empty();
-                return if behind_nothing {
-                    Err("reads are queued behind nothing".to_owned())
-                } else {
-                    Ok(())
-                };
+            role => {
+                let follows = matches!(role, RoleState::Follower) && self.leader.is_some();
+                if !reads.waiting.is_empty() {
+                    return Err("only a leader's reads wait for rounds".to_owned());
+                }
+                if !follows && (reads.outstanding.is_some() || !reads.queued.is_empty()) {
+                    return Err("without a leader nothing is asked".to_owned());
+                }
+                if reads.outstanding.is_none() && !reads.queued.is_empty() {
+                    return Err("reads are queued behind nothing".to_owned());
+                }
             }
         }
         Ok(())

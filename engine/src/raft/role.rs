@@ -57,6 +57,8 @@ pub(super) struct Leader {
     /// The first index of this term, once its empty batch is appended.
     pub(super) first_own: Option<LogIndex>,
     pub(super) transfer: Option<Transfer>,
+    /// In this term a member was told to campaign.
+    pub(super) told_to_campaign: bool,
 }
 
 impl Leader {
@@ -103,6 +105,7 @@ impl Raft {
             rounds: Rounds::new(self.config.election_timeout),
             first_own: None,
             transfer: None,
+            told_to_campaign: false,
         });
         self.leader = Some(id);
         self.announce(actions);

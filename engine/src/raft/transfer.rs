@@ -7,7 +7,7 @@
 //!
 //! The campaign that a member was told to make cannot be called back: the message may be read at any time of the term, from
 //! a socket or a process that was paused. So once it has left, no lease may be relied on in this term
-//! (`drop_lease` in `read.rs`); elections and commits do not care.
+//! ([`Raft::may_lease`]); elections and commits do not care.
 
 use super::role::RoleState;
 use super::{Action, Message, Nanos, Raft, Round, TimeoutNow};
@@ -69,6 +69,15 @@ impl Raft {
         }
     }
 
+    /// Whether a lease may be relied on: nobody has been told to campaign in this term, nor is about to be.
+    #[must_use]
+    pub fn may_lease(&self) -> bool {
+        match &self.role {
+            RoleState::Leader(leader) => leader.transfer.is_none() && !leader.told_to_campaign,
+            _ => false,
+        }
+    }
+
     /// Leadership is to be handed to `to`, or to the most caught-up voter that is heard.
     pub(super) fn transfer(&mut self, to: Option<NodeId>, actions: &mut Vec<Action>) {
         let deadline = self.now.plus(self.config.election_timeout);
@@ -122,7 +131,7 @@ impl Raft {
         if let Some(transfer) = &mut leader.transfer {
             transfer.told = true;
         }
-        self.drop_lease();
+        leader.told_to_campaign = true;
         self.hard.outbox(actions).send(to, Message::TimeoutNow(TimeoutNow { term }));
     }
 
@@ -156,8 +165,10 @@ impl Raft {
     pub(super) fn hand_over_now(&mut self, actions: &mut Vec<Action>) {
         let term = self.hard.term();
         let Some(to) = self.transfer_candidate() else { return };
-        self.drop_lease();
-        self.hard.outbox(actions).send(to, Message::TimeoutNow(TimeoutNow { term }));
+        if let RoleState::Leader(leader) = &mut self.role {
+            leader.told_to_campaign = true;
+            self.hard.outbox(actions).send(to, Message::TimeoutNow(TimeoutNow { term }));
+        }
     }
 
     /// The leader of the term wants this node to campaign now.

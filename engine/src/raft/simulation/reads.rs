@@ -224,12 +224,7 @@ impl Simulation {
         }
         for at in 0..self.nodes.len() {
             let id = self.nodes[at].id;
-            if trick < 3
-                && id != plot.leader
-                && id != plot.usurper
-                && self.nodes[at].life.is_some()
-                && trick > 0
-            {
+            if trick >= 2 && id != plot.leader && id != plot.usurper && self.nodes[at].life.is_some() {
                 self.cover.mark("restarts within a lease");
                 self.crash(at);
                 self.boot(at);
