@@ -638,7 +638,7 @@ mod tests {
     #[test]
     fn each_contradiction_is_named() {
         type Case = (fn(&mut Config), fn(&ConfigError) -> bool);
-        let cases: [Case; 12] = [
+        let cases: [Case; 14] = [
             (|c| c.cluster = ClusterId(0), |e| matches!(e, ConfigError::NoClusterId)),
             (|c| c.members[0].id = NodeId(0), |e| matches!(e, ConfigError::ZeroId)),
             (|c| c.members[1].id = NodeId(1), |e| matches!(e, ConfigError::DuplicateId { .. })),
@@ -654,6 +654,11 @@ mod tests {
             (
                 |c| c.command_bytes_max = 1 << 30,
                 |e| matches!(e, ConfigError::OutOfRange { name: "command_bytes_max", .. }),
+            ),
+            (|c| c.reads_max = 0, |e| matches!(e, ConfigError::OutOfRange { name: "reads_max", .. })),
+            (
+                |c| c.lease_drift_ppm = Some(100_001),
+                |e| matches!(e, ConfigError::OutOfRange { name: "lease_drift_ppm", .. }),
             ),
             (|c| c.segment_bytes = 1 << 20, |e| matches!(e, ConfigError::Segment { .. })),
             (|c| c.election_timeout = c.heartbeat_interval, |e| matches!(e, ConfigError::Timeouts { .. })),

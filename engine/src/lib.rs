@@ -64,7 +64,7 @@
 //! # Where things are
 //!
 //! [`Config`] has every limit. [`Handle`] is for all threads and executors, [`LocalHandle`] for tasks on the node's
-//! own core. [`raft`] is the protocol as a pure function, [`runtime`] what drives it.
+//! own core; [`reads`] says how to read without writing. [`raft`] is the protocol as a pure function, [`runtime`] what drives it.
 
 mod answer;
 mod apply;

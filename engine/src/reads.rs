@@ -207,8 +207,8 @@ impl Handle {
         answer
     }
 
-    /// A barrier in the log: all that was proposed before on any thread that knows of this one's call, and got
-    /// into the log, is applied here when it answers. It is [`Handle::read`] with [`Consistency::Log`].
+    /// A barrier in the log: an entry without a command. When it answers, every entry before it is committed and applied
+    /// here, and the last committed entry is of this leader's term. It is [`Handle::read`] with [`Consistency::Log`].
     ///
     /// # Errors
     /// As there; [`ReadError::NotLeader`] on any node but the leader.

@@ -203,6 +203,22 @@ mod tests {
         );
     }
 
+    /// A leader whose clock is slow by all that is allowed, a follower whose clock is fast by as much: in true time the lease
+    /// is over before the follower has waited for the minimum.
+    #[test]
+    fn a_lease_ends_before_the_fastest_clock_has_waited_for_the_minimum() {
+        for (min, drift_ppm) in [(500_000_000, 200), (1_000_000_000, 100_000), (7, 1), (u64::MAX, 0)] {
+            let lease = LeaseSettings { election_timeout_min_ns: min, drift_ppm };
+            let (million, drift) = (1_000_000_u128, u128::from(drift_ppm));
+            let lasts = u128::from(lease.duration().0) * million * (million + drift);
+            let waits = u128::from(min) * million * (million - drift);
+            assert!(lasts <= waits, "{lease:?}");
+            assert!(lasts + million * (million + drift) > waits, "not shorter than it must be: {lease:?}");
+        }
+        let broken = LeaseSettings { election_timeout_min_ns: 1_000, drift_ppm: 2_000_000 };
+        assert_eq!(broken.duration(), Nanos(0));
+    }
+
     #[test]
     fn a_voter_on_its_way_out_still_counts() {
         let joint = Configuration::joint(

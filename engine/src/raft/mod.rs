@@ -678,6 +678,26 @@ mod tests {
     }
 
     #[test]
+    fn a_node_that_would_elect_another_leader_within_a_lease_is_refused() {
+        let lease = LeaseSettings { election_timeout_min_ns: 1_000_000_001, drift_ppm: 0 };
+        let configuration = three().with_settings(Settings { lease: Some(lease) });
+        let boot = Boot {
+            term: Term(0),
+            vote: None,
+            start: LogId::default(),
+            batches: [],
+            epoch: Epoch(0),
+            commit: LogIndex(0),
+            damaged_from: None,
+            claim: None,
+            now: Nanos(0),
+        };
+        let refused = Raft::new(RaftConfig::new(NodeId(1), 7), configuration, boot).map(|raft| raft.id());
+        let (got, min) = (Nanos::from_millis(1_000), Nanos(1_000_000_001));
+        assert_eq!(refused, Err(BootError::LeaseTimeout { got, min }));
+    }
+
+    #[test]
     fn a_wait_outlasts_what_others_stick_to_and_is_well_within_two_time_outs_and_priority_delays_it() {
         let draw = |seed, priority| {
             let config = RaftConfig { priority, ..RaftConfig::new(NodeId(1), seed) };

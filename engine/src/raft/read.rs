@@ -86,6 +86,8 @@ pub(super) struct Reads {
     queued: Vec<(u64, ReadKind)>,
     /// The last context used.
     context: u64,
+    /// Requests of followers that are void, to be answered when the event has been handled.
+    void: Vec<Origin>,
     /// Until then this node may be bound by what it promised in an earlier life.
     bound_until: Nanos,
 }
@@ -117,6 +119,7 @@ impl Reads {
             asked: Round(0),
             outstanding: None,
             queued: Vec::new(),
+            void: Vec::new(),
             context: super::Random::new(!seed).next(),
             bound_until,
         }
@@ -186,6 +189,9 @@ impl Raft {
 
     /// Answers the reads that are ready, and asks for a round when others need one and none is under way.
     pub(super) fn serve_reads(&mut self, actions: &mut Vec<Action>) {
+        for origin in std::mem::take(&mut self.reads.void) {
+            self.answer_read(origin, None, actions);
+        }
         while !self.reads.waiting.is_empty() {
             let returned = self.quorum_round().unwrap_or_default();
             let (leased, knows) = (self.has_lease(), self.has_committed_own_term());
@@ -346,7 +352,11 @@ impl Raft {
     /// The role, the term or the leader changed.
     pub(super) fn refuse_reads(&mut self, actions: &mut Vec<Action>) {
         for read in std::mem::take(&mut self.reads.waiting) {
-            self.answer_read(read.origin, None, actions);
+            match read.origin {
+                Origin::Local(_) => self.answer_read(read.origin, None, actions),
+                // Not yet: a message would have the term saved before the vote that may follow.
+                Origin::Peer(..) => self.reads.void.push(read.origin),
+            }
         }
         self.reads.asked = Round(0);
         self.refuse_asked(ReadRefusal::LeaderChanged, actions);

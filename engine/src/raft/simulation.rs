@@ -625,7 +625,9 @@ impl Simulation {
         if dice < bound {
             let can = |node: &Node| node.life.as_ref().is_some_and(|life| life.raft.can_accept_proposals());
             let can = |at: &usize| can(&self.nodes[*at]) && !self.is_still(*at);
-            let Some(at) = (0..self.nodes.len()).find(can) else { return Ok(()) };
+            let Some(at) = (0..self.nodes.len()).find(can).filter(|_| !self.is_plotting()) else {
+                return Ok(());
+            };
             let (count, bytes) = (1 + self.random.below(3), 50 + self.random.below(300) as u32);
             return self.propose(at, count, bytes);
         }

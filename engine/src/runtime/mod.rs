@@ -69,7 +69,9 @@ pub struct TurnOutcome {
 
 /// What a backend drives: bounded work per call, never blocking.
 pub trait Turn {
-    /// Does what can be done now.
+    /// Does what can be done now. `now` must have been read after everything had completed that the disk and the link
+    /// report in this turn: what a follower promises a leader counts from when it heard it, and a clock that was read
+    /// before would make that shorter than the leader's lease.
     fn turn(&mut self, now: Now) -> TurnOutcome;
 }
 

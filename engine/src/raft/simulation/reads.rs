@@ -58,6 +58,7 @@ struct Plot {
 enum Stage {
     Waiting,
     Alone,
+    Read,
 }
 
 impl Clock {
@@ -121,6 +122,11 @@ impl Simulation {
         self.reads.as_ref().is_some_and(|reads| reads.still.is_some_and(|still| still.at == at))
     }
 
+    /// Whether nothing is proposed, so that the usurper's log stays as good as the others'.
+    pub(super) fn is_plotting(&self) -> bool {
+        self.reads.as_ref().is_some_and(|reads| reads.plot.is_some_and(|plot| plot.stage != Stage::Read))
+    }
+
     /// Whether messages to `to` have to wait.
     pub(super) fn is_held_up(&self, to: NodeId) -> bool {
         let Some(reads) = &self.reads else { return false };
@@ -131,7 +137,11 @@ impl Simulation {
     /// Something about reads happens; false if it is something else's turn.
     pub(super) fn step_reads(&mut self) -> Result<bool, String> {
         let Some(reads) = &mut self.reads else { return Ok(false) };
-        if let Some(still) = reads.still.take_if(|still| self.now >= still.until) {
+        if let Some(still) = reads.still.filter(|still| self.now >= still.until) {
+            self.rush(self.nodes[still.at].id)?;
+            if let Some(reads) = &mut self.reads {
+                reads.still = None;
+            }
             // It goes on where it was: it has read its clock, and takes what has come meanwhile.
             for kind in [ReadKind::Lease, ReadKind::Quorum] {
                 self.ask(still.at, kind, Some(still.read))?;
@@ -144,7 +154,9 @@ impl Simulation {
             let leader = self.nodes.iter().find(|node| node.leads()).map(|node| node.id);
             if let Some(leader) = leader.filter(|_| reads.random.below(4) > 0) {
                 self.cover.mark("held up while it hands over");
-                reads.held = Some((leader, self.now.plus(ELECTION_TIMEOUT)));
+                reads.held = Some((leader, self.now.plus(Nanos(ELECTION_TIMEOUT.0 / 2))));
+                self.rush(leader)?;
+                return Ok(true);
             }
         }
         let count = self.nodes.len() as u64;
@@ -189,7 +201,7 @@ impl Simulation {
             (163..167, [first, ..]) if reads.plot.is_none() && count > 2 => {
                 let (leader, usurper) = (self.nodes[*first].id, self.nodes[at].id);
                 if leader != usurper {
-                    let until = self.now.plus(Nanos(ELECTION_TIMEOUT.0 + span.0 / 3));
+                    let until = self.now.plus(Nanos(ELECTION_TIMEOUT.0 * 3 / 2 + span.0 / 4));
                     reads.plot = Some(Plot { leader, usurper, stage: Stage::Waiting, until });
                     self.blocked.extend([(leader, usurper), (usurper, leader)]);
                 }
@@ -205,12 +217,20 @@ impl Simulation {
     fn advance_plot(&mut self) -> Outcome {
         let Some(reads) = &mut self.reads else { return Ok(()) };
         let Some(plot) = reads.plot.take_if(|plot| self.now >= plot.until) else { return Ok(()) };
-        if plot.stage == Stage::Alone {
-            self.blocked.clear();
-            return Ok(());
+        match plot.stage {
+            Stage::Waiting => {}
+            Stage::Alone => {
+                let until = self.now.plus(Nanos(ELECTION_TIMEOUT.0 / 5));
+                reads.plot = Some(Plot { stage: Stage::Read, until, ..plot });
+                return self.rush(plot.leader);
+            }
+            Stage::Read => {
+                self.blocked.clear();
+                return Ok(());
+            }
         }
         self.cover.mark("plot");
-        let until = self.now.plus(ELECTION_TIMEOUT).plus(Nanos(reads.random.below(ELECTION_TIMEOUT.0)));
+        let until = self.now.plus(ELECTION_TIMEOUT).plus(Nanos(reads.random.below(ELECTION_TIMEOUT.0 / 2)));
         reads.plot = Some(Plot { stage: Stage::Alone, until, ..plot });
         let trick = reads.random.below(4);
         let held = Nanos(ELECTION_TIMEOUT.0 / 2 + reads.random.below(ELECTION_TIMEOUT.0 / 2));
@@ -228,7 +248,40 @@ impl Simulation {
                 self.cover.mark("restarts within a lease");
                 self.crash(at);
                 self.boot(at);
+                let lost = |(from, to, _): &(NodeId, NodeId, Message)| (*from, *to) == (plot.leader, id);
+                self.network.retain(|message| !lost(message));
+                if let Some(usurper) = self.nodes.iter().position(|node| node.id == plot.usurper) {
+                    self.break_session(at, usurper)?;
+                }
             }
+        }
+        if trick >= 2 { self.rush(plot.leader) } else { Ok(()) }
+    }
+
+    /// All that the others have to do is done within some milliseconds; what is said to `without` waits.
+    fn rush(&mut self, without: NodeId) -> Outcome {
+        for _ in 0..16 {
+            self.now = self.now.plus(Nanos::from_millis(1));
+            for at in 0..self.nodes.len() {
+                if self.nodes[at].id == without || self.is_still(at) {
+                    continue;
+                }
+                let busy = |life: &Life| {
+                    !(life.writes.is_empty() && life.completions.is_empty() && life.saves.is_empty())
+                };
+                while self.nodes[at].life.as_ref().is_some_and(busy) {
+                    self.write(at);
+                    self.complete(at)?;
+                    self.save(at)?;
+                }
+                if self.deadline_of(at) <= self.now {
+                    self.feed(at, Event::Tick)?;
+                }
+            }
+            let (keep, arrive): (Vec<_>, Vec<_>) =
+                std::mem::take(&mut self.network).into_iter().partition(|(_, to, _)| *to == without);
+            self.network = keep;
+            arrive.into_iter().try_for_each(|(from, to, message)| self.deliver(from, to, message))?;
         }
         Ok(())
     }
