@@ -1,6 +1,7 @@
 //! Single nodes and small clusters of real drivers on the simulated disk, network and clock, where the test decides
 //! what happens when.
 
+use bytes::Bytes;
 use ringraft::config::{Config, MemberConfig};
 use ringraft::driver::Driver;
 use ringraft::error::StopError;
@@ -8,7 +9,7 @@ use ringraft::formation::FormationError;
 use ringraft::handle::{AckStages, Completion, Handle, Pipeline, Status};
 use ringraft::raft::Role;
 use ringraft::runtime::{Now, Turn, Wakeup};
-use ringraft::state_machine::{CommittedBatch, Replies, StateMachine};
+use ringraft::state_machine::{CommittedBatch, Replies, Restore, SnapshotReader, StateMachine};
 use ringraft_block::{ClusterId, LogIndex, NodeId};
 use ringraft_tests::sim::context::{Context, MICROSECOND, MILLISECOND, SECOND, Time};
 use ringraft_tests::sim::disk::{Crash, DiskConfig, DiskState, SimDisk};
@@ -20,17 +21,61 @@ use std::cell::RefCell;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
+use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-/// Counts what it applies.
+#[path = "driver/snapshots.rs"]
+mod snapshots;
+
+/// Counts what it applies, and keeps a hash of it in order.
 #[derive(Default)]
-struct Counter(u64);
+struct Counter {
+    count: u64,
+    hash: u64,
+    /// Its snapshots are larger by so much, and take the same bytes for the same state.
+    ballast: usize,
+    makes_none: bool,
+    restoring: Option<Vec<u8>>,
+    /// Snapshots that it was given, to the end.
+    restored: u64,
+}
 
 impl StateMachine for Counter {
     fn apply(&mut self, batch: &CommittedBatch<'_>, replies: &mut Replies) {
-        for _ in batch.commands() {
-            self.0 += 1;
+        assert!(self.restoring.is_none(), "nothing is applied while it is restored");
+        for command in batch.commands() {
+            self.count += 1;
+            self.hash = xxh3_64_with_seed(command.bytes, self.hash ^ command.index.get());
             replies.push_empty();
         }
+    }
+
+    fn snapshot(&mut self) -> Option<Box<dyn SnapshotReader>> {
+        if self.makes_none {
+            return None;
+        }
+        let mut bytes = [self.count.to_le_bytes(), self.hash.to_le_bytes()].concat();
+        bytes.extend((0..self.ballast).map(|at| (at as u64).wrapping_mul(self.hash | 1) as u8));
+        Some(Box::new(Bytes::from(bytes)))
+    }
+
+    fn restore(&mut self, step: Restore<'_>) -> Result<(), String> {
+        match step {
+            Restore::Begin { .. } => self.restoring = Some(Vec::new()),
+            Restore::Piece(piece) => self.restoring.as_mut().ok_or("no begin")?.extend_from_slice(piece),
+            Restore::End => {
+                let bytes = self.restoring.take().ok_or("no begin")?;
+                let number = |at: usize| bytes.get(at..at + 8).and_then(|bytes| bytes.try_into().ok());
+                self.count = u64::from_le_bytes(number(0).ok_or("too short")?);
+                self.hash = u64::from_le_bytes(number(8).ok_or("too short")?);
+                let ballast = &bytes[16..];
+                let whole = |(at, byte): (usize, &u8)| *byte == (at as u64).wrapping_mul(self.hash | 1) as u8;
+                if ballast.len() != self.ballast || !ballast.iter().enumerate().all(whole) {
+                    return Err("the ballast is another".to_owned());
+                }
+                self.restored += 1;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -57,6 +102,9 @@ struct Rig {
     machines: Vec<Machine>,
     /// Of the next process.
     seed: u64,
+    /// Of the state machines.
+    ballast: usize,
+    make_none: bool,
 }
 
 fn config(node: usize, nodes: usize) -> Config {
@@ -89,7 +137,7 @@ impl Rig {
             ended: None,
         };
         let machines = (0..machines).map(machine).collect();
-        Self { context, fabric, machines, seed }
+        Self { context, fabric, machines, seed, ballast: 0, make_none: false }
     }
 
     /// A cluster with a leader that can propose: its position.
@@ -110,7 +158,8 @@ impl Rig {
         assert!(machine.process.is_none(), "one process on a machine");
         let (disk, link) = (SimDisk::new(&machine.disk), SimLink::new(&self.fabric, node));
         let wakeup = Arc::new(Wakeup::new());
-        let (driver, handle) = Driver::with_backend(config, self.seed, wakeup, disk, link, Counter(0))
+        let counter = Counter { ballast: self.ballast, makes_none: self.make_none, ..Counter::default() };
+        let (driver, handle) = Driver::with_backend(config, self.seed, wakeup, disk, link, counter)
             .unwrap_or_else(|error| panic!("{error}"));
         let pipeline = handle.pipeline();
         machine.process = Some(Process { driver, handle, pipeline, wake_at: 0, turns: 0 });
@@ -167,9 +216,13 @@ impl Rig {
     }
 
     fn kill(&mut self, node: usize) {
+        self.crash(node, Crash::Kill);
+    }
+
+    fn crash(&mut self, node: usize, how: Crash) {
         self.machines[node].process = None;
-        self.machines[node].disk.borrow_mut().crash(Crash::Kill);
-        self.fabric.borrow_mut().crash(node, Crash::Kill);
+        self.machines[node].disk.borrow_mut().crash(how);
+        self.fabric.borrow_mut().crash(node, how);
     }
 
     /// Lets things happen until `condition` holds.
