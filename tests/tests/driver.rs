@@ -17,7 +17,7 @@ use ringraft_tests::sim::link::{Fabric, LinkConfig, SimLink, address_of};
 use ringraft_tests::sim::rng::Rng;
 use ringraft_tests::sim::trace::Trace;
 use ringraft_wal::WalError;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
@@ -328,12 +328,25 @@ fn a_leader_sees_how_long_a_followers_disk_took_and_how_long_a_batch_waited_for_
     rig.run_until("durable after the stall", |rig| rig.status(slow).durable >= second);
     let (submitted, expected) = (rig.context.now(), rig.context.now() - received);
     assert!(expected >= stall);
-    rig.run_until("acknowledged", |rig| stages(rig, slow).is_some_and(|(matched, _)| matched >= second));
+    // The third may be durable before the leader has heard of the second.
+    let behind = Cell::new(None);
+    let watch = |rig: &Rig| {
+        if rig.status(slow).durable >= third && behind.get().is_none() {
+            behind.set(Some(rig.context.now()));
+        }
+    };
+    rig.run_until("acknowledged", |rig| {
+        watch(rig);
+        stages(rig, slow).is_some_and(|(matched, _)| matched >= second)
+    });
     let told = AckStages { durable_us: micros(expected), queued_us: 0 };
     assert_eq!(stages(&rig, slow), Some((second, Some(told))));
 
-    rig.run_until("durable behind it", |rig| rig.status(slow).durable >= third);
-    let expected = rig.context.now() - waiting_since;
+    rig.run_until("durable behind it", |rig| {
+        watch(rig);
+        behind.get().is_some()
+    });
+    let expected = behind.get().expect("seen") - waiting_since;
     rig.run_until("acknowledged", |rig| stages(rig, slow).is_some_and(|(matched, _)| matched >= third));
     let told = AckStages { durable_us: micros(expected), queued_us: micros(submitted - waiting_since) };
     assert_eq!(stages(&rig, slow), Some((third, Some(told))));

@@ -263,8 +263,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// The log starts behind `start`: what cannot be read before is not missed any more.
     pub(super) fn forget_damage_before(&mut self, start: LogIndex) -> Result<(), StopError> {
         let gone = |first: &LogIndex| *first <= start;
-        let any = self.repair.clamped.first().is_some_and(gone)
-            || self.repair.searches.keys().any(|first| gone(first));
+        let any = self.repair.clamped.first().is_some_and(gone) || self.repair.searches.keys().any(gone);
         self.repair.clamped.retain(|first| !gone(first));
         self.repair.offered.retain(|first| !gone(first));
         self.repair.searches.retain(|first, _| !gone(first));

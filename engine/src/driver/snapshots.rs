@@ -118,8 +118,7 @@ impl Throttle {
 
     /// A piece of so many bytes goes.
     pub(super) fn spend(&mut self, bytes: u64, now_ns: u64) {
-        if self.bytes_per_second > 0 {
-            let span = bytes.saturating_mul(1_000_000_000) / self.bytes_per_second;
+        if let Some(span) = bytes.saturating_mul(1_000_000_000).checked_div(self.bytes_per_second) {
             self.next_at_ns = self.next_at_ns.max(now_ns).saturating_add(span);
         }
     }
@@ -437,7 +436,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let index = self.applier.applied();
         let mut configuration = wire::configuration::encode(raft.configuration());
         if mutants::active(Mutant::SnapshotForgetsConfiguration) {
-            configuration.clear();
+            let own = raft.configuration().member(raft.id()).cloned().into_iter().collect();
+            configuration = wire::configuration::encode(&Configuration::new(own).unwrap_or_default());
         }
         let mut sessions = self.encode_sessions();
         if mutants::active(Mutant::SnapshotForgetsSessions) {
