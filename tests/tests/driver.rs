@@ -5,6 +5,7 @@
 mod reads;
 
 use bytes::Bytes;
+use bytes::Bytes;
 use ringraft::config::{Config, MemberConfig};
 use ringraft::driver::Driver;
 use ringraft::error::{ProposeError, Refusal, StopError, TransferError};
@@ -12,7 +13,7 @@ use ringraft::formation::FormationError;
 use ringraft::handle::{AckStages, Completion, Handle, Pipeline, Status, Transferred};
 use ringraft::raft::{Role, TransferEnd};
 use ringraft::runtime::{Now, Turn, Wakeup};
-use ringraft::state_machine::{CommittedBatch, Replies, StateMachine};
+use ringraft::state_machine::{CommittedBatch, Replies, Restore, SnapshotReader, StateMachine};
 use ringraft_block::{ClusterId, LogIndex, NodeId};
 use ringraft_tests::sim::context::{Context, MICROSECOND, MILLISECOND, SECOND, Time};
 use ringraft_tests::sim::disk::{Crash, DiskConfig, DiskState, SimDisk};
@@ -20,22 +21,35 @@ use ringraft_tests::sim::link::{Fabric, LinkConfig, SimLink, address_of};
 use ringraft_tests::sim::rng::Rng;
 use ringraft_tests::sim::trace::Trace;
 use ringraft_wal::WalError;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
+use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-/// Counts what it applies, and notes where it applied the commands of sessions.
+#[path = "driver/snapshots.rs"]
+mod snapshots;
+
+/// Counts what it applies, keeps a hash of it in order, and notes where it applied the commands of sessions.
 #[derive(Default)]
 struct Counter {
     count: u64,
+    hash: u64,
     in_sessions: Vec<((u64, u64), LogIndex)>,
+    /// Its snapshots are larger by so much, and take the same bytes for the same state.
+    ballast: usize,
+    makes_none: bool,
+    restoring: Option<Vec<u8>>,
+    /// Snapshots that it was given, to the end.
+    restored: u64,
 }
 
 impl StateMachine for Counter {
     fn apply(&mut self, batch: &CommittedBatch<'_>, replies: &mut Replies) {
+        assert!(self.restoring.is_none(), "nothing is applied while it is restored");
         for command in batch.commands() {
             self.count += 1;
+            self.hash = xxh3_64_with_seed(command.bytes, self.hash ^ command.index.get());
             match command.session {
                 Some(session) => {
                     self.in_sessions.push((session, command.index));
@@ -50,6 +64,35 @@ impl StateMachine for Counter {
         let mut answer = query.to_vec();
         answer.extend(self.count.to_le_bytes());
         answer.into()
+    }
+
+    fn snapshot(&mut self) -> Option<Box<dyn SnapshotReader>> {
+        if self.makes_none {
+            return None;
+        }
+        let mut bytes = [self.count.to_le_bytes(), self.hash.to_le_bytes()].concat();
+        bytes.extend((0..self.ballast).map(|at| (at as u64).wrapping_mul(self.hash | 1) as u8));
+        Some(Box::new(Bytes::from(bytes)))
+    }
+
+    fn restore(&mut self, step: Restore<'_>) -> Result<(), String> {
+        match step {
+            Restore::Begin { .. } => self.restoring = Some(Vec::new()),
+            Restore::Piece(piece) => self.restoring.as_mut().ok_or("no begin")?.extend_from_slice(piece),
+            Restore::End => {
+                let bytes = self.restoring.take().ok_or("no begin")?;
+                let number = |at: usize| bytes.get(at..at + 8).and_then(|bytes| bytes.try_into().ok());
+                self.count = u64::from_le_bytes(number(0).ok_or("too short")?);
+                self.hash = u64::from_le_bytes(number(8).ok_or("too short")?);
+                let ballast = &bytes[16..];
+                let whole = |(at, byte): (usize, &u8)| *byte == (at as u64).wrapping_mul(self.hash | 1) as u8;
+                if ballast.len() != self.ballast || !ballast.iter().enumerate().all(whole) {
+                    return Err("the ballast is another".to_owned());
+                }
+                self.restored += 1;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -80,6 +123,9 @@ struct Rig {
     seed: u64,
     /// A machine whose process gets no turn.
     still: Option<usize>,
+    /// Of the state machines.
+    ballast: usize,
+    make_none: bool,
 }
 
 fn config(node: usize, nodes: usize) -> Config {
@@ -113,7 +159,7 @@ impl Rig {
             wall_ahead_ms: 0,
         };
         let machines = (0..machines).map(machine).collect();
-        Self { context, fabric, machines, seed, still: None }
+        Self { context, fabric, machines, seed, ballast: 0, make_none: false, still: None }
     }
 
     /// A cluster with a leader that can propose: its position.
@@ -134,9 +180,9 @@ impl Rig {
         assert!(machine.process.is_none(), "one process on a machine");
         let (disk, link) = (SimDisk::new(&machine.disk), SimLink::new(&self.fabric, node));
         let wakeup = Arc::new(Wakeup::new());
-        let (driver, handle) =
-            Driver::with_backend(config, self.seed, wakeup, disk, link, Counter::default())
-                .unwrap_or_else(|error| panic!("{error}"));
+        let counter = Counter { ballast: self.ballast, makes_none: self.make_none, ..Counter::default() };
+        let (driver, handle) = Driver::with_backend(config, self.seed, wakeup, disk, link, counter)
+            .unwrap_or_else(|error| panic!("{error}"));
         let pipeline = handle.pipeline();
         machine.process = Some(Process { driver, handle, pipeline, wake_at: 0, turns: 0 });
         machine.ended = None;
@@ -196,9 +242,13 @@ impl Rig {
     }
 
     fn kill(&mut self, node: usize) {
+        self.crash(node, Crash::Kill);
+    }
+
+    fn crash(&mut self, node: usize, how: Crash) {
         self.machines[node].process = None;
-        self.machines[node].disk.borrow_mut().crash(Crash::Kill);
-        self.fabric.borrow_mut().crash(node, Crash::Kill);
+        self.machines[node].disk.borrow_mut().crash(how);
+        self.fabric.borrow_mut().crash(node, how);
     }
 
     /// Lets things happen until `condition` holds.
@@ -307,12 +357,25 @@ fn a_leader_sees_how_long_a_followers_disk_took_and_how_long_a_batch_waited_for_
     rig.run_until("durable after the stall", |rig| rig.status(slow).durable >= second);
     let (submitted, expected) = (rig.context.now(), rig.context.now() - received);
     assert!(expected >= stall);
-    rig.run_until("acknowledged", |rig| stages(rig, slow).is_some_and(|(matched, _)| matched >= second));
+    // The third may be durable before the leader has heard of the second.
+    let behind = Cell::new(None);
+    let watch = |rig: &Rig| {
+        if rig.status(slow).durable >= third && behind.get().is_none() {
+            behind.set(Some(rig.context.now()));
+        }
+    };
+    rig.run_until("acknowledged", |rig| {
+        watch(rig);
+        stages(rig, slow).is_some_and(|(matched, _)| matched >= second)
+    });
     let told = AckStages { durable_us: micros(expected), queued_us: 0 };
     assert_eq!(stages(&rig, slow), Some((second, Some(told))));
 
-    rig.run_until("durable behind it", |rig| rig.status(slow).durable >= third);
-    let expected = rig.context.now() - waiting_since;
+    rig.run_until("durable behind it", |rig| {
+        watch(rig);
+        behind.get().is_some()
+    });
+    let expected = behind.get().expect("seen") - waiting_since;
     rig.run_until("acknowledged", |rig| stages(rig, slow).is_some_and(|(matched, _)| matched >= third));
     let told = AckStages { durable_us: micros(expected), queued_us: micros(submitted - waiting_since) };
     assert_eq!(stages(&rig, slow), Some((third, Some(told))));

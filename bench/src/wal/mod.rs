@@ -77,6 +77,8 @@ struct Document<'a> {
     /// What the survey found wrong, in order of place.
     findings: &'a [Finding],
     segments: &'a [SegmentReport],
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    snapshots: &'a [SnapshotReport],
     #[serde(skip_serializing_if = "Vec::is_empty")]
     explanation: Vec<String>,
 }
@@ -95,6 +97,14 @@ struct RecoveryDocument {
     hard_state_repaired: bool,
     damage: Vec<String>,
     changes: Vec<String>,
+}
+
+/// A snapshot file, by its name. What is in it a start verifies.
+#[derive(Serialize)]
+struct SnapshotReport {
+    file: String,
+    last_index: u64,
+    bytes: u64,
 }
 
 /// Something that is not as it was written.
@@ -122,6 +132,7 @@ struct Look {
     recovery: Option<DryRun>,
     refused: Option<String>,
     findings: Vec<Finding>,
+    snapshots: Vec<SnapshotReport>,
     state: State,
 }
 
@@ -165,7 +176,8 @@ impl Look {
             (false, true) => State::TornTail,
             (false, false) => State::Clean,
         };
-        Ok(Self { survey, recovery, refused, findings, state })
+        let snapshots = snapshots(directory)?;
+        Ok(Self { survey, recovery, refused, findings, snapshots, state })
     }
 
     fn recovery_document(&self) -> Option<RecoveryDocument> {
@@ -184,6 +196,21 @@ impl Look {
             changes: recovery.changes.clone(),
         })
     }
+}
+
+/// The snapshots in the directory, the oldest first.
+fn snapshots(directory: &std::path::Path) -> anyhow::Result<Vec<SnapshotReport>> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(directory).context("reading the directory")? {
+        let entry = entry.context("reading the directory")?;
+        let file = entry.file_name().to_string_lossy().into_owned();
+        let Some(last) = ringraft::snapshots::parse_name(&file) else { continue };
+        // One that has just been removed is none.
+        let Ok(metadata) = entry.metadata() else { continue };
+        found.push(SnapshotReport { file, last_index: last.get(), bytes: metadata.len() });
+    }
+    found.sort_by_key(|snapshot| snapshot.last_index);
+    Ok(found)
 }
 
 /// What the survey has to say about the segments.
@@ -229,6 +256,7 @@ fn report(args: &ReportArgs, inspect: bool) -> anyhow::Result<()> {
             refused: look.refused.clone(),
             findings: &look.findings,
             segments: &look.survey.segments,
+            snapshots: &look.snapshots,
             explanation,
         };
         serde_json::to_writer_pretty(&mut out, &document)

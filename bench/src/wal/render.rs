@@ -13,6 +13,10 @@ pub(super) fn report(
     if inspect {
         identity(out, look)?;
         segments(out, &look.survey.segments)?;
+        for snapshot in &look.snapshots {
+            let (file, bytes, last) = (&snapshot.file, snapshot.bytes, snapshot.last_index);
+            writeln!(out, "{file}: {bytes} bytes, a snapshot up to index {last}")?;
+        }
     }
     for finding in &look.findings {
         let first = finding.first.map_or(String::new(), |first| format!(", batch from index {first}"));

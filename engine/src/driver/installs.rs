@@ -64,6 +64,8 @@ struct Serving {
     file: SnapshotFile,
     wanted: VecDeque<u64>,
     sent: u64,
+    /// When it is offered once more if nothing has been asked for: a node that is just starting hears no offers.
+    offer_at_ns: u64,
     descriptor: Option<FileId>,
     op: Option<DiskOpId>,
     reading: Option<u64>,
@@ -120,8 +122,11 @@ impl<B: BlockBuf> Installs<B> {
     }
 
     pub(super) fn next_deadline(&self, now_ns: u64) -> u64 {
-        let reads = self.serving.iter().any(|serving| !serving.wanted.is_empty() && serving.op.is_none());
-        if reads { self.throttle.next_at_ns().max(now_ns) } else { u64::MAX }
+        let idle = |serving: &&Serving| serving.op.is_none() && serving.to.is_some();
+        let reads = self.serving.iter().filter(idle).any(|serving| !serving.wanted.is_empty());
+        let reads = if reads { self.throttle.next_at_ns().max(now_ns) } else { u64::MAX };
+        let offers = self.serving.iter().filter(idle).map(|serving| serving.offer_at_ns);
+        offers.min().map_or(reads, |offer| reads.min(offer.max(now_ns)))
     }
 
     pub(super) fn status(&self) -> Vec<InstallStatus> {
@@ -270,15 +275,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let installs = &mut self.snapshots.installs;
         installs.outgoing.push_back((to, Outgoing::Offer(offer_of(&file))));
         let (wanted, sent, descriptor, reading) = (VecDeque::new(), 0, None, None);
-        installs.serving.push(Serving {
-            to: Some(to),
-            file,
-            wanted,
-            sent,
-            descriptor,
-            op: Some(op),
-            reading,
-        });
+        let (to, op) = (Some(to), Some(op));
+        let offer_at_ns = self.now.monotonic_ns.saturating_add(installs.patience_ns);
+        installs.serving.push(Serving { to, file, wanted, sent, offer_at_ns, descriptor, op, reading });
     }
 
     /// Reads the next piece for a member, if the throttle allows, and closes what has ended.
@@ -300,6 +299,12 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 (Some(_), _) => true,
             }
         });
+        for serving in installs.serving.iter_mut().filter(|serving| now >= serving.offer_at_ns) {
+            serving.offer_at_ns = now.saturating_add(installs.patience_ns);
+            if let Some(to) = serving.to {
+                installs.outgoing.push_back((to, Outgoing::Offer(offer_of(&serving.file))));
+            }
+        }
         if !installs.throttle.is_open(now) {
             return;
         }
@@ -350,6 +355,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                     return self.refuse(from, "a request for what is no piece of a snapshot");
                 }
                 serving.wanted.push_back(request.offset);
+                serving.offer_at_ns = u64::MAX;
                 Ok(())
             }
             Requested::Installed | Requested::Refused => {
@@ -427,6 +433,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             installs.answer(from, &offer, Requested::Installed, 0);
             return Ok(());
         }
+        if installs.installing == Some(from) {
+            // It will hear of it.
+            return Ok(());
+        }
         if restoring {
             // One at a time; it is offered again.
             installs.answer(from, &offer, Requested::Refused, 0);
@@ -437,6 +447,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             return self.install_file(Some(from), file);
         }
         match &mut installs.receiving {
+            Some(receiving) if receiving.offer == offer && receiving.from == Some(from) => {}
             Some(receiving) if receiving.offer == offer => {
                 tracing::info!(node = %self.config.node, %from, at = receiving.written, "a snapshot's transfer goes on");
                 receiving.from = Some(from);

@@ -255,7 +255,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     }
 
     pub(super) fn announce(&mut self, peer: NodeId) {
-        let formed = matches!(self.life, Life::Running(_));
+        // A node that is restoring its state has been formed long ago: whoever is blank must hear of it.
+        let formed = matches!(self.life, Life::Running(_) | Life::Restoring);
         let configuration = self.wal.hard_state().filter(|_| formed).map(|state| state.configuration.clone());
         let configuration = configuration.unwrap_or_default();
         let message = FormationMessage { incarnation: self.incarnation, formed, configuration };

@@ -164,8 +164,8 @@ impl<B: BlockBuf> Snapshots<B> {
     pub(super) fn next_deadline(&self, now_ns: u64) -> u64 {
         let taking = self.taking.as_ref().is_some_and(|taking| taking.part.is_ready());
         let throttled = if taking { self.throttle.next_at_ns().max(now_ns) } else { u64::MAX };
-        let retry =
-            if self.waiting.is_empty() && !self.needed { u64::MAX } else { self.retry_at_ns.max(now_ns) };
+        let waits = self.taking.is_none() && (self.needed || !self.waiting.is_empty());
+        let retry = if waits && self.retry_at_ns > now_ns { self.retry_at_ns } else { u64::MAX };
         throttled.min(retry).min(self.installs.next_deadline(now_ns))
     }
 
@@ -400,6 +400,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         }
         if applied <= newest {
             // There is none to be taken that tells more than the last one.
+            self.snapshots.needed = false;
             if let Some(taken) = self.snapshots.newest().map(taken_of) {
                 self.snapshots.waiting.drain(..).for_each(|ticket| ticket.complete(Ok(taken)));
             }
@@ -438,7 +439,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let index = self.applier.applied();
         let mut configuration = wire::configuration::encode(raft.configuration());
         if mutants::active(Mutant::SnapshotForgetsConfiguration) {
-            configuration.clear();
+            let own = raft.configuration().member(raft.id()).cloned().into_iter().collect();
+            configuration = wire::configuration::encode(&Configuration::new(own).unwrap_or_default());
         }
         let mut sessions = self.encode_sessions();
         if mutants::active(Mutant::SnapshotForgetsSessions) {

@@ -11,7 +11,7 @@
 //! snapshot covers.
 
 use super::role::RoleState;
-use super::{Action, Configuration, LogId, LogIds, Quorum, Raft, Violation};
+use super::{Action, Configuration, LogId, LogIds, Nanos, Quorum, Raft, Violation};
 use crate::mutants::{self, Mutant};
 use ringraft_block::{LogIndex, NodeId};
 
@@ -35,8 +35,9 @@ impl Raft {
         let Some(at) = leader.position(to) else { return };
         let Some(progress) = leader.peers.get_mut(at) else { return };
         let reached = installed.filter(|last| self.log.batch_end_at(last.index) == Some(*last));
-        // A failed one is tried again with the next heartbeat.
-        let retry_at = if installed.is_none() { progress.heartbeat_due(&self.config) } else { self.now };
+        // A peer that has no space for it, say, is not asked again at once.
+        let patience = if installed.is_none() { self.config.election_timeout } else { Nanos(0) };
+        let retry_at = self.now.plus(patience);
         progress.snapshot_ended(reached.map(|last| last.index), retry_at);
         self.replicate_to(at, actions);
     }

@@ -124,7 +124,7 @@ impl Requests {
 
     /// Moves what has been asked to `into`. Costs a load when there is nothing.
     pub(crate) fn drain(&self, into: &mut Vec<Ticket>) {
-        if self.any.swap(false, Ordering::AcqRel) {
+        if self.any.load(Ordering::Relaxed) && self.any.swap(false, Ordering::AcqRel) {
             into.append(&mut lock(&self.queue).0);
         }
     }

@@ -349,6 +349,37 @@ impl Recorder {
         self.state
     }
 
+    /// Its state, for a snapshot.
+    #[must_use]
+    pub fn picture(&self) -> [u8; 16] {
+        let mut picture = [0; 16];
+        picture[..8].copy_from_slice(&self.index.to_le_bytes());
+        picture[8..].copy_from_slice(&self.state.to_le_bytes());
+        picture
+    }
+
+    /// Takes over the state of a snapshot, which must be one that some node has come by in order.
+    /// `runs`: it had applied something in this life.
+    pub fn restore(&mut self, picture: [u8; 16], runs: bool) {
+        let number = |at: usize| u64::from_le_bytes(picture[at..at + 8].try_into().expect("8 bytes"));
+        let (index, state) = (number(0), number(8));
+        let mut history = self.history.borrow_mut();
+        let (node, last) = (self.node, self.index);
+        let known = match history.entry_mut(index) {
+            Entry::Command { state, .. } => Some(*state),
+            _ if index == 0 => Some(0),
+            _ => None,
+        };
+        if index < last || known != Some(state) {
+            history.fail(|| {
+                format!("node {node}, at index {last}, restored state {state:x} of index {index}, which had {known:x?}")
+            });
+        }
+        (self.index, self.state) = (index, state);
+        self.context.record(node, What::Apply, index, state);
+        self.context.cover(if runs { Mark::SnapshotInstalled } else { Mark::SnapshotRestored });
+    }
+
     /// Applies the command at `index`.
     pub fn apply(&mut self, index: u64, term: u64, command: &[u8]) {
         let mut history = self.history.borrow_mut();

@@ -7,13 +7,14 @@ use super::node::{
     Answer, Boot, CANDIDATE, Cluster, ImageLog, LEADER, RefusedAtOnce, SimNode, StopReason, Tuning, Turned,
     View,
 };
+use bytes::Bytes;
 use ringraft::config::{Config, MemberConfig};
 use ringraft::driver::Driver;
 use ringraft::error::{LeaderHint, ProposeError, Refusal};
 use ringraft::handle::{Completion, Handle, LocalPipeline, Pipeline};
 use ringraft::raft::{Raft, Role, invariants};
 use ringraft::runtime::{LocalWakeup, Now, Turn, Wakeup};
-use ringraft::state_machine::{CommittedBatch, Replies, StateMachine};
+use ringraft::state_machine::{CommittedBatch, Replies, Restore, SnapshotReader, StateMachine};
 use ringraft_block::{AlignedBuf, ClusterId, LogIndex, NodeId, Pool};
 use ringraft_wal::disk::Disk;
 use ringraft_wal::{Wal, WalEvent};
@@ -42,6 +43,9 @@ pub struct Applied {
     recorder: Recorder,
     /// What it was given, in bytes of commands.
     bytes: usize,
+    restoring: Vec<u8>,
+    /// It has got beyond the start.
+    runs: bool,
 }
 
 impl StateMachine for Applied {
@@ -49,8 +53,28 @@ impl StateMachine for Applied {
         for command in batch.commands() {
             self.recorder.apply(command.index.get(), command.term.get(), command.bytes);
             self.bytes += command.bytes.len();
+            self.runs = true;
             replies.push_empty();
         }
+    }
+
+    fn snapshot(&mut self) -> Option<Box<dyn SnapshotReader>> {
+        let mut bytes = self.recorder.picture().to_vec();
+        // Of some slots and pieces.
+        bytes.resize(bytes.len() + (self.bytes % 7) * 40_000, 0x5a);
+        Some(Box::new(Bytes::from(bytes)))
+    }
+
+    fn restore(&mut self, step: Restore<'_>) -> Result<(), String> {
+        match step {
+            Restore::Begin { .. } => self.restoring.clear(),
+            Restore::Piece(piece) => self.restoring.extend_from_slice(piece),
+            Restore::End => {
+                let picture = self.restoring.get(..16).and_then(|picture| picture.try_into().ok());
+                self.recorder.restore(picture.ok_or("too short")?, self.runs);
+            }
+        }
+        Ok(())
     }
 }
 
@@ -84,6 +108,9 @@ fn config(node: usize, nodes: usize, tuning: &Tuning) -> Config {
         recent_bytes_max: tuning.recent_bytes_max,
         apply_bytes_per_turn: tuning.apply_bytes_per_turn,
         commit_notice_delay: Duration::from_micros(tuning.commit_notice_us),
+        snapshot_log_bytes: 0,
+        snapshot_log_entries: tuning.snapshot_log_entries,
+        log_retention_bytes: tuning.log_retention_bytes,
         ..Config::new(ClusterId(0x5eed), id_of(node), members, "simulated")
     }
 }
@@ -98,7 +125,7 @@ impl Cluster for Engine {
         let Boot { node, nodes, disk, link, recorder, seed, tuning } = boot;
         let config = config(node, nodes, &tuning);
         let wakeup = Arc::new(Wakeup::new());
-        let machine = Applied { recorder, bytes: 0 };
+        let machine = Applied { recorder, bytes: 0, restoring: Vec::new(), runs: false };
         let (driver, handle) = Driver::with_backend(config, seed, wakeup, disk, link, machine)
             .unwrap_or_else(|error| panic!("{error}"));
         let local = driver.local_handle(LocalWakeup::default()).pipeline();
@@ -128,7 +155,8 @@ impl Cluster for Engine {
                 match event {
                     WalEvent::Opened(_) => {
                         let chains = wal.batches().map(|info| (info.last.get(), info.chain.0)).collect();
-                        return Ok(ImageLog { last: wal.last_index().get(), chains });
+                        let start = wal.log_start().index.get();
+                        return Ok(ImageLog { last: wal.last_index().get(), start, chains });
                     }
                     WalEvent::Poisoned(error) => return Err(error.to_string()),
                     _ => {}

@@ -52,6 +52,10 @@ marks! {
     CrashWhileClosing = "crashes_while_closing", false;
     /// A node was started again.
     Restart = "restarts", true;
+    /// A node took its state over from a snapshot, at a start or from another node.
+    SnapshotRestored = "snapshots_restored", true;
+    /// A node that was running was given a snapshot, since it had fallen behind the log of the leader.
+    SnapshotInstalled = "snapshots_installed", true;
     /// A crash met writes in flight.
     CrashWithPendingWrites = "crashes_with_pending_writes", true;
     /// Of a write that was in flight, some sectors survived and some did not.

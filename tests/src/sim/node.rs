@@ -129,6 +129,8 @@ pub trait SimNode {
 pub struct ImageLog {
     /// The last index.
     pub last: u64,
+    /// What precedes the log, covered by a snapshot.
+    pub start: u64,
     /// Batch ends with their chains, in order.
     pub chains: Vec<(u64, [u8; 16])>,
 }
@@ -182,6 +184,10 @@ pub struct Tuning {
     pub apply_bytes_per_turn: usize,
     /// How long a commit index waits for an append to ride on, in microseconds.
     pub commit_notice_us: u64,
+    /// A snapshot is taken after so many log indexes; 0: none is.
+    pub snapshot_log_entries: u64,
+    /// So many bytes of log are left behind it.
+    pub log_retention_bytes: u64,
 }
 
 impl Tuning {
@@ -205,6 +211,8 @@ impl Tuning {
             recent_bytes_max: [0, 16 << 10, 256 << 10, 32 << 20][rng.index(4)],
             apply_bytes_per_turn: [1, 100, 2_000, 50_000, 1 << 20][rng.index(5)],
             commit_notice_us: [0, 100, 1_000, 5_000][rng.index(4)],
+            snapshot_log_entries: [0, 10, 50, 200][rng.index(4)],
+            log_retention_bytes: [0, 32 << 10, 1 << 20][rng.index(3)],
         }
     }
 }

@@ -972,7 +972,7 @@ impl<'a, C: Cluster> World<'a, C> {
             match self.cluster.recover(node, self.machines.len(), &self.tuning, SimDisk::new(&image)) {
                 Ok(log) => {
                     let held = log.chains.iter().find(|(end, _)| *end == index).map(|(_, chain)| *chain);
-                    if held.is_some() && held == chain {
+                    if held.is_some() && held == chain || index <= log.start {
                         holders += 1;
                     } else {
                         told += &format!("; node {node} holds up to {}", log.last);

@@ -282,7 +282,7 @@ impl Cluster for Scribes {
             let index = chains.len() as u64 + 1;
             chains.push((index, chain_of(index)));
         }
-        Ok(ImageLog { last: chains.len() as u64, chains })
+        Ok(ImageLog { last: chains.len() as u64, start: 0, chains })
     }
 }
 
