@@ -5,7 +5,6 @@
 mod reads;
 
 use bytes::Bytes;
-use bytes::Bytes;
 use ringraft::config::{Config, MemberConfig};
 use ringraft::driver::Driver;
 use ringraft::error::{ProposeError, Refusal, StopError, TransferError};
