@@ -51,7 +51,7 @@ fn an_acknowledgement_before_durability_is_noticed() {
 
 #[test]
 fn failing_disks_and_late_writes_lose_nothing_that_was_acknowledged() {
-    let options = Options { disk_faults: true, late_writes: true, ..Options::default() };
+    let options = Options { disk_faults: Some(true), late_writes: Some(true), ..Options::default() };
     let summary = run_range(|| Engine, 0..40, &options, 2, |_| {});
     if let Some(report) = &summary.failure {
         panic!("{}", describe(report));

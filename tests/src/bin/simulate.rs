@@ -31,12 +31,12 @@ struct Arguments {
     /// Check one in so many advances of the commit index against recovered disk images; 0 for none
     #[arg(long, default_value_t = 64)]
     image_check_every: u64,
-    /// Let disks fail, run full and write short
+    /// Whether disks fail, run full, write short and rot, instead of what the seed decides
     #[arg(long)]
-    disk_faults: bool,
-    /// Let writes of killed processes arrive late
+    disk_faults: Option<bool>,
+    /// Whether writes of killed processes may arrive late, instead of what the seed decides
     #[arg(long)]
-    late_writes: bool,
+    late_writes: Option<bool>,
     /// Threads
     #[arg(long, default_value_t = 2)]
     threads: usize,
@@ -70,6 +70,7 @@ fn main() -> anyhow::Result<ExitCode> {
         image_check_every: arguments.image_check_every,
         disk_faults: arguments.disk_faults,
         late_writes: arguments.late_writes,
+        ..Options::default()
     };
     let make = || {
         mutants::set(mutant);

@@ -47,9 +47,11 @@ pub struct Applied {
 impl StateMachine for Applied {
     fn apply(&mut self, batch: &CommittedBatch<'_>, replies: &mut Replies) {
         for command in batch.commands() {
-            self.recorder.apply(command.index.get(), command.term.get(), command.bytes);
+            let reply = self.recorder.apply(command.index.get(), command.term.get(), command.bytes);
             self.bytes += command.bytes.len();
-            replies.push_empty();
+            if replies.wanted() {
+                replies.push(reply.to_le_bytes().to_vec());
+            }
         }
     }
 }
@@ -171,7 +173,8 @@ impl SimNode for EngineNode {
         out.extend(self.completions.drain(..).map(|completion| {
             let answer = match completion.outcome {
                 Ok(committed) => {
-                    Answer::Committed { index: committed.index.get(), term: committed.term.get() }
+                    let reply = committed.reply.first_chunk().map_or(0, |reply| u64::from_le_bytes(*reply));
+                    Answer::Committed { index: committed.index.get(), term: committed.term.get(), reply }
                 }
                 Err(ProposeError::Refused(refused)) => Answer::Refused { leader: leader_in(&refused.reason) },
                 Err(ProposeError::Unknown(_)) => Answer::Unknown,
@@ -200,6 +203,10 @@ impl SimNode for EngineNode {
             epoch: raft.epoch().0,
             rollovers: self.driver.wal().stats().rollovers,
         }
+    }
+
+    fn matched(&self, peer: usize) -> Option<u64> {
+        Some(self.driver.raft()?.progress(id_of(peer))?.matched.get())
     }
 
     fn chain_at(&self, index: u64) -> Option<[u8; 16]> {

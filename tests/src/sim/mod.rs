@@ -6,6 +6,8 @@ pub mod cluster;
 pub mod context;
 pub mod coverage;
 pub mod disk;
+pub mod kv;
+pub mod linearizable;
 pub mod link;
 pub mod nemesis;
 pub mod node;

@@ -60,6 +60,8 @@ pub enum Answer {
         index: u64,
         /// The term.
         term: u64,
+        /// What the state machine replied.
+        reply: u64,
     },
     /// Definitely not in the log, with a hint where the leader is.
     Refused {
@@ -105,6 +107,9 @@ pub trait SimNode {
 
     /// What the node is and knows.
     fn view(&self) -> View;
+
+    /// How far another node's log is known to this leader to be durable and equal to its own.
+    fn matched(&self, peer: usize) -> Option<u64>;
 
     /// The chain of its log at `index`, if that is a batch end that it holds.
     fn chain_at(&self, index: u64) -> Option<[u8; 16]>;

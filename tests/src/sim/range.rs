@@ -9,9 +9,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use xxhash_rust::xxh3::xxh3_64;
 
-/// Ranges of fewer seeds than this need not have come by everything.
-const COVERAGE_SEEDS_MIN: u64 = 50;
-
 /// What came of a range of seeds.
 #[derive(Clone, Debug)]
 pub struct Summary {
@@ -33,7 +30,7 @@ impl Summary {
     /// What a range of this size must come by, and did not.
     #[must_use]
     pub fn missing(&self) -> Vec<Mark> {
-        if self.runs < COVERAGE_SEEDS_MIN { Vec::new() } else { self.coverage.missing() }
+        self.coverage.missing(self.runs)
     }
 
     /// Events in a second of wall-clock time, on all threads together.

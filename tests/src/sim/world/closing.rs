@@ -31,6 +31,10 @@ impl<C: Cluster> World<'_, C> {
     /// A power cut right now would take nothing of the log that the node has left.
     fn check_left(&self, node: usize) {
         let machine = &self.machines[node];
+        if machine.rotten {
+            // What is left of the log has to be repaired first.
+            return;
+        }
         let aside = Context::new(Trace::new(false));
         let image = machine.disk.borrow().durable_image(&aside);
         let end = machine.view.written;
