@@ -4,6 +4,7 @@
 //! truncation takes writes out of the window: they are still awaited, since they own their file, but never count.
 
 use crate::disk::DiskOpId;
+use crate::mutants::{self, Mutant};
 use ringraft_block::LogIndex;
 use std::collections::VecDeque;
 
@@ -87,11 +88,16 @@ impl Window {
 
     /// Moves the durable end over the completed writes at the front.
     pub(crate) fn settle(&mut self) {
+        if mutants::active(Mutant::DurableOverGap)
+            && let Some(write) = self.writes.iter().rev().find(|write| write.done)
+        {
+            self.durable_through = self.durable_through.max(write.last);
+        }
         while let Some(write) = self.writes.front()
             && write.done
         {
             self.bytes -= write.bytes;
-            self.durable_through = write.last;
+            self.durable_through = self.durable_through.max(write.last);
             self.writes.pop_front();
         }
     }

@@ -153,6 +153,7 @@ pub mod format;
 mod hard_state;
 mod index;
 mod log;
+pub mod mutants;
 mod ops;
 mod read;
 mod recovery;

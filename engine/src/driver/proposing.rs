@@ -3,6 +3,7 @@
 use super::{APPLY_READ, Driver, GROUP, READ_BYTES, run_of, take_block};
 use crate::apply::Applied;
 use crate::error::{LeaderHint, Refusal, StopError};
+use crate::mutants::{self, Mutant};
 use crate::raft::{Event, Raft, Role};
 use crate::state_machine::StateMachine;
 use ringraft_block::LogIndex;
@@ -112,6 +113,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
 
     pub(super) fn apply(&mut self) -> Result<bool, StopError> {
         let Some(commit) = self.raft().map(Raft::commit) else { return Ok(false) };
+        let commit = match self.raft() {
+            Some(raft) if mutants::active(Mutant::AppliedBeforeCommit) => raft.last().index,
+            _ => commit,
+        };
         let before = self.applier.applied();
         let applied = self.applier.advance(
             commit,

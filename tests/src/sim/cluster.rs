@@ -23,7 +23,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// Nodes that run the engine.
-pub struct Engine;
+pub struct Engine {
+    /// For recoveries of images, one after the other.
+    pool: Pool<AlignedBuf>,
+}
+
+impl Default for Engine {
+    fn default() -> Self {
+        Self { pool: Pool::new(16 << 20) }
+    }
+}
 
 /// A process that runs the engine.
 pub struct EngineNode {
@@ -117,7 +126,7 @@ impl Cluster for Engine {
         mut image: SimDisk,
     ) -> Result<ImageLog, String> {
         let config = config(node, nodes, tuning).log_config(0);
-        let mut wal: Wal<SimDisk> = Wal::open(config, Pool::<AlignedBuf>::new(1 << 20));
+        let mut wal: Wal<SimDisk> = Wal::open(config, self.pool.clone());
         let (mut done, mut events) = (Vec::new(), VecDeque::new());
         // Without latency, each poll brings all that was submitted before it.
         for _ in 0..100_000 {

@@ -60,7 +60,7 @@ impl Default for Options {
             nodes: None,
             steps: 20_000,
             trace: false,
-            image_check_every: 64,
+            image_check_every: 256,
             disk_faults: None,
             late_writes: None,
             keep: Keep::default(),
@@ -713,7 +713,7 @@ impl<'a, C: Cluster> World<'a, C> {
     fn set_phase_end(&mut self, steps: u64) {
         self.phase_ends =
             self.context.now() + 100 * self.tuning.election_timeout_ms * MILLISECOND + 10 * SECOND;
-        self.phase_steps_end = steps + 3_000_000;
+        self.phase_steps_end = steps + 1_000_000;
     }
 
     fn begin_calm(&mut self) {

@@ -298,6 +298,12 @@ impl DiskState {
         file.unreadable = unreadable;
     }
 
+    /// Whether a process would find a file of this name.
+    #[must_use]
+    pub fn has_file(&self, name: &str) -> bool {
+        self.names.contains_key(name)
+    }
+
     /// Somewhere in the content of the log's segments: a file and a sector in it that is not blank, if there is one.
     pub fn place_in_log(&self, rng: &mut Rng) -> Option<(String, u64)> {
         let mut places = Vec::new();

@@ -31,8 +31,8 @@ impl<C: Cluster> World<'_, C> {
     /// A power cut right now would take nothing of the log that the node has left.
     fn check_left(&self, node: usize) {
         let machine = &self.machines[node];
-        if machine.rotten {
-            // What is left of the log has to be repaired first.
+        // What is left of a rotten log has to be repaired first; and a recovery costs as much as a thousand events.
+        if machine.rotten || !(machine.lives + node as u64).is_multiple_of(3) {
             return;
         }
         let aside = Context::new(Trace::new(false));

@@ -171,7 +171,13 @@ impl<C: Cluster> World<'_, C> {
             _ => Rot::Unreadable,
         };
         let mut disk = machine.disk.borrow_mut();
-        if let Some((name, offset)) = disk.place_in_log(self.nemesis.rng()) {
+        // Of the hard state one copy, always the same, and only while both are whole: a second loss is beyond the bound.
+        let copy = self.nemesis.rng().chance(300_000);
+        if copy && (disk.writes_in_flight() > 0 || !disk.has_file("hard-b")) {
+            return;
+        }
+        let place = if copy { Some(("hard-a".to_owned(), 0)) } else { disk.place_in_log(self.nemesis.rng()) };
+        if let Some((name, offset)) = place.filter(|(name, _)| disk.has_file(name)) {
             let bytes = self.nemesis.rng().between(1, 600);
             disk.damage(&name, offset, bytes as usize, &rot);
             drop(disk);
