@@ -113,10 +113,11 @@ fn main() -> anyhow::Result<ExitCode> {
 /// Disks and buffers come and go in pieces of megabytes. Handing them back to the system and faulting them in again is a
 /// fifth of the time.
 fn keep_freed_memory() {
-    // SAFETY: sets two numbers of the allocator, before there are other threads.
+    // SAFETY: sets three numbers of the allocator, before there are other threads.
     unsafe {
         libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 30);
         libc::mallopt(libc::M_TRIM_THRESHOLD, 1 << 30);
+        libc::mallopt(libc::M_TOP_PAD, 16 << 20);
     }
 }
 

@@ -85,7 +85,7 @@ fn config(node: usize, nodes: usize, tuning: &Tuning) -> Config {
         segment_bytes: tuning.segment_bytes,
         segments_ahead: tuning.segments_ahead,
         batch_bytes_max: tuning.batch_bytes_max,
-        command_bytes_max: COMMAND_BYTES_MAX,
+        command_bytes_max: tuning.command_bytes_max,
         writes_in_flight_max: tuning.writes_in_flight_max,
         window_batches: tuning.window_batches,
         window_bytes: tuning.window_bytes,
@@ -98,9 +98,6 @@ fn config(node: usize, nodes: usize, tuning: &Tuning) -> Config {
         ..Config::new(ClusterId(0x5eed), id_of(node), members, "simulated")
     }
 }
-
-/// Above the largest command that a client makes.
-const COMMAND_BYTES_MAX: usize = 40 << 10;
 
 impl Cluster for Engine {
     type Node = EngineNode;

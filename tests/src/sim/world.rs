@@ -355,7 +355,9 @@ impl<'a, C: Cluster> World<'a, C> {
         };
         let machines = (0..nodes).map(|node| machine(node, &mut rng)).collect();
         let clients = (0..clients)
-            .map(|number| Client::draw(rng.fork(1_000 + number as u64), nodes, keys, think))
+            .map(|number| {
+                Client::draw(rng.fork(1_000 + number as u64), nodes, keys, think, tuning.command_bytes_max)
+            })
             .collect();
         let nemesis = Nemesis::new(rng.fork(3), &tuning, allowed);
         Self {
@@ -563,6 +565,7 @@ impl<'a, C: Cluster> World<'a, C> {
         if turned.stopped {
             self.context.record(node, What::Stopped, 0, 0);
             let reason = process.stop_reason();
+            self.context.note(|| format!("{reason:?}"));
             let orderly = machine.closing && reason.as_ref().is_some_and(|reason| reason.orderly);
             // Its last answers count like any other: a node that acknowledges while it stops is believed.
             let mut answers = std::mem::take(&mut self.answers);

@@ -67,7 +67,13 @@ pub(super) struct Client {
 }
 
 impl Client {
-    pub(super) fn draw(mut rng: Rng, nodes: usize, keys: usize, think: Time) -> Self {
+    pub(super) fn draw(
+        mut rng: Rng,
+        nodes: usize,
+        keys: usize,
+        think: Time,
+        command_bytes_max: usize,
+    ) -> Self {
         Self {
             believed: rng.index(nodes),
             next: 0,
@@ -77,7 +83,7 @@ impl Client {
             keys,
             think: think * rng.between(1, 4),
             patience: rng.between(1, 10),
-            padding_max: [100, 1_000, 5_000, 39_000][rng.index(4)],
+            padding_max: [100, 1_000, 5_000, 39_000][rng.index(4)].min(command_bytes_max as u64 - 100),
             fresh_from: usize::MAX,
             fresh_acknowledged: false,
             rng,
