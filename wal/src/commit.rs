@@ -78,6 +78,11 @@ impl Window {
     pub(crate) fn landed(&mut self, id: DiskOpId) -> Option<Landed> {
         if let Some(at) = self.void.iter().position(|write| write.id == id) {
             let write = self.void.swap_remove(at);
+            if mutants::active(Mutant::CutOffWriteCounted)
+                && let Some(newest) = self.writes.iter().rev().find(|newer| newer.last <= write.last)
+            {
+                self.durable_through = self.durable_through.max(newest.last);
+            }
             self.bytes -= write.bytes;
             return Some(Landed { generation: write.generation, bytes: write.bytes });
         }

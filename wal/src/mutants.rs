@@ -12,6 +12,8 @@ pub enum Mutant {
     OverwriteInPlaceAfterTruncation,
     /// Term and vote are saved in one copy.
     HardStateInOneCopy,
+    /// A write that was cut off while it was in flight counts for what was written in its place since.
+    CutOffWriteCounted,
     /// A completed write counts although one before it is still in flight.
     DurableOverGap,
     /// Appends go on before the cut is recorded.
@@ -28,10 +30,11 @@ pub enum Mutant {
 
 impl Mutant {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::AppendToSegmentOfEarlierBoot,
         Self::OverwriteInPlaceAfterTruncation,
         Self::HardStateInOneCopy,
+        Self::CutOffWriteCounted,
         Self::DurableOverGap,
         Self::CutNotAwaited,
         Self::DirectoryNotSynced,

@@ -18,10 +18,12 @@ pub enum Bug {
 }
 
 impl Bug {
-    /// All that a cluster of nodes can show.
+    /// All that a cluster of nodes can show. The log never hands the core a completion from before a truncation under an
+    /// older epoch, so that bug of the core is left to the core's own simulation; the log has one like it.
     #[must_use]
     pub fn all() -> Vec<Self> {
-        let engine = EngineMutant::ALL.into_iter().chain(EngineMutant::CLUSTER).map(Self::Engine);
+        let engine = EngineMutant::ALL.into_iter().chain(EngineMutant::CLUSTER);
+        let engine = engine.filter(|mutant| *mutant != EngineMutant::LateCompletionCounted).map(Self::Engine);
         engine.chain(LogMutant::ALL.into_iter().map(Self::Log)).collect()
     }
 

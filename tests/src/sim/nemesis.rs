@@ -14,6 +14,9 @@ pub enum Trouble {
     Kill,
     /// kill -9 of the leader.
     KillLeader,
+    /// A machine loses power right after its node has entered a term, when its vote may not be durable yet. Not in the table:
+    /// it comes with the term.
+    KillVoter,
     /// One machine loses power.
     PowerCut,
     /// All machines lose power.
@@ -158,6 +161,8 @@ pub struct Nemesis {
     /// How often, in a million, trouble befalls a leader that has just been elected: the entries of several terms
     /// are then spread over few nodes, as in figure 8 of the Raft paper.
     regicide_ppm: u32,
+    /// How often, in a million, a node loses power that has just entered a term.
+    perjury_ppm: u32,
 }
 
 impl Nemesis {
@@ -176,7 +181,8 @@ impl Nemesis {
             }
         }
         let regicide_ppm = [0, 0, 0, 500_000, 900_000][rng.index(5)];
-        Self { seed: rng.bits(), rng, weights, pause, length, regicide_ppm }
+        let perjury_ppm = [0, 0, 0, 300_000][rng.index(4)];
+        Self { seed: rng.bits(), rng, weights, pause, length, regicide_ppm, perjury_ppm }
     }
 
     /// From now on, until the next call, luck is that of the trouble of this number: one that is left out takes nothing from
@@ -203,6 +209,11 @@ impl Nemesis {
         let struck = self.rng.chance(self.regicide_ppm);
         let means = [Trouble::KillLeader, Trouble::IsolateLeader, Trouble::PowerCut, Trouble::Kill];
         struck.then(|| (means[self.rng.index(4)], self.rng.chance(400_000)))
+    }
+
+    /// What befalls a node that has just entered a term, in some runs.
+    pub fn perjury(&mut self) -> Option<Trouble> {
+        self.rng.chance(self.perjury_ppm).then_some(Trouble::KillVoter)
     }
 
     /// How long until the next one.

@@ -8,9 +8,16 @@ impl<C: Cluster> World<'_, C> {
             self.context.record(node, What::Role, u64::from(after.role), after.term);
         }
         self.history.borrow_mut().see(node, before, after);
+        if let Some(Err(broken)) = self.machines[node].process.as_ref().map(SimNode::check) {
+            self.history.borrow_mut().fail(|| format!("node {node}: {broken}"));
+        }
+        // It may have voted just now.
+        if after.term > before.term && before.formed && after.role == 0 && self.phase == Phase::Trouble {
+            self.voted_trouble(node);
+        }
         if after.role >= CANDIDATE && before.role < CANDIDATE {
-            // A pre-vote needs a quorum's answers, and lasts two election time-outs at the most.
-            if !self.has_heard_quorum(node, 4 * self.tuning.election_timeout_ms * MILLISECOND) {
+            // A pre-vote needs a quorum's answers, and lasts one and a half election time-outs, by a clock that may be slow.
+            if !self.has_heard_quorum(node, self.tuning.election_timeout_ms * MILLISECOND * 5 / 2) {
                 self.history
                     .borrow_mut()
                     .fail(|| format!("node {node} campaigns without a quorum's pre-votes"));

@@ -83,7 +83,8 @@ impl Client {
             keys,
             think: think * rng.between(1, 4),
             patience: rng.between(1, 10),
-            padding_max: [100, 1_000, 5_000, 39_000][rng.index(4)].min(command_bytes_max as u64 - 100),
+            padding_max: [100, 100, 100, 1_000, 1_000, 1_000, 5_000, 39_000][rng.index(8)]
+                .min(command_bytes_max as u64 - 100),
             fresh_from: usize::MAX,
             fresh_acknowledged: false,
             rng,

@@ -30,6 +30,14 @@ impl<C: Cluster> World<'_, C> {
         }
     }
 
+    /// A node has just entered a term, and perhaps voted in it.
+    pub(super) fn voted_trouble(&mut self, node: usize) {
+        let number = self.number(1);
+        if let Some(trouble) = self.nemesis.perjury() {
+            self.strike(number, trouble, node, node);
+        }
+    }
+
     fn number(&mut self, series: usize) -> u64 {
         let number = self.next_trouble[series];
         self.next_trouble[series] += 1;
@@ -51,6 +59,10 @@ impl<C: Cluster> World<'_, C> {
         let now = self.context.now();
         match trouble {
             Trouble::Kill => self.doom(node, Doom::One(Crash::Kill)),
+            Trouble::KillVoter => {
+                let turns = self.nemesis.rng().below(3);
+                self.machines[node].doomed = Some((turns, Doom::One(Crash::PowerCut)));
+            }
             Trouble::KillLeader => self.doom(leader, Doom::One(Crash::Kill)),
             Trouble::PowerCut => self.doom(node, Doom::One(Crash::PowerCut)),
             Trouble::PowerCutOfAll => self.doom(node, Doom::All),
@@ -125,7 +137,7 @@ impl<C: Cluster> World<'_, C> {
                 disk.faults_mut().fail_for_ever = for_ever;
             }
             Trouble::ShortWrites => {
-                self.machines[node].disk.borrow_mut().faults_mut().short_write_ppm = 50_000;
+                self.machines[node].disk.borrow_mut().faults_mut().short_write_ppm = 300_000;
                 self.plan(length, Plan::DiskNormal { node });
             }
             Trouble::NoSpace => {
@@ -173,7 +185,7 @@ impl<C: Cluster> World<'_, C> {
         let mut disk = machine.disk.borrow_mut();
         // Of the hard state one copy, always the same, and only while both are whole: a second loss is beyond the bound.
         let copy = self.nemesis.rng().chance(300_000);
-        if copy && (disk.writes_in_flight() > 0 || !disk.has_file("hard-b")) {
+        if copy && (disk.writes_in_flight() > 0 || !machine.known.formed) {
             return;
         }
         let place = if copy { Some(("hard-a".to_owned(), 0)) } else { disk.place_in_log(self.nemesis.rng()) };
