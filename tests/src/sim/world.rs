@@ -588,7 +588,7 @@ impl<'a, C: Cluster> World<'a, C> {
 
         let before = std::mem::replace(&mut machine.view, process.view());
         let after = machine.view;
-        if after.formed {
+        if after != View::default() {
             machine.known = after;
         }
         let mut answers = std::mem::take(&mut self.answers);
