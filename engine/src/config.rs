@@ -14,6 +14,9 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+/// What segments are measured in.
+const SEGMENT_UNIT: u64 = 64 << 10;
+
 /// A member of the cluster as this node is told of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MemberConfig {
@@ -83,7 +86,8 @@ pub struct Config {
     /// Bytes of payload applied in one turn, so that a long replay does not starve heartbeats. Default: 1 MiB.
     pub apply_bytes_per_turn: usize,
 
-    /// Size of a log segment. Default: 64 MiB. At least 16 times [`Config::slot_bytes_max`].
+    /// Size of a log segment. Default: 64 MiB. At least 16 times [`Config::slot_bytes_max`], in
+    /// whole 64 KiB.
     pub segment_bytes: u64,
     /// Segments prepared when the directory is formatted, and kept ready ahead. Default: 4.
     pub segments_ahead: usize,
@@ -334,10 +338,10 @@ impl Config {
                 });
             }
         }
-        let min = (16 * self.slot_bytes_max() as u64).next_multiple_of(1 << 20);
+        let min = (16 * self.slot_bytes_max() as u64).next_multiple_of(SEGMENT_UNIT);
         if self.segment_bytes < min
             || self.segment_bytes > 1 << 30
-            || !self.segment_bytes.is_multiple_of(1 << 20)
+            || !self.segment_bytes.is_multiple_of(SEGMENT_UNIT)
         {
             return Err(ConfigError::Segment { bytes: self.segment_bytes, min });
         }
@@ -547,7 +551,7 @@ pub enum ConfigError {
     },
     /// A segment that is too small or of an odd size.
     #[error(
-        "segment_bytes = {bytes}: at least {min} (16 of the largest batches), in whole MiB, at most 1 GiB"
+        "segment_bytes = {bytes}: at least {min} (16 of the largest batches), in whole 64 KiB, at most 1 GiB"
     )]
     Segment {
         /// The value.

@@ -24,6 +24,7 @@ use crate::error::{Refusal, StopCause, StopError, TransferError, UnknownOutcome}
 use crate::formation::Formation;
 use crate::handle::{Handle, LocalHandle, PeerStatus, Shared};
 use crate::ingress::{Deliveries, Request};
+use crate::mutants::{self, Mutant};
 use crate::outbox::Outbox;
 use crate::proposals::{LocalIngress, ProposalLimits, Proposals};
 use crate::raft::{Action, BatchRun, Configuration, Epoch, Event, Message, Nanos, Raft, Role};
@@ -374,7 +375,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     fn role_changed(&mut self, role: Role) {
         tracing::info!(node = %self.config.node, ?role, "role");
         self.peers.values_mut().for_each(|peer| peer.stages = None);
-        if role != Role::Leader {
+        if role != Role::Leader && !mutants::active(Mutant::WaitersKeptAfterDeposition) {
             let refusal = self.refusal();
             let unknown = |index| UnknownOutcome::LeadershipLost { index };
             let certain = self.raft().map_or(LogIndex(0), Raft::commit);

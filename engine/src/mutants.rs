@@ -62,6 +62,38 @@ pub enum Mutant {
     PurgeBeforeSnapshotDurable,
     /// A batch that cannot be read is acknowledged as if it could.
     DamageAcknowledged,
+    /// After a rejection a leader goes on at the position that was rejected, one below the next.
+    NextBelowOne,
+    /// What was in flight in a lost session still counts against the window, and is never sent again.
+    WindowNotResetOnReconnect,
+    /// A candidate counts a vote that was given to it in an earlier term.
+    StaleReplyTakenForNewTerm,
+    /// A vote goes to a candidate whose log lacks what the voter's holds.
+    VoteForShorterLog,
+    /// A voter votes for whoever asks last.
+    SecondVoteInTerm,
+    /// A follower commits what the leader has committed although its own log may hold something else there.
+    CommitBeyondMatch,
+    /// A follower's election timer runs on while its leader is heard.
+    ElectionTimerNotReset,
+    /// A leader goes on in its term although a follower's refusal tells of a later one.
+    TermNotAdoptedFromRejection,
+    /// The answer to a heartbeat counts for all that was sent before it.
+    HeartbeatAckCountedAsMatch,
+    /// An append that repeats what a follower holds cuts off what the follower holds behind it.
+    TruncatesWithoutConflict,
+    /// A follower keeps what contradicts the leader's log.
+    ConflictKept,
+    /// A follower takes appends of leaders of earlier terms.
+    StaleTermAppendTaken,
+    /// A leader that no quorum follows any more leads on.
+    CheckQuorumIgnored,
+    /// A node that loses its leadership says of commands in its log that they are not.
+    RefusedAlthoughInLog,
+    /// Whoever waits for a command at an index is answered when another one is committed there.
+    WaitersKeptAfterDeposition,
+    /// What is appended is applied before it is committed.
+    AppliedBeforeCommit,
 }
 
 impl Mutant {
@@ -86,6 +118,26 @@ impl Mutant {
 
     /// Those of snapshots in the core.
     pub const SNAPSHOT: [Self; 2] = [Self::SnapshotInstallRegressesApplied, Self::InstallKeepsConflictingLog];
+
+    /// Those that the simulation of the core alone cannot show, or does not.
+    pub const CLUSTER: [Self; 16] = [
+        Self::NextBelowOne,
+        Self::WindowNotResetOnReconnect,
+        Self::StaleReplyTakenForNewTerm,
+        Self::VoteForShorterLog,
+        Self::SecondVoteInTerm,
+        Self::CommitBeyondMatch,
+        Self::ElectionTimerNotReset,
+        Self::TermNotAdoptedFromRejection,
+        Self::HeartbeatAckCountedAsMatch,
+        Self::TruncatesWithoutConflict,
+        Self::ConflictKept,
+        Self::StaleTermAppendTaken,
+        Self::CheckQuorumIgnored,
+        Self::RefusedAlthoughInLog,
+        Self::WaitersKeptAfterDeposition,
+        Self::AppliedBeforeCommit,
+    ];
 
     /// All others but those that only a driver can have.
     pub const ALL: [Self; 9] = [

@@ -11,6 +11,7 @@
 use crate::error::{ProposeError, Refusal, Refused, UnknownOutcome};
 use crate::handle::{Committed, Outcome};
 use crate::ingress::{Deliveries, Submission, Ticket};
+use crate::mutants::{self, Mutant};
 use crate::state_machine::Replies;
 use bytes::Bytes;
 use ringraft_block::{Block, BlockBuf, LogIndex, Term};
@@ -329,6 +330,11 @@ impl<B: BlockBuf> Proposals<B> {
         let kept = self.sealed.partition_point(|sealed| sealed.first <= certain);
         for sealed in self.sealed.drain(kept..) {
             for (position, ticket) in sealed.tickets.into_iter().enumerate() {
+                if mutants::active(Mutant::RefusedAlthoughInLog) {
+                    let command = Bytes::new();
+                    deliveries.push(ticket, Err(Refused { reason: refusal.clone(), command }.into()));
+                    continue;
+                }
                 let index = LogIndex(sealed.first.get() + position as u64);
                 deliveries.push(ticket, Err(ProposeError::Unknown(unknown(index))));
             }

@@ -4,6 +4,7 @@ use ringraft::mutants::{self, Mutant};
 use ringraft_tests::sim::cluster::Engine;
 use ringraft_tests::sim::coverage::Mark;
 use ringraft_tests::sim::range::run_range;
+use ringraft_tests::sim::shrink::{kind_of, shrink};
 use ringraft_tests::sim::world::{Options, Report, run};
 
 fn describe(report: &Report) -> String {
@@ -13,7 +14,7 @@ fn describe(report: &Report) -> String {
 
 #[test]
 fn sixty_seeds_end_well_and_come_by_their_faults() {
-    let summary = run_range(|| Engine, 0..60, &Options::default(), 2, |_| {});
+    let summary = run_range(Engine::default, 0..60, &Options::default(), 2, |_| {});
     if let Some(report) = &summary.failure {
         panic!("{}", describe(report));
     }
@@ -24,7 +25,7 @@ fn sixty_seeds_end_well_and_come_by_their_faults() {
 #[test]
 fn the_same_seed_gives_the_same_trace_and_another_seed_another() {
     let options = Options { steps: 5_000, ..Options::default() };
-    let hash = |seed| run(&Engine, seed, &options).hash;
+    let hash = |seed| run(&Engine::default(), seed, &options).hash;
     assert_eq!(hash(7), hash(7));
     assert_ne!(hash(7), hash(8));
 }
@@ -32,7 +33,7 @@ fn the_same_seed_gives_the_same_trace_and_another_seed_another() {
 #[test]
 fn a_range_gives_the_same_hash_on_one_thread_and_on_two() {
     let options = Options { steps: 2_000, ..Options::default() };
-    let hash = |threads| run_range(|| Engine, 0..6, &options, threads, |_| {}).hash;
+    let hash = |threads| run_range(Engine::default, 0..6, &options, threads, |_| {}).hash;
     assert_eq!(hash(1), hash(2));
 }
 
@@ -40,7 +41,7 @@ fn a_range_gives_the_same_hash_on_one_thread_and_on_two() {
 fn an_acknowledgement_before_durability_is_noticed() {
     let make = || {
         mutants::set(Some(Mutant::AckBeforeDurable));
-        Engine
+        Engine::default()
     };
     let summary = run_range(make, 0..20, &Options::default(), 1, |_| {});
     mutants::set(None);
@@ -51,10 +52,32 @@ fn an_acknowledgement_before_durability_is_noticed() {
 
 #[test]
 fn failing_disks_and_late_writes_lose_nothing_that_was_acknowledged() {
-    let options = Options { disk_faults: true, late_writes: true, ..Options::default() };
-    let summary = run_range(|| Engine, 0..40, &options, 2, |_| {});
+    let options = Options { disk_faults: Some(true), late_writes: Some(true), ..Options::default() };
+    let summary = run_range(Engine::default, 0..40, &options, 2, |_| {});
     if let Some(report) = &summary.failure {
         panic!("{}", describe(report));
     }
     assert!(summary.coverage.of(Mark::DiskFault) > 0, "no disk failed");
+}
+
+#[test]
+fn a_failing_run_is_shrunk_to_a_few_troubles_and_calls_that_fail_in_the_same_way() {
+    mutants::set(Some(Mutant::VoteForgotten));
+    let options = Options::default();
+    let cluster = Engine::default();
+    let report = (0..200).map(|seed| run(&cluster, seed, &options)).find(|report| report.failure.is_some());
+    let report = report.expect("two leaders of a term");
+    let shrunk = shrink(&cluster, &options, &report, 120).expect("it failed");
+    let again = run(&cluster, report.seed, &shrunk.options);
+    mutants::set(None);
+    let message = |report: &Report| report.failure.as_ref().map(|failure| failure.message.clone());
+    assert_eq!(message(&again), message(&shrunk.report), "the shrunk run can be run again");
+    assert_eq!(
+        message(&report).as_deref().map(kind_of),
+        message(&again).as_deref().map(kind_of),
+        "it fails in the same way"
+    );
+    assert!(shrunk.report.calls.len() <= 2, "no call is needed for that: {}", shrunk.describe());
+    assert!(shrunk.report.struck.len() <= report.struck.len());
+    assert!(shrunk.describe().contains("--troubles"), "{}", shrunk.describe());
 }

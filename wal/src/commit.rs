@@ -4,6 +4,7 @@
 //! truncation takes writes out of the window: they are still awaited, since they own their file, but never count.
 
 use crate::disk::DiskOpId;
+use crate::mutants::{self, Mutant};
 use ringraft_block::LogIndex;
 use std::collections::VecDeque;
 
@@ -77,6 +78,11 @@ impl Window {
     pub(crate) fn landed(&mut self, id: DiskOpId) -> Option<Landed> {
         if let Some(at) = self.void.iter().position(|write| write.id == id) {
             let write = self.void.swap_remove(at);
+            if mutants::active(Mutant::CutOffWriteCounted)
+                && let Some(newest) = self.writes.iter().rev().find(|newer| newer.last <= write.last)
+            {
+                self.durable_through = self.durable_through.max(newest.last);
+            }
             self.bytes -= write.bytes;
             return Some(Landed { generation: write.generation, bytes: write.bytes });
         }
@@ -87,11 +93,16 @@ impl Window {
 
     /// Moves the durable end over the completed writes at the front.
     pub(crate) fn settle(&mut self) {
+        if mutants::active(Mutant::DurableOverGap)
+            && let Some(write) = self.writes.iter().rev().find(|write| write.done)
+        {
+            self.durable_through = self.durable_through.max(write.last);
+        }
         while let Some(write) = self.writes.front()
             && write.done
         {
             self.bytes -= write.bytes;
-            self.durable_through = write.last;
+            self.durable_through = self.durable_through.max(write.last);
             self.writes.pop_front();
         }
     }

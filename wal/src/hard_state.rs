@@ -13,6 +13,7 @@
 use crate::disk::{Access, Disk, DiskDone, DiskErrorKind, DiskOp, DiskOutput, FileId};
 use crate::error::WalError;
 use crate::format::{HARD_STATE_FILE_BYTES, HardState, write_hard_state};
+use crate::mutants::{self, Mutant};
 use crate::ops::{Ops, Owner, take};
 use ringraft_block::{BlockBuf, Pool, SharedBlock};
 use std::rc::Rc;
@@ -187,7 +188,7 @@ impl<B: BlockBuf> HardStateStore<B> {
     }
 
     fn end_copy<D: Disk<Buf = B>>(&mut self, disk: &mut D, ops: &mut Ops, save: Save<B>) {
-        if save.copy == 0 {
+        if save.copy == 0 && !mutants::active(Mutant::HardStateInOneCopy) {
             self.begin_copy(disk, ops, Save { copy: 1, anew: false, ..save });
         } else {
             self.durable_sequence = save.sequence;

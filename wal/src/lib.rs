@@ -156,6 +156,7 @@ pub mod format;
 mod hard_state;
 mod index;
 mod log;
+pub mod mutants;
 mod ops;
 mod read;
 mod recovery;

@@ -17,6 +17,7 @@ use crate::format::{
 };
 use crate::hard_state::HardStateStore;
 use crate::index::{Index, Place};
+use crate::mutants::{self, Mutant};
 use crate::ops::{Ops, Owner, Random, owner_of};
 use crate::read::{READS_IN_FLIGHT, REQUESTS_MAX, Reads, StoredBatch};
 use crate::recovery::{Found, Recovery, RecoveryReport};
@@ -790,6 +791,9 @@ impl<D: Disk> Wal<D> {
         for segment in self.segments.take_after(cut.generation) {
             self.let_go(segment);
         }
+        if mutants::active(Mutant::OverwriteInPlaceAfterTruncation) && self.go_on_at(cut) {
+            return self.epoch;
+        }
         // A cut that is still on its way is contained in this one.
         let (phase, after) = (CutPhase::Draining, self.index.end());
         self.cut = Some(PendingCut { phase, cut, after, announce: Announce::TruncateDone });
@@ -992,6 +996,8 @@ impl<D: Disk> Wal<D> {
                 let what = "writing a batch";
                 match done.result {
                     Ok(DiskOutput::Written { bytes }) if bytes == landed.bytes => {}
+                    Ok(DiskOutput::Written { .. }) if mutants::active(Mutant::ShortWriteTaken) => {}
+                    Err(_) if mutants::active(Mutant::FailedWriteIgnored) => {}
                     Ok(DiskOutput::Written { bytes }) => {
                         return Err(WalError::ShortWrite { what, asked: landed.bytes, written: bytes });
                     }
@@ -1145,7 +1151,7 @@ impl<D: Disk> Wal<D> {
             return Ok(());
         };
         if let CutPhase::Saving { sequence } = pending.phase
-            && store.durable_sequence() >= sequence
+            && (store.durable_sequence() >= sequence || mutants::active(Mutant::CutNotAwaited))
         {
             pending.phase = CutPhase::Fresh;
             match std::mem::replace(&mut pending.announce, Announce::Nothing) {
@@ -1236,6 +1242,37 @@ impl<D: Disk> Wal<D> {
         }
     }
 
+    /// With that bug put back: the log goes on at the cut, in the segment that it lies in.
+    fn go_on_at(&mut self, cut: Cut) -> bool {
+        let Some(segment) = self.segments.get_mut(cut.generation).filter(|_| self.cut.is_none()) else {
+            return false;
+        };
+        // Only what this process has made can be written to.
+        let Some(file) = segment.file().filter(|_| segment.header.boot == self.boot) else { return false };
+        segment.sums = None;
+        let SegmentHeader { generation, nonce, segment_bytes: bytes, .. } = segment.header;
+        self.active = Some(Active { generation, file, nonce, offset: cut.offset, bytes });
+        true
+    }
+
+    /// With that bug put back: the segment that the last process appended to, once it is open for writing.
+    fn go_on_after_start(&mut self, disk: &mut D) -> bool {
+        let Some(place) = self.index.end_place().filter(|_| self.active.is_none()) else { return false };
+        let Some(segment) = self.segments.get_mut(place.generation) else { return false };
+        let header = segment.header;
+        if self.standby.is_idle() {
+            self.standby.reuse(disk, &mut self.ops, segment.name, header);
+        } else if self.standby.header().is_some_and(|ready| ready.generation == header.generation)
+            && let Some((_, file, _)) = self.standby.take()
+        {
+            segment.descriptor = Descriptor::Open(file);
+            let SegmentHeader { generation, nonce, segment_bytes: bytes, .. } = header;
+            self.active = Some(Active { generation, file, nonce, offset: place.offset, bytes });
+            self.cut = None;
+        }
+        true
+    }
+
     /// Whether the standby's durable header is the one that is needed next.
     fn standby_fits(&self) -> bool {
         self.standby.header().is_some_and(|header| {
@@ -1294,6 +1331,12 @@ impl<D: Disk> Wal<D> {
         disk: &mut D,
         events: &mut VecDeque<WalEvent<D::Buf>>,
     ) -> Result<(), WalError> {
+        if mutants::active(Mutant::AppendToSegmentOfEarlierBoot)
+            && matches!(self.cut, Some(PendingCut { phase: CutPhase::Fresh, .. }))
+            && self.go_on_after_start(disk)
+        {
+            return Ok(());
+        }
         if matches!(self.cut, Some(PendingCut { phase: CutPhase::Fresh, .. })) && self.standby_fits() {
             self.activate();
             self.cut = None;

@@ -12,6 +12,7 @@
 use crate::disk::{Access, Disk, DiskDone, DiskError, DiskErrorKind, DiskOp, DiskOutput, FileId};
 use crate::error::WalError;
 use crate::format::{PriorContent, SegmentHeader, write_segment_header};
+use crate::mutants::{self, Mutant};
 use crate::ops::{Ops, Owner, take, zeros};
 use crate::segment::{SegmentName, Stage};
 use ringraft_block::{BLOCK_BYTES, BlockBuf, Pool, SharedBlock};
@@ -255,6 +256,8 @@ pub(crate) struct Standby {
     phase: Readying,
     /// What it held before: as its name said when it was taken.
     prior: PriorContent,
+    /// Of the segment that is being reused.
+    reused: Option<SegmentHeader>,
 }
 
 enum Readying {
@@ -270,7 +273,7 @@ enum Readying {
 
 impl Standby {
     pub(crate) fn new() -> Self {
-        Self { phase: Readying::Idle, prior: PriorContent::Zeros }
+        Self { phase: Readying::Idle, prior: PriorContent::Zeros, reused: None }
     }
 
     /// Whether there is none at all.
@@ -322,6 +325,25 @@ impl Standby {
         self.phase = Readying::Renaming(name);
     }
 
+    fn open<D: Disk>(&mut self, disk: &mut D, ops: &mut Ops, name: SegmentName) {
+        let flushed = !mutants::active(Mutant::WriteNotFlushed);
+        let access = if flushed { Access::DurableWrite } else { Access::Write };
+        ops.submit(disk, Owner::Standby, DiskOp::Open { name: name.to_string(), access });
+        self.phase = Readying::Opening(name);
+    }
+
+    /// A segment of an earlier process is opened to be gone on with: only with that bug put back.
+    pub(crate) fn reuse<D: Disk>(
+        &mut self,
+        disk: &mut D,
+        ops: &mut Ops,
+        name: SegmentName,
+        header: SegmentHeader,
+    ) {
+        self.reused = Some(header);
+        self.open(disk, ops, name);
+    }
+
     /// Whether a header could be written now.
     pub(crate) fn takes_header(&self) -> bool {
         matches!(self.phase, Readying::Open(..) | Readying::Ready(..))
@@ -358,17 +380,19 @@ impl Standby {
     ) -> Result<(), WalError> {
         let output = done.result.map_err(|error| WalError::Disk { what: WHAT_STANDBY, error })?;
         match (std::mem::replace(&mut self.phase, Readying::Idle), output) {
+            (Readying::Renaming(name), DiskOutput::Done) if mutants::active(Mutant::DirectoryNotSynced) => {
+                self.open(disk, ops, name);
+            }
             (Readying::Renaming(name), DiskOutput::Done) => {
                 ops.submit(disk, Owner::Standby, DiskOp::SyncDirectory);
                 self.phase = Readying::Syncing(name);
             }
-            (Readying::Syncing(name), DiskOutput::Done) => {
-                let op = DiskOp::Open { name: name.to_string(), access: Access::DurableWrite };
-                ops.submit(disk, Owner::Standby, op);
-                self.phase = Readying::Opening(name);
-            }
+            (Readying::Syncing(name), DiskOutput::Done) => self.open(disk, ops, name),
             (Readying::Opening(name), DiskOutput::Opened { file, .. }) => {
-                self.phase = Readying::Open(name, file);
+                self.phase = match self.reused.take() {
+                    Some(header) => Readying::Ready(name, file, header),
+                    None => Readying::Open(name, file),
+                };
             }
             (Readying::Heading(name, file, header), DiskOutput::Written { bytes }) => {
                 if bytes != BLOCK_BYTES {

@@ -151,6 +151,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
 
     pub(super) fn apply(&mut self) -> Result<bool, StopError> {
         let Some(commit) = self.raft().map(Raft::commit) else { return Ok(false) };
+        let commit = match self.raft() {
+            Some(raft) if mutants::active(Mutant::AppliedBeforeCommit) => raft.last().index,
+            _ => commit,
+        };
         let before = self.applier.applied();
         if mutants::active(Mutant::DedupeByLocalClock) {
             self.applier.set_local_clock(self.now.wall_ms);

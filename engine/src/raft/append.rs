@@ -116,6 +116,9 @@ impl Raft {
 
     /// When a leader gives up, if it hears nobody any more.
     fn check_quorum_deadline(&self) -> Nanos {
+        if mutants::active(Mutant::CheckQuorumIgnored) {
+            return Nanos::NEVER;
+        }
         self.quorum_contact().map_or(Nanos::NEVER, |contact| contact.plus(self.config.election_timeout))
     }
 
@@ -123,6 +126,9 @@ impl Raft {
     pub(super) fn handle_append_ack(&mut self, from: NodeId, ack: AppendAck, actions: &mut Vec<Action>) {
         let RoleState::Leader(leader) = &mut self.role else { return };
         if ack.term > self.hard.term() {
+            if mutants::active(Mutant::TermNotAdoptedFromRejection) {
+                return;
+            }
             return self.become_follower(ack.term, None, actions);
         }
         if ack.term < self.hard.term() {
@@ -272,7 +278,7 @@ impl Raft {
             return Ok(());
         }
         let term = self.hard.term();
-        if append.term < term {
+        if append.term < term && !mutants::active(Mutant::StaleTermAppendTaken) {
             self.answer(from, AppendOutcome::StaleTerm, actions);
             return Ok(());
         }
@@ -287,7 +293,9 @@ impl Raft {
         self.hearing.round = self.hearing.round.max(append.round);
         self.hearing.heard_at = Some(self.now);
         self.hearing.commit = self.hearing.commit.max(append.commit);
-        self.timer.from = self.now;
+        if !mutants::active(Mutant::ElectionTimerNotReset) {
+            self.timer.from = self.now;
+        }
 
         if !self.continues_from(&append)? {
             let outcome = AppendOutcome::Rejected {
@@ -353,6 +361,12 @@ impl Raft {
         }
         if let Some(here) = self.log.batch_starting_at(batch.first) {
             if here == batch {
+                if mutants::active(Mutant::TruncatesWithoutConflict) && self.log.last().index > batch.last {
+                    self.truncate_after(batch.last, batch, actions)?;
+                }
+                return Ok(true);
+            }
+            if mutants::active(Mutant::ConflictKept) {
                 return Ok(true);
             }
             if here.term == batch.term {
@@ -384,7 +398,12 @@ impl Raft {
 
     /// Commits what the leader has committed, as far as the logs are verified to be equal.
     fn follow_commit(&mut self, commit: LogIndex, actions: &mut Vec<Action>) {
-        if let Some(up_to) = self.log.floor(commit.min(self.hearing.matched))
+        let matched = if mutants::active(Mutant::CommitBeyondMatch) {
+            self.log.last().index
+        } else {
+            self.hearing.matched
+        };
+        if let Some(up_to) = self.log.floor(commit.min(matched))
             && up_to > self.commit
         {
             self.commit = up_to;

@@ -175,9 +175,11 @@ impl Raft {
         let vote_is_free = vote.term > self.hard.term()
             || (vote.term == self.hard.term()
                 && self.leader.is_none()
-                && self.hard.vote().is_none_or(|candidate| candidate == from));
+                && (self.hard.vote().is_none_or(|candidate| candidate == from)
+                    || mutants::active(Mutant::SecondVoteInTerm)));
         // What this node may have acknowledged counts, not only what its log still shows.
         let long_enough = self.repair.vote_bar(self.log.last()).is_some_and(|bar| vote.last >= bar);
+        let long_enough = long_enough || mutants::active(Mutant::VoteForShorterLog);
         let granted = !sticks && vote_is_free && long_enough;
         if granted && !vote.pre {
             self.become_follower(vote.term, None, actions);
@@ -201,7 +203,12 @@ impl Raft {
                 }
                 self.count_pre_votes(actions);
             }
-            RoleState::Candidate { .. } if !reply.pre && reply.granted && reply.term == term => {
+            RoleState::Candidate { .. }
+                if !reply.pre
+                    && reply.granted
+                    && (reply.term == term
+                        || reply.term < term && mutants::active(Mutant::StaleReplyTakenForNewTerm)) =>
+            {
                 self.count_vote(from, actions);
             }
             // Refused because the voter knows a later term. A granted reply of a later term is an old one, or

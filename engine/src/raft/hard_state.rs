@@ -58,7 +58,11 @@ impl HardState {
 
     /// Votes in the current term.
     pub(super) fn vote_for(&mut self, candidate: NodeId) {
-        debug_assert!(self.vote.is_none_or(|vote| vote == candidate), "a second vote in {}", self.term);
+        debug_assert!(
+            self.vote.is_none_or(|vote| vote == candidate) || mutants::any(),
+            "a second vote in {}",
+            self.term
+        );
         self.changed |= self.vote != Some(candidate);
         self.vote = Some(candidate);
     }

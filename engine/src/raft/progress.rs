@@ -242,6 +242,9 @@ impl Progress {
             matched
         };
         self.matched = self.matched.max(matched);
+        if mutants::active(Mutant::HeartbeatAckCountedAsMatch) {
+            self.matched = self.matched.max(self.mark);
+        }
         while self.inflight.front().is_some_and(|sent| sent.last <= self.matched) {
             if let Some(sent) = self.inflight.pop_front() {
                 self.inflight_bytes -= u64::from(sent.bytes);
@@ -333,10 +336,13 @@ impl Progress {
         self.state = ReplicationState::Probe;
         self.waiting = false;
         self.notice_due = None;
-        self.next = position.next();
+        self.next = if mutants::active(Mutant::NextBelowOne) { position } else { position.next() };
     }
 
     fn clear_inflight(&mut self) {
+        if mutants::active(Mutant::WindowNotResetOnReconnect) {
+            return;
+        }
         self.inflight.clear();
         self.inflight_bytes = 0;
     }

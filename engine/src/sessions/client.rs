@@ -264,7 +264,7 @@ impl Session {
 /// Whether it is worth asking again soon. `local`: the refusal is this session's own, for want of acknowledgement.
 fn is_passing(reason: &Refusal, local: bool) -> bool {
     match reason {
-        Refusal::TooLarge { .. } | Refusal::Stopped(_) => false,
+        Refusal::TooLarge { .. } | Refusal::Stopped(_) | Refusal::ConsensusOnly => false,
         Refusal::Session(SessionRefusal::BeyondWindow { .. }) => local,
         Refusal::Session(_) => false,
         _ => true,

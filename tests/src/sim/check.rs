@@ -6,52 +6,14 @@
 
 use super::context::Context;
 use super::coverage::Mark;
+use super::kv::{Command, CommandId, HEAD_BYTES, KEYS, Operation, Register, Store};
+use super::linearizable::{self, Call, Verdict};
 use super::node::{LEADER, View};
-use super::rng::Rng;
 use super::trace::What;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
-
-/// A client's command: its number and the client's.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct CommandId {
-    /// The client, from 0.
-    pub client: usize,
-    /// Its command, from 0.
-    pub sequence: usize,
-}
-
-const COMMAND_HEAD_BYTES: usize = 16;
-
-impl CommandId {
-    /// The command's bytes: the id, a checksum, and padding that follows from the id.
-    #[must_use]
-    pub fn encode(self, padding: usize) -> Vec<u8> {
-        let mut bytes = vec![0; COMMAND_HEAD_BYTES + padding];
-        bytes[..4].copy_from_slice(&(self.client as u32).to_le_bytes());
-        bytes[4..8].copy_from_slice(&(self.sequence as u32).to_le_bytes());
-        let (head, tail) = bytes.split_at_mut(COMMAND_HEAD_BYTES);
-        Rng::new(self.client as u64 ^ (self.sequence as u64) << 20).fill(tail);
-        let sum = xxh3_64_with_seed(
-            tail,
-            padding as u64 ^ u64::from_le_bytes(head[..8].try_into().expect("8 bytes")),
-        );
-        head[8..].copy_from_slice(&sum.to_le_bytes());
-        bytes
-    }
-
-    /// The id of a command, if its bytes are whole.
-    #[must_use]
-    pub fn decode(bytes: &[u8]) -> Option<Self> {
-        let (head, tail) = bytes.split_at_checked(COMMAND_HEAD_BYTES)?;
-        let id = u64::from_le_bytes(head[..8].try_into().ok()?);
-        let sum = u64::from_le_bytes(head[8..].try_into().ok()?);
-        let whole = xxh3_64_with_seed(tail, tail.len() as u64 ^ id) == sum;
-        whole.then_some(Self { client: (id & 0xffff_ffff) as usize, sequence: (id >> 32) as usize })
-    }
-}
 
 /// What an index of the log holds, once some node has applied it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,12 +33,28 @@ enum Entry {
 pub enum Fate {
     /// Proposed, no answer yet.
     Open,
-    /// Acknowledged at this index.
-    Acknowledged(u64),
+    /// Acknowledged.
+    Acknowledged {
+        /// At this index.
+        index: u64,
+        /// With this reply.
+        reply: u64,
+    },
     /// Refused; not proposed again.
     Refused,
     /// No answer will come.
     Unknown,
+}
+
+/// A client's command: what it asked, when, and what it knows.
+#[derive(Clone, Copy, Debug)]
+struct Asked {
+    command: Command,
+    /// By the history's own clock, which no two moments share.
+    invoked: u64,
+    returned: u64,
+    fate: Fate,
+    applied_at: Option<u64>,
 }
 
 #[derive(Clone, Copy)]
@@ -90,9 +68,9 @@ struct CommittedEnd {
 pub struct History {
     context: Rc<Context>,
     entries: Vec<Entry>,
-    /// Where each client's commands were applied.
-    applied_at: Vec<Vec<Option<u64>>>,
-    fates: Vec<Vec<Fate>>,
+    /// Each client's commands.
+    asked: Vec<Vec<Asked>>,
+    clock: u64,
     /// Batch ends that were committed on some node, with the term that the first node to know it was in then: it was
     /// committed in that term at the latest.
     committed: BTreeMap<u64, CommittedEnd>,
@@ -108,8 +86,8 @@ impl History {
         Rc::new(RefCell::new(Self {
             context: Rc::clone(context),
             entries: Vec::new(),
-            applied_at: vec![Vec::new(); clients],
-            fates: vec![Vec::new(); clients],
+            asked: vec![Vec::new(); clients],
+            clock: 0,
             committed: BTreeMap::new(),
             leaders: BTreeMap::new(),
             last_leader: None,
@@ -142,22 +120,36 @@ impl History {
         self.failure.as_deref()
     }
 
+    fn tick(&mut self) -> u64 {
+        self.clock += 1;
+        self.clock
+    }
+
     /// A client proposes a command for the first time, or again after a refusal.
-    pub fn proposed(&mut self, id: CommandId) {
-        let fates = &mut self.fates[id.client];
-        if fates.len() == id.sequence {
-            fates.push(Fate::Open);
-            self.applied_at[id.client].push(None);
+    pub fn proposed(&mut self, command: Command) {
+        let invoked = self.tick();
+        let asked = Asked { command, invoked, returned: 0, fate: Fate::Open, applied_at: None };
+        let commands = &mut self.asked[command.id.client];
+        match commands.get_mut(command.id.sequence) {
+            Some(again) => *again = Asked { applied_at: again.applied_at, ..asked },
+            None => commands.push(asked),
         }
-        self.fates[id.client][id.sequence] = Fate::Open;
+    }
+
+    /// A command that the client would have made and that is left out of the run.
+    pub fn left_out(&mut self, command: Command) {
+        self.proposed(command);
+        self.answered(command.id, Fate::Refused);
     }
 
     /// A client learns what became of its command. An answer after the client gave up counts too.
     pub fn answered(&mut self, id: CommandId, fate: Fate) {
-        self.fates[id.client][id.sequence] = fate;
-        if let Fate::Acknowledged(index) = fate {
+        let returned = self.tick();
+        let asked = &mut self.asked[id.client][id.sequence];
+        (asked.fate, asked.returned) = (fate, returned);
+        let applied = asked.applied_at;
+        if let Fate::Acknowledged { index, .. } = fate {
             self.context.cover(Mark::Acknowledged);
-            let applied = self.applied_at[id.client][id.sequence];
             if applied != Some(index) {
                 self.fail(|| format!("{id:?} was acknowledged at index {index} and applied at {applied:?}"));
             }
@@ -167,13 +159,13 @@ impl History {
     /// Whether no client waits for an answer.
     #[must_use]
     pub fn all_answered(&self) -> bool {
-        !self.fates.iter().flatten().any(|fate| *fate == Fate::Open)
+        !self.asked.iter().flatten().any(|asked| asked.fate == Fate::Open)
     }
 
     /// How many commands were acknowledged.
     #[must_use]
     pub fn acknowledged(&self) -> usize {
-        self.fates.iter().flatten().filter(|fate| matches!(fate, Fate::Acknowledged(_))).count()
+        self.asked.iter().flatten().filter(|asked| matches!(asked.fate, Fate::Acknowledged { .. })).count()
     }
 
     /// Leader Election, State Machine Safety's precondition and the order of positions: cheap, after each turn.
@@ -293,46 +285,80 @@ impl History {
             }
         }
         let Entry::Command { id, .. } = entry else { return };
-        let place = self.applied_at.get_mut(id.client).and_then(|commands| commands.get_mut(id.sequence));
-        match place {
-            None => self.fail(|| format!("{id:?} was applied at index {index} and never proposed")),
-            Some(place) => match place.replace(index) {
-                None => {
-                    if self.fates[id.client][id.sequence] == Fate::Refused {
-                        self.fail(|| format!("{id:?} was refused and applied at index {index}"));
-                    }
-                }
-                Some(first) => self.fail(|| format!("{id:?} was applied twice, at {first} and at {index}")),
-            },
+        let Some(asked) = self.asked.get_mut(id.client).and_then(|commands| commands.get_mut(id.sequence))
+        else {
+            return self.fail(|| format!("{id:?} was applied at index {index} and never proposed"));
+        };
+        let (fate, earlier) = (asked.fate, asked.applied_at.replace(index));
+        match earlier {
+            None if fate == Fate::Refused => {
+                self.fail(|| format!("{id:?} was refused and applied at index {index}"));
+            }
+            None => {}
+            Some(first) => self.fail(|| format!("{id:?} was applied twice, at {first} and at {index}")),
         }
     }
 
-    /// What clients were told against what was applied, when all is over.
+    /// What clients were told against what was applied, and against one another, when all is over.
     pub fn finish(&mut self) {
-        for client in 0..self.fates.len() {
-            for sequence in 0..self.fates[client].len() {
-                let id = CommandId { client, sequence };
-                let fate = self.fates[client][sequence];
-                let applied = self.applied_at[client][sequence];
-                match (fate, applied) {
-                    (Fate::Acknowledged(index), Some(applied)) if index == applied => {}
+        for client in 0..self.asked.len() {
+            for sequence in 0..self.asked[client].len() {
+                let Asked { command, fate, applied_at, .. } = self.asked[client][sequence];
+                match (fate, applied_at) {
+                    (Fate::Acknowledged { index, reply }, Some(applied)) if index == applied => {
+                        self.context.cover(match command.operation {
+                            Operation::Get => Mark::Got,
+                            Operation::Put { .. } => Mark::Put,
+                            Operation::Append { .. } => Mark::Appended,
+                            Operation::Cas { expected, .. } if expected == reply => Mark::CasHit,
+                            Operation::Cas { .. } => Mark::CasMissed,
+                        });
+                    }
                     (Fate::Unknown, Some(_)) => self.context.cover(Mark::UnknownCommitted),
                     (Fate::Unknown, None) => self.context.cover(Mark::UnknownLost),
                     (Fate::Refused, None) => {}
-                    _ => self.fail(|| format!("{id:?} ended as {fate:?} and was applied at {applied:?}")),
+                    _ => {
+                        let id = command.id;
+                        self.fail(|| format!("{id:?} ended as {fate:?} and was applied at {applied_at:?}"));
+                    }
                 }
+            }
+        }
+        self.check_linearizability();
+    }
+
+    /// Linearizability of what clients asked and were told: what was refused never happened, what is unknown may have, and of a
+    /// read without an answer there is nothing to explain.
+    fn check_linearizability(&mut self) {
+        let mut keys: [Vec<Call<Operation, u64>>; KEYS] = Default::default();
+        for Asked { command, invoked, returned, fate, .. } in self.asked.iter().flatten().copied() {
+            let reply = match fate {
+                Fate::Acknowledged { reply, .. } => Some(reply),
+                Fate::Refused => continue,
+                Fate::Open | Fate::Unknown if command.operation.reads() => continue,
+                Fate::Open | Fate::Unknown => None,
+            };
+            let call = Call { operation: command.operation, reply, invoked, returned };
+            keys[usize::from(command.key)].push(call);
+        }
+        for (key, calls) in keys.iter().enumerate().filter(|(_, calls)| !calls.is_empty()) {
+            match linearizable::check::<Register>(calls, linearizable::PAIRS_MAX) {
+                Verdict::Linearizable => self.context.cover(Mark::HistoryChecked),
+                Verdict::Undecided => self.context.cover(Mark::HistoryUndecided),
+                Verdict::Impossible(why) => self.fail(|| format!("key {key} is not linearizable: {why}")),
             }
         }
     }
 }
 
-/// The state machine that every node runs: it remembers nothing but the order, and tells the observer.
+/// The state machine that every node runs: a store of a few keys. It tells the observer what it does.
 pub struct Recorder {
     history: Rc<RefCell<History>>,
     context: Rc<Context>,
     node: usize,
     index: u64,
     state: u64,
+    store: Store,
 }
 
 impl Recorder {
@@ -340,7 +366,7 @@ impl Recorder {
     #[must_use]
     pub fn new(history: &Rc<RefCell<History>>, node: usize) -> Self {
         let context = Rc::clone(&history.borrow().context);
-        Self { history: Rc::clone(history), context, node, index: 0, state: 0 }
+        Self { history: Rc::clone(history), context, node, index: 0, state: 0, store: Store::default() }
     }
 
     /// The hash of all commands applied so far, in order.
@@ -351,18 +377,21 @@ impl Recorder {
 
     /// Its state, for a snapshot.
     #[must_use]
-    pub fn picture(&self) -> [u8; 16] {
-        let mut picture = [0; 16];
-        picture[..8].copy_from_slice(&self.index.to_le_bytes());
-        picture[8..].copy_from_slice(&self.state.to_le_bytes());
-        picture
+    pub fn picture(&self) -> Vec<u8> {
+        let numbers = [self.index, self.state].into_iter().chain(self.store.values());
+        numbers.flat_map(u64::to_le_bytes).collect()
     }
 
     /// Takes over the state of a snapshot, which must be one that some node has come by in order.
     /// `runs`: it had applied something in this life.
-    pub fn restore(&mut self, picture: [u8; 16], runs: bool) {
-        let number = |at: usize| u64::from_le_bytes(picture[at..at + 8].try_into().expect("8 bytes"));
-        let (index, state) = (number(0), number(8));
+    ///
+    /// # Errors
+    /// When it is too short.
+    pub fn restore(&mut self, picture: &[u8], runs: bool) -> Result<(), String> {
+        let mut numbers = picture.chunks_exact(8).map(|bytes| bytes.try_into().map_or(0, u64::from_le_bytes));
+        let short = || "the snapshot is too short".to_owned();
+        let (index, state) = numbers.next().zip(numbers.next()).ok_or_else(short)?;
+        let store = Store::of_values(numbers).ok_or_else(short)?;
         let mut history = self.history.borrow_mut();
         let (node, last) = (self.node, self.index);
         let known = match history.entry_mut(index) {
@@ -375,30 +404,34 @@ impl Recorder {
                 format!("node {node}, at index {last}, restored state {state:x} of index {index}, which had {known:x?}")
             });
         }
-        (self.index, self.state) = (index, state);
+        (self.index, self.state, self.store) = (index, state, store);
         self.context.record(node, What::Apply, index, state);
         self.context.cover(if runs { Mark::SnapshotInstalled } else { Mark::SnapshotRestored });
+        Ok(())
     }
 
-    /// Applies the command at `index`.
-    pub fn apply(&mut self, index: u64, term: u64, command: &[u8]) {
+    /// Applies the command at `index`. The answer to its client.
+    pub fn apply(&mut self, index: u64, term: u64, bytes: &[u8]) -> u64 {
         let mut history = self.history.borrow_mut();
         let (node, last) = (self.node, self.index);
         if index <= last {
             history.fail(|| format!("node {node} applied index {index} after {last}"));
-            return;
+            return 0;
         }
-        let Some(id) = CommandId::decode(command) else {
+        let Some(command) = Command::decode(bytes) else {
             history.fail(|| format!("node {node} applied a damaged command at index {index}"));
-            return;
+            return 0;
         };
+        let reply = self.store.apply(&command);
         for skipped in last + 1..index {
             history.see_entry(node, skipped, Entry::Engine);
         }
-        self.state = xxh3_64_with_seed(command, self.state ^ index);
+        // The bytes have been compared with their checksum, which is in the head.
+        self.state = xxh3_64_with_seed(&bytes[..HEAD_BYTES], self.state ^ index ^ reply.rotate_left(32));
         self.index = index;
         self.context.record(node, What::Apply, index, self.state);
-        history.see_entry(node, index, Entry::Command { id, term, state: self.state });
+        history.see_entry(node, index, Entry::Command { id: command.id, term, state: self.state });
+        reply
     }
 }
 
@@ -415,67 +448,83 @@ mod tests {
         CommandId { client, sequence }
     }
 
+    fn command(client: usize, sequence: usize) -> Command {
+        let operation = Operation::Append { item: sequence as u64 };
+        Command { id: id(client, sequence), key: 0, operation }
+    }
+
+    fn bytes(client: usize, sequence: usize) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        command(client, sequence).encode(9, &mut bytes);
+        bytes
+    }
+
     fn failure(history: &Rc<RefCell<History>>) -> String {
         history.borrow().failure().unwrap_or_default().to_owned()
     }
 
     #[test]
-    fn a_command_is_recognised_and_a_damaged_one_is_not() {
-        for padding in [0, 1, 100] {
-            let mut bytes = id(3, 70_000).encode(padding);
-            assert_eq!(CommandId::decode(&bytes), Some(id(3, 70_000)));
-            let last = bytes.len() - 1;
-            bytes[last] ^= 1;
-            assert_eq!(CommandId::decode(&bytes), None);
-        }
-        assert_eq!(CommandId::decode(&[]), None);
-    }
-
-    #[test]
     fn state_machines_that_apply_different_commands_at_an_index_are_noticed() {
         let history = history();
-        history.borrow_mut().proposed(id(0, 0));
-        history.borrow_mut().proposed(id(1, 0));
-        Recorder::new(&history, 0).apply(2, 1, &id(0, 0).encode(9));
+        history.borrow_mut().proposed(command(0, 0));
+        history.borrow_mut().proposed(command(1, 0));
+        Recorder::new(&history, 0).apply(2, 1, &bytes(0, 0));
         assert_eq!(failure(&history), "");
-        Recorder::new(&history, 1).apply(2, 1, &id(1, 0).encode(9));
+        Recorder::new(&history, 1).apply(2, 1, &bytes(1, 0));
         assert!(failure(&history).contains("at index 2"));
     }
 
     #[test]
     fn a_state_machine_that_skips_a_command_is_noticed() {
         let history = history();
-        history.borrow_mut().proposed(id(0, 0));
-        history.borrow_mut().proposed(id(0, 1));
+        history.borrow_mut().proposed(command(0, 0));
+        history.borrow_mut().proposed(command(0, 1));
         let mut whole = Recorder::new(&history, 0);
-        whole.apply(1, 1, &id(0, 0).encode(9));
-        whole.apply(2, 1, &id(0, 1).encode(9));
-        Recorder::new(&history, 1).apply(2, 1, &id(0, 1).encode(9));
+        whole.apply(1, 1, &bytes(0, 0));
+        whole.apply(2, 1, &bytes(0, 1));
+        Recorder::new(&history, 1).apply(2, 1, &bytes(0, 1));
         assert!(failure(&history).contains("at index 1"));
     }
 
     #[test]
     fn a_command_that_is_applied_twice_is_noticed() {
         let history = history();
-        history.borrow_mut().proposed(id(0, 0));
+        history.borrow_mut().proposed(command(0, 0));
         let mut recorder = Recorder::new(&history, 0);
-        recorder.apply(1, 1, &id(0, 0).encode(9));
-        recorder.apply(2, 1, &id(0, 0).encode(9));
+        recorder.apply(1, 1, &bytes(0, 0));
+        recorder.apply(2, 1, &bytes(0, 0));
         assert!(failure(&history).contains("twice"));
     }
 
     #[test]
     fn a_lost_acknowledgement_and_an_applied_refusal_are_noticed() {
         let history = history();
-        history.borrow_mut().proposed(id(0, 0));
-        history.borrow_mut().answered(id(0, 0), Fate::Acknowledged(4));
+        history.borrow_mut().proposed(command(0, 0));
+        history.borrow_mut().answered(id(0, 0), Fate::Acknowledged { index: 4, reply: 0 });
         assert!(failure(&history).contains("acknowledged at index 4"));
 
         let other = self::history();
-        other.borrow_mut().proposed(id(0, 0));
+        other.borrow_mut().proposed(command(0, 0));
         other.borrow_mut().answered(id(0, 0), Fate::Refused);
-        Recorder::new(&other, 0).apply(1, 1, &id(0, 0).encode(9));
+        Recorder::new(&other, 0).apply(1, 1, &bytes(0, 0));
         assert!(failure(&other).contains("refused"));
+    }
+
+    #[test]
+    fn a_reply_that_no_order_explains_is_noticed() {
+        let history = history();
+        for sequence in 0..2 {
+            history.borrow_mut().proposed(command(0, sequence));
+        }
+        let mut recorder = Recorder::new(&history, 0);
+        let replies = [recorder.apply(1, 1, &bytes(0, 0)), recorder.apply(2, 1, &bytes(0, 1))];
+        for (sequence, reply) in replies.into_iter().rev().enumerate() {
+            let fate = Fate::Acknowledged { index: sequence as u64 + 1, reply };
+            history.borrow_mut().answered(id(0, sequence), fate);
+        }
+        assert_eq!(failure(&history), "");
+        history.borrow_mut().finish();
+        assert!(failure(&history).contains("key 0 is not linearizable"), "{}", failure(&history));
     }
 
     #[test]

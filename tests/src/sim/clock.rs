@@ -29,6 +29,13 @@ impl NodeClock {
         self.origin_ns = origin_ns;
     }
 
+    /// From `now` on the clocks run at another rate.
+    pub fn drift(&mut self, now: Time, drift_ppm: i64) {
+        self.origin_ns = self.monotonic_ns(now);
+        self.since = now;
+        self.drift_ppm = drift_ppm;
+    }
+
     /// What the monotonic clock shows at `now`.
     #[must_use]
     pub fn monotonic_ns(&self, now: Time) -> u64 {
@@ -72,6 +79,14 @@ mod tests {
                 assert!(time == 1_000 || clock.monotonic_ns(time - 1) < deadline);
             }
         }
+    }
+
+    #[test]
+    fn a_change_of_rate_moves_no_clock() {
+        let mut clock = NodeClock::new(0, 5, 100_000);
+        clock.drift(1_000_000, -100_000);
+        assert_eq!(clock.monotonic_ns(1_000_000), 1_100_005);
+        assert_eq!(clock.monotonic_ns(2_000_000), 2_000_005);
     }
 
     #[test]

@@ -24,7 +24,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// Nodes that run the engine.
-pub struct Engine;
+pub struct Engine {
+    /// For recoveries of images, one after the other.
+    pool: Pool<AlignedBuf>,
+}
+
+impl Default for Engine {
+    fn default() -> Self {
+        Self { pool: Pool::new(16 << 20) }
+    }
+}
 
 /// A process that runs the engine.
 pub struct EngineNode {
@@ -51,15 +60,17 @@ pub struct Applied {
 impl StateMachine for Applied {
     fn apply(&mut self, batch: &CommittedBatch<'_>, replies: &mut Replies) {
         for command in batch.commands() {
-            self.recorder.apply(command.index.get(), command.term.get(), command.bytes);
+            let reply = self.recorder.apply(command.index.get(), command.term.get(), command.bytes);
             self.bytes += command.bytes.len();
             self.runs = true;
-            replies.push_empty();
+            if replies.wanted() {
+                replies.push(reply.to_le_bytes().to_vec());
+            }
         }
     }
 
     fn snapshot(&mut self) -> Option<Box<dyn SnapshotReader>> {
-        let mut bytes = self.recorder.picture().to_vec();
+        let mut bytes = self.recorder.picture();
         // Of some slots and pieces.
         bytes.resize(bytes.len() + (self.bytes % 7) * 40_000, 0x5a);
         Some(Box::new(Bytes::from(bytes)))
@@ -70,8 +81,7 @@ impl StateMachine for Applied {
             Restore::Begin { .. } => self.restoring.clear(),
             Restore::Piece(piece) => self.restoring.extend_from_slice(piece),
             Restore::End => {
-                let picture = self.restoring.get(..16).and_then(|picture| picture.try_into().ok());
-                self.recorder.restore(picture.ok_or("too short")?, self.runs);
+                self.recorder.restore(&self.restoring, self.runs)?;
             }
         }
         Ok(())
@@ -98,7 +108,7 @@ fn config(node: usize, nodes: usize, tuning: &Tuning) -> Config {
         segment_bytes: tuning.segment_bytes,
         segments_ahead: tuning.segments_ahead,
         batch_bytes_max: tuning.batch_bytes_max,
-        command_bytes_max: COMMAND_BYTES_MAX,
+        command_bytes_max: tuning.command_bytes_max,
         writes_in_flight_max: tuning.writes_in_flight_max,
         window_batches: tuning.window_batches,
         window_bytes: tuning.window_bytes,
@@ -114,9 +124,6 @@ fn config(node: usize, nodes: usize, tuning: &Tuning) -> Config {
         ..Config::new(ClusterId(0x5eed), id_of(node), members, "simulated")
     }
 }
-
-/// Above the largest command that a client makes.
-const COMMAND_BYTES_MAX: usize = 40 << 10;
 
 impl Cluster for Engine {
     type Node = EngineNode;
@@ -142,7 +149,7 @@ impl Cluster for Engine {
         mut image: SimDisk,
     ) -> Result<ImageLog, String> {
         let config = config(node, nodes, tuning).log_config(0);
-        let mut wal: Wal<SimDisk> = Wal::open(config, Pool::<AlignedBuf>::new(1 << 20));
+        let mut wal: Wal<SimDisk> = Wal::open(config, self.pool.clone());
         let (mut done, mut events) = (Vec::new(), VecDeque::new());
         // Without latency, each poll brings all that was submitted before it.
         for _ in 0..100_000 {
@@ -199,7 +206,8 @@ impl SimNode for EngineNode {
         out.extend(self.completions.drain(..).map(|completion| {
             let answer = match completion.outcome {
                 Ok(committed) => {
-                    Answer::Committed { index: committed.index.get(), term: committed.term.get() }
+                    let reply = committed.reply.first_chunk().map_or(0, |reply| u64::from_le_bytes(*reply));
+                    Answer::Committed { index: committed.index.get(), term: committed.term.get(), reply }
                 }
                 Err(ProposeError::Refused(refused)) => Answer::Refused { leader: leader_in(&refused.reason) },
                 Err(ProposeError::Unknown(_) | ProposeError::ReplyGone { .. }) => Answer::Unknown,
@@ -228,6 +236,10 @@ impl SimNode for EngineNode {
             epoch: raft.epoch().0,
             rollovers: self.driver.wal().stats().rollovers,
         }
+    }
+
+    fn matched(&self, peer: usize) -> Option<u64> {
+        Some(self.driver.raft()?.progress(id_of(peer))?.matched.get())
     }
 
     fn chain_at(&self, index: u64) -> Option<[u8; 16]> {

@@ -22,9 +22,9 @@ macro_rules! marks {
                 }
             }
 
-            /// Whether a range of seeds must come by it.
+            /// A range of so many seeds must come by it; 0 for none.
             #[must_use]
-            pub const fn required(self) -> bool {
+            pub const fn required_from(self) -> u64 {
                 match self {
                     $(Self::$name => $required,)*
                 }
@@ -35,87 +35,111 @@ macro_rules! marks {
 
 marks! {
     /// A node became leader.
-    Leader = "leaders", true;
+    Leader = "leaders", 50;
     /// A node became leader after another had been.
-    LeaderChange = "leader_changes", true;
+    LeaderChange = "leader_changes", 50;
     /// A node's log lost a suffix.
-    Truncation = "truncations", true;
+    Truncation = "truncations", 50;
     /// A process was killed.
-    Kill = "kills", true;
+    Kill = "kills", 50;
     /// A machine lost power.
-    PowerCut = "power_cuts", true;
+    PowerCut = "power_cuts", 50;
     /// All machines lost power at once.
-    PowerCutOfAll = "power_cuts_of_all", true;
+    PowerCutOfAll = "power_cuts_of_all", 50;
     /// A node was asked to stop, and did so in good order.
-    OrderlyStop = "orderly_stops", true;
+    OrderlyStop = "orderly_stops", 50;
     /// A node that was to stop in good order crashed first.
-    CrashWhileClosing = "crashes_while_closing", false;
+    CrashWhileClosing = "crashes_while_closing", 500;
     /// A node was started again.
-    Restart = "restarts", true;
+    Restart = "restarts", 50;
     /// A node took its state over from a snapshot, at a start or from another node.
-    SnapshotRestored = "snapshots_restored", true;
+    SnapshotRestored = "snapshots_restored", 200;
     /// A node that was running was given a snapshot, since it had fallen behind the log of the leader.
-    SnapshotInstalled = "snapshots_installed", true;
+    SnapshotInstalled = "snapshots_installed", 200;
     /// A crash met writes in flight.
-    CrashWithPendingWrites = "crashes_with_pending_writes", true;
+    CrashWithPendingWrites = "crashes_with_pending_writes", 50;
     /// Of a write that was in flight, some sectors survived and some did not.
-    TornWrite = "torn_writes", true;
+    TornWrite = "torn_writes", 50;
     /// A completed write that nobody had flushed was lost, at least in part.
-    UnflushedWriteLost = "unflushed_writes_lost", true;
+    UnflushedWriteLost = "unflushed_writes_lost", 50;
     /// A directory operation that nobody had synchronised was lost.
-    DirectoryOpLost = "directory_ops_lost", false;
+    DirectoryOpLost = "directory_ops_lost", 500;
     /// A created file came back shorter than it was made.
-    FileSizeLost = "file_sizes_lost", false;
+    FileSizeLost = "file_sizes_lost", 500;
     /// A write completed before one that was submitted earlier.
-    WriteOvertook = "writes_overtook", true;
+    WriteOvertook = "writes_overtook", 50;
     /// A directed link was cut.
-    LinkCut = "links_cut", true;
+    LinkCut = "links_cut", 50;
     /// Some, but not all, of a node's links were cut, or in one direction only.
-    PartialPartition = "partial_partitions", true;
+    PartialPartition = "partial_partitions", 50;
     /// Bytes were held up by a cut link.
-    BytesStalled = "bytes_stalled", true;
+    BytesStalled = "bytes_stalled", 50;
     /// A connection was reset.
-    ConnectionReset = "connection_resets", true;
+    ConnectionReset = "connection_resets", 50;
     /// A connection was made.
-    Connected = "connections", true;
+    Connected = "connections", 50;
     /// An attempt to connect failed.
-    DialFailed = "dials_failed", true;
+    DialFailed = "dials_failed", 50;
     /// A connection was cut in the middle of its bytes.
-    CutAtByte = "cuts_at_a_byte", true;
+    CutAtByte = "cuts_at_a_byte", 50;
     /// A send waited for space in the pipe.
-    SendWaited = "sends_waited", false;
+    SendWaited = "sends_waited", 0;
     /// A node stood still for a while.
-    Pause = "pauses", true;
+    Pause = "pauses", 50;
     /// A wall clock jumped.
-    ClockJump = "clock_jumps", true;
+    ClockJump = "clock_jumps", 50;
     /// A disk was slow for a while.
-    SlowDisk = "slow_disks", true;
+    SlowDisk = "slow_disks", 50;
     /// A disk stood still for a while.
-    StalledDisk = "stalled_disks", true;
+    StalledDisk = "stalled_disks", 50;
     /// A disk operation failed by request of the fault schedule.
-    DiskFault = "disk_faults", false;
+    DiskFault = "disk_faults", 50;
     /// A write was reported and never arrived.
-    LostWrite = "lost_writes", false;
+    LostWrite = "lost_writes", 0;
     /// An operation went to another place.
-    Misdirected = "misdirected_operations", false;
+    Misdirected = "misdirected_operations", 0;
     /// Content at rest was damaged.
-    Rot = "rot", false;
+    Rot = "rot", 200;
     /// A node had more to apply than it may in one turn.
-    ApplyPaused = "apply_pauses", true;
+    ApplyPaused = "apply_pauses", 50;
     /// A log went on in another segment.
-    Rollover = "rollovers", false;
+    Rollover = "rollovers", 50;
     /// A command was acknowledged.
-    Acknowledged = "acknowledged", true;
+    Acknowledged = "acknowledged", 50;
     /// A node refused a proposal.
-    Refused = "refused", true;
+    Refused = "refused", 50;
     /// A client does not know what became of its proposal.
-    UnknownOutcome = "unknown_outcomes", true;
+    UnknownOutcome = "unknown_outcomes", 50;
     /// A command of unknown outcome turned out to be committed.
-    UnknownCommitted = "unknown_committed", true;
+    UnknownCommitted = "unknown_committed", 50;
     /// A command of unknown outcome was never committed.
-    UnknownLost = "unknown_lost", true;
+    UnknownLost = "unknown_lost", 50;
     /// A disk image was recovered to check that what is committed is durable.
-    ImageChecked = "images_checked", true;
+    ImageChecked = "images_checked", 50;
+    /// A link was slow for a while.
+    SlowLink = "slow_links", 50;
+    /// A clock ran fast or slow for a while.
+    ClockDrift = "clock_drifts", 50;
+    /// A write of a killed process arrived when the next one may have been running.
+    LateWrite = "late_writes", 200;
+    /// A node crashed while others could not reach one another.
+    CrashUnderPartition = "crashes_under_partition", 50;
+    /// A client read a key.
+    Got = "gets", 50;
+    /// A client set a key.
+    Put = "puts", 50;
+    /// A client appended to a key.
+    Appended = "appends", 50;
+    /// A conditional change found what it expected.
+    CasHit = "cas_hits", 50;
+    /// A conditional change found something else.
+    CasMissed = "cas_misses", 50;
+    /// The history of a key was checked for linearizability.
+    HistoryChecked = "histories_checked", 50;
+    /// One of them needed more memory than it may take.
+    HistoryUndecided = "histories_undecided", 0;
+    /// A cluster that was left alone kept its leader.
+    Stable = "stable_endings", 50;
 }
 
 /// A counter for each mark.
@@ -149,10 +173,11 @@ impl Coverage {
         }
     }
 
-    /// The marks that a range of seeds must come by and this one did not.
+    /// The marks that a range of so many seeds must come by and this one did not.
     #[must_use]
-    pub fn missing(&self) -> Vec<Mark> {
-        Mark::ALL.iter().copied().filter(|mark| mark.required() && self.of(*mark) == 0).collect()
+    pub fn missing(&self, seeds: u64) -> Vec<Mark> {
+        let required = |mark: &Mark| (1..=seeds).contains(&mark.required_from());
+        Mark::ALL.iter().copied().filter(|mark| required(mark) && self.of(*mark) == 0).collect()
     }
 
     /// Names and counters.

@@ -75,6 +75,10 @@ pub struct Fabric {
     hosts: Vec<Host>,
     /// `cut[from][to]`.
     cut: Vec<Vec<bool>>,
+    /// When each was cut last.
+    cut_at: Vec<Vec<Time>>,
+    /// How much longer each takes than others.
+    slow: Vec<Vec<Time>>,
     /// By serial number, from 0; never used again.
     connections: Vec<Option<Box<Connection>>>,
     /// Serial numbers of the present ones, in order.
@@ -256,6 +260,11 @@ pub(super) fn name_of_kind(kind: u64) -> &'static str {
     KINDS.get((kind & 15) as usize).copied().unwrap_or("unknown")
 }
 
+/// Whether a traced kind is that of a receive.
+pub(super) fn is_receive(kind: u64) -> bool {
+    kind & 15 == u64::from(RECV)
+}
+
 fn failed(kind: LinkErrorKind, op: u8) -> LinkError {
     LinkError { kind, operation: KINDS[op as usize], os_error: None }
 }
@@ -291,6 +300,8 @@ impl Fabric {
             config,
             hosts: (0..hosts).map(host).collect(),
             cut: vec![vec![false; hosts]; hosts],
+            cut_at: vec![vec![0; hosts]; hosts],
+            slow: vec![vec![0; hosts]; hosts],
             connections: Vec::new(),
             present: Vec::new(),
             listeners: 0,
@@ -358,6 +369,7 @@ impl Fabric {
         if std::mem::replace(&mut self.cut[from][to], true) {
             return;
         }
+        self.cut_at[from][to] = self.context.now();
         self.context.record(from, What::Cut, to as u64, 0);
         self.context.cover(Mark::LinkCut);
         for position in 0..self.present.len() {
@@ -402,10 +414,29 @@ impl Fabric {
         self.cut[from][to]
     }
 
+    /// Until when `to` could hear `from` at the latest: now, or when the link was cut.
+    #[must_use]
+    pub fn audible_until(&self, from: usize, to: usize) -> Time {
+        if self.cut[from][to] { self.cut_at[from][to] } else { self.context.now() }
+    }
+
+    /// Whether any link is cut.
+    #[must_use]
+    pub fn is_partitioned(&self) -> bool {
+        self.cut.iter().flatten().any(|cut| *cut)
+    }
+
+    /// From now on what goes from one host to another takes so much longer; 0 for as usual.
+    pub fn slow_down(&mut self, from: usize, to: usize, by: Time) {
+        self.context.record(from, What::LinkSpeed, to as u64, by);
+        self.slow[from][to] = by;
+    }
+
     /// Mends all links.
     pub fn heal_all(&mut self) {
         for from in 0..self.hosts.len() {
             for to in 0..self.hosts.len() {
+                self.slow[from][to] = 0;
                 self.heal(from, to);
             }
         }
@@ -715,6 +746,9 @@ impl Fabric {
             _ => 0,
         };
         let due = self.context.now() + self.rng.around(self.config.latency) + transfer;
+        let ends = &self.connection(serial).ends;
+        let (from, to) = (ends[end].host, ends[1 - end].host);
+        let due = due + self.slow[from][to];
         let pipe = &mut self.connection(serial).pipes[end];
         let due = due.max(pipe.last_due);
         pipe.last_due = due;

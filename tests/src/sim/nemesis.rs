@@ -14,6 +14,9 @@ pub enum Trouble {
     Kill,
     /// kill -9 of the leader.
     KillLeader,
+    /// A machine loses power right after its node has entered a term, when its vote may not be durable yet. Not in the table:
+    /// it comes with the term.
+    KillVoter,
     /// One machine loses power.
     PowerCut,
     /// All machines lose power.
@@ -44,40 +47,111 @@ pub enum Trouble {
     Break,
     /// Dials fail at random.
     DialFailures,
+    /// A directed link is slow.
+    SlowLink,
+    /// A node's links are slow, both ways.
+    SlowPeer,
+    /// One machine's clocks run fast or slow.
+    ClockDrift,
     /// An operation of one disk fails, and perhaps all after it; the node stops and is started again.
     FailDisk,
     /// Some writes of one disk stop short.
     ShortWrites,
     /// One disk is full.
     NoSpace,
+    /// Content of the log rots, on the one disk of the run to which that happens.
+    Rot,
 }
 
-/// Kinds with their weights. Failing disks only on request.
-const TROUBLES: [(Trouble, u64); 17] = [
-    (Trouble::Kill, 5),
-    (Trouble::KillLeader, 4),
-    (Trouble::PowerCut, 3),
-    (Trouble::PowerCutOfAll, 2),
-    (Trouble::Shutdown, 3),
-    (Trouble::ShutdownLeader, 2),
-    (Trouble::Isolate, 2),
-    (Trouble::IsolateLeader, 5),
-    (Trouble::Split, 2),
-    (Trouble::OneWay, 2),
-    (Trouble::Partial, 2),
-    (Trouble::Pause, 3),
-    (Trouble::ClockJump, 1),
-    (Trouble::SlowDisk, 2),
-    (Trouble::StallDisk, 2),
-    (Trouble::Break, 4),
-    (Trouble::DialFailures, 1),
+/// What a run must allow for a trouble to be in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Needs {
+    /// Any run may have it.
+    Nothing,
+    /// Disks may fail: nodes stop for it.
+    FailingDisks,
+    /// Content may rot.
+    RottingDisk,
+}
+
+/// A kind of trouble in the table.
+pub struct Entry {
+    /// What it is.
+    pub trouble: Trouble,
+    /// How often it comes, against the others.
+    pub weight: u64,
+    /// What the run must allow.
+    pub needs: Needs,
+}
+
+const fn entry(trouble: Trouble, weight: u64, needs: Needs) -> Entry {
+    Entry { trouble, weight, needs }
+}
+
+/// All kinds. A new one is an entry here and an arm in `world/trouble.rs`.
+pub const TROUBLES: &[Entry] = &[
+    entry(Trouble::Kill, 5, Needs::Nothing),
+    entry(Trouble::KillLeader, 4, Needs::Nothing),
+    entry(Trouble::PowerCut, 3, Needs::Nothing),
+    entry(Trouble::PowerCutOfAll, 2, Needs::Nothing),
+    entry(Trouble::Shutdown, 3, Needs::Nothing),
+    entry(Trouble::ShutdownLeader, 2, Needs::Nothing),
+    entry(Trouble::Isolate, 2, Needs::Nothing),
+    entry(Trouble::IsolateLeader, 5, Needs::Nothing),
+    entry(Trouble::Split, 2, Needs::Nothing),
+    entry(Trouble::OneWay, 2, Needs::Nothing),
+    entry(Trouble::Partial, 2, Needs::Nothing),
+    entry(Trouble::Pause, 3, Needs::Nothing),
+    entry(Trouble::ClockJump, 1, Needs::Nothing),
+    entry(Trouble::SlowDisk, 2, Needs::Nothing),
+    entry(Trouble::StallDisk, 2, Needs::Nothing),
+    entry(Trouble::Break, 4, Needs::Nothing),
+    entry(Trouble::DialFailures, 1, Needs::Nothing),
+    entry(Trouble::SlowLink, 2, Needs::Nothing),
+    entry(Trouble::SlowPeer, 2, Needs::Nothing),
+    entry(Trouble::ClockDrift, 1, Needs::Nothing),
+    entry(Trouble::FailDisk, 4, Needs::FailingDisks),
+    entry(Trouble::ShortWrites, 2, Needs::FailingDisks),
+    entry(Trouble::NoSpace, 3, Needs::FailingDisks),
+    entry(Trouble::Rot, 4, Needs::RottingDisk),
 ];
 
-const DISK_TROUBLES: [(Trouble, u64); 3] =
-    [(Trouble::FailDisk, 4), (Trouble::ShortWrites, 2), (Trouble::NoSpace, 3)];
+/// What a run allows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Allowed {
+    /// Disks may fail, run full and write short. Nodes stop for it.
+    pub failing_disks: bool,
+    /// The one node whose disk may rot: the others hold one good copy of all that is committed.
+    pub rotting_disk: Option<usize>,
+    /// Writes of a killed process may arrive when the next one is running.
+    pub late_writes: bool,
+}
+
+impl Allowed {
+    /// What the seed allows, where it was not decided.
+    #[must_use]
+    pub fn draw(rng: &mut Rng, nodes: usize, disk_faults: Option<bool>, late_writes: Option<bool>) -> Self {
+        let [failing, rotting, late] = [rng.chance(300_000), rng.chance(250_000), rng.chance(300_000)];
+        let victim = rng.index(nodes);
+        Self {
+            failing_disks: disk_faults.unwrap_or(failing),
+            rotting_disk: (nodes >= 3 && disk_faults.unwrap_or(rotting)).then_some(victim),
+            late_writes: late_writes.unwrap_or(late),
+        }
+    }
+
+    fn has(self, needs: Needs) -> bool {
+        match needs {
+            Needs::Nothing => true,
+            Needs::FailingDisks => self.failing_disks,
+            Needs::RottingDisk => self.rotting_disk.is_some(),
+        }
+    }
+}
 
 /// A run's character.
 pub struct Nemesis {
+    seed: u64,
     rng: Rng,
     weights: Vec<(Trouble, u64)>,
     /// Typical time between two troubles.
@@ -87,26 +161,34 @@ pub struct Nemesis {
     /// How often, in a million, trouble befalls a leader that has just been elected: the entries of several terms
     /// are then spread over few nodes, as in figure 8 of the Raft paper.
     regicide_ppm: u32,
+    /// How often, in a million, a node loses power that has just entered a term.
+    perjury_ppm: u32,
 }
 
 impl Nemesis {
     /// The character of a run with this stream.
     #[must_use]
-    pub fn new(mut rng: Rng, tuning: &Tuning, disk_faults: bool) -> Self {
+    pub fn new(mut rng: Rng, tuning: &Tuning, allowed: Allowed) -> Self {
         let election = tuning.election_timeout_ms * MILLISECOND;
         let pause = election / 10 * [3, 8, 20, 40][rng.index(4)];
         let length = election / 10 * [1, 5, 15, 40][rng.index(4)];
         let mut weights = Vec::new();
         while weights.is_empty() {
-            let disk = if disk_faults { &DISK_TROUBLES[..] } else { &[] };
-            for (trouble, weight) in TROUBLES.iter().chain(disk) {
+            for entry in TROUBLES.iter().filter(|entry| allowed.has(entry.needs)) {
                 if rng.chance(600_000) {
-                    weights.push((*trouble, weight * rng.between(1, 4)));
+                    weights.push((entry.trouble, entry.weight * rng.between(1, 4)));
                 }
             }
         }
         let regicide_ppm = [0, 0, 0, 500_000, 900_000][rng.index(5)];
-        Self { rng, weights, pause, length, regicide_ppm }
+        let perjury_ppm = [0, 0, 0, 300_000][rng.index(4)];
+        Self { seed: rng.bits(), rng, weights, pause, length, regicide_ppm, perjury_ppm }
+    }
+
+    /// From now on, until the next call, luck is that of the trouble of this number: one that is left out takes nothing from
+    /// the others' luck.
+    pub fn begin(&mut self, number: u64) {
+        self.rng = Rng::new(self.seed ^ number.wrapping_mul(0x9e37_79b9_7f4a_7c15));
     }
 
     /// The next trouble.
@@ -127,6 +209,11 @@ impl Nemesis {
         let struck = self.rng.chance(self.regicide_ppm);
         let means = [Trouble::KillLeader, Trouble::IsolateLeader, Trouble::PowerCut, Trouble::Kill];
         struck.then(|| (means[self.rng.index(4)], self.rng.chance(400_000)))
+    }
+
+    /// What befalls a node that has just entered a term, in some runs.
+    pub fn perjury(&mut self) -> Option<Trouble> {
+        self.rng.chance(self.perjury_ppm).then_some(Trouble::KillVoter)
     }
 
     /// How long until the next one.

@@ -60,6 +60,8 @@ pub enum Answer {
         index: u64,
         /// The term.
         term: u64,
+        /// What the state machine replied.
+        reply: u64,
     },
     /// Definitely not in the log, with a hint where the leader is.
     Refused {
@@ -105,6 +107,9 @@ pub trait SimNode {
 
     /// What the node is and knows.
     fn view(&self) -> View;
+
+    /// How far another node's log is known to this leader to be durable and equal to its own.
+    fn matched(&self, peer: usize) -> Option<u64>;
 
     /// The chain of its log at `index`, if that is a batch end that it holds.
     fn chain_at(&self, index: u64) -> Option<[u8; 16]>;
@@ -162,6 +167,8 @@ pub struct Tuning {
     pub heartbeat_ms: u64,
     /// Size of a log segment.
     pub segment_bytes: u64,
+    /// The largest command.
+    pub command_bytes_max: usize,
     /// Segments kept ready.
     pub segments_ahead: usize,
     /// Bytes at which a batch of many commands is sealed at the latest.
@@ -195,12 +202,18 @@ impl Tuning {
     #[must_use]
     pub fn draw(rng: &mut Rng) -> Self {
         let election_timeout_ms = rng.between(60, 300);
+        // A start reads all segments, and begins another: in small ones it costs little, and the log goes on in the next one
+        // often. A segment holds sixteen of the largest batches.
+        let small = rng.chance(800_000);
+        let (segment_bytes, command_bytes_max) =
+            if small { (256 << 10, 10 << 10) } else { (1 << 20, 40 << 10) };
         Self {
             election_timeout_ms,
             heartbeat_ms: election_timeout_ms / rng.between(5, 10),
-            segment_bytes: 1 << 20,
+            segment_bytes,
+            command_bytes_max,
             segments_ahead: rng.between(1, 3) as usize,
-            batch_bytes_max: 4096 << rng.below(4),
+            batch_bytes_max: 4096 << rng.below(if small { 2 } else { 4 }),
             writes_in_flight_max: rng.between(1, 4) as usize,
             window_batches: rng.between(1, 16) as usize,
             window_bytes: 4096 << rng.below(8),

@@ -9,9 +9,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use xxhash_rust::xxh3::xxh3_64;
 
-/// Ranges of fewer seeds than this need not have come by everything.
-const COVERAGE_SEEDS_MIN: u64 = 50;
-
 /// What came of a range of seeds.
 #[derive(Clone, Debug)]
 pub struct Summary {
@@ -21,6 +18,8 @@ pub struct Summary {
     pub events: u64,
     /// Wall-clock time.
     pub elapsed: Duration,
+    /// Processor time of all threads, also for runs beyond the first failure.
+    pub busy: Duration,
     /// Hash over the runs' hashes, in the order of their seeds.
     pub hash: u64,
     /// All they came by.
@@ -33,7 +32,7 @@ impl Summary {
     /// What a range of this size must come by, and did not.
     #[must_use]
     pub fn missing(&self) -> Vec<Mark> {
-        if self.runs < COVERAGE_SEEDS_MIN { Vec::new() } else { self.coverage.missing() }
+        self.coverage.missing(self.runs)
     }
 
     /// Events in a second of wall-clock time, on all threads together.
@@ -41,6 +40,18 @@ impl Summary {
     pub fn events_per_s(&self) -> u64 {
         (self.events as f64 / self.elapsed.as_secs_f64().max(1e-9)) as u64
     }
+
+    /// Events in a second of one processor's time: what a core does that has nothing else to do.
+    #[must_use]
+    pub fn events_per_core_s(&self) -> u64 {
+        (self.events as f64 / self.busy.as_secs_f64().max(1e-9)) as u64
+    }
+}
+
+/// Processor time of this thread.
+fn thread_time() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
 /// Runs `seeds`, in order, until one fails. `make` makes the cluster on each thread.
@@ -56,12 +67,14 @@ pub fn run_range<C: Cluster>(
     // No seed from here on needs to be run: a lower one failed.
     let end = AtomicU64::new(seeds.end);
     let reports = Mutex::new(Vec::new());
+    let busy_ns = AtomicU64::new(0);
     let work = || {
+        let began = thread_time();
         let cluster = make();
         loop {
             let seed = next.fetch_add(1, Ordering::Relaxed);
             if seed >= end.load(Ordering::Relaxed) {
-                return;
+                break;
             }
             let report = run(&cluster, seed, options);
             if report.failure.is_some() {
@@ -71,6 +84,7 @@ pub fn run_range<C: Cluster>(
             reports.push(report);
             progress(reports.len() as u64);
         }
+        busy_ns.fetch_add((thread_time() - began).as_nanos() as u64, Ordering::Relaxed);
     };
     std::thread::scope(|scope| {
         for _ in 1..threads {
@@ -85,6 +99,7 @@ pub fn run_range<C: Cluster>(
         runs: 0,
         events: 0,
         elapsed: start.elapsed(),
+        busy: Duration::from_nanos(busy_ns.into_inner()),
         hash: 0,
         coverage: Coverage::default(),
         failure: None,

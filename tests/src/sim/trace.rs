@@ -2,11 +2,10 @@
 //!
 //! Two runs are the same run if and only if their hashes are. The tail is what a failure prints.
 
-use std::collections::VecDeque;
 use std::fmt;
 use xxhash_rust::xxh3::Xxh3;
 
-/// How many events the tail keeps.
+/// How many lines the tail keeps.
 const TAIL_EVENTS: usize = 160;
 
 macro_rules! kinds {
@@ -44,8 +43,10 @@ kinds! {
     Arrive: "arrive",
     /// An end of a connection was reset: connection, end.
     Reset: "reset",
-    /// A node took a turn: its deadline, whether it has more to do.
+    /// A node took a turn: bit 0, whether it has more to do; bit 1, whether only a timer called for it; its deadline.
     Turn: "turn",
+    /// The schedule's time for something has come: its number.
+    Timer: "timer",
     /// A node was killed: its life.
     Kill: "kill",
     /// A node lost power: its life.
@@ -64,6 +65,12 @@ kinds! {
     Cut: "cut",
     /// A directed link was healed: to.
     Heal: "heal",
+    /// A directed link changed its speed: to, by how much it is later.
+    LinkSpeed: "link speed",
+    /// A clock changed its speed: so many millionths faster, as a signed number.
+    ClockDrift: "clock drift",
+    /// Content at rest was damaged: where in its file, bytes.
+    Rot: "rot",
     /// A node's disk changed its speed: factor.
     DiskSpeed: "disk speed",
     /// A node's wall clock jumped: by so many milliseconds, as a signed number.
@@ -84,7 +91,20 @@ kinds! {
     Phase: "phase",
 }
 
-/// One event.
+impl What {
+    /// Whether it counts as an event of the run: a delivered chunk, an I/O completion, a timer or a client's call. The
+    /// rest says what came of those. The receive that a delivered chunk completes is not counted a second time.
+    fn counts(self, a: u64) -> bool {
+        match self {
+            Self::Arrive | Self::DiskDone | Self::Timer | Self::Propose => true,
+            Self::LinkDone => !super::link::is_receive(a),
+            Self::Turn => a & 2 != 0,
+            _ => false,
+        }
+    }
+}
+
+/// One line of the trace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TraceEvent {
     /// When, in nanoseconds of virtual time.
@@ -114,15 +134,20 @@ impl fmt::Display for TraceEvent {
     }
 }
 
-/// The hash over all events, and the last of them.
+/// The hash over all lines, and the last of them.
 pub struct Trace {
     hasher: Xxh3,
-    /// Events are hashed some hundred at a time.
+    /// Lines are hashed some hundred at a time.
     unhashed: Vec<u8>,
-    tail: VecDeque<TraceEvent>,
+    /// A ring; the oldest is at `lines % TAIL_EVENTS` once it is full.
+    tail: Vec<TraceEvent>,
+    lines: usize,
     events: u64,
     print: bool,
 }
+
+const LINE_BYTES: usize = 27;
+const UNHASHED_BYTES: usize = 303 * LINE_BYTES;
 
 impl Trace {
     /// An empty trace; with `print`, every event goes to standard output too.
@@ -130,44 +155,47 @@ impl Trace {
     pub fn new(print: bool) -> Self {
         Self {
             hasher: Xxh3::new(),
-            unhashed: Vec::with_capacity(8192),
-            tail: VecDeque::with_capacity(TAIL_EVENTS),
+            unhashed: Vec::with_capacity(UNHASHED_BYTES),
+            tail: Vec::with_capacity(TAIL_EVENTS),
+            lines: 0,
             events: 0,
             print,
         }
     }
 
-    /// Adds an event.
+    /// Adds a line.
     pub fn record(&mut self, event: TraceEvent) {
-        let mut bytes = [0; 27];
+        let mut bytes = [0; LINE_BYTES];
         bytes[..8].copy_from_slice(&event.time.to_le_bytes());
         bytes[8..10].copy_from_slice(&event.node.to_le_bytes());
         bytes[10] = event.what as u8;
         bytes[11..19].copy_from_slice(&event.a.to_le_bytes());
         bytes[19..].copy_from_slice(&event.b.to_le_bytes());
         self.unhashed.extend_from_slice(&bytes);
-        if self.unhashed.len() > 8192 - 27 {
+        if self.unhashed.len() == UNHASHED_BYTES {
             self.hasher.update(&self.unhashed);
             self.unhashed.clear();
         }
-        if self.tail.len() == TAIL_EVENTS {
-            self.tail.pop_front();
+        let at = self.lines % TAIL_EVENTS;
+        match self.tail.get_mut(at) {
+            Some(place) => *place = event,
+            None => self.tail.push(event),
         }
-        self.tail.push_back(event);
-        self.events += 1;
+        self.lines += 1;
+        self.events += u64::from(event.what.counts(event.a));
         if self.print {
             println!("{event}");
         }
     }
 
-    /// Prints what numbers do not say, where events are printed. Not part of the trace.
+    /// Prints what numbers do not say, where lines are printed. Not part of the trace.
     pub fn note(&self, text: impl FnOnce() -> String) {
         if self.print {
             println!("{:>24}{}", "", text());
         }
     }
 
-    /// The hash of all events so far.
+    /// The hash of all lines so far.
     #[must_use]
     pub fn hash(&self) -> u64 {
         let mut hasher = self.hasher.clone();
@@ -175,16 +203,17 @@ impl Trace {
         hasher.digest()
     }
 
-    /// How many events there were.
+    /// How many events there were: delivered chunks, I/O completions, timers and clients' calls.
     #[must_use]
     pub fn events(&self) -> u64 {
         self.events
     }
 
-    /// The last events, one a line.
+    /// The last lines.
     #[must_use]
     pub fn tail(&self) -> String {
-        self.tail.iter().map(|event| format!("{event}\n")).collect()
+        let (new, old) = self.tail.split_at((self.lines % TAIL_EVENTS).min(self.tail.len()));
+        old.iter().chain(new).map(|event| format!("{event}\n")).collect()
     }
 }
 
@@ -194,7 +223,7 @@ mod tests {
 
     #[test]
     fn the_hash_tells_traces_apart_and_does_not_depend_on_how_often_it_is_asked() {
-        let event = |time| TraceEvent { time, node: 1, what: What::Turn, a: 2, b: 3 };
+        let event = |time| TraceEvent { time, node: 1, what: What::Timer, a: 2, b: 3 };
         let mut one = Trace::new(false);
         let mut two = Trace::new(false);
         for time in 0..1_000 {
@@ -207,5 +236,21 @@ mod tests {
         one.record(event(1));
         two.record(event(2));
         assert_ne!(one.hash(), two.hash());
+    }
+
+    #[test]
+    fn the_tail_holds_the_last_lines_in_order() {
+        for lines in [1, TAIL_EVENTS - 1, TAIL_EVENTS, TAIL_EVENTS + 7] {
+            let mut trace = Trace::new(false);
+            for line in 0..lines {
+                trace.record(TraceEvent { time: 0, node: 0, what: What::Commit, a: line as u64, b: 0 });
+            }
+            let first = lines.saturating_sub(TAIL_EVENTS);
+            let expected: Vec<String> = (first..lines).map(|line| format!("commit       {line} 0")).collect();
+            let tail = trace.tail();
+            let found: Vec<&str> = tail.lines().map(|line| &line[line.find("commit").unwrap()..]).collect();
+            assert_eq!(found, expected);
+        }
+        assert_eq!(Trace::new(false).events(), 0);
     }
 }

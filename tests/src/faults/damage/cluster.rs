@@ -1,9 +1,10 @@
 //! A small cluster in virtual time, without trouble of its own: what it suffers is done to its disks while it is down.
 
-use crate::sim::check::{CommandId, Fate, History, Recorder};
+use crate::sim::check::{Fate, History, Recorder};
 use crate::sim::clock::NodeClock;
 use crate::sim::context::{Context, MICROSECOND, MILLISECOND, SECOND, Time};
 use crate::sim::disk::{Crash, DiskConfig, DiskState, SimDisk};
+use crate::sim::kv::{Command, CommandId, Operation};
 use crate::sim::link::{Fabric, LinkConfig, SimLink, address_of};
 use crate::sim::node::{CANDIDATE, LEADER, View};
 use crate::sim::rng::Rng;
@@ -36,8 +37,8 @@ struct Applied(Recorder);
 impl StateMachine for Applied {
     fn apply(&mut self, batch: &CommittedBatch<'_>, replies: &mut Replies) {
         for command in batch.commands() {
-            self.0.apply(command.index.get(), command.term.get(), command.bytes);
-            replies.push_empty();
+            let reply = self.0.apply(command.index.get(), command.term.get(), command.bytes);
+            replies.push(reply.to_le_bytes().to_vec());
         }
     }
 }
@@ -205,9 +206,12 @@ impl Cluster {
         let id = CommandId { client: 0, sequence: self.next };
         let Some(process) = self.machines[node].process.as_mut() else { return };
         self.next += 1;
-        self.history.borrow_mut().proposed(id);
+        let command = Command { id, key: 0, operation: Operation::Append { item: self.next as u64 } };
+        let mut bytes = Vec::new();
+        command.encode(padding, &mut bytes);
+        self.history.borrow_mut().proposed(command);
         self.context.record(node, What::Propose, 0, id.sequence as u64);
-        if process.local.submit(id.sequence as u64, &id.encode(padding)).is_err() {
+        if process.local.submit(id.sequence as u64, &bytes).is_err() {
             self.history.borrow_mut().answered(id, Fate::Refused);
         } else {
             self.waiting.push((id.sequence, node));
@@ -306,7 +310,8 @@ impl Cluster {
             let fate = match completion.outcome {
                 Ok(committed) => {
                     self.acknowledged += 1;
-                    Fate::Acknowledged(committed.index.get())
+                    let reply = committed.reply.first_chunk().map_or(0, |reply| u64::from_le_bytes(*reply));
+                    Fate::Acknowledged { index: committed.index.get(), reply }
                 }
                 Err(ProposeError::Refused(_)) => Fate::Refused,
                 Err(ProposeError::Unknown(_) | ProposeError::ReplyGone { .. }) => Fate::Unknown,

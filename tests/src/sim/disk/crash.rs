@@ -146,6 +146,7 @@ impl DiskState {
                 continue;
             }
             let Late { inode, offset, data, .. } = self.late.swap_remove(position);
+            self.context.cover(Mark::LateWrite);
             self.completed += 1;
             let sequence = self.completed;
             self.inode_mut(inode).write_unflushed(sequence, offset, data);

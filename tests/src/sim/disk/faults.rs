@@ -298,6 +298,26 @@ impl DiskState {
         file.unreadable = unreadable;
     }
 
+    /// Whether a process would find a file of this name.
+    #[must_use]
+    pub fn has_file(&self, name: &str) -> bool {
+        self.names.contains_key(name)
+    }
+
+    /// Somewhere in the content of the log's segments: a file and a sector in it that is not blank, if there is one.
+    pub fn place_in_log(&self, rng: &mut Rng) -> Option<(String, u64)> {
+        let mut places = Vec::new();
+        for (name, inode) in self.names.iter().filter(|(name, _)| !name.starts_with("hard")) {
+            let pages = self.inodes[*inode].as_ref().map(|inode| inode.pages.as_slice()).unwrap_or_default();
+            // The first page is the header: without it the whole segment is lost, which is for other tests to try.
+            let written = pages.iter().enumerate().skip(1).filter(|(_, page)| page.is_some());
+            places.extend(written.map(|(page, _)| (name, page)));
+        }
+        let (name, page) = *places.get(rng.below(places.len() as u64) as usize)?;
+        let sector = rng.below((BLOCK_BYTES / SECTOR_BYTES) as u64 - 1);
+        Some((name.clone(), page as u64 * BLOCK_BYTES as u64 + sector * SECTOR_BYTES as u64))
+    }
+
     /// Flips one bit of a file: rot.
     ///
     /// # Panics

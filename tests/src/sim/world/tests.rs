@@ -121,9 +121,11 @@ impl Scribe {
         let (tag, command) = self.waiting.remove(0);
         self.applied = self.last;
         if self.wrong != Wrong::Skip || !self.last.is_multiple_of(50) {
-            self.recorder.apply(self.last, 1, &command);
+            let reply = self.recorder.apply(self.last, 1, &command);
+            self.answers.push((tag, Answer::Committed { index: self.last, term: 1, reply }));
+        } else {
+            self.answers.push((tag, Answer::Committed { index: self.last, term: 1, reply: 0 }));
         }
-        self.answers.push((tag, Answer::Committed { index: self.last, term: 1 }));
     }
 }
 
@@ -213,6 +215,10 @@ impl SimNode for Scribe {
         }
     }
 
+    fn matched(&self, _peer: usize) -> Option<u64> {
+        None
+    }
+
     fn chain_at(&self, index: u64) -> Option<[u8; 16]> {
         Some(chain_of(index))
     }
@@ -287,7 +293,14 @@ impl Cluster for Scribes {
 }
 
 fn options(image_check_every: u64) -> Options {
-    Options { nodes: Some(1), steps: 2_000, image_check_every, ..Options::default() }
+    Options {
+        nodes: Some(1),
+        steps: 2_000,
+        image_check_every,
+        disk_faults: Some(false),
+        late_writes: Some(false),
+        ..Options::default()
+    }
 }
 
 fn first_failure(wrong: Wrong, options: &Options) -> Option<String> {

@@ -1,0 +1,188 @@
+//! What is checked while a run goes on.
+
+use super::*;
+
+impl<C: Cluster> World<'_, C> {
+    pub(super) fn changed(&mut self, node: usize, before: &View, after: &View) {
+        if (before.role, before.term) != (after.role, after.term) {
+            self.context.record(node, What::Role, u64::from(after.role), after.term);
+        }
+        self.history.borrow_mut().see(node, before, after);
+        if let Some(Err(broken)) = self.machines[node].process.as_ref().map(SimNode::check) {
+            self.history.borrow_mut().fail(|| format!("node {node}: {broken}"));
+        }
+        // It may have voted just now.
+        if after.term > before.term && before.formed && after.role == 0 && self.phase == Phase::Trouble {
+            self.voted_trouble(node);
+        }
+        if after.role >= CANDIDATE && before.role < CANDIDATE {
+            // A pre-vote needs a quorum's answers, and lasts one and a half election time-outs, by a clock that may be slow.
+            if !self.has_heard_quorum(node, self.tuning.election_timeout_ms * MILLISECOND * 5 / 2) {
+                self.history
+                    .borrow_mut()
+                    .fail(|| format!("node {node} campaigns without a quorum's pre-votes"));
+            }
+        }
+        if after.role == LEADER && before.role != LEADER {
+            let Some(process) = &self.machines[node].process else { return };
+            let start = process.log_start();
+            self.history.borrow_mut().elected(node, after, start, |index| process.chain_at(index));
+            if self.phase == Phase::Trouble {
+                self.elected_trouble(node);
+            }
+        }
+        if before.commit != after.commit {
+            self.context.record(node, What::Commit, after.commit, after.term);
+        }
+        let news = before.commit.min(before.written) != after.commit.min(after.written);
+        if news && after.commit <= after.written {
+            let Some(process) = &self.machines[node].process else { return };
+            let chain = process.chain_at(after.commit);
+            let news = after.commit > process.log_start()
+                && self.history.borrow_mut().committed(node, after.term, after.commit, chain);
+            if news {
+                self.check_durable(node, after, chain);
+                self.commits_seen += 1;
+                if self.options.image_check_every > 0 && self.commits_seen >= self.image_check_at {
+                    // Recovery reads the whole log, so the checks become rarer as it grows.
+                    self.image_check_at += self.options.image_check_every + self.commits_seen / 8;
+                    self.check_images(after.commit, chain);
+                }
+            }
+        }
+    }
+
+    /// Whether a quorum could be heard within the last `time`, the node itself among them. What was said before a node woke
+    /// or was started may have been waiting for it.
+    fn has_heard_quorum(&self, node: usize, time: Time) -> bool {
+        let asked = self.context.now().saturating_sub(time);
+        let fabric = self.fabric.borrow();
+        let woke_at = self.machines[node].woke_at;
+        let heard = (0..self.machines.len())
+            .filter(|other| *other == node || fabric.audible_until(*other, node).max(woke_at) >= asked);
+        heard.count() * 2 > self.machines.len()
+    }
+
+    /// Check-quorum (thesis, section 6.2): a leader that has heard no quorum for an election time-out steps down. Twice that,
+    /// because what was under way when a link was cut may have been read later, and clocks drift.
+    pub(super) fn check_leader_is_heard(&self, node: usize) {
+        let time = 2 * self.tuning.election_timeout_ms * MILLISECOND + 50 * MILLISECOND;
+        if !self.has_heard_quorum(node, time) {
+            self.history
+                .borrow_mut()
+                .fail(|| format!("node {node} leads, and has not heard a quorum for long"));
+        }
+    }
+
+    /// What is newly committed is durable on a quorum, as far as the nodes themselves say, dead ones by their last words; and a
+    /// leader takes nobody's log for longer than that one is durable.
+    fn check_durable(&self, node: usize, view: &View, chain: Option<[u8; 16]>) {
+        let index = view.commit;
+        let holds = |machine: &&Machine<C::Node>| {
+            let same = machine.process.as_ref().is_none_or(|process| {
+                // A node that is starting, or has gone on beyond the batch, need not tell.
+                let held = process.chain_at(index);
+                held.is_none() || held == chain
+            });
+            machine.rotten || (machine.known.durable >= index && same)
+        };
+        let holders = self.machines.iter().filter(holds).count();
+        if holders * 2 <= self.machines.len() {
+            self.history.borrow_mut().fail(|| {
+                format!(
+                    "node {node} committed index {index}, which {holders} of {} nodes say is durable",
+                    self.machines.len()
+                )
+            });
+        }
+        self.check_matches(node, view);
+    }
+
+    fn check_matches(&self, node: usize, view: &View) {
+        let Some(process) = self.machines[node].process.as_ref().filter(|_| view.role == LEADER) else {
+            return;
+        };
+        for (peer, machine) in self.machines.iter().enumerate().filter(|(peer, _)| *peer != node) {
+            let Some(matched) = process.matched(peer) else { continue };
+            if machine.known.durable < matched && machine.known.term <= view.term && !machine.rotten {
+                let durable = machine.known.durable;
+                self.history.borrow_mut().fail(|| {
+                    format!(
+                        "leader {node} takes node {peer} to be durable to {matched}, and it is to {durable}"
+                    )
+                });
+            }
+        }
+    }
+
+    pub(super) fn sweep(&mut self) {
+        let mut history = self.history.borrow_mut();
+        for (node, machine) in self.machines.iter().enumerate() {
+            let Some(process) = &machine.process else { continue };
+            history.sweep(node, &machine.view, process.log_start(), |index| process.chain_at(index));
+            if let Err(broken) = process.check() {
+                history.fail(|| format!("node {node}: {broken}"));
+            }
+        }
+        drop(history);
+        for (node, machine) in self.machines.iter().enumerate() {
+            self.check_matches(node, &machine.view);
+        }
+    }
+
+    /// What is committed is on a quorum of disks, in a form that recovery finds.
+    fn check_images(&mut self, index: u64, chain: Option<[u8; 16]>) {
+        self.context.cover(Mark::ImageChecked);
+        let mut holders = 0;
+        let mut told = String::new();
+        // What the images are asked must not show in the run's own trace and counters.
+        let aside = Context::new(Trace::new(false));
+        let nodes = self.machines.len();
+        let from = self.commits_seen as usize % nodes;
+        for node in (0..nodes).map(|at| (from + at) % nodes) {
+            // A recovery costs as much as a thousand events.
+            if holders * 2 > nodes {
+                break;
+            }
+            let machine = &self.machines[node];
+            if machine.rotten {
+                holders += 1;
+                continue;
+            }
+            let image = machine.disk.borrow().durable_image(&aside);
+            let recover =
+                || self.cluster.recover(node, self.machines.len(), &self.tuning, SimDisk::new(&image));
+            match recover() {
+                Ok(log) => {
+                    // Recovery is idempotent: what it left is recovered to the same log.
+                    if self.commits_seen.is_multiple_of(4) {
+                        image.borrow_mut().crash(Crash::PowerCut);
+                        let again = recover().map(|log| (log.last, log.chains));
+                        if again.as_ref() != Ok(&(log.last, log.chains.clone())) {
+                            self.history.borrow_mut().fail(|| {
+                                format!(
+                                    "node {node}'s disk gives another log at the second recovery: {again:?}"
+                                )
+                            });
+                        }
+                    }
+                    let held = log.chains.iter().find(|(end, _)| *end == index).map(|(_, chain)| *chain);
+                    if held.is_some() && held == chain || index <= log.start {
+                        holders += 1;
+                    } else {
+                        told += &format!("; node {node} holds up to {}", log.last);
+                    }
+                }
+                Err(error) => told += &format!("; node {node}: {error}"),
+            }
+        }
+        if holders * 2 <= self.machines.len() {
+            self.history.borrow_mut().fail(|| {
+                format!(
+                    "index {index} is committed and durable on {holders} of {} nodes{told}",
+                    self.machines.len()
+                )
+            });
+        }
+    }
+}
