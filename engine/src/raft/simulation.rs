@@ -903,7 +903,9 @@ fn position(random: &mut Random) -> LogId {
 
 fn nonsense(random: &mut Random) -> Message {
     let term = Term(number(random));
-    match random.below(5) {
+    let kind = random.below(9);
+    match kind % 4 {
+        _ if kind == 8 => read_nonsense(random, term),
         0 => {
             let previous = position(random);
             let first = if random.below(4) > 0 { previous.index.next() } else { LogIndex(number(random)) };
@@ -931,18 +933,17 @@ fn nonsense(random: &mut Random) -> Message {
             let (pre, transfer) = (random.below(2) == 0, random.below(4) == 0);
             Message::Vote(Vote { term, last: position(random), pre, transfer })
         }
-        3 => {
-            let (context, kind) = (number(random), [ReadKind::Round, ReadKind::Lease, ReadKind::Quorum]);
-            match random.below(2) {
-                0 => Message::ReadIndex(ReadIndex { term, context, kind: kind[random.below(3) as usize] }),
-                _ => {
-                    let index = (random.below(2) == 0).then(|| LogIndex(number(random)));
-                    Message::ReadIndexReply(ReadIndexReply { term, context, index })
-                }
-            }
-        }
         _ => Message::VoteReply(VoteReply { term, granted: random.below(2) == 0, pre: random.below(2) == 0 }),
     }
+}
+
+fn read_nonsense(random: &mut Random, term: Term) -> Message {
+    let (context, kinds) = (number(random), [ReadKind::Round, ReadKind::Lease, ReadKind::Quorum]);
+    if random.below(2) == 0 {
+        return Message::ReadIndex(ReadIndex { term, context, kind: kinds[random.below(3) as usize] });
+    }
+    let index = (random.below(2) == 0).then(|| LogIndex(number(random)));
+    Message::ReadIndexReply(ReadIndexReply { term, context, index })
 }
 
 /// In debug builds every event is followed by the invariants of one node, so this also says that nonsense cannot
