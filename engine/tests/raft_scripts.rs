@@ -795,6 +795,13 @@ fn show_action(action: &Action) -> String {
         Action::ReleaseClaim => "release the claim".to_owned(),
         Action::TransferEnded { end } => format!("transfer ended: {end}"),
         Action::Stop { violation } => format!("STOP: {violation}"),
+        Action::SendSnapshot { to } => format!("send a snapshot to {to}"),
+        Action::InstallSnapshot { last, epoch: Some(epoch) } => {
+            format!("install the snapshot up to {}, log anew in epoch {}", show_position(*last), epoch.0)
+        }
+        Action::InstallSnapshot { last, epoch: None } => {
+            format!("install the snapshot up to {}, log kept", show_position(*last))
+        }
         Action::ReadReady { id, index } => format!("read #{id} at {index}"),
         Action::ReadRefused { id, reason } => {
             let why = match reason {
@@ -814,12 +821,5 @@ fn show_read(kind: ReadKind) -> &'static str {
         ReadKind::Lease => "by lease or quorum",
         ReadKind::Quorum => "by quorum",
         ReadKind::Round => "round",
-        Action::SendSnapshot { to } => format!("send a snapshot to {to}"),
-        Action::InstallSnapshot { last, epoch: Some(epoch) } => {
-            format!("install the snapshot up to {}, log anew in epoch {}", show_position(*last), epoch.0)
-        }
-        Action::InstallSnapshot { last, epoch: None } => {
-            format!("install the snapshot up to {}, log kept", show_position(*last))
-        }
     }
 }
