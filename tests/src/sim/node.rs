@@ -207,6 +207,8 @@ impl Tuning {
         let small = rng.chance(800_000);
         let (segment_bytes, command_bytes_max) =
             if small { (256 << 10, 10 << 10) } else { (1 << 20, 40 << 10) };
+        // Apart, so that what is drawn behind stays as it was.
+        let mut snapshots = Rng::new(election_timeout_ms);
         Self {
             election_timeout_ms,
             heartbeat_ms: election_timeout_ms / rng.between(5, 10),
@@ -224,8 +226,8 @@ impl Tuning {
             recent_bytes_max: [0, 16 << 10, 256 << 10, 32 << 20][rng.index(4)],
             apply_bytes_per_turn: [1, 100, 2_000, 50_000, 1 << 20][rng.index(5)],
             commit_notice_us: [0, 100, 1_000, 5_000][rng.index(4)],
-            snapshot_log_entries: [0, 10, 50, 200][rng.index(4)],
-            log_retention_bytes: [0, 32 << 10, 1 << 20][rng.index(3)],
+            snapshot_log_entries: [0, 10, 50, 200][snapshots.index(4)],
+            log_retention_bytes: [0, 32 << 10, 1 << 20][snapshots.index(3)],
         }
     }
 }
