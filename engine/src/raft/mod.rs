@@ -25,8 +25,6 @@ mod hard_state;
 pub mod invariants;
 mod log_ids;
 mod members;
-#[cfg(test)]
-mod model;
 mod progress;
 mod quorum;
 mod random;

@@ -6,6 +6,7 @@
 //! any order, late, twice or never, with and without the session being told.
 
 mod damage;
+mod model;
 mod reads;
 mod snapshots;
 

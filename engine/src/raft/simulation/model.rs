@@ -10,10 +10,10 @@
 //! Bounds: terms, proposals, crashes, broken sessions, lost messages, and messages under way at a time. `MODEL=full` runs the
 //! wide ones.
 
-use super::invariants::{self, State};
-use super::role::RoleState;
-use super::*;
 use crate::mutants::{self, Mutant};
+use crate::raft::invariants::{self, State};
+use crate::raft::role::RoleState;
+use crate::raft::*;
 use ringraft_block::Incarnation;
 use std::collections::hash_map::{DefaultHasher, Entry};
 use std::collections::{BTreeMap, HashMap, VecDeque};
