@@ -566,7 +566,6 @@ impl<'a, C: Cluster> World<'a, C> {
             self.context.record(node, What::Stopped, 0, 0);
             let reason = process.stop_reason();
             self.context.note(|| format!("{reason:?}"));
-            self.context.note(|| reason.as_ref().map_or_else(String::new, |reason| reason.text.clone()));
             let orderly = machine.closing && reason.as_ref().is_some_and(|reason| reason.orderly);
             // Its last answers count like any other: a node that acknowledges while it stops is believed.
             let mut answers = std::mem::take(&mut self.answers);
