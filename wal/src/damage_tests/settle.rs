@@ -86,23 +86,59 @@ fn damage_of_any_kind_in_the_log_that_was_keeps_the_claim() {
 }
 
 #[test]
-fn a_claim_under_which_the_log_went_on_or_was_cut_is_not_settled() {
+fn a_claim_under_which_other_batches_were_appended_or_some_were_cut_off_is_not_settled() {
     for cut in [false, true] {
-        let (device, blind) = started_blind(false, 4);
-        let mut sick = Sick::new(device);
-        // Still blind.
-        let (_, slots) = four_batches(false);
-        sick.unreadable.push((slots[0].0.clone(), (slots[3].1 + BLOCK_BYTES) as u64));
+        let (sick, slots) = still_blind(3);
         let (mut harness, _) = sick.opens();
         if cut {
-            harness.wal.truncate_after(&mut harness.disk, LogIndex(6));
+            harness.wal.truncate_after(&mut harness.disk, LogIndex(4));
             harness.settle();
         } else {
+            // Not what stood there.
             harness.append_durably(2, 1, 100, 7);
         }
         let (harness, _) = Sick::new(harness.crash(|| false)).opens();
-        assert_eq!(outcome(&harness).claim.map(|claim| claim.certain), Some(false), "cut {cut} {blind:?}");
+        let found = outcome(&harness);
+        assert_eq!(found.claim.map(|claim| claim.certain), Some(false), "cut {cut} {slots:?}");
     }
+}
+
+/// Under the claim, the log was given back what it had held, or a part of that; and what came after.
+#[test]
+fn a_claim_under_which_the_log_got_its_own_batches_back_is_settled_by_what_it_holds() {
+    let (_, slots) = four_batches(false);
+    for (block, salts, expected) in [
+        (3, &[3][..], None),
+        (3, &[3, 9], None),
+        (4, &[9], None),
+        (2, &[2], certain(1, 8)),
+        (2, &[2, 3], None),
+    ] {
+        let (sick, _) = still_blind(block);
+        let mut harness = sick.start();
+        harness.open();
+        for salt in salts {
+            harness.append_durably(1, 2, 400, *salt);
+        }
+        let chains = harness.chains();
+        let (harness, _) = Sick::new(harness.crash(|| false)).opens();
+        let found = outcome(&harness);
+        assert_eq!((found.chains, found.claim), (chains, expected), "{block} {salts:?} {slots:?}");
+    }
+}
+
+/// A device whose start was blind to the block, and that still is.
+fn still_blind(block: usize) -> (Sick, Vec<(String, usize)>) {
+    let (device, slots) = four_batches(false);
+    let mut sick = Sick::new(device);
+    // With the end of the log out of sight as well, nothing is certain.
+    for block in [block, 4] {
+        sick.unreadable.push((slots[0].0.clone(), (slots[0].1 + block * BLOCK_BYTES) as u64));
+    }
+    let (harness, _) = sick.clone().opens();
+    assert!(!outcome(&harness).claim.unwrap().certain);
+    sick.device = harness.crash(|| false);
+    (sick, slots)
 }
 
 /// A start under the claim meets damage again, behind what it appended: what the claim is about is no longer one log.

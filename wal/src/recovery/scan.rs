@@ -76,8 +76,6 @@ pub(crate) struct ScanOutcome {
     pub(crate) claim_cut: LogIndex,
     /// The claim may be settled by a later start that can read more.
     pub(crate) claim_may_settle: bool,
-    /// Something was appended since the claim that was in force, or was damaged there.
-    pub(crate) went_on_under_claim: bool,
     /// Under a claim: the intact batches that the log held behind its end.
     pub(crate) salvage: Vec<Salvaged>,
 }
@@ -318,7 +316,6 @@ impl LogScan {
             claim_epoch,
             claim_cut,
             claim_may_settle,
-            went_on_under_claim: self.went_on_under_claim,
             salvage,
         }
     }

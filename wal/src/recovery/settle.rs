@@ -3,19 +3,20 @@
 //! A read error that passes leaves a claim that is not certain: nobody could tell whether the log went on there. The segments that the log
 //! had then are kept as long as the claim is in force, so a later start reads them once more, and folds them as if there
 //! were no claim ([`former`]). When that gives a log without any damage, which reaches as far as anything vouched for when the
-//! claim was made, the log of that time is known, and where it ended ([`settle`]): where the log was cut, and then nothing
-//! was lost and the claim ends; or behind that, and then the claim becomes certain.
+//! claim was made, the log of that time is known, and where it ended ([`settle`]). When the present log holds all of that, the
+//! claim ends; otherwise it becomes certain.
 //!
 //! A claim that is too low would let the node vote away what it acknowledged, so it stays as it is unless all of these hold:
-//! - It was made at once, for one log: no earlier claim was in force, and nothing was appended under it. ([`HardState::claim_may_settle`]
-//!   says so, together with the next.)
+//! - It stands for one log: no earlier claim was in force when it was made, or nothing had been appended under that one
+//!   ([`HardState::claim_may_settle`] says so).
 //! - `claim.last` is no guess: it is the highest index that hard state, cuts and envelopes vouched for or named. The fold takes it
 //!   for the witness.
-//! - Nothing was cut off since: the log ends where the claim left it.
+//! - Nothing of what the claim left was cut off since, and what was appended is the former log's own: by the chain, one of the two logs
+//!   begins with all of the other.
 //! - This start has found no damage, neither in the log as it is nor in the former one: no sector that cannot be read, no file without a
 //!   place, no missing segment, no slot that is neither whole nor exactly what a torn write leaves.
-//! - The epoch that the claim ended has left its segment, which tells where it cut the log. Only where the former log ends at the cut is
-//!   that not asked for: any such cut would have left no more.
+//! - The epoch that the claim ended has left its segment, which tells where it cut the log. Only where the log has all of the former one
+//!   is that not asked for: a cut would have left less.
 //!
 //! What stays is the residual of the contract: a device that answers with prior content where it held an acknowledged batch.
 
@@ -42,21 +43,15 @@ pub(super) fn former(hard_state: &HardState) -> Option<LogScan> {
 /// The claim that is in force from now on, given what the present log and the former one turned out to be.
 pub(super) fn settle(hard_state: &HardState, now: &ScanOutcome, former: ScanOutcome) -> Option<Claim> {
     let claim = now.claim;
-    let end = now.index.end();
-    let is_as_it_was = hard_state.cut.index == hard_state.claim_cut
-        && end.index == hard_state.claim_cut
-        && now.damage.is_empty()
-        && !now.went_on_under_claim
-        && claim == hard_state.claim;
-    let is_whole = former.damage.is_empty() && former.index.chain_at(end.index) == Some(end.chain);
-    if !is_as_it_was || !is_whole {
+    let (end, was) = (now.index.end(), former.index.end());
+    let is_sound = now.damage.is_empty() && former.damage.is_empty() && claim == hard_state.claim;
+    if !is_sound || end.index < hard_state.claim_cut {
         return claim;
     }
-    let was = former.index.end();
     let ended = |segment: &super::Scanned| segment.header.epoch + 1 == hard_state.claim_epoch;
-    if was.index == end.index {
+    if now.index.chain_at(was.index) == Some(was.chain) {
         None
-    } else if former.segments.iter().any(ended) {
+    } else if former.index.chain_at(end.index) == Some(end.chain) && former.segments.iter().any(ended) {
         Some(Claim { term: was.term, last: was.index, certain: true })
     } else {
         claim
