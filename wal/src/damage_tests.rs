@@ -625,7 +625,8 @@ fn random_damage(seed: u64) -> Seen {
     assert!(found.chains == chains, "a claim that is settled leaves the log as it is");
     for (ordinal, batch) in appended[..acknowledged].iter().enumerate().skip(chains.len()) {
         let info = batch.info;
-        let claim = found.claim.unwrap_or_else(|| panic!("{info:?} was acknowledged: {claim:?} {recovered:?}"));
+        let claim =
+            found.claim.unwrap_or_else(|| panic!("{info:?} was acknowledged: {claim:?} {recovered:?}"));
         let covers = !claim.certain || (claim.term, claim.last) >= (info.term, info.last);
         assert!(covers, "{ordinal}: {claim:?} is settled too low for {info:?}: {recovered:?}");
         let salvaged = found.salvage.iter().any(|salvaged| salvaged.chain == info.chain);

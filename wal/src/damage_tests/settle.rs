@@ -1,7 +1,7 @@
 //! Read errors that pass: the claim that they leave is settled once all of the log can be read again, and never too low.
 
 use super::{Outcome, Sick, Whole, certain, outcome, told};
-use crate::format::{Claim, ENVELOPE_BYTES, read_segment_header, slots_start};
+use crate::format::{Claim, ENVELOPE_BYTES, read_hard_state, read_segment_header, slots_start};
 use crate::testing::{Device, Fate, Harness};
 use crate::tests::{four_batches, last_segment, slot_at};
 use ringraft_block::{BLOCK_BYTES, LogIndex, SECTOR_BYTES, Term};
@@ -125,6 +125,43 @@ fn a_claim_under_which_the_log_got_its_own_batches_back_is_settled_by_what_it_ho
         let found = outcome(&harness);
         assert_eq!((found.chains, found.claim), (chains, expected), "{block} {salts:?} {slots:?}");
     }
+}
+
+/// The process before the blind one died when it had saved its cut and not begun a segment.
+#[test]
+fn a_claim_that_follows_an_epoch_without_a_segment_is_settled_where_the_cut_was() {
+    let (device, slots) = four_batches(false);
+    let mut found = 0;
+    for operations in 0..200 {
+        let mut harness = Harness::start(device.clone());
+        harness.turn();
+        if !(0..operations).all(|_| harness.step()) {
+            break;
+        }
+        let cut = harness.crash(|| true);
+        let copies = ["hard-a", "hard-b"].map(|name| read_hard_state(cut.content(name)).unwrap().epoch);
+        let mut segments = cut.names();
+        segments.retain(|name| name.ends_with(".wal"));
+        let headed =
+            |name: &String| read_segment_header(cut.content(name)).is_ok_and(|header| header.epoch == 2);
+        if copies != [2, 2] || segments.iter().any(headed) {
+            continue;
+        }
+        found += 1;
+        for lost in [false, true] {
+            let mut sick = Sick::new(cut.clone());
+            sick.unreadable.push((slots[3].0.clone(), slots[3].1 as u64));
+            let (harness, _) = sick.opens();
+            assert_eq!(outcome(&harness).claim, not_certain(8));
+            let mut device = harness.crash(|| false);
+            if lost {
+                device.corrupt(&slots[3].0, slots[3].1, |bytes| bytes.fill(0), BLOCK_BYTES);
+            }
+            let (harness, _) = Sick::new(device).opens();
+            assert_eq!(outcome(&harness).claim, if lost { not_certain(8) } else { certain(1, 8) });
+        }
+    }
+    assert!(found > 0);
 }
 
 /// A device whose start was blind to the block, and that still is.

@@ -78,7 +78,8 @@ impl Suspect {
 }
 
 fn is_one_life(one: &SegmentHeader, other: &SegmentHeader) -> bool {
-    (one.nonce, one.generation, one.epoch, one.boot) == (other.nonce, other.generation, other.epoch, other.boot)
+    (one.nonce, one.generation, one.epoch, one.boot)
+        == (other.nonce, other.generation, other.epoch, other.boot)
 }
 
 impl Testimony {
@@ -101,7 +102,8 @@ pub(super) fn identify(suspects: &[Suspect], is_taken: impl Fn(u32) -> bool) -> 
         let open = (0..suspects.len()).filter(|at| matches!(found[*at].0, Identity::Unknown));
         let wishes: Vec<(usize, SegmentHeader)> =
             open.filter_map(|at| Some((at, youngest(suspects[at].voices(), taken)?))).collect();
-        let Some(header) = wishes.iter().map(|(_, header)| *header).max_by_key(|header| header.generation) else {
+        let Some(header) = wishes.iter().map(|(_, header)| *header).max_by_key(|header| header.generation)
+        else {
             return found;
         };
         let generation = header.generation;
@@ -171,7 +173,11 @@ fn youngest(voices: &[Voice], taken: impl Fn(u32) -> bool) -> Option<SegmentHead
 }
 
 /// Whether the envelopes in a file name a segment that is not `taken`.
-pub(super) fn names_another(bytes: &SegmentBytes<'_>, hard_state: &HardState, taken: impl Fn(u32) -> bool) -> bool {
+pub(super) fn names_another(
+    bytes: &SegmentBytes<'_>,
+    hard_state: &HardState,
+    taken: impl Fn(u32) -> bool,
+) -> bool {
     youngest(&voices(bytes, hard_state), taken).is_some()
 }
 

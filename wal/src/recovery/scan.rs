@@ -19,8 +19,8 @@ use super::table::{Disposition, EnvelopeEvidence, Evidence, ImageEvidence, dispo
 use crate::error::{Damage, DamageCause};
 use crate::format::{
     BatchInfo, BatchKind, BatchView, Claim, Cut, ENVELOPE_BYTES, Envelope, HardState, ImageError, LogStart,
-    SectorChecksums, SegmentHeader, SegmentOrigin, named_chain, parse_image, read_envelope,
-    slot_bytes, slots_start, table_sector_fits,
+    SectorChecksums, SegmentHeader, SegmentOrigin, named_chain, parse_image, read_envelope, slot_bytes,
+    slots_start, table_sector_fits,
 };
 use crate::index::{Index, Place};
 use crate::salvage::Salvaged;

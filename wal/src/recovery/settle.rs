@@ -15,10 +15,12 @@
 //!   begins with all of the other.
 //! - This start has found no damage, neither in the log as it is nor in the former one: no sector that cannot be read, no file without a
 //!   place, no missing segment, no slot that is neither whole nor exactly what a torn write leaves.
-//! - The epoch that the claim ended has left its segment, which tells where it cut the log. Only where the log has all of the former one
-//!   is that not asked for: a cut would have left less.
+//! - The epoch that the claim ended has left its segment, which tells where it cut the log. A process that died before it headed one
+//!   leaves none, and has appended nothing: then its cut is part of what vouched for `claim.last`, so a former log that ends just
+//!   there holds no less than was left of it. And where the present log has all of the former one, no cut could have left more.
 //!
-//! What stays is the residual of the contract: a device that answers with prior content where it held an acknowledged batch.
+//! What stays are the residuals of the contract: a device that answers with prior content where it held an acknowledged batch, and a
+//! last segment whose very name is gone.
 
 use super::scan::{LogScan, ScanOutcome};
 use crate::format::{Claim, Cut, HardState};
@@ -49,9 +51,11 @@ pub(super) fn settle(hard_state: &HardState, now: &ScanOutcome, former: ScanOutc
         return claim;
     }
     let ended = |segment: &super::Scanned| segment.header.epoch + 1 == hard_state.claim_epoch;
+    let knows_its_cut =
+        || former.segments.iter().any(ended) || claim.is_some_and(|claim| claim.last == was.index);
     if now.index.chain_at(was.index) == Some(was.chain) {
         None
-    } else if former.index.chain_at(end.index) == Some(end.chain) && former.segments.iter().any(ended) {
+    } else if former.index.chain_at(end.index) == Some(end.chain) && knows_its_cut() {
         Some(Claim { term: was.term, last: was.index, certain: true })
     } else {
         claim

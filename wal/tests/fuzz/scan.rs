@@ -18,8 +18,8 @@ use crate::sweep::{corpus, input, sweep_one};
 use bolero::TypeGenerator;
 use ringraft_block::{BLOCK_BYTES, LogIndex, SECTOR_BYTES};
 use ringraft_wal::format::{
-    BatchInfo, Claim, Cut, ENVELOPE_BYTES, SegmentOrigin, read_envelope, read_hard_state, read_segment_header,
-    write_envelope, write_segment_header,
+    BatchInfo, Claim, Cut, ENVELOPE_BYTES, SegmentOrigin, read_envelope, read_hard_state,
+    read_segment_header, write_envelope, write_segment_header,
 };
 use ringraft_wal::{Recovered, WalError};
 use std::collections::BTreeMap;
@@ -334,7 +334,8 @@ impl<'a> Altered<'a> {
         let lost_cuts = self.scenario.directory.iter().filter_map(|(file, content)| {
             let header = read_segment_header(content.get(..SECTOR_BYTES)?).ok()?;
             let SegmentOrigin::Cut { cut, .. } = header.origin else { return None };
-            (file.starts_with("segment") && !self.intact(file, 0..SECTOR_BYTES)).then_some((header.epoch, cut))
+            (file.starts_with("segment") && !self.intact(file, 0..SECTOR_BYTES))
+                .then_some((header.epoch, cut))
         });
         let mut slots = self.scenario.slots.iter().filter(|slot| slot.envelope.chain == info.chain);
         let lost_cuts: Vec<_> = lost_cuts.collect();
