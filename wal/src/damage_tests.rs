@@ -1,5 +1,6 @@
 //! Damage: what a start does about it, what it claims and keeps, and how batches are repaired.
 
+mod placement;
 mod settle;
 
 use crate::disk::{DiskErrorKind, DiskOp};

@@ -776,6 +776,8 @@ impl<B: BlockBuf> Recovery<B> {
             outcome.claim_may_settle &= outcome.claim.is_some_and(|claim| !claim.certain);
             outcome.salvage.retain(|_| outcome.claim.is_some());
         }
+        // What a header block that could not be read had said is not known.
+        outcome.claim_may_settle &= hard_state.claim_may_settle || self.suspects.is_empty();
         let mut report = std::mem::take(&mut self.report);
         report.torn_bytes = outcome.torn_bytes;
         report.segments = outcome.segments.len();

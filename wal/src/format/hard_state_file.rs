@@ -153,8 +153,8 @@ pub struct HardState {
     pub claim_epoch: u64,
     /// The last index that was left when the claim was made; what was cut off behind it is not void.
     pub claim_cut: LogIndex,
-    /// The claim is not certain, but it stands for one log only, that of the epochs before `claim_epoch`, and `claim.last` is the highest
-    /// index that anything vouched for or named there. So a start that can read all of that log again knows where it ended.
+    /// The claim is not certain, but all that was wrong with the log was one block that could not be read, at the slot behind `claim_cut`.
+    /// So a start that finds a batch there, and can read all of the log of the epochs before `claim_epoch`, knows where it ended.
     pub claim_may_settle: bool,
     /// The formed base configuration in the engine's encoding; empty when the cluster is not formed.
     pub configuration: Vec<u8>,

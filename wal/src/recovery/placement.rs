@@ -116,8 +116,7 @@ pub(super) fn identify(suspects: &[Suspect], is_taken: impl Fn(u32) -> bool) -> 
         let Some(winner) = rivals().max_by_key(|at| rank(*at)) else { return found };
         let own = wishes.iter().find(|(at, _)| *at == winner).map_or(header, |(_, own)| *own);
         for loser in rivals().filter(|at| *at != winner) {
-            let suspect = &suspects[loser];
-            found[loser].1 |= suspect.header.is_some() || rank(loser).0 >= rank(winner).0;
+            found[loser].1 = true;
         }
         let intact = suspects[winner].header.filter(|header| is_one_life(header, &own));
         found[winner].0 = intact.map_or(Identity::Voiced(own), Identity::Headed);

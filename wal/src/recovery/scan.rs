@@ -69,6 +69,8 @@ pub(crate) struct ScanOutcome {
     /// Bytes that were written behind the end of the log and are dropped: a torn tail, never acknowledged.
     pub(crate) torn_bytes: u64,
     pub(crate) damage: Vec<Damage>,
+    /// Blocks that could not be read, wherever they lie.
+    pub(crate) unread_blocks: usize,
     /// The claim that is in force from now on: an earlier one, a new one, or both in one.
     pub(crate) claim: Option<Claim>,
     /// The epoch that began under it; 0 when it begins with the next.
@@ -152,6 +154,9 @@ pub(crate) struct LogScan {
     doubts: Vec<Damage>,
     /// Something was appended since the claim that is in force, or was damaged there.
     went_on_under_claim: bool,
+    /// How many blocks could not be read, and the last of them.
+    unread_blocks: usize,
+    unread: Option<Place>,
     /// The highest term and index that any intact envelope of this log names.
     highest_term: Term,
     highest_last: LogIndex,
@@ -173,6 +178,8 @@ impl LogScan {
             salvage_before: 0,
             doubts: Vec::new(),
             went_on_under_claim: false,
+            unread_blocks: 0,
+            unread: None,
             highest_term: Term(0),
             highest_last: LogIndex(0),
         }
@@ -188,6 +195,10 @@ impl LogScan {
         let Scanned { name, header, header_lost } = scanned;
         let previous = self.segments.last().map(|segment| segment.header);
         self.segments.push(scanned);
+        for range in bytes.unreadable {
+            self.unread_blocks += range.len().div_ceil(BLOCK_BYTES);
+            self.unread = Some(Place { generation: header.generation, offset: range.start as u64 });
+        }
         if previous.is_some_and(|previous| previous.generation == header.generation) {
             self.doubt(name, header.generation, 0, DamageCause::SegmentHeader);
             return;
@@ -254,6 +265,13 @@ impl LogScan {
         // A sector that cannot be read proves nothing.
         let unread = |stop: &Stop| stop.slot.envelope == EnvelopeEvidence::Unreadable && stop.cause.is_none();
         let least = if self.stop.as_ref().is_some_and(|stop| !unread(stop)) { end.next() } else { end };
+        // All that is wrong is one block that cannot be read, at the very slot behind the log.
+        let is_only_unread = damage.is_empty()
+            && self.doubts.is_empty()
+            && self.unread_blocks == 1
+            && self.unread.is_some()
+            && self.unread == self.index.end_place()
+            && self.stop.as_ref().is_some_and(|stop| unread(stop) && Some(stop.place) == self.unread);
         let cut_short = match self.stop.take() {
             Some(stop) => Some(Damage {
                 cause: self.cause_of(&stop).unwrap_or(DamageCause::Lost),
@@ -283,10 +301,8 @@ impl LogScan {
         let HardState { mut claim_epoch, mut claim_cut, mut claim_may_settle, .. } = self.hard_state;
         let claim = if cut_short.is_some() || !self.doubts.is_empty() {
             claim_cut = end;
-            claim_may_settle |= self.hard_state.claim.is_none();
-            claim_may_settle &= !self.went_on_under_claim;
             let claim = merge(self.hard_state.claim, self.claim(cut_short.is_some(), least));
-            claim_may_settle &= !claim.certain;
+            claim_may_settle = self.hard_state.claim.is_none() && is_only_unread && !claim.certain;
             if self.went_on_under_claim {
                 // The log went on where the salvage of the earlier claim had been, and is damaged again: that salvage is not
                 // what lay behind this cut.
@@ -312,6 +328,7 @@ impl LogScan {
             segments: self.segments,
             torn_bytes,
             damage,
+            unread_blocks: self.unread_blocks,
             claim,
             claim_epoch,
             claim_cut,
