@@ -10,7 +10,7 @@
 //!
 //! Failures: a block of the old file that cannot be read and holds no batch of the log becomes bytes that are damage to every reader. When it holds a batch that is not
 //! among the repaired ones, that batch is damaged too, and the rebuild is given up until it has come: it may be readable another
-//! time. Only when there are more of these than may wait in memory, their blocks become zeros under an envelope made anew. No space gives up the rebuild until somebody asks to try again. Any other failed write stops the log.
+//! time. Only when there are more of these than may wait in memory, their blocks become such bytes too, under an envelope made anew. No space gives up the rebuild until somebody asks to try again. Any other failed write stops the log.
 //! A segment that leaves the log is not rebuilt any further.
 
 use crate::disk::{Access, Disk, DiskDone, DiskError, DiskErrorKind, DiskOp, DiskOpId, DiskOutput, FileId};

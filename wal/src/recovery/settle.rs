@@ -54,7 +54,8 @@ pub(super) fn settle(hard_state: &HardState, now: &ScanOutcome, former: ScanOutc
     let (end, was) = (now.index.end(), former.index.end());
     let is_whole = |outcome: &ScanOutcome| outcome.damage.is_empty() && outcome.unread_blocks == 0;
     let is_sound = is_whole(now) && is_whole(&former) && claim == hard_state.claim;
-    if !is_sound || end.index < hard_state.claim_cut || !holds_what_was_unread(&former, hard_state.claim_cut) {
+    if !is_sound || end.index < hard_state.claim_cut || !holds_what_was_unread(&former, hard_state.claim_cut)
+    {
         return claim;
     }
     let ended =
