@@ -40,7 +40,10 @@
 //!    stays in the log, which goes on behind it, until its image has come from a peer ([`Wal::damaged`], [`Wal::repair`]). Where not
 //!    even that is known, the log is cut before the damage, and what it held there is *claimed* ([`format::Claim`]), durably, before
 //!    [`WalEvent::Opened`]; what is intact behind the cut is *salvage* ([`Wal::salvage`]). A claim is certain only when the end of the
-//!    log that was there is proved; it is in force at every start until [`Wal::release_claim`]. No file that may hold a batch of
+//!    log that was there is proved; it is in force at every start until [`Wal::release_claim`], or until it is *settled*: when nothing
+//!    but one block behind the log could not be read, and a later start reads there the intact batch that continues the log, finds
+//!    no damage, and follows the log to its end, the claim becomes certain, or ends when the log holds all of that again. A place
+//!    that could not be read and then is blank settles nothing: it may have been remapped. No file that may hold a batch of
 //!    the log is removed on a checksum's word: not before its intact replacement is durable, or the claim is released.
 //!
 //! What a claim cannot know is the residual of promise 3 once more, and a last segment whose very name is gone. A segment that began
@@ -91,7 +94,10 @@
 //!    to it, with the repaired slots in their places; it is flushed and closed. *Crash:* removed by the next start, which finds the
 //!    damage as it was.
 //! 2. It is renamed to `segment-N.wal`, the directory synced. *Crash between:* either file has the name; nothing but the repaired slots
-//!    differs. [`WalEvent::Repaired`].
+//!    differs, and blocks that could not be read. [`WalEvent::Repaired`].
+//!
+//! A block among the slots that still cannot be read is filled with the byte 0xdb, since zeros would pass for a write that never was.
+//! If it holds a batch of the log, the rebuild waits for that batch first, unless too many wait already.
 //!
 //! **Releasing a claim**: the hard state is saved without it. *Crash before:* the claim is in force. Then the segments that hold no
 //! batch of the log are removed. *Crash:* removed by the next start.

@@ -673,6 +673,7 @@ impl<D: Disk> Wal<D> {
         state.claim = None;
         state.claim_epoch = 0;
         state.claim_cut = LogIndex(0);
+        state.claim_may_settle = false;
         let sequence = self.ask_save(disk);
         self.salvage.release(sequence);
         sequence
@@ -1036,6 +1037,7 @@ impl<D: Disk> Wal<D> {
             claim,
             claim_epoch,
             claim_cut,
+            claim_may_settle,
             salvage,
             unplaced,
             segments,
@@ -1055,6 +1057,7 @@ impl<D: Disk> Wal<D> {
             (Some(_), epoch) => epoch,
         };
         hard_state.claim_cut = claim_cut;
+        hard_state.claim_may_settle = claim_may_settle;
         self.salvage = Salvage::new(salvage, unplaced, hard_state.claim_epoch, claim_cut);
         let end = self.index.end();
         let place = self.index.end_place();

@@ -12,8 +12,10 @@
 //! a batch is removed here.
 
 mod arrival;
+mod placement;
 mod prior;
 mod scan;
+mod settle;
 mod table;
 
 pub(crate) use scan::belongs;
@@ -33,6 +35,7 @@ use crate::ops::{Ops, Owner, Random, take};
 use crate::salvage::Salvaged;
 use crate::segment::{SegmentName, Stage};
 use arrival::Arrival;
+use placement::{Identity, Suspect, Testimony};
 use ringraft_block::{AlignedBuf, BLOCK_BYTES, Block, BlockBuf, Incarnation, LogIndex, Pool};
 use scan::{LogScan, ScanOutcome, SegmentBytes};
 
@@ -77,6 +80,7 @@ pub(crate) struct Found {
     /// The epoch that began under it; 0 when it begins with this start.
     pub(crate) claim_epoch: u64,
     pub(crate) claim_cut: LogIndex,
+    pub(crate) claim_may_settle: bool,
     pub(crate) salvage: Vec<Salvaged>,
     /// Files that may hold batches, though nobody can tell which.
     pub(crate) unplaced: Vec<SegmentName>,
@@ -120,20 +124,14 @@ pub(crate) struct Recovery<B: BlockBuf> {
     /// Suspects that nothing can place. They are kept until the claim is released.
     unplaced: Vec<SegmentName>,
     scan: Option<LogScan>,
+    /// The log as it was when the claim was made that may be settled.
+    former: Option<LogScan>,
     outcome: Option<ScanOutcome>,
     /// Position in `headed`.
     next_scan: usize,
     buffer: Option<AlignedBuf>,
     next_serial: u32,
     report: RecoveryReport,
-}
-
-/// A file in service, or that should be unused, without a header that can be believed.
-struct Suspect {
-    name: SegmentName,
-    length: u64,
-    /// Intact, but another file has the same.
-    header: Option<SegmentHeader>,
 }
 
 /// Where recovery stands; each variant names the operation that is awaited.
@@ -189,6 +187,7 @@ impl<B: BlockBuf> Recovery<B> {
             blank_twins: Vec::new(),
             unplaced: Vec::new(),
             scan: None,
+            former: None,
             outcome: None,
             next_scan: 0,
             buffer: None,
@@ -341,8 +340,8 @@ impl<B: BlockBuf> Recovery<B> {
                 found_cluster: hard_state.cluster,
             });
         }
-        self.scan = Some(LogScan::new(hard_state.clone()));
         self.hard_state = Some(hard_state);
+        self.begin_scan();
         self.sort_entries();
         self.next_header(disk, ops)
     }
@@ -399,6 +398,7 @@ impl<B: BlockBuf> Recovery<B> {
             claim: None,
             claim_epoch: 0,
             claim_cut: Default::default(),
+            claim_may_settle: false,
             configuration: Vec::new(),
         }
     }
@@ -441,11 +441,20 @@ impl<B: BlockBuf> Recovery<B> {
             self.headed.iter().map(|(segment, _)| segment.header.generation).collect();
         let is_twin = |generation| generations.iter().filter(|other| **other == generation).nth(1).is_some();
         let twins = self.headed.extract_if(.., |(segment, _)| is_twin(segment.header.generation));
-        self.suspects.extend(twins.map(|(Scanned { name, header, .. }, length)| Suspect {
-            name,
-            length,
-            header: Some(header),
-        }));
+        let suspect = |(Scanned { name, header, .. }, length)| Suspect::new(name, length, Some(header));
+        self.suspects.extend(twins.map(suspect));
+    }
+
+    /// A suspect that holds slots of a segment which another file's header names: the header may have been written over that one's.
+    fn suspect_namesakes(&mut self) {
+        let suspects = &self.suspects;
+        let named = |header: &SegmentHeader| suspects.iter().any(|suspect| suspect.names(header));
+        let namesakes: Vec<Suspect> = self
+            .headed
+            .extract_if(.., |(segment, _)| named(&segment.header))
+            .map(|(Scanned { name, header, .. }, length)| Suspect::new(name, length, Some(header)))
+            .collect();
+        self.suspects.extend(namesakes);
     }
 
     /// All headers are known as far as they can be.
@@ -499,7 +508,7 @@ impl<B: BlockBuf> Recovery<B> {
             (Stage::InService, Some(Ok(header))) if self.is_ours(&header, length) => {
                 self.headed.push((Scanned { name, header, header_lost: false }, length));
             }
-            _ => self.suspects.push(Suspect { name, length, header: None }),
+            _ => self.suspects.push(Suspect::new(name, length, None)),
         }
         Ok(())
     }
@@ -521,7 +530,11 @@ impl<B: BlockBuf> Recovery<B> {
 
     fn next_segment<D: Disk<Buf = B>>(&mut self, disk: &mut D, ops: &mut Ops) -> Result<(), WalError> {
         if self.next_suspect == self.suspects.len() && self.next_scan == 0 {
-            self.judge_epochs()?;
+            self.suspect_namesakes();
+            if self.next_suspect == self.suspects.len() {
+                self.place_suspects();
+                self.judge_epochs()?;
+            }
         }
         let suspect = self.suspects.get(self.next_suspect).map(|suspect| suspect.name);
         let headed = self.headed.get(self.next_scan).map(|(segment, _)| segment.name);
@@ -651,49 +664,50 @@ impl<B: BlockBuf> Recovery<B> {
         let bytes = buffer.bytes().get(..reading.length).unwrap_or_default();
         let bytes =
             SegmentBytes { bytes, unreadable: &reading.unreadable, verified: reading.arrival.verified() };
-        if let Some(Suspect { name, length, header }) = self.suspects.get(self.next_suspect) {
-            self.place(*name, *length, *header, &bytes);
+        if let Some(suspect) = self.suspects.get_mut(self.next_suspect) {
+            suspect.testimony = self.hard_state.as_ref().map(|state| Testimony::of(&bytes, state));
         } else if let Some((segment, length)) = self.headed.get(self.next_scan).copied() {
             if self.is_misdirected(&segment, &bytes) {
                 self.doubted = Some((segment, length));
-            } else if let Some(scan) = self.scan.as_mut() {
-                scan.segment(segment, &bytes);
+            } else {
+                let claim_epoch = self.hard_state.as_ref().map_or(0, |state| state.claim_epoch);
+                if let Some(former) = self.former.as_mut().filter(|_| segment.header.epoch < claim_epoch) {
+                    former.segment(segment, &bytes);
+                }
+                if let Some(scan) = self.scan.as_mut() {
+                    scan.segment(segment, &bytes);
+                }
             }
         }
         self.buffer = Some(buffer);
     }
 
-    /// Says what a suspect is: unused, a segment of the log, or unknown.
-    fn place(
-        &mut self,
-        name: SegmentName,
-        length: u64,
-        header: Option<SegmentHeader>,
-        bytes: &SegmentBytes<'_>,
-    ) {
-        let Some(hard_state) = self.hard_state.as_ref() else { return };
-        if prior::is_unused(bytes) {
-            // Whatever its header was, no batch was ever written here. But it may tell of a cut.
-            match header {
-                Some(header) => self.blank_twins.push((Scanned { name, header, header_lost: false }, length)),
-                None => self.leftovers.push(name.to_string()),
-            }
-            return;
-        }
-        let found = scan::header_from_envelopes(bytes, hard_state, |generation| self.is_taken(generation));
-        let same = |header: &SegmentHeader| {
-            found
-                .as_ref()
-                .is_some_and(|found| found.nonce == header.nonce && found.generation == header.generation)
-        };
-        match (header.filter(same), found) {
-            (Some(header), _) => self.headed.push((Scanned { name, header, header_lost: false }, length)),
-            (None, Some(header)) => self.headed.push((Scanned { name, header, header_lost: true }, length)),
-            (None, None) => {
-                self.unplaced.push(name);
-                if let Some(scan) = self.scan.as_mut() {
-                    scan.unplaced(name, header.map_or(0, |header| header.generation));
+    /// All suspects have been read: says what each is.
+    fn place_suspects(&mut self) {
+        let identities = placement::identify(&self.suspects, |generation| self.is_taken(generation));
+        for (suspect, (identity, doubtful)) in self.suspects.iter().zip(identities) {
+            let Suspect { name, length, header, .. } = *suspect;
+            let named = header.map_or(0, |header| header.generation);
+            match identity {
+                // Whatever its header was, no batch was ever written here. But it may tell of a cut.
+                Identity::Unused => match header {
+                    Some(header) => {
+                        self.blank_twins.push((Scanned { name, header, header_lost: false }, length));
+                    }
+                    None => self.leftovers.push(name.to_string()),
+                },
+                Identity::Headed(header) => {
+                    self.headed.push((Scanned { name, header, header_lost: false }, length));
                 }
+                Identity::Voiced(header) => {
+                    self.headed.push((Scanned { name, header, header_lost: true }, length));
+                }
+                Identity::Unknown => self.unplaced.push(name),
+            }
+            if let Some(scan) = self.scan.as_mut()
+                && (doubtful || matches!(identity, Identity::Unknown))
+            {
+                scan.unplaced(name, named);
             }
         }
     }
@@ -709,10 +723,10 @@ impl<B: BlockBuf> Recovery<B> {
     fn is_misdirected(&self, segment: &Scanned, bytes: &SegmentBytes<'_>) -> bool {
         !segment.header_lost
             && segment.header.prior_content == PriorContent::Zeros
-            && !scan::has_own_slot(bytes, &segment.header)
+            && !placement::has_own_slot(bytes, &segment.header)
             && self.hard_state.as_ref().is_some_and(|state| {
                 let taken = |generation| self.is_taken(generation);
-                scan::header_from_envelopes(bytes, state, taken).is_some()
+                placement::names_another(bytes, state, taken)
             })
     }
 
@@ -729,9 +743,15 @@ impl<B: BlockBuf> Recovery<B> {
         });
         self.leftovers.retain(|left| suspects.iter().all(|suspect| suspect.name.to_string() != *left));
         self.unplaced.clear();
-        self.suspects.push(Suspect { name, length, header: None });
-        (self.next_suspect, self.next_scan) = (0, 0);
+        self.next_suspect = self.suspects.len();
+        self.next_scan = 0;
+        self.suspects.push(Suspect::new(name, length, None));
+        self.begin_scan();
+    }
+
+    fn begin_scan(&mut self) {
         self.scan = self.hard_state.clone().map(LogScan::new);
+        self.former = self.hard_state.as_ref().and_then(settle::former);
     }
 
     // The end.
@@ -749,8 +769,15 @@ impl<B: BlockBuf> Recovery<B> {
     }
 
     fn found(&mut self) -> Option<Found> {
-        let outcome = self.outcome.take()?;
+        let mut outcome = self.outcome.take()?;
         let hard_state = self.hard_state.take()?;
+        if let Some(former) = self.former.take().map(LogScan::finish) {
+            outcome.claim = settle::settle(&hard_state, &outcome, former);
+            outcome.claim_may_settle &= outcome.claim.is_some_and(|claim| !claim.certain);
+            outcome.salvage.retain(|_| outcome.claim.is_some());
+        }
+        // What a header block that could not be read had said is not known.
+        outcome.claim_may_settle &= hard_state.claim_may_settle || self.suspects.is_empty();
         let mut report = std::mem::take(&mut self.report);
         report.torn_bytes = outcome.torn_bytes;
         report.segments = outcome.segments.len();
@@ -762,6 +789,7 @@ impl<B: BlockBuf> Recovery<B> {
             claim: outcome.claim,
             claim_epoch: outcome.claim_epoch,
             claim_cut: outcome.claim_cut,
+            claim_may_settle: outcome.claim_may_settle,
             salvage: outcome.salvage,
             unplaced: std::mem::take(&mut self.unplaced),
             segments: outcome.segments,

@@ -8,16 +8,16 @@
 //! A crash before the rename leaves a `.new` file, removed by the next start, and the damage as it was; one after it leaves either
 //! file under the name. The old file goes only with the rename, when all that could be read of it is durable in the new one.
 //!
-//! Failures: a block of the old file that cannot be read and holds no batch of the log becomes zeros. When it holds a batch that is not
+//! Failures: a block of the old file that cannot be read and holds no batch of the log becomes bytes that are damage to every reader. When it holds a batch that is not
 //! among the repaired ones, that batch is damaged too, and the rebuild is given up until it has come: it may be readable another
-//! time. Only when there are more of these than may wait in memory, their blocks become zeros under an envelope made anew. No space gives up the rebuild until somebody asks to try again. Any other failed write stops the log.
+//! time. Only when there are more of these than may wait in memory, their blocks become such bytes too, under an envelope made anew. No space gives up the rebuild until somebody asks to try again. Any other failed write stops the log.
 //! A segment that leaves the log is not rebuilt any further.
 
 use crate::disk::{Access, Disk, DiskDone, DiskError, DiskErrorKind, DiskOp, DiskOpId, DiskOutput, FileId};
 use crate::error::{DamageCause, RepairError, WalError};
 use crate::format::{
     BatchInfo, Chain, ENVELOPE_BYTES, Envelope, SLOT_BYTES_MAX, SegmentHeader, parse_image, read_envelope,
-    write_envelope,
+    slots_start, write_envelope,
 };
 use crate::index::{Index, Place};
 use crate::ops::{Ops, Owner, take};
@@ -33,6 +33,9 @@ const COPY_BYTES: u64 = 256 * 1024;
 const COPIES_IN_FLIGHT: usize = 2;
 /// So many bytes of repaired batches wait at most; one alone always may.
 const QUEUED_BYTES_MAX: usize = 2 * SLOT_BYTES_MAX;
+
+/// Stands where a sector of a slot could not be read.
+const UNREADABLE: u8 = 0xdb;
 
 const WHAT: &str = "rebuilding a segment";
 
@@ -453,7 +456,9 @@ impl<B: BlockBuf> Repairs<B> {
                 }
                 let block = take(tools.pool, tools.disk, bytes);
                 let mut block = block.map_err(|error| WalError::Disk { what: WHAT, error })?;
-                block[..bytes].fill(0);
+                // In the place of slots it must not pass for a write that never was.
+                let is_slot = range.start >= slots_start(work.header.segment_bytes);
+                block[..bytes].fill(if is_slot { UNREADABLE } else { 0 });
                 block
             }
             Ok(_) => return Err(WalError::Protocol { what: WHAT }),

@@ -412,6 +412,7 @@ mod tests {
                 claim: None,
                 claim_epoch: 0,
                 claim_cut: LogIndex(0),
+                claim_may_settle: false,
                 configuration: Vec::new(),
             },
         );

@@ -73,6 +73,8 @@ const _: () = {
 // The two lowest bits beside the index of the cut.
 const CLAIM_CERTAIN: u64 = 1;
 const CLAIM_UNCERTAIN: u64 = 2;
+/// Not certain, and a start that can read more may settle it.
+const CLAIM_UNSETTLED: u64 = 3;
 
 const CRC_FIELD: std::ops::Range<usize> = field_range(FileHeader::FIELDS, "crc");
 const RECORD_AT: usize = FileHeader::BYTES;
@@ -151,6 +153,9 @@ pub struct HardState {
     pub claim_epoch: u64,
     /// The last index that was left when the claim was made; what was cut off behind it is not void.
     pub claim_cut: LogIndex,
+    /// The claim is not certain, but all that was wrong with the log was one block that could not be read, at the slot behind `claim_cut`.
+    /// So a start that finds a batch there, and can read all of the log of the epochs before `claim_epoch`, knows where it ended.
+    pub claim_may_settle: bool,
     /// The formed base configuration in the engine's encoding; empty when the cluster is not formed.
     pub configuration: Vec<u8>,
 }
@@ -282,7 +287,7 @@ pub fn read_hard_state(bytes: &[u8]) -> Result<HardState, HardStateError> {
     {
         return Err(HardStateError::Range("configuration length"));
     }
-    let (claim, claim_epoch, claim_cut) = read_claim(&record)?;
+    let ReadClaim { claim, claim_epoch, claim_cut, claim_may_settle } = read_claim(&record)?;
     if record.cut_generation > record.generation {
         return Err(HardStateError::Range("generation"));
     }
@@ -304,29 +309,44 @@ pub fn read_hard_state(bytes: &[u8]) -> Result<HardState, HardStateError> {
         claim,
         claim_epoch,
         claim_cut,
+        claim_may_settle,
         configuration: configuration.to_vec(),
     })
 }
 
 fn write_claim(state: &HardState) -> [u8; ClaimRecord::BYTES] {
     let Some(claim) = state.claim else { return [0; ClaimRecord::BYTES] };
-    let kind = if claim.certain { CLAIM_CERTAIN } else { CLAIM_UNCERTAIN };
+    let kind = match (claim.certain, state.claim_may_settle) {
+        (true, _) => CLAIM_CERTAIN,
+        (false, false) => CLAIM_UNCERTAIN,
+        (false, true) => CLAIM_UNSETTLED,
+    };
     let cut_and_kind = state.claim_cut.get() << 2 | kind;
     ClaimRecord { cut_and_kind, epoch: state.claim_epoch, term: claim.term, last: claim.last }.encode()
 }
 
-fn read_claim(record: &GroupRecord) -> Result<(Option<Claim>, u64, LogIndex), HardStateError> {
+/// What the record says of the claim.
+#[derive(Default)]
+struct ReadClaim {
+    claim: Option<Claim>,
+    claim_epoch: u64,
+    claim_cut: LogIndex,
+    claim_may_settle: bool,
+}
+
+fn read_claim(record: &GroupRecord) -> Result<ReadClaim, HardStateError> {
     if record.reserved == [0; ClaimRecord::BYTES] {
-        return Ok((None, 0, LogIndex(0)));
+        return Ok(ReadClaim::default());
     }
     let ClaimRecord { cut_and_kind, epoch, term, last } = ClaimRecord::decode(&record.reserved);
-    let certain = match cut_and_kind & 3 {
-        CLAIM_CERTAIN => true,
-        CLAIM_UNCERTAIN => false,
-        _ => return Err(HardStateError::Range("claim")),
-    };
-    if epoch == 0 || epoch > record.epoch {
+    let kind = cut_and_kind & 3;
+    if kind == 0 || epoch == 0 || epoch > record.epoch {
         return Err(HardStateError::Range("claim"));
     }
-    Ok((Some(Claim { term, last, certain }), epoch, LogIndex(cut_and_kind >> 2)))
+    Ok(ReadClaim {
+        claim: Some(Claim { term, last, certain: kind == CLAIM_CERTAIN }),
+        claim_epoch: epoch,
+        claim_cut: LogIndex(cut_and_kind >> 2),
+        claim_may_settle: kind == CLAIM_UNSETTLED,
+    })
 }

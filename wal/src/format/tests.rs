@@ -117,6 +117,7 @@ fn hard_state() -> HardState {
         claim: None,
         claim_epoch: 0,
         claim_cut: LogIndex(0),
+        claim_may_settle: false,
         configuration: b"three members".to_vec(),
     }
 }
@@ -189,6 +190,7 @@ fn what_is_written_is_read() {
         HardState { configuration: long, ..hard_state() },
         HardState { claim: Some(claim(true)), claim_epoch: 4, claim_cut: LogIndex(98), ..hard_state() },
         HardState { claim: Some(claim(false)), claim_epoch: 1, ..hard_state() },
+        HardState { claim: Some(claim(false)), claim_epoch: 1, claim_may_settle: true, ..hard_state() },
     ] {
         write_hard_state(&mut bytes, &state);
         assert_eq!(read_hard_state(&bytes), Ok(state));

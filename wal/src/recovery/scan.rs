@@ -13,13 +13,14 @@
 //! provably continues the log, makes the stop irrelevant.
 
 use super::arrival::Verified;
+use super::placement::has_own_slot;
 use super::prior::Prior;
 use super::table::{Disposition, EnvelopeEvidence, Evidence, ImageEvidence, dispose};
 use crate::error::{Damage, DamageCause};
 use crate::format::{
     BatchInfo, BatchKind, BatchView, Claim, Cut, ENVELOPE_BYTES, Envelope, HardState, ImageError, LogStart,
-    PriorContent, SectorChecksums, SegmentHeader, SegmentOrigin, named_chain, parse_image, read_envelope,
-    slot_bytes, slots_start, table_sector_fits,
+    SectorChecksums, SegmentHeader, SegmentOrigin, named_chain, parse_image, read_envelope, slot_bytes,
+    slots_start, table_sector_fits,
 };
 use crate::index::{Index, Place};
 use crate::salvage::Salvaged;
@@ -43,7 +44,7 @@ impl<'a> SegmentBytes<'a> {
     }
 
     /// The intact envelope at `offset`, if it was written for this offset.
-    fn envelope(&self, offset: usize) -> Option<Envelope> {
+    pub(super) fn envelope(&self, offset: usize) -> Option<Envelope> {
         let sector = self.readable(offset..offset.saturating_add(ENVELOPE_BYTES))?;
         read_envelope(sector).ok().filter(|envelope| envelope.offset == offset as u64)
     }
@@ -68,11 +69,15 @@ pub(crate) struct ScanOutcome {
     /// Bytes that were written behind the end of the log and are dropped: a torn tail, never acknowledged.
     pub(crate) torn_bytes: u64,
     pub(crate) damage: Vec<Damage>,
+    /// Blocks that could not be read, wherever they lie.
+    pub(crate) unread_blocks: usize,
     /// The claim that is in force from now on: an earlier one, a new one, or both in one.
     pub(crate) claim: Option<Claim>,
     /// The epoch that began under it; 0 when it begins with the next.
     pub(crate) claim_epoch: u64,
     pub(crate) claim_cut: LogIndex,
+    /// The claim may be settled by a later start that can read more.
+    pub(crate) claim_may_settle: bool,
     /// Under a claim: the intact batches that the log held behind its end.
     pub(crate) salvage: Vec<Salvaged>,
 }
@@ -149,6 +154,9 @@ pub(crate) struct LogScan {
     doubts: Vec<Damage>,
     /// Something was appended since the claim that is in force, or was damaged there.
     went_on_under_claim: bool,
+    /// How many blocks could not be read, and the last of them.
+    unread_blocks: usize,
+    unread: Option<Place>,
     /// The highest term and index that any intact envelope of this log names.
     highest_term: Term,
     highest_last: LogIndex,
@@ -170,6 +178,8 @@ impl LogScan {
             salvage_before: 0,
             doubts: Vec::new(),
             went_on_under_claim: false,
+            unread_blocks: 0,
+            unread: None,
             highest_term: Term(0),
             highest_last: LogIndex(0),
         }
@@ -185,6 +195,10 @@ impl LogScan {
         let Scanned { name, header, header_lost } = scanned;
         let previous = self.segments.last().map(|segment| segment.header);
         self.segments.push(scanned);
+        for range in bytes.unreadable {
+            self.unread_blocks += range.len().div_ceil(BLOCK_BYTES);
+            self.unread = Some(Place { generation: header.generation, offset: range.start as u64 });
+        }
         if previous.is_some_and(|previous| previous.generation == header.generation) {
             self.doubt(name, header.generation, 0, DamageCause::SegmentHeader);
             return;
@@ -249,6 +263,16 @@ impl LogScan {
         let mut damage = self.known_damage();
         let end = self.index.end().index;
         let durable_through = self.durable_through;
+        // A sector that cannot be read proves nothing.
+        let unread = |stop: &Stop| stop.slot.envelope == EnvelopeEvidence::Unreadable && stop.cause.is_none();
+        let least = if self.stop.as_ref().is_some_and(|stop| !unread(stop)) { end.next() } else { end };
+        // All that is wrong is one block that cannot be read, at the very slot behind the log.
+        let is_only_unread = damage.is_empty()
+            && self.doubts.is_empty()
+            && self.unread_blocks == 1
+            && self.unread.is_some()
+            && self.unread == self.index.end_place()
+            && self.stop.as_ref().is_some_and(|stop| unread(stop) && Some(stop.place) == self.unread);
         let cut_short = match self.stop.take() {
             Some(stop) => Some(Damage {
                 cause: self.cause_of(&stop).unwrap_or(DamageCause::Lost),
@@ -275,10 +299,11 @@ impl LogScan {
             None => None,
         };
         let mut salvage = std::mem::take(&mut self.salvage);
-        let HardState { mut claim_epoch, mut claim_cut, .. } = self.hard_state;
+        let HardState { mut claim_epoch, mut claim_cut, mut claim_may_settle, .. } = self.hard_state;
         let claim = if cut_short.is_some() || !self.doubts.is_empty() {
             claim_cut = end;
-            let claim = merge(self.hard_state.claim, self.claim(cut_short.is_some()));
+            let claim = merge(self.hard_state.claim, self.claim(cut_short.is_some(), least));
+            claim_may_settle = self.hard_state.claim.is_none() && is_only_unread && !claim.certain;
             if self.went_on_under_claim {
                 // The log went on where the salvage of the earlier claim had been, and is damaged again: that salvage is not
                 // what lay behind this cut.
@@ -304,9 +329,11 @@ impl LogScan {
             segments: self.segments,
             torn_bytes,
             damage,
+            unread_blocks: self.unread_blocks,
             claim,
             claim_epoch,
             claim_cut,
+            claim_may_settle,
             salvage,
         }
     }
@@ -314,8 +341,8 @@ impl LogScan {
     /// What the log held before it was cut short. Certain only when the batches behind the damage can be followed to where the log
     /// ended as a log does, nothing vouches for more, the epoch that was the last one has left its segment, and there
     /// is no file that cannot be placed. A certain claim that is too low would let the node vote away what it acknowledged, so
-    /// each of these says no in doubt.
-    fn claim(&self, cut_short: bool) -> Claim {
+    /// each of these says no in doubt. `least`: the lowest index that damage proves was written.
+    fn claim(&self, cut_short: bool, least: LogIndex) -> Claim {
         let Beyond { end, lost_track, open, .. } = &self.beyond;
         let torn = open.iter().find(|open| self.durable_through < open.first);
         let end = match torn {
@@ -329,7 +356,6 @@ impl LogScan {
             }
             _ => {
                 let end = self.index.end();
-                let least = if cut_short { end.index.next() } else { end.index };
                 Claim {
                     term: self.hard_state.term.max(self.highest_term).max(end.term),
                     last: self.durable_through.max(self.highest_last).max(least),
@@ -795,60 +821,6 @@ fn end_of(info: &BatchInfo) -> LogStart {
     LogStart { index: info.last, term: info.term, chain: info.chain }
 }
 
-/// What the envelopes of a segment whose header is damaged say of it: the youngest generation that is not `taken`, by majority. Some
-/// may be those of a former life, or have been misdirected here from another segment. `None` when they do not tell.
-pub(crate) fn header_from_envelopes(
-    bytes: &SegmentBytes<'_>,
-    hard_state: &HardState,
-    taken: impl Fn(u32) -> bool,
-) -> Option<SegmentHeader> {
-    let mut voices: Vec<(usize, SegmentHeader)> = Vec::new();
-    for at in (0..bytes.bytes.len()).step_by(BLOCK_BYTES) {
-        let Some(envelope) = bytes.envelope(at) else { continue };
-        if envelope.cluster != hard_state.cluster
-            || envelope.group != hard_state.group
-            || envelope.generation == 0
-        {
-            continue;
-        }
-        if let Some((count, _)) = voices.iter_mut().find(|(_, header)| belongs(&envelope, header, at)) {
-            *count += 1;
-            continue;
-        }
-        let header = SegmentHeader {
-            cluster: envelope.cluster,
-            node: hard_state.node,
-            incarnation: hard_state.incarnation,
-            segment_bytes: bytes.bytes.len() as u64,
-            nonce: envelope.nonce,
-            epoch: envelope.epoch,
-            boot: envelope.boot,
-            generation: envelope.generation,
-            group: envelope.group,
-            // Nobody knows what a former life left here: what is not blank is never taken for it.
-            prior_content: PriorContent::Zeros,
-            // Nobody knows; generation 0 is no segment's.
-            origin: SegmentOrigin::Rollover { previous: 0 },
-        };
-        voices.push((1, header));
-    }
-    // A recycled file still holds envelopes of its former lives, perhaps more than of the present one, which is the youngest.
-    voices.retain(|(_, header)| !taken(header.generation));
-    let youngest = voices.iter().map(|(_, header)| header.generation).max()?;
-    voices.retain(|(_, header)| header.generation == youngest);
-    let most = voices.iter().map(|(count, _)| *count).max()?;
-    let mut loudest = voices.into_iter().filter(|(count, _)| *count == most);
-    let (_, header) = loudest.next()?;
-    loudest.next().is_none().then_some(header)
-}
-
-/// Whether one slot at least was written under this header, which shows that it is the segment's own.
-pub(crate) fn has_own_slot(bytes: &SegmentBytes<'_>, header: &SegmentHeader) -> bool {
-    (0..bytes.bytes.len())
-        .step_by(BLOCK_BYTES)
-        .any(|at| bytes.envelope(at).is_some_and(|envelope| belongs(&envelope, header, at)))
-}
-
 /// Whether an intact envelope was written for this place in this life of the segment.
 pub(crate) fn belongs(envelope: &Envelope, header: &SegmentHeader, offset: usize) -> bool {
     envelope.cluster == header.cluster
@@ -956,7 +928,7 @@ fn is_named(info: &BatchInfo, envelope: &Envelope) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::format::Chain;
+    use crate::format::{Chain, PriorContent};
     use ringraft_block::{ClusterId, GroupId, Incarnation, NodeId};
 
     #[test]

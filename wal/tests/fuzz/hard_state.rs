@@ -63,6 +63,7 @@ impl Parts {
             claim: self.claim(),
             claim_epoch: self.claim().map_or(0, |_| self.epoch),
             claim_cut: LogIndex(self.claim().map_or(0, |_| cut_index >> 2)),
+            claim_may_settle: self.claim().is_some_and(|claim| !claim.certain) && self.boot.is_multiple_of(2),
             configuration: vec![
                 self.configuration;
                 usize::from(self.configuration_bytes) % (CONFIGURATION_BYTES_MAX + 1)
@@ -151,6 +152,7 @@ fn valid() -> [Vec<u8>; 2] {
         claim: Some(Claim { term: Term(5), last: LogIndex(120), certain: true }),
         claim_epoch: 4,
         claim_cut: LogIndex(99),
+        claim_may_settle: false,
         configuration: b"three members".to_vec(),
     };
     let mut short = written(&state);
@@ -160,6 +162,7 @@ fn valid() -> [Vec<u8>; 2] {
         claim: None,
         claim_epoch: 0,
         claim_cut: LogIndex(0),
+        claim_may_settle: false,
         configuration: Vec::new(),
         ..state
     };
