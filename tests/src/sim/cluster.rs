@@ -252,7 +252,8 @@ impl SimNode for EngineNode {
 
     fn describe(&self) -> String {
         let raft = self.driver.raft().map(Raft::status);
-        format!("{raft:?}, {:?}, applied {:?}", self.driver.wal().stats(), self.driver.applied())
+        let damage = self.handle.status().damage;
+        format!("{raft:?}, {damage:?}, {:?}, applied {:?}", self.driver.wal().stats(), self.driver.applied())
     }
 
     fn stop_reason(&self) -> Option<StopReason> {
