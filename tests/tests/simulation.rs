@@ -18,6 +18,7 @@ fn sixty_seeds_end_well_and_come_by_their_faults() {
     if let Some(report) = &summary.failure {
         panic!("{}", describe(report));
     }
+    assert!(!summary.is_undecided_too_often());
     let missing = summary.missing();
     assert!(missing.is_empty(), "never came by {missing:?}");
 }

@@ -172,6 +172,10 @@ fn run_seeds(arguments: &Arguments, options: &Options) -> anyhow::Result<ExitCod
             println!("the range never came by: {}", names.join(", "));
             false
         }
+        (None, None) if arguments.seed.is_none() && summary.is_undecided_too_often() => {
+            println!("too many runs ended undecided");
+            false
+        }
         (None, None) => true,
     };
     if arguments.json {

@@ -327,6 +327,14 @@ impl History {
         self.check_linearizability();
     }
 
+    /// The run ends with commands under way: nobody will say what became of them.
+    pub fn abandon_open(&mut self) {
+        let now = self.tick();
+        for asked in self.asked.iter_mut().flatten().filter(|asked| asked.fate == Fate::Open) {
+            (asked.fate, asked.returned) = (Fate::Unknown, now);
+        }
+    }
+
     /// Linearizability of what clients asked and were told: what was refused never happened, what is unknown may have, and of a
     /// read without an answer there is nothing to explain.
     fn check_linearizability(&mut self) {

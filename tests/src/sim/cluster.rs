@@ -10,7 +10,7 @@ use super::node::{
 use bytes::Bytes;
 use ringraft::config::{Config, MemberConfig};
 use ringraft::driver::Driver;
-use ringraft::error::{LeaderHint, ProposeError, Refusal};
+use ringraft::error::{LeaderHint, ProposeError, Refusal, StopError};
 use ringraft::handle::{Completion, Handle, LocalPipeline, Pipeline};
 use ringraft::raft::{Raft, Role, invariants};
 use ringraft::runtime::{LocalWakeup, Now, Turn, Wakeup};
@@ -258,7 +258,15 @@ impl SimNode for EngineNode {
 
     fn stop_reason(&self) -> Option<StopReason> {
         let cause = self.handle.status().stopped?;
-        Some(StopReason { text: cause.to_string(), orderly: cause.is_orderly() })
+        let copies_gone = matches!(cause.error(), StopError::CopiesGone { .. });
+        Some(StopReason { text: cause.to_string(), orderly: cause.is_orderly(), copies_gone })
+    }
+
+    fn is_whole(&self) -> bool {
+        self.driver.raft().is_some_and(|raft| {
+            let restraint = raft.restraint();
+            restraint.damaged_from.is_none() && restraint.claim.is_none() && !restraint.state_lost
+        })
     }
 
     fn check(&self) -> Result<(), String> {

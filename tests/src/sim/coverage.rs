@@ -50,6 +50,8 @@ marks! {
     OrderlyStop = "orderly_stops", 50;
     /// A node that was to stop in good order crashed first.
     CrashWhileClosing = "crashes_while_closing", 500;
+    /// Failing disks left so many logs in doubt that no quorum is sure of its own: the cluster waits, or halts, loudly.
+    Undecided = "undecided", 0;
     /// A node was started again.
     Restart = "restarts", 50;
     /// A node took its state over from a snapshot, at a start or from another node.

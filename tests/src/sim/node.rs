@@ -86,6 +86,8 @@ pub struct StopReason {
     pub text: String,
     /// It was asked to, and did so in good order.
     pub orderly: bool,
+    /// No copy of a part of its log is left that anybody can read.
+    pub copies_gone: bool,
 }
 
 /// One process.
@@ -122,6 +124,11 @@ pub trait SimNode {
 
     /// Why it stopped.
     fn stop_reason(&self) -> Option<StopReason>;
+
+    /// Whether its log lacks nothing, and nothing is in doubt about it.
+    fn is_whole(&self) -> bool {
+        true
+    }
 
     /// Checks what must hold of its state.
     ///

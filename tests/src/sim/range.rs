@@ -35,6 +35,13 @@ impl Summary {
         self.coverage.missing(self.runs)
     }
 
+    /// Whether more than one run in fifty ended with a cluster that waits for copies, or halted: a run may, since several
+    /// disks fail in it, but that must be rare.
+    #[must_use]
+    pub fn is_undecided_too_often(&self) -> bool {
+        self.coverage.of(Mark::Undecided) * 50 > self.runs.max(50)
+    }
+
     /// Events in a second of wall-clock time, on all threads together.
     #[must_use]
     pub fn events_per_s(&self) -> u64 {

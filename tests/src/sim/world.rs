@@ -204,6 +204,8 @@ struct Machine<N> {
     view: View,
     /// It was asked to stop in good order.
     closing: bool,
+    /// It ended last because nobody can read a part of its log.
+    copies_gone: bool,
     /// Turns until it ends, and how.
     doomed: Option<(u64, Doom)>,
     /// Consecutive turns that nothing from outside called for, and when the first of them was.
@@ -344,6 +346,7 @@ impl<'a, C: Cluster> World<'a, C> {
                 called: false,
                 view: View::default(),
                 closing: false,
+                copies_gone: false,
                 doomed: None,
                 idle_turns: 0,
                 idle_since: 0,
@@ -567,6 +570,7 @@ impl<'a, C: Cluster> World<'a, C> {
             let reason = process.stop_reason();
             self.context.note(|| format!("{reason:?}"));
             let orderly = machine.closing && reason.as_ref().is_some_and(|reason| reason.orderly);
+            machine.copies_gone = reason.as_ref().is_some_and(|reason| reason.copies_gone);
             // Its last answers count like any other: a node that acknowledges while it stops is believed.
             let mut answers = std::mem::take(&mut self.answers);
             process.answers(&mut answers);
@@ -684,6 +688,12 @@ impl<'a, C: Cluster> World<'a, C> {
         let late = now >= self.phase_ends || steps >= self.phase_steps_end;
         match self.phase {
             Phase::Trouble if late => self.begin_calm(),
+            Phase::Calm if late && self.is_undecided() => {
+                self.context.cover(Mark::Undecided);
+                self.context.record(0, What::Phase, 5, 0);
+                self.history.borrow_mut().abandon_open();
+                self.phase = Phase::Over;
+            }
             Phase::Calm | Phase::Quiet if late => {
                 let phase = self.phase;
                 let mut told = String::new();
@@ -717,6 +727,17 @@ impl<'a, C: Cluster> World<'a, C> {
         self.phase_ends =
             self.context.now() + 100 * self.tuning.election_timeout_ms * MILLISECOND + 10 * SECOND;
         self.phase_steps_end = steps + 1_000_000;
+    }
+
+    /// Whether disks failed in this run, and no quorum is left whose logs are whole: what is missing may have been
+    /// committed or not, and nobody can tell.
+    fn is_undecided(&self) -> bool {
+        let whole = |machine: &&Machine<C::Node>| match &machine.process {
+            Some(process) => process.is_whole(),
+            None => !machine.copies_gone,
+        };
+        let whole = self.machines.iter().filter(whole).count();
+        self.allowed.failing_disks && whole * 2 <= self.machines.len()
     }
 
     fn begin_calm(&mut self) {

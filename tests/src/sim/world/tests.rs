@@ -232,7 +232,7 @@ impl SimNode for Scribe {
     }
 
     fn stop_reason(&self) -> Option<StopReason> {
-        self.closing.then(|| StopReason { text: String::new(), orderly: true })
+        self.closing.then(|| StopReason { text: String::new(), orderly: true, copies_gone: false })
     }
 
     fn check(&self) -> Result<(), String> {
