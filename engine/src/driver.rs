@@ -315,6 +315,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 Ok(())
             }
             Action::Stop { violation } => Err(StopError::Invariant(violation.to_string())),
+            Action::SealConfiguration { .. } | Action::MembersChanged | Action::ChangeEnded { .. } => Ok(()),
         }
     }
 

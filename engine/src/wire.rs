@@ -502,6 +502,7 @@ fn decode_append(body: &ArchivedAppendBody) -> Option<AppendMessage> {
         commit: LogIndex(body.commit.to_native()),
         round: Round(body.round.to_native()),
         reply_now: flags & APPEND_REPLY_NOW != 0,
+        configuration: None,
     };
     Some(AppendMessage { append, previous_chain: Chain(body.previous_chain), chain: Chain(body.chain) })
 }
@@ -648,6 +649,7 @@ mod tests {
                 commit: LogIndex(40),
                 round: Round(9),
                 reply_now: true,
+                configuration: None,
             },
             previous_chain: Chain([1; 16]),
             chain: Chain([2; 16]),

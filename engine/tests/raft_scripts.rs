@@ -8,7 +8,7 @@
 //!
 //! | command | what happens |
 //! |---|---|
-//! | `nodes 3 [learners=4,5] [window=2] [window_bytes=1000]` | a cluster of empty nodes |
+//! | `nodes 3 [spare=4] [learners=4,5] [window=2] [window_bytes=1000]` | a cluster of empty nodes, and spare ones that are no members |
 //! | `node 1 term=3 [vote=2] [log=1,1,2*3] [commit=1]` | node 1 boots with that disk: a term per batch, `*3` of three entries |
 //! | `node 1 ... [damaged=3] [claim=20@5] [uncertain=20@5]` | and it found a batch damaged, or its log cut before damage |
 //! | `tick 2 [150ms]` | node 2 ticks after that time; without a time at its deadline |
@@ -23,6 +23,9 @@
 //! | `ask 1` | node 1's driver asks the driver of the node that it follows how far that one's log reaches |
 //! | `stall 1`, `unstall 1` | the disk of node 1 does not answer, or answers again |
 //! | `disconnect 1 2`, `connect 1 2` | the session ends, what is under way is lost; a session begins |
+//! | `change 1 [add=4,5] [learn=6] [remove=2] [promote=6] [demote=3] [reserve] [expected=7] [force]` | somebody asks node 1 for other members |
+//! | `plan 1 add=4` | what that would do, in words |
+//! | `found 2 7` | the configuration at index 7, which node 2 could not read, can be read |
 //! | `crash 3`, `restart 3` | node 3 loses what is not durable |
 //! | `settle` | everything under way arrives, everything written is durable, until nothing is left; no time passes |
 //! | `run 2000ms [without=3] [cut=3]` | time passes: due ticks, each then as `settle`; a node without does nothing at all, and messages from and to it, or one that is cut off, are lost |
@@ -31,8 +34,8 @@
 //! | `quiet <command>` | without its trace |
 
 use ringraft::raft::{
-    Action, AppendOutcome, BatchRun, Boot, Claim, Configuration, Epoch, Event, LogId, Member, MemberRole,
-    Message, Nanos, Raft, RaftConfig, ReplicationState, Role,
+    Action, AppendOutcome, BatchRun, Boot, Change, Claim, Configuration, Epoch, Event, LogId, Member,
+    MemberRole, Message, Nanos, Raft, RaftConfig, ReplicationState, Role,
 };
 use ringraft_block::{Incarnation, LogIndex, NodeId, Term};
 use std::collections::{BTreeMap, VecDeque};
@@ -133,6 +136,9 @@ enum Write {
 struct Cluster {
     now: Nanos,
     configuration: Configuration,
+    /// Every configuration that was sealed, by term and index.
+    sealed: BTreeMap<(Term, LogIndex), Configuration>,
+    tickets: u64,
     window: Option<usize>,
     window_bytes: Option<u64>,
     nodes: BTreeMap<NodeId, Node>,
@@ -228,7 +234,7 @@ impl Cluster {
             ["adopt", node, at] => {
                 let LogId { term, index } = position(at);
                 let batch = BatchRun { first: index, last: index, term, bytes: 100 };
-                self.feed(id(node), Event::Adopt { batch });
+                self.feed(id(node), Event::Adopt { batch, configuration: None });
             }
             ["nowhere", node, after] => {
                 let after = LogIndex(number(after));
@@ -246,6 +252,27 @@ impl Cluster {
             }
             [what @ ("stall" | "unstall"), node] => {
                 self.feed(id(node), Event::DiskStalled { stalled: *what == "stall" });
+            }
+            ["change", node, ..] => {
+                self.tickets += 1;
+                let change = Box::new(self.change(&words));
+                self.feed(id(node), Event::Change { ticket: self.tickets, change });
+            }
+            ["plan", node, ..] => {
+                let plan = self.raft(id(node)).plan(&self.change(&words));
+                let _ = writeln!(self.trace, "{plan}");
+            }
+            ["found", node, at] => {
+                let index = LogIndex(number(at));
+                let log = &self.node(id(node)).disk.log;
+                let Some(batch) = log.iter().find(|batch| batch.first == index).copied() else {
+                    return self.fail(&format!("node {node} has nothing at {at}"));
+                };
+                let configuration = self.sealed.get(&(batch.term, index)).cloned().expect("a configuration");
+                self.feed(
+                    id(node),
+                    Event::ConfigurationFound { index, configuration: Box::new(configuration) },
+                );
             }
             ["crash", node] => self.node(id(node)).life = None,
             ["restart", node] => {
@@ -290,10 +317,37 @@ impl Cluster {
         self.nodes.clear();
         self.window = option(words, "window").map(|value| number(value) as usize);
         self.window_bytes = option(words, "window_bytes").map(number);
-        for member in self.configuration.members() {
-            self.nodes.insert(member.id, Node { disk: Disk::default(), life: None, boots: 0 });
+        self.sealed.clear();
+        self.tickets = 0;
+        let spare = option(words, "spare").into_iter().flat_map(|ids| ids.split(',')).map(id);
+        for id in self.configuration.members().iter().map(|member| member.id).chain(spare) {
+            self.nodes.insert(id, Node { disk: Disk::default(), life: None, boots: 0 });
         }
         self.nodes.keys().copied().collect::<Vec<_>>().into_iter().for_each(|id| self.boot(id));
+    }
+
+    fn change(&self, words: &[&str]) -> Change {
+        let ids = |name| option(words, name).into_iter().flat_map(|ids| ids.split(',')).map(id).collect();
+        let new = |role| {
+            move |id: NodeId| {
+                let incarnation = Incarnation(u128::from(id.get()));
+                Member { id, incarnation, address: String::new(), role }
+            }
+        };
+        let (voters, learners): (Vec<NodeId>, Vec<NodeId>) = (ids("add"), ids("learn"));
+        Change {
+            add: voters
+                .into_iter()
+                .map(new(MemberRole::Voter))
+                .chain(learners.into_iter().map(new(MemberRole::Learner)))
+                .collect(),
+            remove: ids("remove"),
+            promote: ids("promote"),
+            demote: ids("demote"),
+            reserve_id: words.contains(&"reserve"),
+            expected: index(words, "expected"),
+            even_if_quorum_is_lost: words.contains(&"force"),
+        }
     }
 
     fn prepare(&mut self, id: NodeId, words: &[&str]) {
@@ -332,10 +386,17 @@ impl Cluster {
     fn boot(&mut self, id: NodeId) {
         let (now, configuration) = (self.now, self.configuration.clone());
         let defaults = RaftConfig::new(id, 0);
+        let unread = self.node(id).disk.damaged_from;
         let (window_batches, window_bytes) = (
             self.window.unwrap_or(defaults.window_batches),
             self.window_bytes.unwrap_or(defaults.window_bytes),
         );
+        let log = self.node(id).disk.log.clone();
+        let changes = log.iter().filter_map(|batch| {
+            let sealed = self.sealed.get(&(batch.term, batch.first))?;
+            Some((batch.first, Some(sealed.clone()).filter(|_| Some(batch.first) != unread)))
+        });
+        let changes = changes.collect();
         let node = self.node(id);
         node.boots += 1;
         node.disk.epoch = Epoch(node.disk.epoch.0 + 1);
@@ -353,6 +414,7 @@ impl Cluster {
             damaged_from: node.disk.damaged_from,
             claim: node.disk.claim,
             now,
+            changes,
         };
         node.life = Some(Life {
             raft: Raft::new(config, configuration, boot).expect("bootable"),
@@ -368,7 +430,7 @@ impl Cluster {
         let _ = writeln!(self.trace, "{id}: {}", show_event(&event));
         let mut actions = Vec::new();
         life.raft.handle(self.now, event, &mut actions);
-        let (mut seal, mut claim_released) = (false, false);
+        let (mut seal, mut claim_released, mut sealing) = (false, false, None);
         for action in actions {
             let _ = writeln!(self.trace, "    {}", show_action(&action));
             match action {
@@ -383,8 +445,16 @@ impl Cluster {
                 }
                 Action::SealEmpty => seal = true,
                 Action::ReleaseClaim => claim_released = true,
-                Action::Commit { .. } | Action::Become { .. } | Action::Stop { .. } => {}
+                Action::SealConfiguration { configuration } => sealing = Some(configuration),
+                Action::Commit { .. }
+                | Action::Become { .. }
+                | Action::Stop { .. }
+                | Action::MembersChanged
+                | Action::ChangeEnded { .. } => {}
             }
+        }
+        if let Some(configuration) = sealing {
+            self.seal(id, configuration);
         }
         if claim_released {
             self.node(id).disk.claim = None;
@@ -392,6 +462,25 @@ impl Cluster {
         if seal {
             self.propose(id, 1, 0);
         }
+    }
+
+    fn seal(&mut self, id: NodeId, configuration: Box<Configuration>) {
+        let Some((term, first)) = self.raft(id).next_position() else {
+            return self.fail(&format!("node {id} does not lead"));
+        };
+        self.sealed.insert((term, first), Configuration::clone(&configuration));
+        let batch = BatchRun { first, last: first, term, bytes: 60 };
+        self.feed(id, Event::ProposedConfiguration { batch, configuration });
+    }
+
+    /// As the driver hands it to the core: with the configuration that is in the image.
+    fn receive(&mut self, from: NodeId, to: NodeId, mut message: Message) {
+        if let Message::Append(append) = &mut message
+            && let Some(batch) = &append.batch
+        {
+            append.configuration = self.sealed.get(&(batch.term, batch.first)).cloned().map(Box::new);
+        }
+        self.feed(to, Event::Received { from, message });
     }
 
     fn propose(&mut self, id: NodeId, count: u64, bytes: u64) {
@@ -423,7 +512,7 @@ impl Cluster {
             if what == "drop" {
                 let _ = writeln!(self.trace, "lost {link}: {}", show_message(&message));
             } else {
-                self.feed(to, Event::Received { from, message });
+                self.receive(from, to, message);
             }
         }
     }
@@ -509,7 +598,7 @@ impl Cluster {
                 if [from, to].iter().any(|id| without.contains(id) || cut.contains(id)) {
                     continue;
                 }
-                self.feed(to, Event::Received { from, message });
+                self.receive(from, to, message);
             }
             if !busy {
                 return;
@@ -542,6 +631,12 @@ impl Cluster {
             status.epoch.0,
             if batches.is_empty() { "empty".to_owned() } else { batches.join(" ") },
         );
+        let (index, configuration) = (life.raft.configuration_index(), life.raft.configuration());
+        if life.raft.restraint().members_unknown {
+            let _ = writeln!(self.trace, "    the configuration at {index} cannot be read");
+        } else if index > life.raft.log_start().index {
+            let _ = writeln!(self.trace, "    at {index}: {}", show_configuration(configuration));
+        }
         let restraint = life.raft.restraint();
         let claim = restraint.claim.map(|claim| {
             let position = LogId { term: claim.term, index: claim.last };
@@ -626,6 +721,49 @@ fn show_message(message: &Message) -> String {
     }
 }
 
+fn show_ids(ids: impl IntoIterator<Item = NodeId>) -> String {
+    ids.into_iter().map(|id| id.to_string()).collect::<Vec<_>>().join(" ")
+}
+
+/// `voters 1 2 learners 3 (until now 1 2 4) to be 1 2 3`, the last two in a transition and while a plan is there.
+fn show_configuration(configuration: &Configuration) -> String {
+    let mut text = format!("voters {}", show_ids(configuration.incoming_voters()));
+    let learners = configuration.members().iter().filter(|member| member.role == MemberRole::Learner);
+    let learners = show_ids(learners.map(|member| member.id));
+    if !learners.is_empty() {
+        let _ = write!(text, " learners {learners}");
+    }
+    if configuration.is_joint() {
+        let _ = write!(text, " (until now {})", show_ids(configuration.outgoing().iter().copied()));
+    }
+    if !configuration.planned().is_empty() {
+        let roles = configuration.planned().iter().map(|(id, role)| match role {
+            MemberRole::Voter => id.to_string(),
+            MemberRole::Learner => format!("{id} (learner)"),
+        });
+        let _ = write!(text, " to be {}", roles.collect::<Vec<_>>().join(" "));
+    }
+    text
+}
+
+fn show_change(change: &Change) -> String {
+    let Change { add, remove, promote, demote, reserve_id, expected, even_if_quorum_is_lost } = change;
+    let of = |role| add.iter().filter(move |member| member.role == role).map(|member| member.id).collect();
+    let lists: [(&str, Vec<NodeId>); 5] = [
+        ("add", of(MemberRole::Voter)),
+        ("learn", of(MemberRole::Learner)),
+        ("remove", remove.clone()),
+        ("promote", promote.clone()),
+        ("demote", demote.clone()),
+    ];
+    let lists = lists.into_iter().filter(|(_, ids)| !ids.is_empty());
+    let mut words: Vec<String> = lists.map(|(what, ids)| format!("{what} {}", show_ids(ids))).collect();
+    words.extend(reserve_id.then(|| "reserve an id".to_owned()));
+    words.extend(expected.map(|index| format!("if at {index}")));
+    words.extend(even_if_quorum_is_lost.then(|| "even if quorum is lost".to_owned()));
+    words.join(", ")
+}
+
 fn show_event(event: &Event) -> String {
     match event {
         Event::Tick => "tick".to_owned(),
@@ -641,7 +779,7 @@ fn show_event(event: &Event) -> String {
             };
             format!("damaged {}, not acknowledged {}", at(from), at(clamp))
         }
-        Event::Adopt { batch } => format!("adopts {}", show_batch(batch)),
+        Event::Adopt { batch, .. } => format!("adopts {}", show_batch(batch)),
         Event::LeaderHolds { leader, term, last } => {
             format!("leader {leader} of t{term} holds {}", show_position(*last))
         }
@@ -651,6 +789,13 @@ fn show_event(event: &Event) -> String {
         Event::NothingBehind { after } => format!("nobody has anything behind {after}"),
         Event::DiskStalled { stalled } => {
             format!("the disk {}", if *stalled { "stalls" } else { "answers again" })
+        }
+        Event::Change { ticket, change } => format!("change #{ticket}: {}", show_change(change)),
+        Event::ProposedConfiguration { batch, configuration } => {
+            format!("proposed {} with {}", show_batch(batch), show_configuration(configuration))
+        }
+        Event::ConfigurationFound { index, configuration } => {
+            format!("configuration at {index} found: {}", show_configuration(configuration))
         }
     }
 }
@@ -676,5 +821,12 @@ fn show_action(action: &Action) -> String {
         Action::SealEmpty => "seal an empty batch".to_owned(),
         Action::ReleaseClaim => "release the claim".to_owned(),
         Action::Stop { violation } => format!("STOP: {violation}"),
+        Action::SealConfiguration { configuration } => format!("seal {}", show_configuration(configuration)),
+        Action::MembersChanged => "members changed".to_owned(),
+        Action::ChangeEnded { ticket, outcome: Ok(changed) } => {
+            let reserved = changed.reserved.map_or(String::new(), |id| format!(", id {id} reserved"));
+            format!("change #{ticket} is done at {}{reserved}", changed.index)
+        }
+        Action::ChangeEnded { ticket, outcome: Err(error) } => format!("change #{ticket} refused: {error}"),
     }
 }

@@ -222,6 +222,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             damaged_from: self.wal.first_damaged(),
             claim: self.claim(),
             now: Nanos(self.now.monotonic_ns),
+            changes: Vec::new(),
         };
         self.applier.start_after(log_start.index, log_start.chain);
         let raft = Raft::new(config::raft_config(&self.config, self.timing_seed), configuration, boot)

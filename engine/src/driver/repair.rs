@@ -709,7 +709,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         invariant(info.term >= last.term, || format!("{info:?} was kept behind {last:?}"))?;
         let batch = run_of(&info);
         self.incoming = Some((block, info));
-        let outcome = self.step(Event::Adopt { batch });
+        let outcome = self.step(Event::Adopt { batch, configuration: None });
         self.incoming = None;
         outcome
     }

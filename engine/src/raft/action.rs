@@ -1,6 +1,6 @@
 //! What the core wants done, in this order.
 
-use super::{BatchRun, Epoch, Message, Role, Violation};
+use super::{BatchRun, ChangeError, Changed, Configuration, Epoch, Message, Role, Violation};
 use ringraft_block::{LogIndex, NodeId, Term};
 
 /// An output of [`Raft::handle`](super::Raft::handle). Actions are carried out in the order given.
@@ -70,5 +70,21 @@ pub enum Action {
     Stop {
         /// What was seen.
         violation: Violation,
+    },
+    /// Seal this configuration as a batch of its own at [`Raft::next_position`](super::Raft::next_position), and propose it by
+    /// [`Event::ProposedConfiguration`](super::Event::ProposedConfiguration). The last action of its event.
+    SealConfiguration {
+        /// What to seal.
+        configuration: Box<Configuration>,
+    },
+    /// The configuration in force, or whom the log goes to, has changed: see
+    /// [`Raft::configuration`](super::Raft::configuration) and [`Raft::replicated_to`](super::Raft::replicated_to).
+    MembersChanged,
+    /// What has become of a change that was asked for.
+    ChangeEnded {
+        /// The caller's name for it.
+        ticket: u64,
+        /// Where the new configuration stands, committed, or why there is none.
+        outcome: Result<Changed, ChangeError>,
     },
 }

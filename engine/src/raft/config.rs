@@ -1,7 +1,7 @@
 //! The core's limits and intervals.
 
-use super::Nanos;
-use ringraft_block::NodeId;
+use super::{Configuration, Nanos};
+use ringraft_block::{Incarnation, NodeId};
 
 /// What the core is told once.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,6 +28,9 @@ pub struct RaftConfig {
     /// How much this node should lead: one of 255 campaigns without delay, one of 0 waits up to one
     /// `election_timeout` more than its draw. `None` is no delay.
     pub priority: Option<u8>,
+    /// The life of this node's data directory. A configuration that names its id with another one means another node.
+    /// `None` for models without directories: the id is enough.
+    pub incarnation: Option<Incarnation>,
 }
 
 impl RaftConfig {
@@ -44,7 +47,16 @@ impl RaftConfig {
             window_bytes: 8 << 20,
             seed,
             priority: None,
+            incarnation: None,
         }
+    }
+
+    /// Whether this node counts in a quorum of `configuration`.
+    pub(super) fn counts_in(&self, configuration: &Configuration) -> bool {
+        let named = configuration.member(self.id).is_some_and(|member| {
+            self.incarnation.is_none_or(|incarnation| incarnation == member.incarnation)
+        });
+        named && configuration.is_voter(self.id)
     }
 
     /// Checks the limits against each other.

@@ -6,8 +6,8 @@
 //! It assumes no order between connections: messages may be late, repeated or lost. It also assumes none between
 //! completions and what was asked since: saves are numbered, and completions of the log carry its epoch.
 //!
-//! One verb, one file: `election` decides who leads, `append` replicates and commits, `repair` says what a node may
-//! do that has lost a part of its log. Each piece of state has
+//! One verb, one file: `election` decides who leads, `append` replicates and commits, `membership` changes who decides,
+//! `repair` says what a node may do that has lost a part of its log. Each piece of state has
 //! an owner that keeps its rule: `hard_state` that nothing leaves before term and vote are durable, `durable`
 //! that late completions do not count, `progress` what may be sent to a peer, `rounds` who was following when.
 //!
@@ -16,7 +16,9 @@
 
 mod action;
 mod append;
+mod change;
 mod config;
+mod configurations;
 mod durable;
 mod election;
 mod event;
@@ -24,6 +26,7 @@ mod hard_state;
 pub mod invariants;
 mod log_ids;
 mod members;
+mod membership;
 mod progress;
 mod quorum;
 mod random;
@@ -38,6 +41,7 @@ mod violation;
 use crate::mutants;
 
 pub use action::Action;
+pub use change::{Change, ChangeError, Changed, MEMBERS_MAX, Plan};
 pub use config::{ConfigError, RaftConfig};
 pub use event::{Append, AppendAck, AppendOutcome, Event, Message, Vote, VoteReply};
 pub use log_ids::LogIds;
@@ -47,6 +51,7 @@ pub use quorum::Quorum;
 pub use repair::{Answer, Claim, Inquiry, Restraint, Verdict};
 pub use violation::Violation;
 
+use configurations::Configurations;
 use durable::Durable;
 use election::ElectionTimer;
 use hard_state::HardState;
@@ -59,8 +64,11 @@ use role::{Announced, Hearing, RoleState};
 #[derive(Clone, Debug)]
 pub struct Raft {
     config: RaftConfig,
-    configuration: Configuration,
+    configurations: Configurations,
+    /// Of the configuration in force.
     quorum: Quorum,
+    /// Whether that names this node, with the incarnation of its directory, as a voter.
+    votes: bool,
     random: Random,
     /// The latest moment handed in.
     now: Nanos,
@@ -104,6 +112,8 @@ pub struct Boot<I> {
     pub claim: Option<Claim>,
     /// The time.
     pub now: Nanos,
+    /// Batches of the log that hold a configuration, in order; none of those that cannot be read.
+    pub changes: Vec<(LogIndex, Option<Configuration>)>,
 }
 
 /// Why a node cannot start from what it was given.
@@ -140,6 +150,14 @@ pub enum BootError {
         /// The index given.
         from: LogIndex,
     },
+    /// No batch of the log holds the configuration, or another one as well.
+    #[error(
+        "no batch of the log ends at {index}, where it is said to hold a configuration, or they are out of order"
+    )]
+    Change {
+        /// The index given.
+        index: LogIndex,
+    },
 }
 
 /// A node, to look at.
@@ -174,7 +192,7 @@ pub struct Status {
 }
 
 impl Raft {
-    /// A follower that knows no leader yet.
+    /// A follower that knows no leader yet. `configuration` is that in force at the log's start.
     ///
     /// # Errors
     /// If the limits, or the log, contradict themselves.
@@ -203,7 +221,15 @@ impl Raft {
         if let Some(from) = boot.damaged_from.filter(|from| log.batch_starting_at(*from).is_none()) {
             return Err(BootError::Damage { from });
         }
-        let quorum = Quorum::of(&configuration);
+        let mut configurations = Configurations::new(boot.start.index, configuration);
+        for (index, change) in boot.changes {
+            let single = log.batch_starting_at(index).is_some_and(|batch| batch.last == index);
+            if !single || index <= configurations.index() {
+                return Err(BootError::Change { index });
+            }
+            configurations.push(index, change);
+        }
+        let quorum = Quorum::of(configurations.current());
         let mut raft = Self {
             random: Random::new(config.seed),
             now: boot.now,
@@ -218,8 +244,9 @@ impl Raft {
             repair: Repair::new(boot.damaged_from, boot.claim),
             ignored: 0,
             violation: None,
+            votes: config.counts_in(configurations.current()),
             config,
-            configuration,
+            configurations,
             quorum,
             log,
         };
@@ -265,7 +292,7 @@ impl Raft {
                 RoleState::Leader(_) => self.tick_leader(actions),
                 _ => self.tick_election(actions),
             },
-            Event::Proposed { batch } => self.propose(batch, actions)?,
+            Event::Proposed { batch } => self.propose(batch, None, actions)?,
             Event::Received { from, message } if from == self.config.id || message.term() > TERM_MAX => {
                 self.ignore();
             }
@@ -285,13 +312,21 @@ impl Raft {
             Event::PeerConnected { peer } => self.session_changed(peer, true, actions),
             Event::PeerDisconnected { peer } => self.session_changed(peer, false, actions),
             Event::DamageChanged { from, clamp } => self.damage_changed(from, clamp, actions)?,
-            Event::Adopt { batch } => self.adopt(batch, actions)?,
+            Event::Adopt { batch, configuration } => self.adopt(batch, configuration, actions)?,
             Event::LeaderHolds { leader, term, last } => self.leader_holds(leader, term, last),
             Event::AllAsked { highest } => self.all_asked(highest),
             Event::NothingBehind { after } => self.nothing_behind(after, actions)?,
             Event::DiskStalled { stalled } => self.stalled(stalled, actions),
+            Event::Change { ticket, change } => self.change(ticket, &change, actions),
+            Event::ProposedConfiguration { batch, configuration } => {
+                self.propose_configuration(batch, *configuration, actions)?;
+            }
+            Event::ConfigurationFound { index, configuration } => {
+                self.configuration_found(index, *configuration, actions);
+            }
         }
         self.release_if_due(actions);
+        self.advance_change(actions);
         Ok(())
     }
 
@@ -413,10 +448,37 @@ impl Raft {
         self.log.batch_at(index)
     }
 
-    /// The members.
+    /// The members, as the newest configuration of the log names them, committed or not.
     #[must_use]
     pub fn configuration(&self) -> &Configuration {
-        &self.configuration
+        self.configurations.current()
+    }
+
+    /// Where that stands in the log; the log's start, if the log has none.
+    #[must_use]
+    pub fn configuration_index(&self) -> LogIndex {
+        self.configurations.index()
+    }
+
+    /// The configuration that was in force at `index`, with its place; none before the log's start, and none where the batch
+    /// cannot be read.
+    #[must_use]
+    pub fn configuration_at(&self, index: LogIndex) -> Option<(LogIndex, &Configuration)> {
+        self.configurations.at(index)
+    }
+
+    /// All configurations of the log with their places, oldest first, that at its start included.
+    pub fn configurations(&self) -> impl DoubleEndedIterator<Item = (LogIndex, &Configuration)> {
+        self.configurations.iter()
+    }
+
+    /// Whom a leader sends the log to: the members, and for a while those who have left.
+    pub fn replicated_to(&self) -> impl Iterator<Item = NodeId> + '_ {
+        let peers = match &self.role {
+            RoleState::Leader(leader) => leader.peers.as_slice(),
+            _ => &[],
+        };
+        peers.iter().map(progress::Progress::id)
     }
 
     /// What a leader knows of `peer`.
@@ -465,8 +527,9 @@ impl Raft {
         Restraint {
             damaged_from: self.repair.damaged_from(),
             claim: self.repair.claim(),
-            vote_bar: self.repair.vote_bar(self.log.last()),
+            vote_bar: self.vote_bar(),
             stalled: self.repair.is_stalled(),
+            members_unknown: self.configurations.is_unknown(),
         }
     }
 
@@ -613,6 +676,7 @@ mod tests {
             damaged_from: None,
             claim: None,
             now: Nanos(5),
+            changes: Vec::new(),
         };
         Raft::new(RaftConfig::new(NodeId(1), 7), three(), boot)
     }
@@ -644,8 +708,8 @@ mod tests {
             let (start, commit, batches) = (LogId::default(), LogIndex(0), []);
             let (term, now) = (Term(0), Nanos(0));
             let (damaged_from, claim) = (None, None);
-            let boot =
-                Boot { term, vote: None, start, batches, epoch: Epoch(0), commit, damaged_from, claim, now };
+            let (vote, epoch, changes) = (None, Epoch(0), Vec::new());
+            let boot = Boot { term, vote, start, batches, epoch, commit, damaged_from, claim, now, changes };
             Raft::new(config, three(), boot).expect("consistent").next_deadline().0 / 1_000_000
         };
         let plain: Vec<u64> = (0..200).map(|seed| draw(seed, None)).collect();

@@ -26,7 +26,7 @@
 //! that others hold at a position proves nothing: a lower one may be committed under a later term's entries.
 
 use super::role::RoleState;
-use super::{Action, BatchRun, LogId, Quorum, Raft, Violation};
+use super::{Action, BatchRun, Configuration, LogId, Quorum, Raft, Violation};
 use crate::mutants::{self, Mutant};
 use ringraft_block::{LogIndex, NodeId, Term};
 use std::collections::BTreeSet;
@@ -156,7 +156,12 @@ impl Raft {
     }
 
     /// A batch that is proved to have been in this log, behind its end, is there again.
-    pub(super) fn adopt(&mut self, batch: BatchRun, actions: &mut Vec<Action>) -> Result<(), Violation> {
+    pub(super) fn adopt(
+        &mut self,
+        batch: BatchRun,
+        configuration: Option<Box<Configuration>>,
+        actions: &mut Vec<Action>,
+    ) -> Result<(), Violation> {
         let allowed = self.repair.claim.is_some()
             && self.leader.is_none()
             && matches!(self.role, RoleState::Follower)
@@ -166,6 +171,7 @@ impl Raft {
         }
         self.log.push(batch);
         actions.push(Action::Persist { batch });
+        self.take_configuration(&batch, configuration.map(|configuration| *configuration), actions);
         Ok(())
     }
 
@@ -220,6 +226,9 @@ impl Raft {
     /// Drops everything after `after`, a batch end.
     pub(super) fn cut(&mut self, after: LogIndex, actions: &mut Vec<Action>) {
         self.log.truncate_after(after);
+        if !mutants::active(Mutant::ConfigurationNotReverted) && self.configurations.truncate_after(after) {
+            self.configuration_changed(actions);
+        }
         self.hearing.matched = self.hearing.matched.min(after);
         self.repair.cut_after(after);
         let epoch = self.durable.truncate(after);
@@ -270,6 +279,8 @@ pub struct Restraint {
     pub vote_bar: Option<LogId>,
     /// The disk does not answer.
     pub stalled: bool,
+    /// The newest configuration of the log cannot be read: who decides is not known.
+    pub members_unknown: bool,
 }
 
 /// What a voter says about the batch behind a position, from all that it has: its log, and what it kept aside.

@@ -1,5 +1,6 @@
 //! What a node is, and how it becomes something else.
 
+use super::membership::Changing;
 use super::progress::Progress;
 use super::rounds::Rounds;
 use super::{Action, Nanos, Raft, Role};
@@ -53,6 +54,7 @@ pub(super) struct Leader {
     pub(super) rounds: Rounds,
     /// The first index of this term, once its empty batch is appended.
     pub(super) first_own: Option<LogIndex>,
+    pub(super) changing: Changing,
 }
 
 impl Leader {
@@ -77,6 +79,7 @@ impl Raft {
     /// Follows `leader`, or nobody yet, in `term`, which is the current one or a later one.
     pub(super) fn become_follower(&mut self, term: Term, leader: Option<NodeId>, actions: &mut Vec<Action>) {
         let was_follower = matches!(self.role, RoleState::Follower);
+        self.abandon_change(actions);
         if term > self.hard.term() {
             self.hard.enter(term);
             self.hearing.new_term(self.commit);
@@ -93,11 +96,12 @@ impl Raft {
     pub(super) fn become_leader(&mut self, actions: &mut Vec<Action>) {
         let last = self.log.last().index;
         let id = self.config.id;
-        let others = self.configuration.members().iter().filter(|member| member.id != id);
+        let others = self.configuration().members().iter().filter(|member| member.id != id);
         self.role = RoleState::Leader(Leader {
             peers: others.map(|member| Progress::new(member.id, last, self.now)).collect(),
             rounds: Rounds::new(self.config.election_timeout),
             first_own: None,
+            changing: Changing::default(),
         });
         self.leader = Some(id);
         self.announce(actions);

@@ -6,6 +6,7 @@
 //! any order, late, twice or never, with and without the session being told.
 
 mod damage;
+mod membership;
 
 use super::invariants::{self, State};
 use super::random::Random;
@@ -78,6 +79,8 @@ struct Ledger {
     sealed: BTreeMap<(Term, LogIndex), (BatchRun, LogId)>,
     /// In order, with the term of the leader that committed it.
     committed: Vec<(BatchRun, Term)>,
+    /// By term and index: the configurations among the batches.
+    configurations: BTreeMap<(Term, LogIndex), Configuration>,
 }
 
 /// What the runs have exercised.
@@ -132,6 +135,11 @@ struct Simulation {
     unnoticed: BTreeSet<(NodeId, NodeId)>,
     /// Whose disk is much slower than the others'.
     slow: Option<usize>,
+    /// How often somebody asks for other members, in per mille of steps.
+    churn: u64,
+    tickets: u64,
+    /// How often a node has lost its directory.
+    wipes: BTreeMap<NodeId, u64>,
 }
 
 type Outcome = Result<(), String>;
@@ -188,6 +196,9 @@ impl Simulation {
             doomed: Vec::new(),
             unnoticed: BTreeSet::new(),
             slow: None,
+            churn: 0,
+            tickets: 0,
+            wipes: BTreeMap::new(),
         };
         for at in 0..simulation.nodes.len() {
             simulation.boot(at);
@@ -200,6 +211,7 @@ impl Simulation {
             self.inflict(at);
         }
         let seed = self.random.next();
+        let incarnation = Some(self.incarnation_of(self.nodes[at].id));
         let node = &mut self.nodes[at];
         node.boots += 1;
         node.disk.epoch = Epoch(node.disk.epoch.0 + 1);
@@ -210,6 +222,7 @@ impl Simulation {
             window_batches: self.window.0,
             window_bytes: self.window.1,
             priority: (at == 0).then_some(128),
+            incarnation,
             ..RaftConfig::new(node.id, seed)
         };
         let boot = Boot {
@@ -222,6 +235,7 @@ impl Simulation {
             damaged_from: node.disk.damaged.first().copied(),
             claim: node.disk.claim,
             now: self.now,
+            changes: self.ledger.changes_in(&node.disk.log),
         };
         let raft =
             Raft::new(config, self.configuration.clone(), boot).expect("what was recovered is consistent");
@@ -287,6 +301,7 @@ impl Simulation {
         for action in actions {
             self.act(at, &before, action)?;
         }
+        self.check_configuration(at)?;
         self.check_matches(at)
     }
 
@@ -306,6 +321,9 @@ impl Simulation {
             }
             Action::Truncate { after, epoch } => {
                 self.cover.mark("truncate");
+                if before.configuration.0 > after {
+                    self.cover.mark("truncated a configuration");
+                }
                 life.clamped.retain(|first| *first <= after);
                 life.writes.push_back(Write::Truncate { after, epoch });
             }
@@ -333,6 +351,9 @@ impl Simulation {
                 self.after_release(at);
             }
             Action::Stop { violation } => return Err(format!("node {id}: {violation}")),
+            Action::SealConfiguration { configuration } => self.seal(at, *configuration)?,
+            Action::MembersChanged => self.members_changed(at),
+            Action::ChangeEnded { outcome, .. } => self.change_ended(&outcome),
         }
         Ok(())
     }
@@ -394,7 +415,8 @@ impl Simulation {
                         })
                         .map(|node| node.id)
                         .collect();
-                    if !Quorum::of(&self.configuration).reached(|id| holders.contains(&id)) {
+                    let configuration = self.in_force_at(at);
+                    if !Quorum::of(&configuration).reached(|id| holders.contains(&id)) {
                         return Err(format!("node {id} commits {batch:?}, durable only at {holders:?}"));
                     }
                     if !holders.contains(&id) {
@@ -477,6 +499,9 @@ impl Simulation {
     fn step(&mut self) -> Outcome {
         self.now = self.now.plus(Nanos(self.random.below(1_000_000)));
         let at = self.random.below(self.nodes.len() as u64) as usize;
+        if self.churn > 0 && self.random.below(1_000) < self.churn {
+            return self.some_change(at);
+        }
         let dice = self.random.below(1_000);
         if self.damage > 0 {
             self.doom()?;
@@ -575,7 +600,10 @@ impl Simulation {
 
     fn deliver(&mut self, from: NodeId, to: NodeId, message: Message) -> Outcome {
         let Some(at) = self.nodes.iter().position(|node| node.id == to) else { return Ok(()) };
-        self.feed(at, Event::Received { from, message })
+        match self.as_received(at, from, message) {
+            Some(message) => self.feed(at, Event::Received { from, message }),
+            None => Ok(()),
+        }
     }
 
     fn tick(&mut self, at: usize) -> Outcome {
@@ -688,7 +716,8 @@ impl Simulation {
             (0..self.nodes.len()).try_for_each(|at| self.reconnect(at))?;
         }
         let mut proposed = None;
-        let end = self.now.plus(Nanos(ELECTION_TIMEOUT.0 * if damage > 0 { 100 } else { 30 }));
+        let patience = if damage + self.churn > 0 { 100 } else { 30 };
+        let end = self.now.plus(Nanos(ELECTION_TIMEOUT.0 * patience));
         while self.now < end {
             let quiet = self.settle()?;
             if damage > 0 {
@@ -705,10 +734,13 @@ impl Simulation {
             let leaders: Vec<usize> = (0..self.nodes.len()).filter(|at| leads(&self.nodes[*at])).collect();
             if let [leader] = leaders[..] {
                 let raft = &self.nodes[leader].life.as_ref().expect("it leads").raft;
-                let commits = self.nodes.iter().filter_map(|node| node.life.as_ref());
+                let members = (0..self.nodes.len()).filter(|at| self.must_converge(leader, *at));
+                let commits = members.filter_map(|at| self.nodes[at].life.as_ref());
                 let everywhere = commits.map(|life| life.raft.commit()).min().unwrap_or_default();
+                let change = raft.configuration_index();
+                let settled = raft.configuration().is_settled() && everywhere >= change;
                 match proposed {
-                    Some((term, index)) if term == raft.term() && everywhere >= index => {
+                    Some((term, index)) if term == raft.term() && everywhere >= index && settled => {
                         return self.converged(leader);
                     }
                     Some((term, _)) if term == raft.term() => {}
@@ -770,7 +802,8 @@ impl Simulation {
 
     fn converged(&self, leader: usize) -> Outcome {
         let log = |at: usize| self.nodes[at].life.as_ref().map(|life| life.raft.log().clone());
-        match (0..self.nodes.len()).find(|at| log(*at) != log(leader)) {
+        let mut members = (0..self.nodes.len()).filter(|at| self.must_converge(leader, *at));
+        match members.find(|at| log(*at) != log(leader)) {
             Some(at) => Err(format!(
                 "the logs of {} and {} differ after healing",
                 self.nodes[at].id, self.nodes[leader].id
@@ -810,6 +843,7 @@ fn nonsense(random: &mut Random) -> Message {
                 commit: LogIndex(number(random)),
                 round: Round(number(random)),
                 reply_now: random.below(2) == 0,
+                configuration: None,
             })
         }
         1 => {
