@@ -110,7 +110,7 @@ impl<S: StateMachine, B: BlockBuf> Applier<S, B> {
                 return Ok(Applied::Fetch(next));
             };
             let info = batch.info;
-            if !matches!(info.kind, BatchKind::Commands | BatchKind::Empty) {
+            if !matches!(info.kind, BatchKind::Commands | BatchKind::Empty | BatchKind::Membership) {
                 return Err(format!(
                     "the batch at index {next} is of kind {:?}: upgrade this node",
                     info.kind

@@ -8,6 +8,7 @@
 //! `apply` runs the state machine and delivers the outcome.
 
 mod log;
+mod membership;
 mod peers;
 mod proposing;
 mod repair;
@@ -20,6 +21,7 @@ use crate::error::{Refusal, StopCause, StopError, UnknownOutcome};
 use crate::formation::Formation;
 use crate::handle::{Handle, LocalHandle, PeerStatus, Shared};
 use crate::ingress::Deliveries;
+use crate::membership::MembershipError;
 use crate::outbox::Outbox;
 use crate::proposals::{LocalIngress, ProposalLimits, Proposals};
 use crate::raft::{Action, BatchRun, Configuration, Epoch, Event, Message, Nanos, Raft, Role};
@@ -90,6 +92,7 @@ pub struct Driver<D: Disk, L: Link<Buf = D::Buf>, S> {
     witness_at_ns: u64,
     repair: repair::Repairer<D::Buf>,
     stall: stall::StallWatch,
+    members: membership::Members,
     closing: bool,
 
     encoder: Encoder,
@@ -202,6 +205,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             witness_at_ns: u64::MAX,
             repair: repair::Repairer::new(&config),
             stall: stall::StallWatch::default(),
+            members: membership::Members::default(),
             closing: false,
             encoder: Encoder::default(),
             actions: Vec::new(),
@@ -247,6 +251,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         progressed |= self.on_network()?;
         self.watch_disk()?;
         self.mend()?;
+        self.keep_members()?;
         progressed |= self.take_proposals();
         self.step(Event::Tick)?;
         self.write_pending();
@@ -303,7 +308,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 Ok(())
             }
             // `apply` reads the commit index from the core.
-            Action::Commit { .. } => Ok(()),
+            Action::Commit { up_to } => {
+                self.members.committed(up_to);
+                Ok(())
+            }
             Action::Become { role, .. } => {
                 self.role_changed(role);
                 Ok(())
@@ -315,7 +323,15 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 Ok(())
             }
             Action::Stop { violation } => Err(StopError::Invariant(violation.to_string())),
-            Action::SealConfiguration { .. } | Action::MembersChanged | Action::ChangeEnded { .. } => Ok(()),
+            Action::SealConfiguration { configuration } => self.seal_configuration(configuration),
+            Action::MembersChanged => {
+                self.members.changed();
+                Ok(())
+            }
+            Action::ChangeEnded { ticket, outcome } => {
+                self.change_ended(ticket, outcome);
+                Ok(())
+            }
         }
     }
 
@@ -365,6 +381,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         drop(proposals);
         self.deliveries.flush();
         self.shared.ingress.stop(cause.clone());
+        self.shared.membership.stop(&cause);
+        self.members.stop(&MembershipError::Stopped(cause.clone()));
         if let Some(network) = &mut self.network {
             network.close(&mut self.link);
         }
@@ -399,6 +417,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             status.damage = damage;
             status.peers.clear();
             status.peers.extend(peers);
+            if !Arc::ptr_eq(&status.membership, self.members.view()) {
+                status.membership = Arc::clone(self.members.view());
+            }
         });
     }
 }
@@ -416,7 +437,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Turn for Driver<D, L, S> {
                 let network = self.network.as_ref().map_or(u64::MAX, Network::next_deadline);
                 let log = self.witness_at_ns.min(self.space_retry_at_ns);
                 let repair = if self.closing { u64::MAX } else { self.repair.next_deadline() };
-                let log = log.min(repair).min(self.stall_deadline());
+                let members = self.members.next_deadline(self.pin_patience_ns());
+                let log = log.min(repair).min(self.stall_deadline()).min(members);
                 TurnOutcome { progressed, next_deadline_ns: core.min(network).min(log), stop: false }
             }
             Err(error) => {

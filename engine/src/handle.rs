@@ -10,6 +10,7 @@
 use crate::config::Config;
 use crate::error::{LeaderHint, ProposeError, Refusal, Refused, StopCause};
 use crate::ingress::{Ingress, Submission, Ticket};
+use crate::membership::{Membership, Requests};
 use crate::proposals::LocalIngress;
 use crate::raft::{Claim, Role};
 use crate::runtime::{LocalWakeup, Wakeup};
@@ -69,6 +70,8 @@ pub struct Status {
     pub listening: Option<SocketAddr>,
     /// Why the node has stopped, if it has.
     pub stopped: Option<StopCause>,
+    /// Who is in the cluster.
+    pub membership: Arc<Membership>,
 }
 
 /// What is wrong with a node's disk or log, and what it waits for. All of it is empty on a healthy node.
@@ -120,6 +123,7 @@ impl Status {
             peers: Vec::new(),
             listening: None,
             stopped: None,
+            membership: Arc::default(),
         }
     }
 }
@@ -130,6 +134,7 @@ pub(crate) struct Shared {
     pub(crate) wakeup: Arc<Wakeup>,
     pub(crate) status: StatusCell,
     pub(crate) command_bytes_max: usize,
+    pub(crate) membership: Requests,
 }
 
 impl Shared {
@@ -139,6 +144,7 @@ impl Shared {
             wakeup,
             status: StatusCell::new(Status::unstarted(config.node)),
             command_bytes_max: config.command_bytes_max,
+            membership: Requests::default(),
         }
     }
 }

@@ -110,6 +110,7 @@ fn run_core<S: StateMachine>(
         Ok(()) => StopError::ThreadLost,
     });
     shared.ingress.stop(cause.clone());
+    shared.membership.stop(&cause);
     shared.status.publish(|status| {
         status.stopped.get_or_insert(cause);
     });

@@ -7,7 +7,7 @@ use crate::formation::{self, Formation, FormationError, Step};
 use crate::raft::{BatchRun, Boot, Configuration, Epoch, Event, LogId, Nanos, Raft, Role};
 use crate::state_machine::StateMachine;
 use crate::wire::{self, FormationMessage};
-use ringraft_block::NodeId;
+use ringraft_block::{LogIndex, NodeId};
 use ringraft_net::Network;
 use ringraft_net::link::Link;
 use ringraft_wal::disk::Disk;
@@ -46,6 +46,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             WalEvent::Read { token, result } if self.repair.reads(token) => {
                 self.read_for_repair(token, result)
             }
+            WalEvent::Read { token, result } if self.members.reads(token) => self.configuration_read(result),
             WalEvent::Read { token, result } => {
                 let batches = match result {
                     Ok(batches) => batches,
@@ -104,7 +105,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             Network::new(network, peers).map_err(|error| ConfigError::Network(error.to_string()))?;
         self.network = Some(network);
         if state.configuration.is_empty() {
-            let mut formation = Formation::new(self.config.node, state.incarnation, &self.config.members);
+            let (node, incarnation) = (self.config.node, state.incarnation);
+            let mut formation = Formation::new(node, incarnation, &self.config.members, self.config.join);
             let step = formation.step();
             self.life = Life::Forming(formation);
             return self.form(step);
@@ -112,7 +114,6 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let origin = || "this directory".to_owned();
         let configuration = wire::configuration::decode(&state.configuration)
             .ok_or_else(|| FormationError::Undecodable { origin: origin() })?;
-        formation::check_members(self.config.node, &self.config.members, &configuration)?;
         self.start(configuration)
     }
 
@@ -201,12 +202,16 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         Ok(())
     }
 
-    /// The configuration is durable: from now on this node takes part.
-    fn start(&mut self, configuration: Configuration) -> Result<(), StopError> {
-        for member in configuration.members() {
-            if let Some(network) = self.network.as_mut().filter(|_| member.id != self.config.node) {
-                network.pin(member.id, member.incarnation);
-            }
+    /// The configuration of the formation is durable, and `changes` are those that the log holds since: from now on this
+    /// node takes part.
+    pub(super) fn start_core(
+        &mut self,
+        configuration: Configuration,
+        changes: Vec<(LogIndex, Option<Configuration>)>,
+    ) -> Result<(), StopError> {
+        // Once they have been changed, the members that this node was started with are only where it begins to look.
+        if changes.is_empty() && !self.config.join {
+            formation::check_members(self.config.node, &self.config.members, &configuration)?;
         }
         let log_start = self.wal.log_start();
         let start = LogId { term: log_start.term, index: log_start.index };
@@ -222,12 +227,14 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             damaged_from: self.wal.first_damaged(),
             claim: self.claim(),
             now: Nanos(self.now.monotonic_ns),
-            changes: Vec::new(),
+            changes,
         };
         self.applier.start_after(log_start.index, log_start.chain);
-        let raft = Raft::new(config::raft_config(&self.config, self.timing_seed), configuration, boot)
+        let raft_config = config::raft_config(&self.config, self.timing_seed, Some(self.incarnation));
+        let raft = Raft::new(raft_config, configuration, boot)
             .map_err(|error| ConfigError::Raft(error.to_string()))?;
         self.life = Life::Running(Box::new(raft));
+        self.members.changed();
         self.repair.start(self.wal.damaged().map(|batch| batch.info.first), self.now.monotonic_ns);
         self.set_gate();
         let connected: Vec<NodeId> =
@@ -240,7 +247,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     }
 
     pub(super) fn announce(&mut self, peer: NodeId) {
-        let formed = matches!(self.life, Life::Running(_));
+        let formed = matches!(self.life, Life::Running(_)) || self.members.is_starting();
         let configuration = self.wal.hard_state().filter(|_| formed).map(|state| state.configuration.clone());
         let configuration = configuration.unwrap_or_default();
         let message = FormationMessage { incarnation: self.incarnation, formed, configuration };

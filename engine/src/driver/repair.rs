@@ -12,6 +12,7 @@
 //! Everything is bounded: one question per member under way, one read per member that asks, a few searches at a time.
 //! Whoever does not answer within an election time-out is asked again, and named in the status.
 
+use super::membership::configuration_in;
 use super::{Driver, GROUP, invariant, run_of, take_block};
 use crate::config::Config;
 use crate::error::{LostExtent, StopError};
@@ -22,7 +23,7 @@ use ringraft_block::{Block, BlockBuf, LogIndex, NodeId};
 use ringraft_net::Network;
 use ringraft_net::link::Link;
 use ringraft_wal::disk::Disk;
-use ringraft_wal::format::{BatchInfo, Chain, ENVELOPE_BYTES, parse_image};
+use ringraft_wal::format::{BatchInfo, BatchKind, BatchView, Chain, ENVELOPE_BYTES, parse_image};
 use ringraft_wal::{Damage, DamagedBatch, ReadError, RepairError, StoredBatch};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
@@ -257,6 +258,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.repair.repaired += 1;
         self.repair.clamped.remove(&first);
         self.repair.offered.remove(&first);
+        self.configuration_repaired(first)?;
         self.damage_changed()
     }
 
@@ -708,8 +710,15 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         }
         invariant(info.term >= last.term, || format!("{info:?} was kept behind {last:?}"))?;
         let batch = run_of(&info);
+        let image = block.get(ENVELOPE_BYTES..ENVELOPE_BYTES + info.image_bytes as usize);
+        let view = image.and_then(|image| BatchView::trusted(image).ok());
+        let view = view.filter(|view| view.info().kind == BatchKind::Membership);
+        let configuration = view.and_then(configuration_in).map(Box::new);
+        invariant(configuration.is_some() || info.kind != BatchKind::Membership, || {
+            format!("the configuration in {info:?} cannot be decoded: upgrade this node")
+        })?;
         self.incoming = Some((block, info));
-        let outcome = self.step(Event::Adopt { batch, configuration: None });
+        let outcome = self.step(Event::Adopt { batch, configuration });
         self.incoming = None;
         outcome
     }

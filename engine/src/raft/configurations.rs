@@ -90,7 +90,10 @@ impl Configurations {
     }
 
     /// The log now starts after `start`, with that configuration; what lies behind stays.
-    #[cfg_attr(not(test), expect(dead_code, reason = "nothing moves the start of a log before there are snapshots"))]
+    #[cfg_attr(
+        not(test),
+        expect(dead_code, reason = "nothing moves the start of a log before there are snapshots")
+    )]
     pub(super) fn start_behind(&mut self, start: LogIndex, configuration: Configuration) {
         self.base = (start, configuration);
         self.later.retain(|(at, _)| *at > start);

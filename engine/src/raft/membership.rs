@@ -168,7 +168,7 @@ impl Raft {
         let changing = &mut leader.changing;
         let settled = self.configurations.current().is_settled();
         let votes = self.votes;
-        if settled && changing.ticket.is_none() && votes {
+        if settled && changing.ticket.is_none() && votes || changing.sealing.is_some() {
             return;
         }
         let own_term = leader.first_own.is_some_and(|first| first <= self.commit);

@@ -353,7 +353,7 @@ impl Simulation {
             Action::Stop { violation } => return Err(format!("node {id}: {violation}")),
             Action::SealConfiguration { configuration } => self.seal(at, *configuration)?,
             Action::MembersChanged => self.members_changed(at),
-            Action::ChangeEnded { outcome, .. } => self.change_ended(&outcome),
+            Action::ChangeEnded { outcome, .. } => self.change_ended(at, &outcome)?,
         }
         Ok(())
     }
@@ -376,6 +376,14 @@ impl Simulation {
         }
         if self.strict && (node.disk.term, node.disk.vote) != (term, Some(id)) {
             return Err(format!("node {id} leads term {term} with its own vote not durable"));
+        }
+        let voted = |voter: NodeId| {
+            let mut disks = self.nodes.iter().filter(|node| node.id == voter).map(|node| &node.disk);
+            // Whoever is in a later term by now may have voted in this one.
+            disks.any(|disk| disk.term > term || (disk.term, disk.vote) == (term, Some(id)))
+        };
+        if self.strict && !Quorum::of(&self.in_force_at(at)).reached(voted) {
+            return Err(format!("node {id} leads term {term} without the votes of a quorum"));
         }
         let before = self.ledger.committed.iter().rev().find(|(_, by)| *by < term);
         if let Some((batch, by)) = before

@@ -93,7 +93,13 @@ impl Simulation {
         }
     }
 
-    pub(super) fn change_ended(&mut self, outcome: &Result<Changed, ChangeError>) {
+    pub(super) fn change_ended(&mut self, at: usize, outcome: &Result<Changed, ChangeError>) -> Outcome {
+        if let (Ok(changed), Some(life)) = (outcome, &self.nodes[at].life) {
+            let raft = &life.raft;
+            if changed.index > raft.commit() || !raft.configuration().is_settled() {
+                return Err(format!("node {} ends a change at {} that is not over", raft.id(), changed.index));
+            }
+        }
         self.cover.mark(match outcome {
             Ok(_) => "changed",
             Err(ChangeError::LeadershipLost) => "change lost with the leader",
@@ -104,6 +110,7 @@ impl Simulation {
             Err(ChangeError::Stuck { .. }) => "stuck",
             Err(_) => "refused",
         });
+        Ok(())
     }
 
     /// As the driver hands it to the core: with the configuration that is in the image, and nothing that counts from
@@ -237,7 +244,6 @@ fn random_changes_of_the_members_keep_the_invariants_and_come_to_an_end() {
         "refused: not ready",
         "refused: quorum",
         "settled",
-        "stuck",
         "truncate",
         "truncated a configuration",
         "wiped",
