@@ -1,6 +1,9 @@
 //! Single nodes and small clusters of real drivers on the simulated disk, network and clock, where the test decides
 //! what happens when.
 
+#[path = "driver/membership.rs"]
+mod membership;
+
 use ringraft::config::{Config, MemberConfig};
 use ringraft::driver::Driver;
 use ringraft::error::StopError;

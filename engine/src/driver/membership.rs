@@ -258,7 +258,12 @@ fn undecodable(index: LogIndex) -> StopError {
 impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// Brings the network and the status in step with the configuration in force, and goes on with what handles asked for.
     pub(super) fn keep_members(&mut self) -> Result<(), StopError> {
-        let Some(raft) = self.raft() else { return Ok(()) };
+        let Some(raft) = self.raft() else {
+            while let Some(request) = self.shared.membership.pop() {
+                request.refuse(MembershipError::NotLeader { leader: None });
+            }
+            return Ok(());
+        };
         let now_ns = self.now.monotonic_ns;
         let leaderless_since_ns = match raft.leader() {
             Some(_) => None,
@@ -375,7 +380,11 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
 
 impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     fn take_requests(&mut self) -> Result<(), StopError> {
-        while let Some(request) = self.shared.membership.pop() {
+        // A leader that has just been elected is ready in a moment, or leads no more.
+        let soon = |raft: &Raft| raft.role() == Role::Leader && !raft.is_ready_for_changes();
+        while !self.raft().is_some_and(soon)
+            && let Some(request) = self.shared.membership.pop()
+        {
             let Some(raft) = self.raft().filter(|raft| raft.role() == Role::Leader && !self.closing) else {
                 request.refuse(self.not_leader());
                 continue;

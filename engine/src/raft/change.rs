@@ -245,6 +245,9 @@ impl Configuration {
             };
             planned.push((member.id, role));
         }
+        if !planned.iter().any(|(_, role)| *role == MemberRole::Voter) {
+            return Err(ChangeError::NoVoter);
+        }
         if planned.len() > MEMBERS_MAX {
             return Err(ChangeError::TooMany { members: planned.len(), most: MEMBERS_MAX });
         }

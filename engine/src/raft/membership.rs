@@ -108,6 +108,12 @@ impl Raft {
         }
     }
 
+    /// Whether this leader knows what is committed, so that it may change the members: it has committed in its own term.
+    #[must_use]
+    pub fn is_ready_for_changes(&self) -> bool {
+        matches!(&self.role, RoleState::Leader(leader) if leader.first_own.is_some_and(|first| first <= self.commit))
+    }
+
     fn first_step(&self, change: &Change) -> Result<Option<Configuration>, ChangeError> {
         let RoleState::Leader(leader) = &self.role else { return Err(ChangeError::NotLeader) };
         let own_term = leader.first_own.is_some_and(|first| first <= self.commit);
@@ -291,8 +297,8 @@ impl Raft {
         }
     }
 
-    /// The configuration without this leader is committed: it says so to everybody and steps down. One of the voters follows
-    /// after an election time-out.
+    /// The configuration without this leader is committed: it says so to everybody and steps down. It hands over to nobody
+    /// yet: one of the voters follows after an election time-out.
     fn leave_office(&mut self, actions: &mut Vec<Action>) {
         let RoleState::Leader(leader) = &self.role else { return };
         for at in 0..leader.peers.len() {

@@ -97,7 +97,11 @@ impl Simulation {
         if let (Ok(changed), Some(life)) = (outcome, &self.nodes[at].life) {
             let raft = &life.raft;
             if changed.index > raft.commit() || !raft.configuration().is_settled() {
-                return Err(format!("node {} ends a change at {} that is not over", raft.id(), changed.index));
+                return Err(format!(
+                    "node {} ends a change at {} that is not over",
+                    raft.id(),
+                    changed.index
+                ));
             }
         }
         self.cover.mark(match outcome {
