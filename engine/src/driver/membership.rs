@@ -25,6 +25,7 @@ use ringraft_net::link::Link;
 use ringraft_wal::disk::Disk;
 use ringraft_wal::format::{BatchBuilder, BatchKind, BatchView, Seal, image_bytes_for, slot_bytes};
 use ringraft_wal::{ReadError, StoredBatch};
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -358,14 +359,12 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             self.repair.session_changed(id);
         }
         for (id, (address, pin)) in wanted {
-            if !self.peers.contains_key(&id) {
-                let peer = PeerConfig { id, address, incarnation: pin };
-                if let Err(error) = network.add_peer(peer) {
+            if let Entry::Vacant(vacant) = self.peers.entry(id) {
+                if let Err(error) = network.add_peer(PeerConfig { id, address, incarnation: pin }) {
                     tracing::error!(peer = %id, %error, "not added");
                     continue;
                 }
-                let peer = super::Peer { outbox: Outbox::new(), session: None, stages: None };
-                self.peers.insert(id, peer);
+                vacant.insert(super::Peer { outbox: Outbox::new(), session: None, stages: None });
             }
             network.set_address(id, address);
             match pin {

@@ -54,7 +54,7 @@ pub(super) struct Leader {
     pub(super) rounds: Rounds,
     /// The first index of this term, once its empty batch is appended.
     pub(super) first_own: Option<LogIndex>,
-    pub(super) changing: Changing,
+    pub(super) changing: Box<Changing>,
 }
 
 impl Leader {
@@ -101,7 +101,7 @@ impl Raft {
             peers: others.map(|member| Progress::new(member.id, last, self.now)).collect(),
             rounds: Rounds::new(self.config.election_timeout),
             first_own: None,
-            changing: Changing::default(),
+            changing: Box::default(),
         });
         self.leader = Some(id);
         self.announce(actions);
