@@ -333,6 +333,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         for id in raft.replicated_to().filter(|id| !wanted.contains_key(id)).collect::<Vec<_>>() {
             if let Some(address) = self.members.addresses.get(&id) {
                 wanted.insert(id, (*address, None));
+                addresses.insert(id, *address);
             }
         }
         for (id, address) in &self.members.guests {
