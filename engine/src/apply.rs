@@ -174,7 +174,11 @@ impl<S: StateMachine, B: BlockBuf> Applier<S, B> {
             let info = batch.info;
             if !matches!(
                 info.kind,
-                BatchKind::Commands | BatchKind::Empty | BatchKind::SessionControl | BatchKind::Barrier
+                BatchKind::Commands
+                    | BatchKind::Empty
+                    | BatchKind::SessionControl
+                    | BatchKind::Barrier
+                    | BatchKind::Membership
             ) {
                 return Err(format!(
                     "the batch at index {next} is of kind {:?}: upgrade this node",

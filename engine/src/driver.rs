@@ -9,6 +9,7 @@
 
 mod installs;
 mod log;
+mod membership;
 mod peers;
 mod proposing;
 mod reads;
@@ -24,6 +25,7 @@ use crate::error::{Refusal, StopCause, StopError, TransferError, UnknownOutcome}
 use crate::formation::Formation;
 use crate::handle::{Handle, LocalHandle, PeerStatus, Shared};
 use crate::ingress::{Deliveries, Request};
+use crate::membership::MembershipError;
 use crate::outbox::Outbox;
 use crate::proposals::{LocalIngress, ProposalLimits, Proposals};
 use crate::raft::{Action, BatchRun, Configuration, Epoch, Event, Message, Nanos, Raft, Role};
@@ -101,6 +103,7 @@ pub struct Driver<D: Disk, L: Link<Buf = D::Buf>, S> {
     handover: transfer::Handover,
     reads: reads::Reads,
     snapshots: snapshots::Snapshots<D::Buf>,
+    members: membership::Members,
     closing: bool,
     /// The log has closed; what is under way with snapshots has not.
     closed: bool,
@@ -226,6 +229,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             handover: transfer::Handover::default(),
             reads: reads::Reads::new(),
             snapshots: snapshots::Snapshots::new(&config),
+            members: membership::Members::default(),
             closing: false,
             closed: false,
             encoder: Encoder::default(),
@@ -278,6 +282,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.watch_disk()?;
         self.mend()?;
         self.mind_snapshots()?;
+        self.keep_members()?;
         progressed |= self.take_proposals();
         progressed |= self.take_requests()?;
         progressed |= self.take_reads()?;
@@ -339,7 +344,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 Ok(())
             }
             // `apply` reads the commit index from the core.
-            Action::Commit { .. } => Ok(()),
+            Action::Commit { up_to } => {
+                self.members.committed(up_to);
+                Ok(())
+            }
             Action::Become { role, .. } => {
                 self.role_changed(role);
                 Ok(())
@@ -366,6 +374,15 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             }
             Action::ReadRefused { id, reason } => {
                 self.read_refused(id, reason);
+                Ok(())
+            }
+            Action::SealConfiguration { configuration } => self.seal_configuration(configuration),
+            Action::MembersChanged => {
+                self.members.changed();
+                Ok(())
+            }
+            Action::ChangeEnded { ticket, outcome } => {
+                self.change_ended(ticket, outcome);
                 Ok(())
             }
         }
@@ -438,6 +455,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.shared.ingress.stop(cause.clone());
         self.shared.snapshots.stop(&cause);
         self.snapshots.refuse_all(&crate::snapshots::requests::SnapshotError::Stopped(cause.clone()));
+        self.shared.membership.stop(&cause);
+        self.members.stop(&MembershipError::Stopped(cause.clone()));
         if let Some(network) = &mut self.network {
             network.close(&mut self.link);
         }
@@ -475,6 +494,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             status.snapshot = snapshot;
             status.peers.clear();
             status.peers.extend(peers);
+            if !Arc::ptr_eq(&status.membership, self.members.view()) {
+                status.membership = Arc::clone(self.members.view());
+            }
         });
     }
 }
@@ -492,7 +514,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Turn for Driver<D, L, S> {
                 let network = self.network.as_ref().map_or(u64::MAX, Network::next_deadline);
                 let log = self.witness_at_ns.min(self.space_retry_at_ns);
                 let repair = if self.closing { u64::MAX } else { self.repair.next_deadline() };
-                let log = log.min(repair).min(self.stall_deadline());
+                let members = self.members.next_deadline(self.pin_patience_ns());
+                let log = log.min(repair).min(self.stall_deadline()).min(members);
                 let log = log.min(self.handover.next_deadline()).min(self.reads_deadline());
                 let snapshots = self.snapshots.next_deadline(now.monotonic_ns);
                 let log = log.min(if self.closing { u64::MAX } else { snapshots });
