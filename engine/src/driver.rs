@@ -31,7 +31,7 @@ use crate::state_machine::StateMachine;
 use crate::wire::{AckStages, Encoder};
 use ringraft_block::{Block, BlockBuf, GroupId, Incarnation, LogIndex, NodeId, Pool, round_up_to_block};
 use ringraft_net::link::Link;
-use ringraft_net::{BlockSource, NetEvent, Network};
+use ringraft_net::{BlockSource, NetEvent, Network, Session};
 use ringraft_wal::disk::Disk;
 use ringraft_wal::format::{BatchInfo, Chain};
 use ringraft_wal::{HardStateUpdate, Wal, WalEvent};
@@ -119,6 +119,8 @@ struct Peer<B: BlockBuf> {
     outbox: Outbox<B>,
     /// The incarnation of the session, while there is one.
     session: Option<Incarnation>,
+    /// The number of that session.
+    number: Option<Session>,
     /// What it said last, to this leader.
     stages: Option<AckStages>,
 }
@@ -177,7 +179,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let others = config.members.iter().filter(|member| member.id != config.node);
         Self {
             peers: others
-                .map(|member| (member.id, Peer { outbox: Outbox::new(), session: None, stages: None }))
+                .map(|member| {
+                    (member.id, Peer { outbox: Outbox::new(), session: None, number: None, stages: None })
+                })
                 .collect(),
             seed,
             timing_seed: seed,
