@@ -37,7 +37,7 @@ use crate::wire::{AckStages, Encoder};
 pub(crate) use installs::PIECE_BYTES;
 use ringraft_block::{Block, BlockBuf, GroupId, Incarnation, LogIndex, NodeId, Pool, round_up_to_block};
 use ringraft_net::link::Link;
-use ringraft_net::{BlockSource, NetEvent, Network};
+use ringraft_net::{BlockSource, NetEvent, Network, Session};
 use ringraft_wal::disk::Disk;
 use ringraft_wal::format::{BatchInfo, Chain};
 use ringraft_wal::{HardStateUpdate, Wal, WalEvent};
@@ -134,6 +134,8 @@ struct Peer<B: BlockBuf> {
     outbox: Outbox<B>,
     /// The incarnation of the session, while there is one.
     session: Option<Incarnation>,
+    /// The number of that session.
+    number: Option<Session>,
     /// What it said last, to this leader.
     stages: Option<AckStages>,
     /// It said that its log has no space.
@@ -142,7 +144,7 @@ struct Peer<B: BlockBuf> {
 
 impl<B: BlockBuf> Peer<B> {
     fn new() -> Self {
-        Self { outbox: Outbox::new(), session: None, stages: None, no_space: false }
+        Self { outbox: Outbox::new(), session: None, number: None, stages: None, no_space: false }
     }
 }
 

@@ -268,7 +268,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             return Ok(());
         };
         let now_ns = self.now.monotonic_ns;
-        let leaderless_since_ns = match raft.leader() {
+        // One that the configuration here knows by another directory is let in until the log has told who it is.
+        let known = raft.leader().filter(|leader| *leader == self.config.node || !self.is_foreign(*leader));
+        let leaderless_since_ns = match known {
             Some(_) => None,
             None => self.members.leaderless_since_ns.or(Some(now_ns)),
         };
@@ -350,18 +352,28 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.have_sessions_with(wanted)
     }
 
+    /// Ends the session with `peer`, if there is one, and tells the core.
+    fn forget_peer(&mut self, peer: NodeId) -> Result<(), StopError> {
+        if self.peers.remove(&peer).is_none() {
+            return Ok(());
+        }
+        if let Some(network) = &mut self.network {
+            network.remove_peer(peer);
+        }
+        self.repair.session_changed(peer);
+        self.snapshots.installs.session_changed(peer);
+        self.step(Event::PeerDisconnected { peer })
+    }
+
     fn have_sessions_with(
         &mut self,
         wanted: BTreeMap<NodeId, (SocketAddr, Option<Incarnation>)>,
     ) -> Result<(), StopError> {
-        let Some(network) = &mut self.network else { return Ok(()) };
         let gone: Vec<NodeId> = self.peers.keys().filter(|id| !wanted.contains_key(id)).copied().collect();
-        for id in &gone {
-            network.remove_peer(*id);
-            self.peers.remove(id);
-            self.repair.session_changed(*id);
-            self.snapshots.installs.session_changed(*id);
+        for id in gone {
+            self.forget_peer(id)?;
         }
+        let Some(network) = &mut self.network else { return Ok(()) };
         for (id, (address, pin)) in wanted {
             if let Entry::Vacant(vacant) = self.peers.entry(id) {
                 if let Err(error) = network.add_peer(PeerConfig { id, address, incarnation: pin }) {
@@ -376,7 +388,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 None => network.unpin(id),
             }
         }
-        gone.into_iter().try_for_each(|peer| self.step(Event::PeerDisconnected { peer }))
+        Ok(())
     }
 }
 
@@ -429,7 +441,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let mut unmet = Vec::new();
         let add = change.add.iter().map(|new| {
             let member = configuration.and_then(|configuration| configuration.member(new.id));
-            let met = || self.peers.get(&new.id).and_then(|peer| peer.session);
+            // Not by a session from before: that may be with the directory that has left.
+            let guest = self.members.guests.contains_key(&new.id);
+            let met = || self.peers.get(&new.id).and_then(|peer| peer.session).filter(|_| guest);
             let own = || (new.id == self.config.node).then_some(self.incarnation);
             let known =
                 new.incarnation.or_else(|| member.map(|member| member.incarnation)).or_else(own).or_else(met);
@@ -466,9 +480,12 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 Some(MembershipError::Unreachable { id: *id, address: *address })
             }
             (Some(_), None) => {
-                let before = self.members.guests.len();
-                self.members.guests.extend(unmet);
-                self.members.stale |= self.members.guests.len() > before;
+                for (id, address) in unmet {
+                    if self.members.guests.insert(id, address).is_none() {
+                        self.members.stale = true;
+                        self.forget_peer(id)?;
+                    }
+                }
                 return Ok(());
             }
             (None, None) => None,

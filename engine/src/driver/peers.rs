@@ -46,9 +46,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             NetEvent::ListenFailed { error } => {
                 Err(StopError::Listen { address: self.config.listen_address()?, error })
             }
-            NetEvent::PeerConnected { peer, incarnation, .. } => {
+            NetEvent::PeerConnected { peer, incarnation, session, .. } => {
                 let Some(state) = self.peers.get_mut(&peer) else { return Ok(()) };
-                state.session = Some(incarnation);
+                (state.session, state.number) = (Some(incarnation), Some(session));
                 state.outbox.clear();
                 self.repair.session_changed(peer);
                 self.snapshots.installs.session_changed(peer);
@@ -56,9 +56,13 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 self.announce(peer);
                 self.step(Event::PeerConnected { peer })
             }
-            NetEvent::PeerDisconnected { peer, cause, .. } => {
+            NetEvent::PeerDisconnected { peer, cause, session } => {
                 let Some(state) = self.peers.get_mut(&peer) else { return Ok(()) };
-                (state.session, state.stages, state.no_space) = (None, None, false);
+                // Of a peer that was forgotten and is back: its new session goes on.
+                if state.number.is_some_and(|current| current != session) {
+                    return Ok(());
+                }
+                (state.session, state.number, state.stages, state.no_space) = (None, None, None, false);
                 state.outbox.clear();
                 self.repair.session_changed(peer);
                 self.snapshots.installs.session_changed(peer);

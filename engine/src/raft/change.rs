@@ -159,7 +159,7 @@ pub struct Plan {
     /// The steps, each of them an entry of the log; empty if there is nothing to do.
     pub steps: Vec<Configuration>,
     /// Voters that must first catch up.
-    pub awaited: Vec<NodeId>,
+    pub to_catch_up: Vec<NodeId>,
     /// Why it would be refused, if it would.
     pub refused: Option<ChangeError>,
     /// How many of the voters may fail now, and then, without that anything stops; none before, if it is refused.
@@ -184,7 +184,7 @@ impl fmt::Display for Plan {
                 step if !step.planned().is_empty() => writeln!(
                     f,
                     "{} as learners, until they have caught up with the log; they count for nothing yet.",
-                    list(self.awaited.iter().copied())
+                    list(self.to_catch_up.iter().copied())
                 )?,
                 step => {
                     let learners = step.members().iter().filter(|member| member.role == MemberRole::Learner);
@@ -270,7 +270,7 @@ impl Configuration {
             ConfigurationError::ZeroId => ChangeError::NoIdentity { id: NodeId(0) },
             _ => ChangeError::NoVoter,
         })?;
-        let next = if next.awaited().next().is_none() { next.next_step() } else { next };
+        let next = if next.to_catch_up().next().is_none() { next.next_step() } else { next };
         Ok((next != *self).then_some(next))
     }
 }

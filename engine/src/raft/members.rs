@@ -206,7 +206,7 @@ impl Configuration {
     }
 
     /// Future voters of the plan that do not count yet.
-    pub fn awaited(&self) -> impl Iterator<Item = NodeId> + '_ {
+    pub fn to_catch_up(&self) -> impl Iterator<Item = NodeId> + '_ {
         let future = self.planned.iter().filter(|(_, role)| *role == MemberRole::Voter).map(|(id, _)| *id);
         future.filter(|id| self.member(*id).is_none_or(|member| member.role != MemberRole::Voter))
     }

@@ -92,9 +92,11 @@ impl Raft {
         let faults = |configuration: &Configuration| (configuration.incoming_voters().count() - 1) / 2;
         let now = faults(self.configuration());
         match self.first_step(change) {
-            Ok(None) => Plan { steps: Vec::new(), awaited: Vec::new(), refused: None, tolerates: (now, now) },
+            Ok(None) => {
+                Plan { steps: Vec::new(), to_catch_up: Vec::new(), refused: None, tolerates: (now, now) }
+            }
             Ok(Some(first)) => {
-                let awaited = first.awaited().collect();
+                let to_catch_up = first.to_catch_up().collect();
                 let mut steps = vec![first];
                 while let Some(next) =
                     steps.last().filter(|last| !last.is_settled()).map(Configuration::next_step)
@@ -102,18 +104,23 @@ impl Raft {
                     steps.push(next);
                 }
                 let then = steps.last().map_or(now, faults);
-                Plan { steps, awaited, refused: None, tolerates: (now, then) }
+                Plan { steps, to_catch_up, refused: None, tolerates: (now, then) }
             }
-            Err(error) => {
-                Plan { steps: Vec::new(), awaited: Vec::new(), refused: Some(error), tolerates: (now, now) }
-            }
+            Err(error) => Plan {
+                steps: Vec::new(),
+                to_catch_up: Vec::new(),
+                refused: Some(error),
+                tolerates: (now, now),
+            },
         }
     }
 
-    /// Whether this leader knows what is committed, so that it may change the members: it has committed in its own term.
+    /// Whether this leader knows what is committed, so that it may change the members: it has committed in its own term. In a
+    /// cluster that only elects nothing has to be known to refuse it.
     #[must_use]
     pub fn is_ready_for_changes(&self) -> bool {
-        matches!(&self.role, RoleState::Leader(leader) if leader.first_own.is_some_and(|first| first <= self.commit))
+        let knows = |leader: &Leader| leader.first_own.is_some_and(|first| first <= self.commit);
+        matches!(&self.role, RoleState::Leader(leader) if knows(leader) || self.config.consensus_only)
     }
 
     fn first_step(&self, change: &Change) -> Result<Option<Configuration>, ChangeError> {
@@ -255,7 +262,7 @@ impl Raft {
     /// the new server, under the assumption that there are not enough unreplicated entries to create a significant
     /// availability gap" (thesis, section 4.2.1).
     fn caught_up(&mut self) -> CaughtUp {
-        let awaited: Vec<NodeId> = self.configurations.current().awaited().collect();
+        let awaited: Vec<NodeId> = self.configurations.current().to_catch_up().collect();
         let (now, last, timeout) = (self.now, self.log.last().index, self.config.election_timeout);
         let RoleState::Leader(leader) = &mut self.role else { return CaughtUp::NotYet };
         if self.configurations.current().is_joint() {
@@ -369,10 +376,18 @@ impl Raft {
             let index = self.configurations.index();
             let Leader { peers, changing, .. } = leader;
             for member in configuration.members().iter().filter(|member| member.id != id) {
-                changing.leaving.retain(|(leaving, ..)| *leaving != member.id);
-                if let Err(at) = peers.binary_search_by_key(&member.id, super::progress::Progress::id) {
-                    peers.insert(at, super::progress::Progress::new(member.id, last, now));
+                let new = super::progress::Progress::new(member.id, last, now);
+                match peers.binary_search_by_key(&member.id, super::progress::Progress::id) {
+                    Err(at) => peers.insert(at, new),
+                    // It had left, and is back, perhaps with another directory: what the old one had counts for nothing.
+                    Ok(at) if changing.is_leaving(member.id) => {
+                        if let Some(peer) = peers.get_mut(at) {
+                            *peer = new;
+                        }
+                    }
+                    Ok(_) => {}
                 }
+                changing.leaving.retain(|(leaving, ..)| *leaving != member.id);
             }
             for peer in peers.iter().filter(|peer| configuration.member(peer.id()).is_none()) {
                 if !changing.is_leaving(peer.id()) {
