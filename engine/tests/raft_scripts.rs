@@ -743,7 +743,7 @@ impl Cluster {
         let (index, configuration) = (life.raft.configuration_index(), life.raft.configuration());
         if life.raft.restraint().members_unknown {
             let _ = writeln!(self.trace, "    the configuration at {index} cannot be read");
-        } else if index > life.raft.log_start().index {
+        } else if *configuration != self.configuration || self.sealed.keys().any(|(_, at)| *at == index) {
             let _ = writeln!(self.trace, "    at {index}: {}", show_configuration(configuration));
         }
         let restraint = life.raft.restraint();

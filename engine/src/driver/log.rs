@@ -12,7 +12,7 @@ use ringraft_block::{LogIndex, NodeId};
 use ringraft_net::Network;
 use ringraft_net::link::Link;
 use ringraft_wal::disk::Disk;
-use ringraft_wal::format::BatchInfo;
+use ringraft_wal::format::{BatchInfo, BatchKind};
 use ringraft_wal::{ReadError, Recovered, WalEvent};
 
 impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
@@ -126,6 +126,13 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let origin = || "this directory".to_owned();
         let configuration = wire::configuration::decode(&state.configuration)
             .ok_or_else(|| FormationError::Undecodable { origin: origin() })?;
+        // Once they have been changed, the members that this node was started with are only where it begins to look. What was
+        // changed before the log's start, the snapshot tells (`begin_core`).
+        let from_the_start = self.wal.log_start().index == LogIndex(0);
+        let changed = self.wal.batches().any(|info| info.kind == BatchKind::Membership);
+        if from_the_start && !changed && !self.config.join {
+            formation::check_members(self.config.node, &self.config.members, &configuration)?;
+        }
         self.start(configuration)
     }
 

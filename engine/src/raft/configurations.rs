@@ -119,7 +119,8 @@ impl Configurations {
     /// The log now starts after `start`, which is applied and hence readable: what was in force there stays known, with its
     /// place, and what lies behind.
     pub(super) fn start_behind(&mut self, start: LogIndex) {
-        while let Some((index, configuration)) = self.later.pop_front_if(|(at, _)| *at <= start) {
+        let behind = self.later.partition_point(|(at, _)| *at <= start);
+        for (index, configuration) in self.later.drain(..behind) {
             if let Some(configuration) = configuration {
                 (self.base, self.guessed) = ((index, configuration), false);
             }

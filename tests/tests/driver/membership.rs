@@ -137,6 +137,46 @@ fn k7_a_single_node_runs_and_commits_alone_and_later_joiners_are_caught_up_and_v
     assert!((0..3).all(|node| rig.status(node).membership.is_member));
 }
 
+/// The changes are gone from the logs, so that only snapshots tell of them: to those who restart, and to those who join.
+#[test]
+fn members_are_known_from_snapshots_where_the_log_has_been_purged() {
+    let purging = |config| Config { log_retention_bytes: 0, ..config };
+    let mut rig = Rig::new(4);
+    rig.boot(purging(config(0, 1)));
+    assert_eq!(rig.run_until_led(), 0);
+    for node in 1..3 {
+        rig.boot(purging(joining(node, &[0])));
+        rig.change(0, adding(&[node])).unwrap_or_else(|error| panic!("{error}"));
+    }
+    let index = rig.commit(0, 100);
+    rig.run_until_all_apply(&[0, 1, 2], index);
+    for node in 0..3 {
+        rig.snapshot(node);
+    }
+    // With the lists that they were started with, which are long overtaken.
+    for node in 0..3 {
+        rig.kill(node);
+    }
+    rig.boot(purging(config(0, 1)));
+    for node in 1..3 {
+        rig.boot(purging(joining(node, &[0])));
+    }
+    let leader = rig.run_until_led();
+    let index = rig.commit(leader, 100);
+    rig.run_until_all_apply(&[0, 1, 2], index);
+    assert!((0..3).all(|node| rig.members(node) == (vec![1, 2, 3], vec![])));
+    // One that joins is sent a snapshot, and a restart finds the later change in its log.
+    rig.boot(purging(joining(3, &[0, 1, 2])));
+    let changed = rig.change(leader, adding(&[3])).expect("it catches up");
+    rig.run_until_all_apply(&[0, 1, 2, 3], changed.index);
+    rig.kill(3);
+    rig.boot(purging(joining(3, &[0, 1, 2])));
+    let index = rig.commit(leader, 100);
+    rig.run_until_all_apply(&[0, 1, 2, 3], index);
+    assert_eq!(rig.members(3), (vec![1, 2, 3, 4], vec![]));
+    assert_eq!(rig.process(3).driver.machine().count, 3);
+}
+
 #[test]
 fn k7_a_joiner_that_is_down_or_never_started_is_named_and_nothing_has_changed() {
     let mut rig = grown(1, 2);

@@ -256,6 +256,7 @@ fn random_changes_of_the_members_keep_the_invariants_and_come_to_an_end() {
         "commit before the leader's own disk",
         "crash with pending writes",
         "followed",
+        "install",
         "joint",
         "leader",
         "planned",
@@ -263,6 +264,7 @@ fn random_changes_of_the_members_keep_the_invariants_and_come_to_an_end() {
         "refused: not ready",
         "refused: quorum",
         "settled",
+        "transferred",
         "truncate",
         "truncated a configuration",
         "wiped",
@@ -289,12 +291,21 @@ fn a_learner_that_is_counted_ends_in_a_commit_without_a_quorum() {
     assert!(caught(Mutant::LearnerAckCounted, false).is_some());
 }
 
+/// Whoever installs a snapshot goes by the members in it.
+#[test]
+fn a_snapshot_that_does_not_tell_the_members_is_noticed() {
+    assert!(caught(Mutant::SnapshotForgetsConfiguration, true).is_some());
+}
+
 /// Runs seeds with the bug put back until one fails.
 fn caught(mutant: Mutant, strict: bool) -> Option<(u64, String)> {
     mutants::set(Some(mutant));
     let found = (0..env("SEEDS", 2_000)).find_map(|seed| {
         let mut simulation = Simulation::churning(seed);
         simulation.strict = strict;
+        if mutant == Mutant::SnapshotForgetsConfiguration {
+            simulation.snapshots = 60;
+        }
         let found = simulation.run(4_000).err()?;
         Some((seed, found.lines().next().unwrap_or_default().to_owned()))
     });
