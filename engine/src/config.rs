@@ -35,6 +35,13 @@ pub struct Config {
     pub node: NodeId,
     /// All initial members, this node included. The cluster forms when all of them have met once.
     pub members: Vec<MemberConfig>,
+    /// This node is to be added to a cluster that exists ([`Handle::change_membership`](crate::Handle::change_membership)):
+    /// `members` are then this node and those of the cluster by which it finds that, the leader among them. A blank
+    /// directory waits until it is added, and has no say before. Stays true for the life of the directory. Default: false.
+    ///
+    /// Once members have been changed, the configuration in the log says who they are and where; `members` no longer
+    /// counts, but as where a node that is in no configuration yet looks for the others.
+    pub join: bool,
     /// The local address to listen on. Default: this node's address in `members`.
     pub listen: Option<SocketAddr>,
     /// The directory of the log, on a local disk with direct I/O; created if missing. One process at a time.
@@ -187,6 +194,7 @@ impl Config {
             cluster,
             node,
             members,
+            join: false,
             listen: None,
             data_dir: data_dir.into(),
             insecure: false,
@@ -360,7 +368,7 @@ impl Config {
         }
         self.validate_sessions()?;
         self.log_config(0).validate().map_err(|error| ConfigError::Log(error.to_string()))?;
-        raft_config(self, 0).validate().map_err(|error| ConfigError::Raft(error.to_string()))?;
+        raft_config(self, 0, None).validate().map_err(|error| ConfigError::Raft(error.to_string()))?;
         if let Some(core) = self.core {
             let cores = std::thread::available_parallelism().map_or(1, usize::from);
             let known = core_affinity::get_core_ids().unwrap_or_default();
@@ -399,6 +407,9 @@ impl Config {
         if self.members.len() > MEMBERS_MAX {
             return Err(ConfigError::TooManyMembers { members: self.members.len() });
         }
+        if self.join && self.members.len() == 1 {
+            return Err(ConfigError::NobodyToJoin);
+        }
         Ok(())
     }
 }
@@ -423,7 +434,7 @@ pub(crate) fn timing_seed(config: &Config, boot: u64, entropy: u64) -> u64 {
 }
 
 /// The core's part. `seed` is another one for each node and boot.
-pub(crate) fn raft_config(config: &Config, seed: u64) -> RaftConfig {
+pub(crate) fn raft_config(config: &Config, seed: u64, incarnation: Option<Incarnation>) -> RaftConfig {
     RaftConfig {
         election_timeout: nanos(config.election_timeout),
         heartbeat_interval: nanos(config.heartbeat_interval),
@@ -432,6 +443,7 @@ pub(crate) fn raft_config(config: &Config, seed: u64) -> RaftConfig {
         window_bytes: config.window_bytes as u64,
         priority: config.election_priority,
         consensus_only: config.consensus_only,
+        incarnation,
         ..RaftConfig::new(config.node, seed)
     }
 }
@@ -494,7 +506,7 @@ pub(crate) fn net_peers(config: &Config) -> Vec<PeerConfig> {
 }
 
 /// The most members that a configuration may name: its encoding must fit into the hard state.
-pub const MEMBERS_MAX: usize = 31;
+pub const MEMBERS_MAX: usize = crate::raft::MEMBERS_MAX;
 
 /// A configuration that cannot work.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -529,6 +541,11 @@ pub enum ConfigError {
         /// How many.
         members: usize,
     },
+    /// A node that joins, and knows nobody.
+    #[error(
+        "`join` is set and `members` names only this node: name members of the cluster that it is to join"
+    )]
+    NobodyToJoin,
     /// Plain text beyond loopback.
     #[error(
         "{address} is not a loopback address, and peers talk in plain text: set `insecure` if the network is yours"
@@ -642,7 +659,7 @@ mod tests {
     #[test]
     fn each_contradiction_is_named() {
         type Case = (fn(&mut Config), fn(&ConfigError) -> bool);
-        let cases: [Case; 14] = [
+        let cases: [Case; 15] = [
             (|c| c.cluster = ClusterId(0), |e| matches!(e, ConfigError::NoClusterId)),
             (|c| c.members[0].id = NodeId(0), |e| matches!(e, ConfigError::ZeroId)),
             (|c| c.members[1].id = NodeId(1), |e| matches!(e, ConfigError::DuplicateId { .. })),
@@ -670,6 +687,13 @@ mod tests {
             (
                 |c| c.session_table_bytes_max = 1000,
                 |e| matches!(e, ConfigError::OutOfRange { name: "session_table_bytes_max", min: 26_880, .. }),
+            ),
+            (
+                |c| {
+                    c.join = true;
+                    c.members.truncate(1);
+                },
+                |e| matches!(e, ConfigError::NobodyToJoin),
             ),
             (|c| c.core = Some(100_000), |e| matches!(e, ConfigError::NoSuchCore { .. })),
         ];

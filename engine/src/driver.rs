@@ -9,6 +9,7 @@
 
 mod installs;
 mod log;
+mod membership;
 mod peers;
 mod proposing;
 mod reads;
@@ -24,6 +25,7 @@ use crate::error::{Refusal, StopCause, StopError, TransferError, UnknownOutcome}
 use crate::formation::Formation;
 use crate::handle::{Handle, LocalHandle, PeerStatus, Shared};
 use crate::ingress::{Deliveries, Request};
+use crate::membership::MembershipError;
 use crate::mutants::{self, Mutant};
 use crate::outbox::Outbox;
 use crate::proposals::{LocalIngress, ProposalLimits, Proposals};
@@ -36,7 +38,7 @@ use crate::wire::{AckStages, Encoder};
 pub(crate) use installs::PIECE_BYTES;
 use ringraft_block::{Block, BlockBuf, GroupId, Incarnation, LogIndex, NodeId, Pool, round_up_to_block};
 use ringraft_net::link::Link;
-use ringraft_net::{BlockSource, NetEvent, Network};
+use ringraft_net::{BlockSource, NetEvent, Network, Session};
 use ringraft_wal::disk::Disk;
 use ringraft_wal::format::{BatchInfo, Chain};
 use ringraft_wal::{HardStateUpdate, Wal, WalEvent};
@@ -102,6 +104,7 @@ pub struct Driver<D: Disk, L: Link<Buf = D::Buf>, S> {
     handover: transfer::Handover,
     reads: reads::Reads,
     snapshots: snapshots::Snapshots<D::Buf>,
+    members: membership::Members,
     closing: bool,
     /// The log has closed; what is under way with snapshots has not.
     closed: bool,
@@ -132,6 +135,8 @@ struct Peer<B: BlockBuf> {
     outbox: Outbox<B>,
     /// The incarnation of the session, while there is one.
     session: Option<Incarnation>,
+    /// The number of that session.
+    number: Option<Session>,
     /// What it said last, to this leader.
     stages: Option<AckStages>,
     /// It said that its log has no space.
@@ -140,7 +145,7 @@ struct Peer<B: BlockBuf> {
 
 impl<B: BlockBuf> Peer<B> {
     fn new() -> Self {
-        Self { outbox: Outbox::new(), session: None, stages: None, no_space: false }
+        Self { outbox: Outbox::new(), session: None, number: None, stages: None, no_space: false }
     }
 }
 
@@ -227,6 +232,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             handover: transfer::Handover::default(),
             reads: reads::Reads::new(),
             snapshots: snapshots::Snapshots::new(&config),
+            members: membership::Members::default(),
             closing: false,
             closed: false,
             encoder: Encoder::default(),
@@ -279,6 +285,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.watch_disk()?;
         self.mend()?;
         self.mind_snapshots()?;
+        self.keep_members()?;
         progressed |= self.take_proposals();
         progressed |= self.take_requests()?;
         progressed |= self.take_reads()?;
@@ -340,7 +347,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 Ok(())
             }
             // `apply` reads the commit index from the core.
-            Action::Commit { .. } => Ok(()),
+            Action::Commit { up_to } => {
+                self.members.committed(up_to);
+                Ok(())
+            }
             Action::Become { role, .. } => {
                 self.role_changed(role);
                 Ok(())
@@ -367,6 +377,15 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             }
             Action::ReadRefused { id, reason } => {
                 self.read_refused(id, reason);
+                Ok(())
+            }
+            Action::SealConfiguration { configuration } => self.seal_configuration(configuration),
+            Action::MembersChanged => {
+                self.members.changed();
+                Ok(())
+            }
+            Action::ChangeEnded { ticket, outcome } => {
+                self.change_ended(ticket, outcome);
                 Ok(())
             }
         }
@@ -439,6 +458,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.shared.ingress.stop(cause.clone());
         self.shared.snapshots.stop(&cause);
         self.snapshots.refuse_all(&crate::snapshots::requests::SnapshotError::Stopped(cause.clone()));
+        self.shared.membership.stop(&cause);
+        self.members.stop(&MembershipError::Stopped(cause.clone()));
         if let Some(network) = &mut self.network {
             network.close(&mut self.link);
         }
@@ -476,6 +497,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             status.snapshot = snapshot;
             status.peers.clear();
             status.peers.extend(peers);
+            if !Arc::ptr_eq(&status.membership, self.members.view()) {
+                status.membership = Arc::clone(self.members.view());
+            }
         });
     }
 }
@@ -493,7 +517,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Turn for Driver<D, L, S> {
                 let network = self.network.as_ref().map_or(u64::MAX, Network::next_deadline);
                 let log = self.witness_at_ns.min(self.space_retry_at_ns);
                 let repair = if self.closing { u64::MAX } else { self.repair.next_deadline() };
-                let log = log.min(repair).min(self.stall_deadline());
+                let members = self.members.next_deadline(self.pin_patience_ns());
+                let log = log.min(repair).min(self.stall_deadline()).min(members);
                 let log = log.min(self.handover.next_deadline()).min(self.reads_deadline());
                 let snapshots = self.snapshots.next_deadline(now.monotonic_ns);
                 let log = log.min(if self.closing { u64::MAX } else { snapshots });

@@ -34,7 +34,7 @@ pub enum FormationError {
         own: Incarnation,
     },
     /// The cluster was formed without this node.
-    #[error("the cluster was formed without node {node}: add it as a member instead of naming it initially")]
+    #[error("the cluster was formed without node {node}: start it with `join`, and add it as a member")]
     NotNamed {
         /// This node.
         node: NodeId,
@@ -74,6 +74,8 @@ pub(crate) struct Formation {
     node: NodeId,
     incarnation: Incarnation,
     members: Vec<MemberConfig>,
+    /// The node is to be added to a cluster that exists: it takes over what that was formed with, whoever is named there.
+    joins: bool,
     /// What the peers that are connected now said last.
     heard: BTreeMap<NodeId, Incarnation>,
     decided: bool,
@@ -81,17 +83,11 @@ pub(crate) struct Formation {
 }
 
 impl Formation {
-    pub(crate) fn new(node: NodeId, incarnation: Incarnation, members: &[MemberConfig]) -> Self {
+    pub(crate) fn new(node: NodeId, incarnation: Incarnation, members: &[MemberConfig], joins: bool) -> Self {
         let mut members = members.to_vec();
         members.sort_by_key(|member| member.id);
-        Self {
-            node,
-            incarnation,
-            members,
-            heard: BTreeMap::new(),
-            decided: false,
-            settings: Settings::default(),
-        }
+        let (heard, decided, settings) = (BTreeMap::new(), false, Settings::default());
+        Self { node, incarnation, members, joins, heard, decided, settings }
     }
 
     /// What the configuration says if this node composes it.
@@ -102,7 +98,8 @@ impl Formation {
     /// Whether this node may compose the configuration now. Also to be asked once without any message, for a
     /// cluster of one.
     pub(crate) fn step(&mut self) -> Step {
-        let composer = self.members.first().is_some_and(|first| first.id == self.node);
+        let lowest = self.members.first().is_some_and(|first| first.id == self.node);
+        let composer = lowest && !self.joins;
         let met_all = self.members.iter().all(|m| m.id == self.node || self.heard.contains_key(&m.id));
         if self.decided || !composer || !met_all {
             return Step::Wait;
@@ -144,6 +141,11 @@ impl Formation {
     fn adopt(&mut self, peer: NodeId, configuration: &[u8]) -> Result<Step, FormationError> {
         let configuration = wire::configuration::decode(configuration)
             .ok_or_else(|| FormationError::Undecodable { origin: format!("node {peer}") })?;
+        if self.joins {
+            // It counts only when a later configuration names it, with the incarnation of this directory.
+            self.decided = true;
+            return Ok(Step::Form(configuration));
+        }
         let Some(own) = configuration.member(self.node) else {
             return Err(FormationError::NotNamed { node: self.node });
         };
@@ -193,7 +195,7 @@ mod tests {
     }
 
     fn formation(node: u64, incarnation: u128) -> Formation {
-        Formation::new(NodeId(node), Incarnation(incarnation), &members(3))
+        Formation::new(NodeId(node), Incarnation(incarnation), &members(3), false)
     }
 
     fn unformed(incarnation: u128) -> FormationMessage {
@@ -227,7 +229,7 @@ mod tests {
 
     #[test]
     fn a_single_member_forms_at_once() {
-        let mut only = Formation::new(NodeId(1), Incarnation(5), &members(1));
+        let mut only = Formation::new(NodeId(1), Incarnation(5), &members(1), false);
         assert!(matches!(only.step(), Step::Form(_)));
     }
 
@@ -255,8 +257,17 @@ mod tests {
     }
 
     #[test]
+    fn a_node_that_joins_never_composes_and_takes_over_what_names_others() {
+        let mut joiner = Formation::new(NodeId(1), Incarnation(99), &members(2), true);
+        assert_eq!(joiner.heard(NodeId(2), Incarnation(22), &unformed(22)), Ok(Step::Wait));
+        assert_eq!(joiner.heard(NodeId(2), Incarnation(22), &formed()), Ok(Step::Form(composed())));
+        let mut only = Formation::new(NodeId(1), Incarnation(5), &members(1), true);
+        assert_eq!(only.step(), Step::Wait);
+    }
+
+    #[test]
     fn different_member_lists_are_told() {
-        let mut second = Formation::new(NodeId(2), Incarnation(22), &members(5));
+        let mut second = Formation::new(NodeId(2), Incarnation(22), &members(5), false);
         let error = second.heard(NodeId(1), Incarnation(11), &formed()).unwrap_err();
         assert!(matches!(error, FormationError::MembersDiffer { .. }));
     }

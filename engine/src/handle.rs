@@ -12,6 +12,7 @@ use crate::config::Config;
 pub use crate::driver::Transferred;
 use crate::error::{LeaderHint, ProposeError, Refusal, Refused, StopCause, TransferError};
 use crate::ingress::{Ingress, Request, Submission, Ticket};
+use crate::membership::{self, Membership};
 use crate::proposals::LocalIngress;
 use crate::raft::{Claim, Role};
 use crate::runtime::{LocalWakeup, Wakeup};
@@ -76,6 +77,8 @@ pub struct Status {
     pub listening: Option<SocketAddr>,
     /// Why the node has stopped, if it has.
     pub stopped: Option<StopCause>,
+    /// Who is in the cluster.
+    pub membership: Arc<Membership>,
 }
 
 /// What is wrong with a node's disk or log, and what it waits for. All of it is empty on a healthy node.
@@ -164,6 +167,7 @@ impl Status {
             peers: Vec::new(),
             listening: None,
             stopped: None,
+            membership: Arc::default(),
         }
     }
 }
@@ -176,6 +180,7 @@ pub(crate) struct Shared {
     pub(crate) command_bytes_max: usize,
     pub(crate) session_limits: SessionLimits,
     pub(crate) snapshots: Requests,
+    pub(crate) membership: membership::Requests,
 }
 
 impl Shared {
@@ -187,6 +192,7 @@ impl Shared {
             command_bytes_max: config.command_bytes_max,
             session_limits: config.session_limits(),
             snapshots: Requests::default(),
+            membership: membership::Requests::default(),
         }
     }
 }

@@ -74,6 +74,7 @@ pub mod error;
 pub mod formation;
 pub mod handle;
 mod ingress;
+pub mod membership;
 #[doc(hidden)]
 pub mod mutants;
 mod node;
@@ -91,10 +92,11 @@ mod wire;
 pub use answer::Answer;
 pub use config::{Config, MemberConfig};
 pub use handle::{Handle, LocalHandle};
+pub use membership::{MembershipChange, NewMember};
 pub use node::{LocalTask, Node};
 pub use raft::Role;
 pub use reads::{Consistency, ReadOptions};
-pub use ringraft_block::{ClusterId, LogIndex, NodeId, Term};
+pub use ringraft_block::{ClusterId, Incarnation, LogIndex, NodeId, Term};
 pub use state_machine::StateMachine;
 
 /// The example in the README, compiled with the documentation tests.

@@ -132,6 +132,7 @@ fn run_core<S: StateMachine>(
     });
     shared.ingress.stop(cause.clone());
     shared.snapshots.stop(&cause);
+    shared.membership.stop(&cause);
     shared.status.publish(|status| {
         status.stopped.get_or_insert(cause);
     });

@@ -124,6 +124,7 @@ mod tests {
             commit: LogIndex(0),
             round: Round(1),
             reply_now: false,
+            configuration: None,
         };
         Outgoing::Append(AppendMessage { append, previous_chain: Chain::default(), chain: Chain::default() })
     }

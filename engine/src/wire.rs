@@ -762,6 +762,7 @@ fn decode_append(body: &ArchivedAppendBody) -> Option<AppendMessage> {
         commit: LogIndex(body.commit.to_native()),
         round: Round(body.round.to_native()),
         reply_now: flags & APPEND_REPLY_NOW != 0,
+        configuration: None,
     };
     Some(AppendMessage { append, previous_chain: Chain(body.previous_chain), chain: Chain(body.chain) })
 }
@@ -846,6 +847,14 @@ pub(crate) mod configuration {
         /// 0: no leases.
         lease_election_timeout_min_ns: u64_le,
         lease_drift_ppm: u32_le,
+        planned: Vec<PlannedRecord>,
+        next_id: u64_le,
+    }
+
+    #[derive(Archive, Serialize)]
+    struct PlannedRecord {
+        id: u64_le,
+        role: u32_le,
     }
 
     #[derive(Archive, Serialize)]
@@ -863,20 +872,21 @@ pub(crate) mod configuration {
         let members = configuration.members().iter().map(|member| MemberRecord {
             incarnation: member.incarnation.0.into(),
             id: member.id.get().into(),
-            role: match member.role {
-                MemberRole::Voter => VOTER,
-                MemberRole::Learner => LEARNER,
-            }
-            .into(),
+            role: code(member.role).into(),
             address: member.address.clone(),
         });
         let outgoing = configuration.outgoing().iter().map(|id| id.get().into());
+        let planned = configuration.planned().iter();
+        let planned =
+            planned.map(|(id, role)| PlannedRecord { id: id.get().into(), role: code(*role).into() });
         let lease = configuration.settings().lease;
         let record = Record {
             members: members.collect(),
             outgoing: outgoing.collect(),
             lease_election_timeout_min_ns: lease.map_or(0, |lease| lease.election_timeout_min_ns).into(),
             lease_drift_ppm: lease.map_or(0, |lease| lease.drift_ppm).into(),
+            planned: planned.collect(),
+            next_id: configuration.next_id().get().into(),
         };
         let Ok(bytes) = rkyv::to_bytes::<rancor::Panic>(&record);
         bytes.into_vec()
@@ -891,21 +901,69 @@ pub(crate) mod configuration {
                 id: NodeId(member.id.to_native()),
                 incarnation: Incarnation(member.incarnation.to_native()),
                 address: member.address.as_str().to_owned(),
-                role: match member.role.to_native() {
-                    VOTER => MemberRole::Voter,
-                    LEARNER => MemberRole::Learner,
-                    _ => return None,
-                },
+                role: role(member.role)?,
             })
         });
         let outgoing = record.outgoing.iter().map(|id| NodeId(id.to_native()));
+        let planned =
+            record.planned.iter().map(|planned| Some((NodeId(planned.id.to_native()), role(planned.role)?)));
         let election_timeout_min_ns = record.lease_election_timeout_min_ns.to_native();
         let drift_ppm = record.lease_drift_ppm.to_native();
         let lease = LeaseSettings { election_timeout_min_ns, drift_ppm };
         let settings = Settings { lease: (election_timeout_min_ns > 0).then_some(lease) };
         let configuration =
             Configuration::joint(members.collect::<Option<Vec<_>>>()?, outgoing.collect()).ok()?;
-        Some(configuration.with_settings(settings))
+        let configuration = configuration.with_settings(settings);
+        let next_id = NodeId(record.next_id.to_native());
+        configuration.with_plan(planned.collect::<Option<Vec<_>>>()?, next_id).ok()
+    }
+
+    fn code(role: MemberRole) -> u32 {
+        match role {
+            MemberRole::Voter => VOTER,
+            MemberRole::Learner => LEARNER,
+        }
+    }
+
+    fn role(code: u32_le) -> Option<MemberRole> {
+        match code.to_native() {
+            VOTER => Some(MemberRole::Voter),
+            LEARNER => Some(MemberRole::Learner),
+            _ => None,
+        }
+    }
+
+    #[cfg(test)]
+    mod tests {
+        use super::*;
+
+        #[test]
+        fn every_step_of_a_change_decodes_to_what_was_encoded_and_cut_or_changed_bytes_never_panic() {
+            let member = |id: u64, role| Member {
+                id: NodeId(id),
+                incarnation: Incarnation(u128::from(id) << 64),
+                address: format!("10.0.0.{id}:7000"),
+                role,
+            };
+            use MemberRole::{Learner, Voter};
+            let settled = Configuration::new(vec![member(1, Voter), member(4, Learner)]).expect("valid");
+            let reserved = settled.clone().with_plan(Vec::new(), NodeId(9)).expect("valid");
+            let planned = settled.clone().with_plan(vec![(NodeId(4), Voter)], NodeId(5)).expect("valid");
+            let joint = Configuration::joint(vec![member(1, Learner), member(4, Voter)], vec![NodeId(1)]);
+            let joint = joint.and_then(|joint| joint.with_plan(vec![(NodeId(4), Voter)], NodeId(5)));
+            let lease = LeaseSettings { election_timeout_min_ns: 1 << 40, drift_ppm: 200 };
+            let leased = planned.clone().with_settings(Settings { lease: Some(lease) });
+            for configuration in [settled, reserved, planned, joint.expect("valid"), leased] {
+                let encoded = encode(&configuration);
+                assert_eq!(decode(&encoded), Some(configuration));
+                for at in 0..encoded.len() {
+                    let _ = decode(&encoded[..at]);
+                    let mut changed = encoded.clone();
+                    changed[at] ^= 0x81;
+                    let _ = decode(&changed);
+                }
+            }
+        }
     }
 }
 
@@ -928,6 +986,7 @@ mod tests {
                 commit: LogIndex(40),
                 round: Round(9),
                 reply_now: true,
+                configuration: None,
             },
             previous_chain: Chain([1; 16]),
             chain: Chain([2; 16]),

@@ -8,7 +8,7 @@
 //!
 //! | command | what happens |
 //! |---|---|
-//! | `nodes 3 [learners=4,5] [window=2] [window_bytes=1000] [lease=500ms] [consensus_only]` | a cluster of empty nodes; leases count on that minimum |
+//! | `nodes 3 [spare=4] [learners=4,5] [window=2] [window_bytes=1000] [lease=500ms] [consensus_only]` | a cluster of empty nodes, and spare ones that are no members; leases count on that minimum |
 //! | `node 1 term=3 [vote=2] [log=1,1,2*3] [commit=1]` | node 1 boots with that disk: a term per batch, `*3` of three entries |
 //! | `node 1 ... [damaged=3] [claim=20@5] [uncertain=20@5]` | and it found a batch damaged, or its log cut before damage |
 //! | `tick 2 [150ms]` | node 2 ticks after that time; without a time at its deadline |
@@ -29,6 +29,9 @@
 //! | `transfer 1 [to=2]` | leadership is to be handed over |
 //! | `read 1 [as=lease] [id=1]` | a read at node 1: `quorum` (the default), `lease`, `round` |
 //! | `disconnect 1 2`, `connect 1 2` | the session ends, what is under way is lost; a session begins |
+//! | `change 1 [add=4,5] [learn=6] [remove=2] [promote=6] [demote=3] [reserve] [expected=7] [force]` | somebody asks node 1 for other members |
+//! | `plan 1 add=4` | what that would do, in words |
+//! | `found 2 7` | the configuration at index 7, which node 2 could not read, can be read |
 //! | `crash 3`, `restart 3` | node 3 loses what is not durable |
 //! | `settle` | everything under way arrives, everything written is durable, until nothing is left; no time passes |
 //! | `run 2000ms [without=3] [cut=3]` | time passes: due ticks, each then as `settle`; a node without does nothing at all, and messages from and to it, or one that is cut off, are lost |
@@ -37,8 +40,9 @@
 //! | `quiet <command>` | without its trace |
 
 use ringraft::raft::{
-    Action, AppendOutcome, BatchRun, Boot, Claim, Configuration, Epoch, Event, LeaseSettings, LogId, Member,
-    MemberRole, Message, Nanos, Raft, RaftConfig, ReadKind, ReadRefusal, ReplicationState, Role, Settings,
+    Action, AppendOutcome, BatchRun, Boot, Change, Claim, Configuration, Epoch, Event, LeaseSettings, LogId,
+    Member, MemberRole, Message, Nanos, Raft, RaftConfig, ReadKind, ReadRefusal, ReplicationState, Role,
+    Settings,
 };
 use ringraft_block::{Incarnation, LogIndex, NodeId, Term};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -122,6 +126,8 @@ struct Disk {
     claim: Option<Claim>,
     start: LogId,
     snapshot: LogId,
+    /// As of the snapshot.
+    members: Option<Configuration>,
 }
 
 struct Life {
@@ -142,6 +148,9 @@ enum Write {
 struct Cluster {
     now: Nanos,
     configuration: Configuration,
+    /// Every configuration that was sealed, by term and index.
+    sealed: BTreeMap<(Term, LogIndex), Configuration>,
+    tickets: u64,
     window: Option<usize>,
     window_bytes: Option<u64>,
     consensus_only: bool,
@@ -240,7 +249,7 @@ impl Cluster {
             ["adopt", node, at] => {
                 let LogId { term, index } = position(at);
                 let batch = BatchRun { first: index, last: index, term, bytes: 100 };
-                self.feed(id(node), Event::Adopt { batch });
+                self.feed(id(node), Event::Adopt { batch, configuration: None });
             }
             ["nowhere", node, after] => {
                 let after = LogIndex(number(after));
@@ -260,7 +269,11 @@ impl Cluster {
                 let raft = self.raft(id(node));
                 let at = index(&words, "at").unwrap_or(raft.commit().min(raft.durable()));
                 match raft.log().batch_end_at(at).filter(|_| at <= raft.commit() && at <= raft.durable()) {
-                    Some(last) => self.node(id(node)).disk.snapshot = last,
+                    Some(last) => {
+                        let members = raft.configuration_at(at).map(|(_, members)| members.clone());
+                        let disk = &mut self.node(id(node)).disk;
+                        (disk.snapshot, disk.members) = (last, members);
+                    }
                     None => self.fail("there is no snapshot to be taken there"),
                 }
             }
@@ -274,10 +287,12 @@ impl Cluster {
             }
             [what @ ("install" | "fail"), link] => {
                 let (from, to) = link.split_once("->").unwrap_or_else(|| panic!("{link:?} is no link"));
-                let last = self.node(id(from)).disk.snapshot;
+                let Disk { snapshot: last, members, .. } = &self.node(id(from)).disk;
+                let (last, members) = (*last, members.clone());
                 if *what == "install" {
-                    self.node(id(to)).disk.snapshot = last;
-                    let configuration = self.configuration.clone();
+                    let configuration = members.clone().unwrap_or_else(|| self.configuration.clone());
+                    let disk = &mut self.node(id(to)).disk;
+                    (disk.snapshot, disk.members) = (last, members);
                     self.feed(id(to), Event::SnapshotReceived { last, configuration });
                 }
                 let installed = (*what == "install").then_some(last);
@@ -301,6 +316,27 @@ impl Cluster {
                     _ => ReadKind::Quorum,
                 };
                 self.feed(id(node), Event::Read { id: self.reads, kind });
+            }
+            ["change", node, ..] => {
+                self.tickets += 1;
+                let change = Box::new(self.change(&words));
+                self.feed(id(node), Event::Change { ticket: self.tickets, change });
+            }
+            ["plan", node, ..] => {
+                let plan = self.raft(id(node)).plan(&self.change(&words));
+                let _ = writeln!(self.trace, "{plan}");
+            }
+            ["found", node, at] => {
+                let index = LogIndex(number(at));
+                let log = &self.node(id(node)).disk.log;
+                let Some(batch) = log.iter().find(|batch| batch.first == index).copied() else {
+                    return self.fail(&format!("node {node} has nothing at {at}"));
+                };
+                let configuration = self.sealed.get(&(batch.term, index)).cloned().expect("a configuration");
+                self.feed(
+                    id(node),
+                    Event::ConfigurationFound { index, configuration: Box::new(configuration) },
+                );
             }
             ["crash", node] => self.node(id(node)).life = None,
             ["restart", node] => {
@@ -350,10 +386,37 @@ impl Cluster {
         self.window = option(words, "window").map(|value| number(value) as usize);
         self.window_bytes = option(words, "window_bytes").map(number);
         self.consensus_only = words.contains(&"consensus_only");
-        for member in self.configuration.members() {
-            self.nodes.insert(member.id, Node { disk: Disk::default(), life: None, boots: 0 });
+        self.sealed.clear();
+        self.tickets = 0;
+        let spare = option(words, "spare").into_iter().flat_map(|ids| ids.split(',')).map(id);
+        for id in self.configuration.members().iter().map(|member| member.id).chain(spare) {
+            self.nodes.insert(id, Node { disk: Disk::default(), life: None, boots: 0 });
         }
         self.nodes.keys().copied().collect::<Vec<_>>().into_iter().for_each(|id| self.boot(id));
+    }
+
+    fn change(&self, words: &[&str]) -> Change {
+        let ids = |name| option(words, name).into_iter().flat_map(|ids| ids.split(',')).map(id).collect();
+        let new = |role| {
+            move |id: NodeId| {
+                let incarnation = Incarnation(u128::from(id.get()));
+                Member { id, incarnation, address: String::new(), role }
+            }
+        };
+        let (voters, learners): (Vec<NodeId>, Vec<NodeId>) = (ids("add"), ids("learn"));
+        Change {
+            add: voters
+                .into_iter()
+                .map(new(MemberRole::Voter))
+                .chain(learners.into_iter().map(new(MemberRole::Learner)))
+                .collect(),
+            remove: ids("remove"),
+            promote: ids("promote"),
+            demote: ids("demote"),
+            reserve_id: words.contains(&"reserve"),
+            expected: index(words, "expected"),
+            even_if_quorum_is_lost: words.contains(&"force"),
+        }
     }
 
     fn prepare(&mut self, id: NodeId, words: &[&str]) {
@@ -377,6 +440,7 @@ impl Cluster {
             }),
             start: LogId::default(),
             snapshot: LogId::default(),
+            members: None,
         };
         self.boot(id);
         self.describe(id);
@@ -392,13 +456,24 @@ impl Cluster {
     }
 
     fn boot(&mut self, id: NodeId) {
-        let (now, configuration) = (self.now, self.configuration.clone());
+        let now = self.now;
         let consensus_only = self.consensus_only;
         let defaults = RaftConfig::new(id, 0);
+        let unread = self.node(id).disk.damaged_from;
         let (window_batches, window_bytes) = (
             self.window.unwrap_or(defaults.window_batches),
             self.window_bytes.unwrap_or(defaults.window_bytes),
         );
+        let Disk { log, commit, snapshot, members, .. } = &self.node(id).disk;
+        let (log, commit, members) = (log.clone(), (*commit).max(snapshot.index), members.clone());
+        let upto = log.iter().rev().filter(|batch| batch.last <= commit);
+        let upto = upto.filter_map(|batch| self.sealed.get(&(batch.term, batch.first))).next();
+        let configuration = upto.or(members.as_ref()).unwrap_or(&self.configuration).clone();
+        let changes = log.iter().filter(|batch| batch.last > commit).filter_map(|batch| {
+            let sealed = self.sealed.get(&(batch.term, batch.first))?;
+            Some((batch.first, Some(sealed.clone()).filter(|_| Some(batch.first) != unread)))
+        });
+        let changes = changes.collect();
         let node = self.node(id);
         node.boots += 1;
         node.disk.epoch = Epoch(node.disk.epoch.0 + 1);
@@ -425,10 +500,11 @@ impl Cluster {
             start: node.disk.start,
             batches: node.disk.log.clone(),
             epoch: node.disk.epoch,
-            commit: node.disk.commit.max(snapshot.index),
+            commit,
             damaged_from: node.disk.damaged_from,
             claim: node.disk.claim,
             now,
+            changes,
         };
         node.life = Some(Life {
             raft: Raft::new(config, configuration, boot).expect("bootable"),
@@ -444,7 +520,7 @@ impl Cluster {
         let _ = writeln!(self.trace, "{id}: {}", show_event(&event));
         let mut actions = Vec::new();
         life.raft.handle(self.now, event, &mut actions);
-        let (mut seal, mut claim_released) = (false, false);
+        let (mut seal, mut claim_released, mut sealing) = (false, false, None);
         for action in actions {
             let _ = writeln!(self.trace, "    {}", show_action(&action));
             match action {
@@ -459,6 +535,7 @@ impl Cluster {
                 }
                 Action::SealEmpty => seal = true,
                 Action::ReleaseClaim => claim_released = true,
+                Action::SealConfiguration { configuration } => sealing = Some(configuration),
                 Action::InstallSnapshot { last, epoch: Some(epoch) } => {
                     life.writes.push_back(Write::Start(last, Some(epoch)));
                 }
@@ -469,8 +546,13 @@ impl Cluster {
                 | Action::InstallSnapshot { .. }
                 | Action::TransferEnded { .. }
                 | Action::ReadReady { .. }
-                | Action::ReadRefused { .. } => {}
+                | Action::ReadRefused { .. }
+                | Action::MembersChanged
+                | Action::ChangeEnded { .. } => {}
             }
+        }
+        if let Some(configuration) = sealing {
+            self.seal(id, configuration);
         }
         if claim_released {
             self.node(id).disk.claim = None;
@@ -478,6 +560,25 @@ impl Cluster {
         if seal {
             self.propose(id, 1, 0);
         }
+    }
+
+    fn seal(&mut self, id: NodeId, configuration: Box<Configuration>) {
+        let Some((term, first)) = self.raft(id).next_position() else {
+            return self.fail(&format!("node {id} does not lead"));
+        };
+        self.sealed.insert((term, first), Configuration::clone(&configuration));
+        let batch = BatchRun { first, last: first, term, bytes: 60 };
+        self.feed(id, Event::ProposedConfiguration { batch, configuration });
+    }
+
+    /// As the driver hands it to the core: with the configuration that is in the image.
+    fn receive(&mut self, from: NodeId, to: NodeId, mut message: Message) {
+        if let Message::Append(append) = &mut message
+            && let Some(batch) = &append.batch
+        {
+            append.configuration = self.sealed.get(&(batch.term, batch.first)).cloned().map(Box::new);
+        }
+        self.feed(to, Event::Received { from, message });
     }
 
     fn propose(&mut self, id: NodeId, count: u64, bytes: u64) {
@@ -509,7 +610,7 @@ impl Cluster {
             if what == "drop" {
                 let _ = writeln!(self.trace, "lost {link}: {}", show_message(&message));
             } else {
-                self.feed(to, Event::Received { from, message });
+                self.receive(from, to, message);
             }
         }
     }
@@ -603,7 +704,7 @@ impl Cluster {
                 if [from, to].iter().any(|id| without.contains(id) || cut.contains(id)) {
                     continue;
                 }
-                self.feed(to, Event::Received { from, message });
+                self.receive(from, to, message);
             }
             if !busy {
                 return;
@@ -638,6 +739,12 @@ impl Cluster {
         );
         if status.log_start.index > LogIndex(0) {
             let _ = writeln!(self.trace, "    log behind {}", show_position(status.log_start));
+        }
+        let (index, configuration) = (life.raft.configuration_index(), life.raft.configuration());
+        if life.raft.restraint().members_unknown {
+            let _ = writeln!(self.trace, "    the configuration at {index} cannot be read");
+        } else if *configuration != self.configuration || self.sealed.keys().any(|(_, at)| *at == index) {
+            let _ = writeln!(self.trace, "    at {index}: {}", show_configuration(configuration));
         }
         let restraint = life.raft.restraint();
         let claim = restraint.claim.map(|claim| {
@@ -734,6 +841,49 @@ fn show_message(message: &Message) -> String {
     }
 }
 
+fn show_ids(ids: impl IntoIterator<Item = NodeId>) -> String {
+    ids.into_iter().map(|id| id.to_string()).collect::<Vec<_>>().join(" ")
+}
+
+/// `voters 1 2 learners 3 (until now 1 2 4) to be 1 2 3`, the last two in a transition and while a plan is there.
+fn show_configuration(configuration: &Configuration) -> String {
+    let mut text = format!("voters {}", show_ids(configuration.incoming_voters()));
+    let learners = configuration.members().iter().filter(|member| member.role == MemberRole::Learner);
+    let learners = show_ids(learners.map(|member| member.id));
+    if !learners.is_empty() {
+        let _ = write!(text, " learners {learners}");
+    }
+    if configuration.is_joint() {
+        let _ = write!(text, " (until now {})", show_ids(configuration.outgoing().iter().copied()));
+    }
+    if !configuration.planned().is_empty() {
+        let roles = configuration.planned().iter().map(|(id, role)| match role {
+            MemberRole::Voter => id.to_string(),
+            MemberRole::Learner => format!("{id} (learner)"),
+        });
+        let _ = write!(text, " to be {}", roles.collect::<Vec<_>>().join(" "));
+    }
+    text
+}
+
+fn show_change(change: &Change) -> String {
+    let Change { add, remove, promote, demote, reserve_id, expected, even_if_quorum_is_lost } = change;
+    let of = |role| add.iter().filter(move |member| member.role == role).map(|member| member.id).collect();
+    let lists: [(&str, Vec<NodeId>); 5] = [
+        ("add", of(MemberRole::Voter)),
+        ("learn", of(MemberRole::Learner)),
+        ("remove", remove.clone()),
+        ("promote", promote.clone()),
+        ("demote", demote.clone()),
+    ];
+    let lists = lists.into_iter().filter(|(_, ids)| !ids.is_empty());
+    let mut words: Vec<String> = lists.map(|(what, ids)| format!("{what} {}", show_ids(ids))).collect();
+    words.extend(reserve_id.then(|| "reserve an id".to_owned()));
+    words.extend(expected.map(|index| format!("if at {index}")));
+    words.extend(even_if_quorum_is_lost.then(|| "even if quorum is lost".to_owned()));
+    words.join(", ")
+}
+
 fn show_event(event: &Event) -> String {
     match event {
         Event::Tick => "tick".to_owned(),
@@ -748,7 +898,7 @@ fn show_event(event: &Event) -> String {
             let firsts: Vec<String> = damaged.iter().map(ToString::to_string).collect();
             format!("damaged {}", firsts.join(" "))
         }
-        Event::Adopt { batch } => format!("adopts {}", show_batch(batch)),
+        Event::Adopt { batch, .. } => format!("adopts {}", show_batch(batch)),
         Event::LeaderHolds { leader, term, last } => {
             format!("leader {leader} of t{term} holds {}", show_position(*last))
         }
@@ -770,6 +920,13 @@ fn show_event(event: &Event) -> String {
         }
         Event::SnapshotEnded { to, installed: None } => format!("no snapshot installed at {to}"),
         Event::StateLost { lost } => format!("the state is {}", if *lost { "lost" } else { "there again" }),
+        Event::Change { ticket, change } => format!("change #{ticket}: {}", show_change(change)),
+        Event::ProposedConfiguration { batch, configuration } => {
+            format!("proposed {} with {}", show_batch(batch), show_configuration(configuration))
+        }
+        Event::ConfigurationFound { index, configuration } => {
+            format!("configuration at {index} found: {}", show_configuration(configuration))
+        }
     }
 }
 
@@ -813,6 +970,13 @@ fn show_action(action: &Action) -> String {
             };
             format!("read #{id} refused: {why}")
         }
+        Action::SealConfiguration { configuration } => format!("seal {}", show_configuration(configuration)),
+        Action::MembersChanged => "members changed".to_owned(),
+        Action::ChangeEnded { ticket, outcome: Ok(changed) } => {
+            let reserved = changed.reserved.map_or(String::new(), |id| format!(", id {id} reserved"));
+            format!("change #{ticket} is done at {}{reserved}", changed.index)
+        }
+        Action::ChangeEnded { ticket, outcome: Err(error) } => format!("change #{ticket} refused: {error}"),
     }
 }
 

@@ -358,6 +358,13 @@ impl<L: Link> Network<L> {
         }
     }
 
+    /// From now on any incarnation of `peer` gets a session.
+    pub fn unpin(&mut self, peer: NodeId) {
+        if let Some(known) = self.peers.get_mut(&peer) {
+            known.pinned = None;
+        }
+    }
+
     /// Has sessions with one more peer.
     ///
     /// # Errors

@@ -37,7 +37,7 @@ pub const ENGINE_FLAGS: EngineFlags = EngineFlags {
 /// How long a test waits for what should take milliseconds before it gives up: no assertion of speed.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
-/// The command line of a test member: `ID DIR FLAGS ID=ADDRESS…`.
+/// The command line of a test member: `ID DIR FLAGS [join] ID=ADDRESS…`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NodeArgs {
     /// The cluster.
@@ -50,6 +50,8 @@ pub struct NodeArgs {
     pub members: Vec<MemberConfig>,
     /// Its settings.
     pub engine: EngineFlags,
+    /// It is to be added to a cluster that exists.
+    pub join: bool,
 }
 
 impl NodeArgs {
@@ -69,18 +71,21 @@ impl NodeArgs {
         let id = NodeId(args.next().context("the id is missing")?.parse()?);
         let dir = PathBuf::from(args.next().context("the directory is missing")?);
         let engine = EngineFlags::parse(&args.next().context("the flags are missing")?)?;
+        let mut args = args.peekable();
+        let join = args.next_if_eq("join").is_some();
         let members = args.map(|arg| {
             let (id, address) = arg.split_once('=').context("a member is ID=ADDRESS")?;
             Ok(MemberConfig { id: NodeId(id.parse()?), address: address.parse()? })
         });
         let members = members.collect::<Result<_>>()?;
-        Ok(Self { cluster: ClusterId(0x7e57), id, dir, members, engine })
+        Ok(Self { cluster: ClusterId(0x7e57), id, dir, members, engine, join })
     }
 
     fn to_args(&self) -> Vec<String> {
         let members = self.members.iter().map(|member| format!("{}={}", member.id, member.address));
         let head = [self.id.to_string(), self.dir.display().to_string(), self.engine.to_arg()];
-        head.into_iter().chain(members).collect()
+        let join = self.join.then(|| "join".to_owned());
+        head.into_iter().chain(join).chain(members).collect()
     }
 }
 
@@ -254,13 +259,53 @@ impl Cluster {
     /// # Errors
     /// When it cannot be started.
     pub fn spawn(&mut self, id: u64) -> Result<()> {
+        self.spawn_as(id, self.members.clone(), false)
+    }
+
+    /// Starts member `id` with that list of members, or to join them, and waits until it has recovered.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn start_as(&mut self, id: u64, members: &[u64], join: bool) -> Result<()> {
+        let members = self.members.iter().filter(|member| members.contains(&member.id.get())).cloned();
+        self.spawn_as(id, members.collect(), join)?;
+        self.wait_ready(id)
+    }
+
+    /// Asks member `id` for other members: words such as `add=2,3` and `remove=1`. Returns the index at which it is done.
+    ///
+    /// # Errors
+    /// When it is refused, or nothing comes of it.
+    pub fn change(&mut self, id: u64, words: &[&str]) -> Result<u64> {
+        let mut order = "change".to_owned();
+        for word in words {
+            let (what, ids) = word.split_once('=').context("what=ids")?;
+            let with_address = |id: &str| -> Result<String> {
+                let number: u64 = id.parse()?;
+                let member = self.members.iter().find(|member| member.id.get() == number);
+                let address = member.context("an address is set aside for every id")?.address;
+                Ok(if what == "add" { format!("{id}@{address}") } else { id.to_owned() })
+            };
+            let ids: Vec<String> = ids.split(',').map(with_address).collect::<Result<_>>()?;
+            order.push_str(&format!(" {what}={}", ids.join(",")));
+        }
+        self.order(id, &order)?;
+        let line = self.member(id)?.answers.wait("changed")?;
+        match line.split_whitespace().collect::<Vec<_>>()[..] {
+            ["changed", "at", index] => Ok(index.parse()?),
+            _ => bail!("{line}"),
+        }
+    }
+
+    fn spawn_as(&mut self, id: u64, members: Vec<MemberConfig>, join: bool) -> Result<()> {
         ensure!(!self.running.contains_key(&id), "member {id} is running");
         let args = NodeArgs {
             cluster: ClusterId(0),
             id: NodeId(id),
             dir: self.data_dir(id),
-            members: self.members.clone(),
+            members,
             engine: self.engine,
+            join,
         };
         let path = &self.program.path;
         let mut child = Command::new(path)

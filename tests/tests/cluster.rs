@@ -1,7 +1,7 @@
 //! Real processes, real disk, real sockets, real kills: nothing that was acknowledged is lost.
 
 use anyhow::Result;
-use ringraft_tests::process::Cluster;
+use ringraft_tests::process::{Cluster, ENGINE_FLAGS, Program};
 
 fn cluster(count: u64) -> Result<Cluster> {
     Cluster::start(env!("CARGO_BIN_EXE_testnode"), env!("CARGO_TARGET_TMPDIR"), count)
@@ -76,5 +76,58 @@ fn a_single_member_serves_alone_and_recovers_alone() -> Result<()> {
         cluster.restart(leader)?;
         cluster.wait_leader()?;
     }
+    cluster.verify()
+}
+
+#[test]
+fn a_cluster_grows_from_one_process_to_three_and_replaces_a_lost_one_under_load() -> Result<()> {
+    let scratch = tempfile::Builder::new().prefix("grows-").tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+    let program = Program { path: env!("CARGO_BIN_EXE_testnode").into(), leading: Vec::new() };
+    let mut cluster = Cluster::stopped(program, ENGINE_FLAGS, scratch.path(), 4)?;
+    cluster.start_as(1, &[1], false)?;
+    assert_eq!(load(&mut cluster, 0)?, 1);
+    cluster.wait_acks(500)?;
+    for id in [2, 3] {
+        cluster.start_as(id, &[1, id], true)?;
+    }
+    cluster.change(1, &["add=2,3"])?;
+    cluster.wait_acks(500)?;
+
+    // One of the new ones is lost with its directory, another one takes its place.
+    cluster.kill(3)?;
+    std::fs::remove_dir_all(cluster.data_dir(3))?;
+    cluster.start_as(4, &[1, 2, 4], true)?;
+    cluster.change(1, &["add=4", "remove=3"])?;
+    cluster.wait_acks(500)?;
+    cluster.stop_load(1)?;
+    cluster.verify()?;
+
+    // The first one is not needed any more, and comes back with the list of one that it began with.
+    cluster.kill(1)?;
+    let leader = load(&mut cluster, 1_000)?;
+    assert!([2, 4].contains(&leader));
+    cluster.wait_acks(500)?;
+    cluster.start_as(1, &[1], false)?;
+    cluster.wait_acks(500)?;
+    cluster.stop_load(leader)?;
+    cluster.verify()?;
+
+    // All restart.
+    cluster.kill_all()?;
+    cluster.start_as(1, &[1], false)?;
+    cluster.start_as(2, &[1, 2], true)?;
+    cluster.start_as(4, &[1, 2, 4], true)?;
+    let leader = load(&mut cluster, 2_000)?;
+    cluster.wait_acks(100)?;
+
+    // A leader leaves; the others go on.
+    cluster.stop_load(leader)?;
+    let remove = format!("remove={leader}");
+    cluster.change(leader, &[&remove])?;
+    cluster.kill(leader)?;
+    let next = load(&mut cluster, 3_000)?;
+    assert_ne!(next, leader);
+    cluster.wait_acks(100)?;
+    cluster.stop_load(next)?;
     cluster.verify()
 }

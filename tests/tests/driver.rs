@@ -1,6 +1,8 @@
 //! Single nodes and small clusters of real drivers on the simulated disk, network and clock, where the test decides
 //! what happens when.
 
+#[path = "driver/membership.rs"]
+mod membership;
 #[path = "driver/reads.rs"]
 mod reads;
 

@@ -606,6 +606,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         invariant(own == Some(chain), || {
             format!("the snapshot that ends at {last:?} and this log differ there: {chain:?}, here {own:?}")
         })?;
+        if let Some(configuration) = wire::configuration::decode(&file.meta.configuration) {
+            // The core may know of the members only from what can be read here.
+            self.step(Event::SnapshotReceived { last, configuration })?;
+        }
         self.restore(file);
         Ok(())
     }

@@ -12,7 +12,7 @@ use ringraft_block::{LogIndex, NodeId};
 use ringraft_net::Network;
 use ringraft_net::link::Link;
 use ringraft_wal::disk::Disk;
-use ringraft_wal::format::BatchInfo;
+use ringraft_wal::format::{BatchInfo, BatchKind};
 use ringraft_wal::{ReadError, Recovered, WalEvent};
 
 impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
@@ -54,6 +54,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             WalEvent::Read { token, result } if self.repair.reads(token) => {
                 self.read_for_repair(token, result)
             }
+            WalEvent::Read { token, result } if self.members.reads(token) => self.configuration_read(result),
             WalEvent::Read { token, result } => {
                 let batches = match result {
                     Ok(batches) => batches,
@@ -115,8 +116,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             Network::new(network, peers).map_err(|error| ConfigError::Network(error.to_string()))?;
         self.network = Some(network);
         if state.configuration.is_empty() {
-            let mut formation = Formation::new(self.config.node, state.incarnation, &self.config.members)
-                .with_settings(self.config.settings());
+            let (node, incarnation) = (self.config.node, state.incarnation);
+            let formation = Formation::new(node, incarnation, &self.config.members, self.config.join);
+            let mut formation = formation.with_settings(self.config.settings());
             let step = formation.step();
             self.life = Life::Forming(formation);
             return self.form(step);
@@ -124,7 +126,13 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let origin = || "this directory".to_owned();
         let configuration = wire::configuration::decode(&state.configuration)
             .ok_or_else(|| FormationError::Undecodable { origin: origin() })?;
-        formation::check_members(self.config.node, &self.config.members, &configuration)?;
+        // Once they have been changed, the members that this node was started with are only where it begins to look. What was
+        // changed before the log's start, the snapshot tells (`begin_core`).
+        let from_the_start = self.wal.log_start().index == LogIndex(0);
+        let changed = self.wal.batches().any(|info| info.kind == BatchKind::Membership);
+        if from_the_start && !changed && !self.config.join {
+            formation::check_members(self.config.node, &self.config.members, &configuration)?;
+        }
         self.start(configuration)
     }
 
@@ -213,17 +221,14 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         Ok(())
     }
 
-    /// The configuration is durable, and what was applied up to `commit` is restored: from now on this node takes part.
+    /// `configuration` is that as of `commit`, up to where what was applied is restored, and `changes` are those that the log
+    /// holds behind it: from now on this node takes part.
     pub(super) fn start_core(
         &mut self,
         configuration: Configuration,
+        changes: Vec<(LogIndex, Option<Configuration>)>,
         commit: LogIndex,
     ) -> Result<(), StopError> {
-        for member in configuration.members() {
-            if let Some(network) = self.network.as_mut().filter(|_| member.id != self.config.node) {
-                network.pin(member.id, member.incarnation);
-            }
-        }
         let log_start = self.wal.log_start();
         let start = LogId { term: log_start.term, index: log_start.index };
         let (term, vote) = self.wal.hard_state().map_or((start.term, None), |state| (state.term, state.vote));
@@ -238,11 +243,14 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             damaged_from: self.wal.first_damaged(),
             claim: self.claim(),
             now: Nanos(self.now.monotonic_ns),
+            changes,
         };
         config::check_lease(&self.config, configuration.settings())?;
-        let raft = Raft::new(config::raft_config(&self.config, self.timing_seed), configuration, boot)
+        let raft_config = config::raft_config(&self.config, self.timing_seed, Some(self.incarnation));
+        let raft = Raft::new(raft_config, configuration, boot)
             .map_err(|error| ConfigError::Raft(error.to_string()))?;
         self.life = Life::Running(Box::new(raft));
+        self.members.changed();
         self.repair.start(self.now.monotonic_ns);
         self.set_gate();
         let connected: Vec<NodeId> =

@@ -1,5 +1,6 @@
 //! The driver and the peers: frames that arrive, messages that leave.
 
+use super::membership::configuration_in;
 use super::{Blocks, Driver, GROUP, Life, READ_BYTES, invariant, run_of};
 use crate::error::StopError;
 use crate::formation::FormationError;
@@ -11,7 +12,7 @@ use ringraft_block::{Block, LogIndex, NodeId};
 use ringraft_net::link::Link;
 use ringraft_net::{Frame, NetEvent, RejectReason, Rejection};
 use ringraft_wal::disk::Disk;
-use ringraft_wal::format::{Chain, ENVELOPE_BYTES, parse_image};
+use ringraft_wal::format::{BatchKind, Chain, ENVELOPE_BYTES, parse_image};
 use std::rc::Rc;
 
 impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
@@ -45,9 +46,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             NetEvent::ListenFailed { error } => {
                 Err(StopError::Listen { address: self.config.listen_address()?, error })
             }
-            NetEvent::PeerConnected { peer, incarnation, .. } => {
+            NetEvent::PeerConnected { peer, incarnation, session, .. } => {
                 let Some(state) = self.peers.get_mut(&peer) else { return Ok(()) };
-                state.session = Some(incarnation);
+                (state.session, state.number) = (Some(incarnation), Some(session));
                 state.outbox.clear();
                 self.repair.session_changed(peer);
                 self.snapshots.installs.session_changed(peer);
@@ -55,9 +56,13 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 self.announce(peer);
                 self.step(Event::PeerConnected { peer })
             }
-            NetEvent::PeerDisconnected { peer, cause, .. } => {
+            NetEvent::PeerDisconnected { peer, cause, session } => {
                 let Some(state) = self.peers.get_mut(&peer) else { return Ok(()) };
-                (state.session, state.stages, state.no_space) = (None, None, false);
+                // Of a peer that was forgotten and is back: its new session goes on.
+                if state.number.is_some_and(|current| current != session) {
+                    return Ok(());
+                }
+                (state.session, state.number, state.stages, state.no_space) = (None, None, None, false);
                 state.outbox.clear();
                 self.repair.session_changed(peer);
                 self.snapshots.installs.session_changed(peer);
@@ -74,7 +79,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 else {
                     return Ok(());
                 };
-                if matches!(self.life, Life::Forming(_)) {
+                // One that joins waits until the cluster has removed the other.
+                if matches!(self.life, Life::Forming(_)) && !self.config.join {
                     let (node, own) = (self.config.node, self.incarnation);
                     return Err(FormationError::Replaced { node, known, own }.into());
                 }
@@ -92,6 +98,12 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         match body {
             Body::Formation(message) => self.on_formation(peer, &message),
             _ if !matches!(self.life, Life::Running(_)) => Ok(()),
+            // Of somebody whom the configuration knows as another.
+            Body::AppendAck(_) | Body::FetchReply(_) | Body::VoteReply(_) | Body::Request(_)
+                if self.is_foreign(peer) =>
+            {
+                Ok(())
+            }
             Body::Append(message) => self.on_append(peer, message, attachment.map(|a| (a.block, a.bytes))),
             Body::AppendAck(message) => self.on_ack(peer, message),
             Body::Fetch(message) => self.on_fetch(peer, message),
@@ -138,7 +150,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         message: AppendMessage,
         attachment: Option<(Block<D::Buf>, usize)>,
     ) -> Result<(), StopError> {
-        let AppendMessage { append, previous_chain, chain } = message;
+        let AppendMessage { mut append, previous_chain, chain } = message;
         // The body promises a batch exactly when one is attached.
         let incoming = match (append.batch, attachment) {
             (None, None) => None,
@@ -156,15 +168,20 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 if !named || !view.verify_chain(previous_chain) {
                     return self.refuse(from, "a batch image that is not the one announced");
                 }
+                if info.kind == BatchKind::Membership {
+                    let Some(configuration) = configuration_in(view) else {
+                        return self.refuse(from, "a configuration that this node cannot decode: upgrade it");
+                    };
+                    append.configuration = Some(Box::new(configuration));
+                }
                 Some((block, info))
             }
             _ => return self.refuse(from, "an append without its batch image"),
         };
-        let mut append = append;
         let incoming = incoming.filter(|(_, info)| self.has_room_for(info));
         if incoming.is_none() {
             // As if it had been lost: the leader sends it again when this node has not got it.
-            append.batch = None;
+            (append.batch, append.configuration) = (None, None);
         }
         let previous = append.previous;
         let known = self.raft().is_some_and(|raft| raft.term_at(previous.index) == Some(previous.term));

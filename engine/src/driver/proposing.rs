@@ -18,8 +18,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
 
     pub(super) fn leader_hint(&self) -> Option<LeaderHint> {
         let id = self.raft()?.leader()?;
-        let own = self.config.members.iter().find(|member| member.id == id).map(|member| member.address);
-        own.map(|address| LeaderHint { id, address })
+        let configured =
+            || self.config.members.iter().find(|member| member.id == id).map(|member| member.address);
+        self.members.address_of(id).or_else(configured).map(|address| LeaderHint { id, address })
     }
 
     /// Opens or closes the way in for proposals.
@@ -134,7 +135,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     }
 
     /// Chain and time at the end of what the core has accepted.
-    fn tail(&self) -> (Chain, u64) {
+    pub(super) fn tail(&self) -> (Chain, u64) {
         let last = self.pending.back().map(|(_, info)| *info).or_else(|| self.wal.last_info());
         // Of a log that holds nothing, what was applied last is the end.
         last.map_or_else(

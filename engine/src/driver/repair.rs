@@ -277,6 +277,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         tracing::info!(node = %self.config.node, %first, %last, "repaired");
         self.repair.repaired += 1;
         self.repair.offered.remove(&first);
+        self.configuration_repaired(first)?;
         self.damage_changed()
     }
 

@@ -13,6 +13,7 @@
 use super::{Driver, Life, invariant};
 use crate::config::Config;
 use crate::error::StopError;
+use crate::formation;
 use crate::handle::SnapshotStatus;
 use crate::mutants::{self, Mutant};
 use crate::raft::{Configuration, Event, LogId, Raft};
@@ -327,7 +328,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.snapshot_installed(last)
     }
 
-    /// The core begins, behind the snapshot that was restored.
+    /// Goes on behind the snapshot that was restored.
     fn begin(&mut self, restored: Option<SnapshotFile>) -> Result<(), StopError> {
         let Some(Start { mut configuration, .. }) = self.snapshots.start.take() else { return Ok(()) };
         self.snapshots.purge_at_ns = self.now.monotonic_ns;
@@ -343,8 +344,27 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             None => self.applier.start_after(log_start.index, log_start.chain, 0),
         }
         let lost = restored.is_none() && log_start.index > LogIndex(0);
-        self.start_core(configuration, self.applier.applied())?;
+        self.read_changes(configuration, self.applier.applied(), lost)
+    }
+
+    /// The core begins with `configuration` as of `commit`, and with the later ones that the log holds. `lost`: what was
+    /// applied up to there cannot be read.
+    pub(super) fn begin_core(
+        &mut self,
+        configuration: Configuration,
+        changes: Vec<(LogIndex, Option<Configuration>)>,
+        commit: LogIndex,
+        lost: bool,
+    ) -> Result<(), StopError> {
+        // Once they have been changed, the members that this node was started with are only where it begins to look.
+        let formed = self.wal.hard_state().map(|state| state.configuration.as_slice());
+        let unchanged = changes.is_empty() && formed == Some(&wire::configuration::encode(&configuration));
+        if unchanged && !lost && !self.config.join {
+            formation::check_members(self.config.node, &self.config.members, &configuration)?;
+        }
+        self.start_core(configuration, changes, commit)?;
         if lost {
+            let log_start = self.wal.log_start();
             tracing::error!(
                 node = %self.config.node, behind = %log_start.index,
                 "no snapshot that the log continues can be read: the state is fetched from the leader"
@@ -437,7 +457,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     fn meta_of_applied(&self) -> Option<SnapshotMeta> {
         let raft = self.raft()?;
         let index = self.applier.applied();
-        let mut configuration = wire::configuration::encode(raft.configuration());
+        // Not the newest, which may be taken back.
+        let (_, as_of_applied) = raft.configuration_at(index)?;
+        let mut configuration = wire::configuration::encode(as_of_applied);
         if mutants::active(Mutant::SnapshotForgetsConfiguration) {
             let own = raft.configuration().member(raft.id()).cloned().into_iter().collect();
             configuration = wire::configuration::encode(&Configuration::new(own).unwrap_or_default());

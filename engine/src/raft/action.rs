@@ -1,6 +1,9 @@
 //! What the core wants done, in this order.
 
-use super::{BatchRun, Epoch, LogId, Message, ReadRefusal, Role, TransferEnd, Violation};
+use super::{
+    BatchRun, ChangeError, Changed, Configuration, Epoch, LogId, Message, ReadRefusal, Role, TransferEnd,
+    Violation,
+};
 use ringraft_block::{LogIndex, NodeId, Term};
 
 /// An output of [`Raft::handle`](super::Raft::handle). Actions are carried out in the order given.
@@ -104,5 +107,21 @@ pub enum Action {
         id: u64,
         /// Why.
         reason: ReadRefusal,
+    },
+    /// Seal this configuration as a batch of its own at [`Raft::next_position`](super::Raft::next_position), and propose it by
+    /// [`Event::ProposedConfiguration`](super::Event::ProposedConfiguration). The last action of its event.
+    SealConfiguration {
+        /// What to seal.
+        configuration: Box<Configuration>,
+    },
+    /// The configuration in force, or whom the log goes to, has changed: see
+    /// [`Raft::configuration`](super::Raft::configuration) and [`Raft::replicated_to`](super::Raft::replicated_to).
+    MembersChanged,
+    /// What has become of a change that was asked for.
+    ChangeEnded {
+        /// The caller's name for it.
+        ticket: u64,
+        /// Where the new configuration stands, committed, or why there is none.
+        outcome: Result<Changed, ChangeError>,
     },
 }

@@ -10,8 +10,8 @@
 
 use super::role::RoleState;
 use super::{
-    Action, Append, AppendAck, AppendOutcome, BatchRun, Epoch, INDEX_MAX, LogId, Message, Nanos, Raft,
-    Violation,
+    Action, Append, AppendAck, AppendOutcome, BatchRun, Configuration, Epoch, INDEX_MAX, LogId, Message,
+    Nanos, Raft, Violation,
 };
 use crate::mutants::{self, Mutant};
 use ringraft_block::{LogIndex, NodeId, Term};
@@ -20,7 +20,12 @@ use ringraft_block::{LogIndex, NodeId, Term};
 
 impl Raft {
     /// The driver sealed `batch` at [`Raft::next_position`].
-    pub(super) fn propose(&mut self, batch: BatchRun, actions: &mut Vec<Action>) -> Result<(), Violation> {
+    pub(super) fn propose(
+        &mut self,
+        batch: BatchRun,
+        configuration: Option<Configuration>,
+        actions: &mut Vec<Action>,
+    ) -> Result<(), Violation> {
         let expected = self.next_position();
         let RoleState::Leader(leader) = &mut self.role else {
             return Err(Violation::ProposedElsewhere { batch, expected });
@@ -31,6 +36,7 @@ impl Raft {
         self.log.push(batch);
         leader.first_own.get_or_insert(batch.first);
         actions.push(Action::Persist { batch });
+        self.take_configuration(&batch, configuration, actions);
         self.replicate(actions);
         Ok(())
     }
@@ -62,8 +68,8 @@ impl Raft {
             let round = leader.rounds.stamp(self.now);
             progress.sent(batch.as_ref());
             progress.told(reply_now, self.now);
-            let append =
-                Append { term: self.hard.term(), previous, batch, commit: self.commit, round, reply_now };
+            let (term, commit, configuration) = (self.hard.term(), self.commit, None);
+            let append = Append { term, previous, batch, commit, round, reply_now, configuration };
             outbox.send(progress.id(), Message::Append(append));
         }
     }
@@ -75,32 +81,41 @@ impl Raft {
             return self.become_follower(self.hard.term(), None, actions);
         }
         self.expire_transfer(actions);
-        let RoleState::Leader(leader) = &mut self.role else { return };
-        for progress in &mut leader.peers {
+        let RoleState::Leader(leader) = &self.role else { return };
+        for at in 0..leader.peers.len() {
+            let RoleState::Leader(leader) = &self.role else { return };
+            let Some(progress) = leader.peers.get(at) else { return };
             let heartbeat = progress.heartbeat_due(&self.config) <= self.now;
-            if !heartbeat && progress.notice_due().is_none_or(|due| due > self.now) {
-                continue;
+            if heartbeat || progress.notice_due().is_some_and(|due| due <= self.now) {
+                self.tell(at, heartbeat, actions);
             }
-            let start = self.log.start().index;
-            let position = if heartbeat { progress.heartbeat_position(start) } else { progress.matched() };
-            // What was in flight when the log was purged is on its way all the same.
-            let position = if progress.next() > start { position.max(start) } else { position };
-            let previous = self.log.batch_end_at(position).unwrap_or_else(|| {
-                progress.needs_snapshot();
-                self.log.start()
-            });
-            let round = leader.rounds.stamp(self.now);
-            progress.told(heartbeat, self.now);
-            let append = Append {
-                term: self.hard.term(),
-                previous,
-                batch: None,
-                commit: self.commit,
-                round,
-                reply_now: heartbeat,
-            };
-            self.hard.outbox(actions).send(progress.id(), Message::Append(append));
         }
+    }
+
+    /// Sends the peer at `at` an append without a batch: a heartbeat, or only the commit index.
+    pub(super) fn tell(&mut self, at: usize, heartbeat: bool, actions: &mut Vec<Action>) {
+        let RoleState::Leader(leader) = &mut self.role else { return };
+        let Some(progress) = leader.peers.get_mut(at) else { return };
+        let start = self.log.start().index;
+        let position = if heartbeat { progress.heartbeat_position(start) } else { progress.matched() };
+        // What was in flight when the log was purged is on its way all the same.
+        let position = if progress.next() > start { position.max(start) } else { position };
+        let previous = self.log.batch_end_at(position).unwrap_or_else(|| {
+            progress.needs_snapshot();
+            self.log.start()
+        });
+        let round = leader.rounds.stamp(self.now);
+        progress.told(heartbeat, self.now);
+        let append = Append {
+            term: self.hard.term(),
+            previous,
+            batch: None,
+            commit: self.commit,
+            round,
+            reply_now: heartbeat,
+            configuration: None,
+        };
+        self.hard.outbox(actions).send(progress.id(), Message::Append(append));
     }
 
     /// When a leader has something to do, if nothing happens before.
@@ -176,7 +191,7 @@ impl Raft {
 
     /// Commits what a quorum holds durably, the own disk being one vote among equals.
     fn advance_commit(&mut self, actions: &mut Vec<Action>) {
-        let RoleState::Leader(leader) = &mut self.role else { return };
+        let RoleState::Leader(leader) = &self.role else { return };
         let own = if mutants::active(Mutant::AckBeforeDurable) {
             self.log.last().index
         } else {
@@ -184,13 +199,18 @@ impl Raft {
         };
         self.hearing.acked = own;
         let id = self.config.id;
-        let agreed = self.quorum.agreed(|voter| {
+        let of = |voter| {
             if voter == id {
                 own
             } else {
                 leader.peer(voter).map_or(LogIndex(0), |progress| progress.matched())
             }
-        });
+        };
+        let agreed = if mutants::active(Mutant::LearnerAckCounted) {
+            self.agreed_with_learners(of)
+        } else {
+            self.quorum.agreed(of)
+        };
         // Only entries of the own term are committed by counting; all before them with them (Raft, section 5.4.2).
         let own_term = self.log.term_at(agreed) == Some(self.hard.term());
         if agreed <= self.commit || !(own_term || mutants::active(Mutant::CommitOlderTermByCounting)) {
@@ -198,6 +218,7 @@ impl Raft {
         }
         self.commit = agreed;
         actions.push(Action::Commit { up_to: agreed });
+        let RoleState::Leader(leader) = &mut self.role else { return };
         for progress in &mut leader.peers {
             progress.owe_notice(self.now.plus(self.config.commit_notice_delay));
         }
@@ -307,7 +328,7 @@ impl Raft {
         }
         let mut repeated = false;
         if let Some(batch) = append.batch {
-            repeated = self.take(batch, append.previous, actions)?;
+            repeated = self.take(batch, append.configuration, append.previous, actions)?;
         }
         let verified = append.batch.map_or(append.previous.index, |batch| batch.last);
         self.hearing.matched = self.hearing.matched.max(verified);
@@ -351,6 +372,7 @@ impl Raft {
     fn take(
         &mut self,
         batch: BatchRun,
+        configuration: Option<Box<Configuration>>,
         previous: LogId,
         actions: &mut Vec<Action>,
     ) -> Result<bool, Violation> {
@@ -376,6 +398,7 @@ impl Raft {
         }
         self.log.push(batch);
         actions.push(Action::Persist { batch });
+        self.take_configuration(&batch, configuration.map(|configuration| *configuration), actions);
         Ok(false)
     }
 

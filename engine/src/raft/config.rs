@@ -1,7 +1,7 @@
 //! The core's limits and intervals.
 
-use super::Nanos;
-use ringraft_block::NodeId;
+use super::{Configuration, Nanos};
+use ringraft_block::{Incarnation, NodeId};
 
 /// What the core is told once.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,6 +30,9 @@ pub struct RaftConfig {
     pub priority: Option<u8>,
     /// Elections only: a leader appends nothing, so nothing can be proposed, and the log stays empty.
     pub consensus_only: bool,
+    /// The life of this node's data directory. A configuration that names its id with another one means another node.
+    /// `None` for models without directories: the id is enough.
+    pub incarnation: Option<Incarnation>,
 }
 
 impl RaftConfig {
@@ -47,7 +50,16 @@ impl RaftConfig {
             seed,
             priority: None,
             consensus_only: false,
+            incarnation: None,
         }
+    }
+
+    /// Whether this node counts in a quorum of `configuration`.
+    pub(super) fn counts_in(&self, configuration: &Configuration) -> bool {
+        let named = configuration.member(self.id).is_some_and(|member| {
+            self.incarnation.is_none_or(|incarnation| incarnation == member.incarnation)
+        });
+        named && configuration.is_voter(self.id)
     }
 
     /// Checks the limits against each other.

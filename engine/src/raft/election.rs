@@ -10,7 +10,7 @@
 //! that, a node that restarts sticks to whomever it may have heard in its earlier life.
 
 use super::role::{RoleState, Votes};
-use super::{Action, Message, Nanos, Raft, Vote, VoteReply};
+use super::{Action, LogId, Message, Nanos, Raft, Vote, VoteReply};
 use crate::mutants::{self, Mutant};
 use ringraft_block::NodeId;
 
@@ -28,9 +28,21 @@ impl ElectionTimer {
 }
 
 impl Raft {
-    /// Whether this node may lead: a voter of the configuration whose log lacks nothing.
+    /// Whether this node may lead: a voter of a configuration that it knows, whose log lacks nothing.
+    ///
+    /// Also one that its newest configuration leaves out, until it knows that to be committed: it may be the only one that
+    /// has it, and that the others would vote for (thesis, section 4.2.2). It leads without counting itself.
     pub(super) fn may_campaign(&self) -> bool {
-        self.configuration.is_voter(self.config.id) && self.repair.is_whole()
+        let left_out = || {
+            self.configurations.index() > self.commit
+                && self.configurations.previous().is_some_and(|previous| self.config.counts_in(previous))
+        };
+        self.repair.is_whole() && !self.configurations.is_unknown() && (self.votes || left_out())
+    }
+
+    /// Where the log of a candidate must end at least; none while this node votes for nobody.
+    pub(super) fn vote_bar(&self) -> Option<LogId> {
+        self.repair.vote_bar(self.log.last()).filter(|_| !self.configurations.is_unknown())
     }
 
     /// Whether this node could only notice that its leader is silent, not take its place.
@@ -94,7 +106,7 @@ impl Raft {
     /// Campaigns if a quorum would vote for this node.
     fn count_pre_votes(&mut self, actions: &mut Vec<Action>) -> bool {
         let RoleState::PreCandidate(votes) = &self.role else { return false };
-        let won = self.quorum.reached(|id| votes.has(id));
+        let won = self.is_elected(|id| votes.has(id));
         if won {
             self.campaign(false, actions);
         }
@@ -133,7 +145,7 @@ impl Raft {
             RoleState::Candidate { votes, transfer, .. } => (self.hard.term(), false, *transfer, votes),
             RoleState::Follower | RoleState::Leader(_) => return,
         };
-        if voter != self.config.id && self.configuration.is_voter(voter) && !votes.has(voter) {
+        if voter != self.config.id && self.configurations.current().is_voter(voter) && !votes.has(voter) {
             let vote = Vote { term, last: self.log.last(), pre, transfer };
             self.hard.outbox(actions).send(voter, Message::Vote(vote));
         }
@@ -178,7 +190,7 @@ impl Raft {
                 && (self.hard.vote().is_none_or(|candidate| candidate == from)
                     || mutants::active(Mutant::SecondVoteInTerm)));
         // What this node may have acknowledged counts, not only what its log still shows.
-        let long_enough = self.repair.vote_bar(self.log.last()).is_some_and(|bar| vote.last >= bar);
+        let long_enough = self.vote_bar().is_some_and(|bar| vote.last >= bar);
         let long_enough = long_enough || mutants::active(Mutant::VoteForShorterLog);
         let granted = !sticks && vote_is_free && long_enough;
         if granted && !vote.pre {
@@ -226,7 +238,8 @@ impl Raft {
     fn count_vote(&mut self, voter: NodeId, actions: &mut Vec<Action>) {
         let RoleState::Candidate { votes, .. } = &mut self.role else { return };
         votes.add(voter);
-        if self.quorum.reached(|id| votes.has(id)) {
+        let votes = votes.clone();
+        if self.is_elected(|id| votes.has(id)) {
             self.become_leader(actions);
         }
     }

@@ -1,6 +1,6 @@
 //! What happens to the core: everything it knows of the world arrives as one of these.
 
-use super::{BatchRun, Configuration, Epoch, LogId, ReadIndex, ReadIndexReply, ReadKind, Round};
+use super::{BatchRun, Change, Configuration, Epoch, LogId, ReadIndex, ReadIndexReply, ReadKind, Round};
 use ringraft_block::{LogIndex, NodeId, Term};
 use std::collections::BTreeSet;
 
@@ -57,6 +57,8 @@ pub enum Event {
     Adopt {
         /// The batch.
         batch: BatchRun,
+        /// What it holds, if it is one of membership.
+        configuration: Option<Box<Configuration>>,
     },
     /// The leader of `term`, asked in this life, held a log that ends there.
     LeaderHolds {
@@ -124,6 +126,28 @@ pub enum Event {
         /// Which of the two.
         lost: bool,
     },
+    /// Somebody wants the members changed. Ends with [`Action::ChangeEnded`](super::Action::ChangeEnded).
+    Change {
+        /// The caller's name for it.
+        ticket: u64,
+        /// What is wanted.
+        change: Box<Change>,
+    },
+    /// The driver sealed the configuration of [`Action::SealConfiguration`](super::Action::SealConfiguration) in `batch`, a
+    /// batch of its own, at [`Raft::next_position`](super::Raft::next_position).
+    ProposedConfiguration {
+        /// The sealed batch.
+        batch: BatchRun,
+        /// What it holds.
+        configuration: Box<Configuration>,
+    },
+    /// A batch that holds a configuration and could not be read at the start can be read again.
+    ConfigurationFound {
+        /// Its index.
+        index: LogIndex,
+        /// What it holds.
+        configuration: Box<Configuration>,
+    },
 }
 
 /// What members say to each other. Every message carries the sender's term.
@@ -177,6 +201,8 @@ pub struct Append {
     pub round: Round,
     /// Whether the receiver answers at once, before anything is durable, so that the leader hears `round` back.
     pub reply_now: bool,
+    /// What the batch holds, if it is one of membership. Not part of the message: the receiver's driver reads it in the image.
+    pub configuration: Option<Box<Configuration>>,
 }
 
 /// What a follower holds. Acks are cumulative: a later one replaces an earlier one of the same session.

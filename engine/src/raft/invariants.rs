@@ -4,7 +4,7 @@
 //! safety, log matching, leader completeness, commit on a durable quorum) only a simulator can see.
 
 use super::role::RoleState;
-use super::{Epoch, LogId, Nanos, Raft, Restraint, Role, Round};
+use super::{Configuration, Epoch, LogId, Nanos, Quorum, Raft, Restraint, Role, Round};
 use ringraft_block::{LogIndex, NodeId, Term};
 use std::collections::BTreeSet;
 use std::fmt;
@@ -65,6 +65,8 @@ pub struct State {
     pub damaged: BTreeSet<LogIndex>,
     /// What damage, or a disk that does not answer, keeps the node from.
     pub restraint: Restraint,
+    /// The configuration in force, and where it stands.
+    pub configuration: (LogIndex, Configuration),
 }
 
 impl State {
@@ -97,6 +99,7 @@ impl State {
             acked: raft.hearing.acked,
             damaged: raft.repair.damaged().clone(),
             restraint: raft.restraint(),
+            configuration: (raft.configuration_index(), raft.configuration().clone()),
         }
     }
 }
@@ -147,6 +150,7 @@ pub fn check(raft: &Raft) -> Result<(), Broken> {
         "{:?}",
         raft.repair
     );
+    check_configurations(raft)?;
     match &raft.role {
         RoleState::Follower => ensure!(leader != Some(id), "only a leader follows itself", "a follower does"),
         RoleState::PreCandidate(_) | RoleState::Candidate { .. } => {
@@ -191,6 +195,49 @@ pub fn check(raft: &Raft) -> Result<(), Broken> {
             "saves {saves:?}, alone {alone}"
         );
     }
+    Ok(())
+}
+
+fn check_configurations(raft: &Raft) -> Result<(), Broken> {
+    let (start, last, commit) = (raft.log.start().index, raft.log.last().index, raft.commit);
+    let mut above = start;
+    for index in raft.configurations.indexes() {
+        let single = raft.log.batch_starting_at(index).is_some_and(|batch| batch.last == index);
+        ensure!(single && index > above, "a configuration is a batch of the log", "{index} of {last}");
+        above = index;
+    }
+    let quorum = Quorum::of(raft.configuration());
+    ensure!(raft.quorum == quorum, "the newest configuration decides", "{:?} not {quorum:?}", raft.quorum);
+    let RoleState::Leader(leader) = &raft.role else { return Ok(()) };
+    let own_term = leader.first_own.is_some_and(|first| first <= commit);
+    let open = raft.configurations.indexes().filter(|index| *index > commit).count();
+    ensure!(!own_term || open <= 1, "one change at a time", "{open} configurations above {commit}");
+    let removed = raft.configuration().is_settled() && !raft.votes && raft.configuration_index() <= commit;
+    ensure!(!(own_term && removed), "a leader whose removal is committed steps down", "{commit}");
+    let id = raft.config.id;
+    let sent_to = |peer: NodeId| peer == id || leader.peer(peer).is_some();
+    let missed = raft.configuration().members().iter().find(|member| !sent_to(member.id));
+    ensure!(missed.is_none(), "a leader sends to every member", "{missed:?}");
+    let stranger = leader.peers.iter().map(super::progress::Progress::id);
+    let mut stranger = stranger.filter(|id| raft.configuration().member(*id).is_none());
+    let stranger = stranger.find(|id| !leader.changing.is_leaving(*id));
+    ensure!(stranger.is_none(), "a leader sends to members and to who has just left", "{stranger:?}");
+    Ok(())
+}
+
+/// A leader may put `after` behind `before`.
+fn check_change(before: &State, after: &State) -> Result<(), Broken> {
+    let ((at, old), (_, new)) = (&before.configuration, &after.configuration);
+    let own_term = before.commit.term == before.term;
+    ensure!(own_term, "changes wait for a commit of the leader's term", "{:?}", before.commit);
+    ensure!(*at <= before.commit.index, "changes wait for the one before", "{at}, {:?}", before.commit);
+    let same = old.incoming_voters().eq(new.incoming_voters());
+    let enters =
+        !old.is_joint() && new.is_joint() && old.incoming_voters().eq(new.outgoing().iter().copied());
+    let leaves = old.is_joint() && !new.is_joint() && same;
+    let keeps = !old.is_joint() && !new.is_joint() && same;
+    ensure!(old.settings() == new.settings(), "a change of members keeps the settings", "{old:?} to {new:?}");
+    ensure!(enters || leaves || keeps, "voters change through a joint configuration", "{old:?} to {new:?}");
     Ok(())
 }
 
@@ -268,7 +315,11 @@ pub fn check_step(before: &State, after: &State) -> Result<(), Broken> {
             "a leader commits only entries of its own term by counting",
             "{commit:?} in term {term}"
         );
-        for ((id, old), (_, new)) in before.matches.iter().zip(&after.matches) {
+        if after.configuration.0 != before.configuration.0 {
+            check_change(before, after)?;
+        }
+        for (id, old) in &before.matches {
+            let Some((_, new)) = after.matches.iter().find(|(other, _)| other == id) else { continue };
             // A new session begins with no match.
             let kept = new >= old || *new == LogIndex(0);
             ensure!(kept, "a match does not go back within a session", "{new} after {old} of {id}");

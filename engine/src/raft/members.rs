@@ -30,11 +30,17 @@ pub struct Member {
 /// `members` is everyone that the log goes to, sorted by id. While `outgoing` is not empty every decision needs a
 /// quorum of the voters among `members` and a quorum of `outgoing`; a voter on its way out is then a learner in
 /// `members`.
+///
+/// `planned` is where a change under way leads to: the role of everybody who will be a member, sorted by id. It is
+/// there from when future voters are caught up until the transition is over, so that whoever leads can finish it.
+/// `next_id` is the lowest id that was never a member's and never reserved.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Default)]
 pub struct Configuration {
     members: Vec<Member>,
     outgoing: Vec<NodeId>,
     settings: Settings,
+    planned: Vec<(NodeId, MemberRole)>,
+    next_id: u64,
 }
 
 /// What all members have to agree on beside who they are.
@@ -100,7 +106,9 @@ impl Configuration {
         if !members.iter().any(|member| member.role == MemberRole::Voter) {
             return Err(ConfigurationError::NoVoter);
         }
-        let configuration = Self { members, outgoing, settings: Settings::default() };
+        let next_id = members.last().map_or(1, |last| last.id.get().saturating_add(1));
+        let settings = Settings::default();
+        let configuration = Self { members, outgoing, settings, planned: Vec::new(), next_id };
         match configuration.outgoing.iter().find(|id| configuration.member(**id).is_none()) {
             Some(id) => Err(ConfigurationError::OutgoingUnknown { id: *id }),
             None => Ok(configuration),
@@ -149,6 +157,86 @@ impl Configuration {
         self.member(id).is_some_and(|member| member.role == MemberRole::Voter)
     }
 
+    /// The same with a plan, and with ids reserved below `next_id` if that is higher than now.
+    ///
+    /// # Errors
+    /// When the plan names somebody twice or who is no member, or has no voter.
+    pub fn with_plan(
+        mut self,
+        mut planned: Vec<(NodeId, MemberRole)>,
+        next_id: NodeId,
+    ) -> Result<Self, ConfigurationError> {
+        planned.sort_by_key(|(id, _)| *id);
+        if let Some(pair) = planned.windows(2).find(|pair| pair[0].0 == pair[1].0) {
+            return Err(ConfigurationError::Duplicate { id: pair[0].0 });
+        }
+        if let Some((id, _)) = planned.iter().find(|(id, _)| self.member(*id).is_none()) {
+            return Err(ConfigurationError::PlannedUnknown { id: *id });
+        }
+        if !planned.is_empty() && !planned.iter().any(|(_, role)| *role == MemberRole::Voter) {
+            return Err(ConfigurationError::NoVoter);
+        }
+        self.planned = planned;
+        self.next_id = self.next_id.max(next_id.get());
+        Ok(self)
+    }
+
+    /// Who will be a member, as what, once the change under way is over; empty when there is none.
+    #[must_use]
+    pub fn planned(&self) -> &[(NodeId, MemberRole)] {
+        &self.planned
+    }
+
+    /// The lowest id that was never a member's and never reserved.
+    #[must_use]
+    pub fn next_id(&self) -> NodeId {
+        NodeId(self.next_id)
+    }
+
+    /// Whether two sets of voters decide (joint consensus).
+    #[must_use]
+    pub fn is_joint(&self) -> bool {
+        !self.outgoing.is_empty()
+    }
+
+    /// Whether no change is under way.
+    #[must_use]
+    pub fn is_settled(&self) -> bool {
+        self.outgoing.is_empty() && self.planned.is_empty()
+    }
+
+    /// Future voters of the plan that do not count yet.
+    pub fn to_catch_up(&self) -> impl Iterator<Item = NodeId> + '_ {
+        let future = self.planned.iter().filter(|(_, role)| *role == MemberRole::Voter).map(|(id, _)| *id);
+        future.filter(|id| self.member(*id).is_none_or(|member| member.role != MemberRole::Voter))
+    }
+
+    /// The step after this one, once all awaited voters are caught up: the transition, if the voters change, or its end.
+    #[must_use]
+    pub(super) fn next_step(&self) -> Self {
+        let mut next = Self { outgoing: Vec::new(), ..self.clone() };
+        if self.planned.is_empty() {
+            return next;
+        }
+        let role_of = |id| self.planned.iter().find(|(planned, _)| *planned == id).map(|(_, role)| *role);
+        for member in &mut next.members {
+            member.role = role_of(member.id).unwrap_or(MemberRole::Learner);
+        }
+        if self.is_joint() || self.incoming_voters().eq(next.incoming_voters()) {
+            next.members.retain(|member| role_of(member.id).is_some());
+            next.planned.clear();
+        } else {
+            next.outgoing = self.incoming_voters().collect();
+        }
+        next
+    }
+
+    /// The same without the plan: who is no voter yet stays a learner.
+    #[must_use]
+    pub(super) fn without_plan(&self) -> Self {
+        Self { planned: Vec::new(), ..self.clone() }
+    }
+
     /// Whether `id` counts in any quorum.
     #[must_use]
     pub fn is_voter(&self, id: NodeId) -> bool {
@@ -172,6 +260,12 @@ pub enum ConfigurationError {
     /// Nobody could ever be elected.
     #[error("no member is a voter")]
     NoVoter,
+    /// A plan for somebody that the log does not go to.
+    #[error("{id} is planned and not a member")]
+    PlannedUnknown {
+        /// The id.
+        id: NodeId,
+    },
     /// An outgoing voter that the log no longer goes to could not be counted.
     #[error("outgoing voter {id} is not a member")]
     OutgoingUnknown {

@@ -6,9 +6,9 @@
 //! It assumes no order between connections: messages may be late, repeated or lost. It also assumes none between
 //! completions and what was asked since: saves are numbered, and completions of the log carry its epoch.
 //!
-//! One verb, one file: `election` decides who leads, `append` replicates and commits, `repair` says what a node may
-//! do that has lost a part of its log, `transfer` hands leadership over, `read` answers without a write, `snapshot` takes
-//! over where a log no longer reaches. Each piece of state has
+//! One verb, one file: `election` decides who leads, `append` replicates and commits, `membership` changes who decides,
+//! `repair` says what a node may do that has lost a part of its log, `transfer` hands leadership over, `read` answers
+//! without a write, `snapshot` takes over where a log no longer reaches. Each piece of state has
 //! an owner that keeps its rule: `hard_state` that nothing leaves before term and vote are durable, `durable`
 //! that late completions do not count, `progress` what may be sent to a peer, `rounds` who was following when.
 //!
@@ -17,7 +17,9 @@
 
 mod action;
 mod append;
+mod change;
 mod config;
+mod configurations;
 mod durable;
 mod election;
 mod event;
@@ -25,6 +27,7 @@ mod hard_state;
 pub mod invariants;
 mod log_ids;
 mod members;
+mod membership;
 mod progress;
 mod quorum;
 mod random;
@@ -42,6 +45,7 @@ mod violation;
 use crate::mutants;
 
 pub use action::Action;
+pub use change::{Change, ChangeError, Changed, MEMBERS_MAX, Plan};
 pub use config::{ConfigError, RaftConfig};
 pub use event::{Append, AppendAck, AppendOutcome, Event, Message, TimeoutNow, Vote, VoteReply};
 pub use log_ids::LogIds;
@@ -53,6 +57,7 @@ pub use repair::{Answer, Claim, Inquiry, Restraint, Verdict};
 pub use transfer::TransferEnd;
 pub use violation::Violation;
 
+use configurations::Configurations;
 use durable::Durable;
 use election::ElectionTimer;
 use hard_state::HardState;
@@ -66,8 +71,11 @@ use role::{Announced, Hearing, RoleState};
 #[derive(Clone, Debug)]
 pub struct Raft {
     config: RaftConfig,
-    configuration: Configuration,
+    configurations: Configurations,
+    /// Of the configuration in force.
     quorum: Quorum,
+    /// Whether that names this node, with the incarnation of its directory, as a voter.
+    votes: bool,
     random: Random,
     /// The latest moment handed in.
     now: Nanos,
@@ -112,6 +120,8 @@ pub struct Boot<I> {
     pub claim: Option<Claim>,
     /// The time.
     pub now: Nanos,
+    /// Batches behind `commit` that hold a configuration, in order; none of those that cannot be read.
+    pub changes: Vec<(LogIndex, Option<Configuration>)>,
 }
 
 /// Why a node cannot start from what it was given.
@@ -156,6 +166,14 @@ pub enum BootError {
         /// The replicated minimum.
         min: Nanos,
     },
+    /// No batch of the log holds the configuration, or another one as well.
+    #[error(
+        "no batch of the log ends at {index}, where it is said to hold a configuration, or they are out of order"
+    )]
+    Change {
+        /// The index given.
+        index: LogIndex,
+    },
 }
 
 /// A node, to look at.
@@ -190,7 +208,7 @@ pub struct Status {
 }
 
 impl Raft {
-    /// A follower that knows no leader yet.
+    /// A follower that knows no leader yet. `configuration` is that in force at the commit index of `boot`.
     ///
     /// # Errors
     /// If the limits, or the log, contradict themselves.
@@ -219,13 +237,24 @@ impl Raft {
         if let Some(from) = boot.damaged_from.filter(|from| log.batch_starting_at(*from).is_none()) {
             return Err(BootError::Damage { from });
         }
-        let quorum = Quorum::of(&configuration);
-        let min = configuration.settings().lease.map_or(Nanos(0), |lease| lease.election_timeout_min());
+        // What lies before the commit index is not taken back, so that nothing asks for what was in force there.
+        let mut configurations = Configurations::new(boot.commit, configuration);
+        for (index, change) in boot.changes {
+            let single = log.batch_starting_at(index).is_some_and(|batch| batch.last == index);
+            if !single || index <= configurations.index() {
+                return Err(BootError::Change { index });
+            }
+            configurations.push(index, change);
+        }
+        let quorum = Quorum::of(configurations.current());
+        let lease = configurations.current().settings().lease;
+        let min = lease.map_or(Nanos(0), |lease| lease.election_timeout_min());
         if config.election_timeout < min {
             return Err(BootError::LeaseTimeout { got: config.election_timeout, min });
         }
-        // Nothing was promised in term 0, or to others by a node that is a quorum by itself.
-        let bound = term > Term(0) && !quorum.is_only(config.id);
+        // Nothing was promised in term 0, or to others by a node that was a quorum by itself all the time.
+        let alone = configurations.iter().all(|(_, known)| Quorum::of(known).is_only(config.id));
+        let bound = term > Term(0) && !alone;
         let bound_until = if bound { boot.now.plus(min) } else { Nanos(0) };
         let mut raft = Self {
             random: Random::new(config.seed),
@@ -242,8 +271,9 @@ impl Raft {
             reads: Reads::new(config.seed, bound_until),
             ignored: 0,
             violation: None,
+            votes: config.counts_in(configurations.current()),
             config,
-            configuration,
+            configurations,
             quorum,
             log,
         };
@@ -289,7 +319,7 @@ impl Raft {
                 RoleState::Leader(_) => self.tick_leader(actions),
                 _ => self.tick_election(actions),
             },
-            Event::Proposed { batch } => self.propose(batch, actions)?,
+            Event::Proposed { batch } => self.propose(batch, None, actions)?,
             Event::Received { from, message } if from == self.config.id || message.term() > TERM_MAX => {
                 self.ignore();
             }
@@ -312,7 +342,7 @@ impl Raft {
             Event::PeerConnected { peer } => self.session_changed(peer, true, actions),
             Event::PeerDisconnected { peer } => self.session_changed(peer, false, actions),
             Event::DamageChanged { damaged } => self.damage_changed(damaged, actions)?,
-            Event::Adopt { batch } => self.adopt(batch, actions)?,
+            Event::Adopt { batch, configuration } => self.adopt(batch, configuration, actions)?,
             Event::LeaderHolds { leader, term, last } => self.leader_holds(leader, term, last),
             Event::AllAsked { highest } => self.all_asked(highest),
             Event::NothingBehind { after } => self.nothing_behind(after, actions)?,
@@ -325,10 +355,19 @@ impl Raft {
             }
             Event::SnapshotEnded { to, installed } => self.snapshot_ended(to, installed, actions),
             Event::StateLost { lost } => self.state_lost(lost, actions),
+            Event::Change { ticket, change } => self.change(ticket, &change, actions),
+            Event::ProposedConfiguration { batch, configuration } => {
+                self.propose_configuration(batch, *configuration, actions)?;
+            }
+            Event::ConfigurationFound { index, configuration } => {
+                self.configuration_found(index, *configuration, actions);
+            }
         }
         self.release_if_due(actions);
+        self.advance_change(actions);
         self.serve_reads(actions);
         self.send_snapshots(actions);
+        self.seal_if_due(actions);
         Ok(())
     }
 
@@ -450,10 +489,38 @@ impl Raft {
         self.log.batch_at(index)
     }
 
-    /// The members.
+    /// The members, as the newest configuration of the log names them, committed or not.
     #[must_use]
     pub fn configuration(&self) -> &Configuration {
-        &self.configuration
+        self.configurations.current()
+    }
+
+    /// Where that stands in the log; if it lies before what is known, what was committed at the start, or the end of the
+    /// snapshot that it came with.
+    #[must_use]
+    pub fn configuration_index(&self) -> LogIndex {
+        self.configurations.index()
+    }
+
+    /// The configuration that was in force at `index`, with its place; none before the oldest that is known, and none where
+    /// the batch cannot be read.
+    #[must_use]
+    pub fn configuration_at(&self, index: LogIndex) -> Option<(LogIndex, &Configuration)> {
+        self.configurations.at(index)
+    }
+
+    /// All configurations that are known with their places, oldest first, that before the log's start included.
+    pub fn configurations(&self) -> impl DoubleEndedIterator<Item = (LogIndex, &Configuration)> {
+        self.configurations.iter()
+    }
+
+    /// Whom a leader sends the log to: the members, and for a while those who have left.
+    pub fn replicated_to(&self) -> impl Iterator<Item = NodeId> + '_ {
+        let peers = match &self.role {
+            RoleState::Leader(leader) => leader.peers.as_slice(),
+            _ => &[],
+        };
+        peers.iter().map(progress::Progress::id)
     }
 
     /// What a leader knows of `peer`.
@@ -502,9 +569,10 @@ impl Raft {
         Restraint {
             damaged_from: self.repair.damaged_from(),
             claim: self.repair.claim(),
-            vote_bar: self.repair.vote_bar(self.log.last()),
+            vote_bar: self.vote_bar(),
             stalled: self.repair.is_stalled(),
             state_lost: self.repair.is_state_lost(),
+            members_unknown: self.configurations.is_unknown(),
         }
     }
 
@@ -651,6 +719,7 @@ mod tests {
             damaged_from: None,
             claim: None,
             now: Nanos(5),
+            changes: Vec::new(),
         };
         Raft::new(RaftConfig::new(NodeId(1), 7), three(), boot)
     }
@@ -689,6 +758,7 @@ mod tests {
             damaged_from: None,
             claim: None,
             now: Nanos(0),
+            changes: Vec::new(),
         };
         let refused = Raft::new(RaftConfig::new(NodeId(1), 7), configuration, boot).map(|raft| raft.id());
         let (got, min) = (Nanos::from_millis(1_000), Nanos(1_000_000_001));
@@ -702,8 +772,8 @@ mod tests {
             let (start, commit, batches) = (LogId::default(), LogIndex(0), []);
             let (term, now) = (Term(0), Nanos(0));
             let (damaged_from, claim) = (None, None);
-            let boot =
-                Boot { term, vote: None, start, batches, epoch: Epoch(0), commit, damaged_from, claim, now };
+            let (vote, epoch, changes) = (None, Epoch(0), Vec::new());
+            let boot = Boot { term, vote, start, batches, epoch, commit, damaged_from, claim, now, changes };
             Raft::new(config, three(), boot).expect("consistent").next_deadline().0 / 1_000_000
         };
         let plain: Vec<u64> = (0..200).map(|seed| draw(seed, None)).collect();

@@ -239,7 +239,7 @@ impl Raft {
         self.reads.asked = round;
         let mut outbox = self.hard.outbox(actions);
         for progress in &mut leader.peers {
-            if !self.configuration.is_voter(progress.id()) {
+            if !self.configurations.current().is_voter(progress.id()) {
                 continue;
             }
             let previous = self.log.batch_end_at(progress.matched()).unwrap_or(self.log.start());
@@ -251,6 +251,7 @@ impl Raft {
                 commit: self.commit,
                 round,
                 reply_now: true,
+                configuration: None,
             };
             outbox.send(progress.id(), Message::Append(append));
         }
@@ -289,7 +290,7 @@ impl Raft {
     /// replicated minimum of all election time-outs from then or later.
     #[must_use]
     pub fn lease_end(&self) -> Option<Nanos> {
-        let lease = self.configuration.settings().lease?;
+        let lease = self.configuration().settings().lease?;
         let RoleState::Leader(_) = &self.role else { return None };
         // A member that is told to campaign at once overrides what followers promise, whenever it gets to do so.
         if !self.may_lease() && !mutants::active(Mutant::LeaseKeptThroughTransfer) {

@@ -28,7 +28,7 @@
 //! that others hold at a position proves nothing: a lower one may be committed under a later term's entries.
 
 use super::role::RoleState;
-use super::{Action, BatchRun, LogId, Quorum, Raft, Violation};
+use super::{Action, BatchRun, Configuration, LogId, Quorum, Raft, Violation};
 use crate::mutants::{self, Mutant};
 use ringraft_block::{LogIndex, NodeId, Term};
 use std::collections::BTreeSet;
@@ -175,7 +175,12 @@ impl Raft {
     }
 
     /// A batch that is proved to have been in this log, behind its end, is there again.
-    pub(super) fn adopt(&mut self, batch: BatchRun, actions: &mut Vec<Action>) -> Result<(), Violation> {
+    pub(super) fn adopt(
+        &mut self,
+        batch: BatchRun,
+        configuration: Option<Box<Configuration>>,
+        actions: &mut Vec<Action>,
+    ) -> Result<(), Violation> {
         let allowed = self.repair.claim.is_some()
             && self.leader.is_none()
             && matches!(self.role, RoleState::Follower)
@@ -185,6 +190,7 @@ impl Raft {
         }
         self.log.push(batch);
         actions.push(Action::Persist { batch });
+        self.take_configuration(&batch, configuration.map(|configuration| *configuration), actions);
         Ok(())
     }
 
@@ -199,7 +205,8 @@ impl Raft {
 
     /// Every voter has been asked twice: no log, and nothing kept aside, reaches beyond `highest`.
     pub(super) fn all_asked(&mut self, highest: LogId) {
-        if self.repair.claim.is_some_and(|claim| !claim.certain) {
+        // Nobody knows who all of them are while the members are not known.
+        if self.repair.claim.is_some_and(|claim| !claim.certain) && !self.configurations.is_uncertain() {
             self.repair.floor = Some(highest);
         }
     }
@@ -222,7 +229,8 @@ impl Raft {
         // What was taken back from what the log kept aside: with the claim, the only other copy of it goes.
         let durable = self.durable.last() >= after;
         // A leader settles it otherwise; a log that has changed makes it another question.
-        if !idle || !(damaged || at_end) || !durable || after < self.commit {
+        let known = !self.configurations.is_uncertain();
+        if !idle || !known || !(damaged || at_end) || !durable || after < self.commit {
             return Ok(());
         }
         if damaged {
@@ -239,6 +247,9 @@ impl Raft {
     /// Drops everything after `after`, a batch end.
     pub(super) fn cut(&mut self, after: LogIndex, actions: &mut Vec<Action>) {
         self.log.truncate_after(after);
+        if !mutants::active(Mutant::ConfigurationNotReverted) && self.configurations.truncate_after(after) {
+            self.configuration_changed(actions);
+        }
         self.hearing.matched = self.hearing.matched.min(after);
         self.hearing.acked = self.hearing.acked.min(after);
         self.repair.cut_after(after);
@@ -292,6 +303,8 @@ pub struct Restraint {
     pub stalled: bool,
     /// What was applied before the log's start cannot be read.
     pub state_lost: bool,
+    /// The newest configuration of the log cannot be read: who decides is not known.
+    pub members_unknown: bool,
 }
 
 /// What a voter says about the batch behind a position, from all that it has: its log, and what it kept aside.

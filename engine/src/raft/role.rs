@@ -1,5 +1,6 @@
 //! What a node is, and how it becomes something else.
 
+use super::membership::Changing;
 use super::progress::Progress;
 use super::rounds::Rounds;
 use super::transfer::Transfer;
@@ -59,6 +60,7 @@ pub(super) struct Leader {
     pub(super) transfer: Option<Transfer>,
     /// In this term a member was told to campaign.
     pub(super) told_to_campaign: bool,
+    pub(super) changing: Box<Changing>,
 }
 
 impl Leader {
@@ -83,6 +85,7 @@ impl Raft {
     /// Follows `leader`, or nobody yet, in `term`, which is the current one or a later one.
     pub(super) fn become_follower(&mut self, term: Term, leader: Option<NodeId>, actions: &mut Vec<Action>) {
         let was_follower = matches!(self.role, RoleState::Follower);
+        self.abandon_change(actions);
         if term > self.hard.term() {
             self.hard.enter(term);
             self.hearing.new_term(self.commit);
@@ -99,13 +102,14 @@ impl Raft {
     pub(super) fn become_leader(&mut self, actions: &mut Vec<Action>) {
         let last = self.log.last().index;
         let id = self.config.id;
-        let others = self.configuration.members().iter().filter(|member| member.id != id);
+        let others = self.configuration().members().iter().filter(|member| member.id != id);
         self.role = RoleState::Leader(Leader {
             peers: others.map(|member| Progress::new(member.id, last, self.now)).collect(),
             rounds: Rounds::new(self.config.election_timeout),
             first_own: None,
             transfer: None,
             told_to_campaign: false,
+            changing: Box::default(),
         });
         self.leader = Some(id);
         self.announce(actions);

@@ -6,6 +6,7 @@
 //! any order, late, twice or never, with and without the session being told.
 
 mod damage;
+mod membership;
 mod model;
 mod reads;
 mod snapshots;
@@ -97,6 +98,8 @@ struct Ledger {
     sealed: BTreeMap<(Term, LogIndex), (BatchRun, LogId)>,
     /// In order, with the term of the leader that committed it.
     committed: Vec<(BatchRun, Term)>,
+    /// By term and index: the configurations among the batches.
+    configurations: BTreeMap<(Term, LogIndex), Configuration>,
 }
 
 /// What the runs have exercised.
@@ -164,6 +167,11 @@ struct Simulation {
     /// How often something happens with snapshots, in per mille of steps.
     snapshots: u64,
     transfers: Vec<Transfer>,
+    /// How often somebody asks for other members, in per mille of steps.
+    churn: u64,
+    tickets: u64,
+    /// How often a node has lost its directory.
+    wipes: BTreeMap<NodeId, u64>,
 }
 
 type Outcome = Result<(), String>;
@@ -225,6 +233,9 @@ impl Simulation {
             reads: None,
             snapshots: if seed.is_multiple_of(8) { 20 } else { 0 },
             transfers: Vec::new(),
+            churn: 0,
+            tickets: 0,
+            wipes: BTreeMap::new(),
         };
         for at in 0..simulation.nodes.len() {
             simulation.boot(at);
@@ -238,6 +249,7 @@ impl Simulation {
             self.inflict(at);
         }
         let seed = self.random.next();
+        let incarnation = Some(self.incarnation_of(self.nodes[at].id));
         let node = &mut self.nodes[at];
         node.boots += 1;
         node.disk.epoch = Epoch(node.disk.epoch.0 + 1);
@@ -249,21 +261,26 @@ impl Simulation {
             window_batches: self.window.0,
             window_bytes: self.window.1,
             priority: (at == 0).then_some(128),
+            incarnation,
             ..RaftConfig::new(node.id, seed)
         };
+        let commit = node.disk.snapshot.index.max(node.disk.start.index);
+        let mut changes = self.ledger.changes_in(&node.disk.log);
+        changes.retain(|(index, _)| *index > commit);
+        let configuration = self.ledger.configuration_as_of(commit).unwrap_or(&self.configuration).clone();
         let boot = Boot {
             term,
             vote: node.disk.vote.filter(|_| term == node.disk.term),
             start: node.disk.start,
             batches: node.disk.log.clone(),
             epoch: node.disk.epoch,
-            commit: node.disk.snapshot.index.max(node.disk.start.index),
+            commit,
             damaged_from: node.disk.damaged.first().copied(),
             claim: node.disk.claim,
             now,
+            changes,
         };
-        let raft =
-            Raft::new(config, self.configuration.clone(), boot).expect("what was recovered is consistent");
+        let raft = Raft::new(config, configuration, boot).expect("what was recovered is consistent");
         node.life = Some(Life {
             raft,
             writes: VecDeque::new(),
@@ -331,6 +348,7 @@ impl Simulation {
         for action in actions {
             self.act(at, &before, action)?;
         }
+        self.check_configuration(at)?;
         self.check_matches(at)
     }
 
@@ -350,6 +368,9 @@ impl Simulation {
             }
             Action::Truncate { after, epoch } => {
                 self.cover.mark("truncate");
+                if before.configuration.0 > after {
+                    self.cover.mark("truncated a configuration");
+                }
                 life.found.retain(|first, _| *first <= after);
                 life.writes.push_back(Write::Truncate { after, epoch });
             }
@@ -393,6 +414,9 @@ impl Simulation {
             Action::InstallSnapshot { last, epoch } => {
                 self.installed(at, last, epoch)?;
             }
+            Action::SealConfiguration { configuration } => self.seal(at, *configuration)?,
+            Action::MembersChanged => self.members_changed(at),
+            Action::ChangeEnded { outcome, .. } => self.change_ended(at, &outcome)?,
         }
         Ok(())
     }
@@ -418,6 +442,14 @@ impl Simulation {
         }
         if self.strict && (node.disk.term, node.disk.vote) != (term, Some(id)) {
             return Err(format!("node {id} leads term {term} with its own vote not durable"));
+        }
+        let voted = |voter: NodeId| {
+            let mut disks = self.nodes.iter().filter(|node| node.id == voter).map(|node| &node.disk);
+            // Whoever is in a later term by now may have voted in this one.
+            disks.any(|disk| disk.term > term || (disk.term, disk.vote) == (term, Some(id)))
+        };
+        if self.strict && !Quorum::of(&self.in_force_at(at)).reached(voted) {
+            return Err(format!("node {id} leads term {term} without the votes of a quorum"));
         }
         let before = self.ledger.committed.iter().rev().find(|(_, by)| *by < term);
         if let Some((batch, by)) = before
@@ -458,7 +490,8 @@ impl Simulation {
                         })
                         .map(|node| node.id)
                         .collect();
-                    if !Quorum::of(&self.configuration).reached(|id| holders.contains(&id)) {
+                    let configuration = self.in_force_at(at);
+                    if !Quorum::of(&configuration).reached(|id| holders.contains(&id)) {
                         return Err(format!("node {id} commits {batch:?}, durable only at {holders:?}"));
                     }
                     if !holders.contains(&id) {
@@ -546,6 +579,9 @@ impl Simulation {
     fn step(&mut self) -> Outcome {
         self.now = self.now.plus(Nanos(self.random.below(1_000_000)));
         let at = self.random.below(self.nodes.len() as u64) as usize;
+        if self.churn > 0 && self.random.below(1_000) < self.churn {
+            return self.some_change(at);
+        }
         let dice = self.random.below(1_000);
         if self.snapshots > 0 && self.random.below(1_000) < self.snapshots {
             return self.some_snapshot(at);
@@ -663,7 +699,10 @@ impl Simulation {
             self.network.push((from, to, message));
             return Ok(());
         }
-        self.feed(at, Event::Received { from, message })
+        match self.as_received(at, from, message) {
+            Some(message) => self.feed(at, Event::Received { from, message }),
+            None => Ok(()),
+        }
     }
 
     fn tick(&mut self, at: usize) -> Outcome {
@@ -784,7 +823,8 @@ impl Simulation {
             (0..self.nodes.len()).try_for_each(|at| self.reconnect(at))?;
         }
         let mut proposed = None;
-        let end = self.now.plus(Nanos(ELECTION_TIMEOUT.0 * if damage > 0 { 100 } else { 30 }));
+        let patience = if damage + self.churn > 0 { 100 } else { 30 };
+        let end = self.now.plus(Nanos(ELECTION_TIMEOUT.0 * patience));
         while self.now < end {
             let quiet = self.settle()?;
             if damage > 0 {
@@ -801,10 +841,13 @@ impl Simulation {
             let leaders: Vec<usize> = (0..self.nodes.len()).filter(|at| leads(&self.nodes[*at])).collect();
             if let [leader] = leaders[..] {
                 let raft = &self.nodes[leader].life.as_ref().expect("it leads").raft;
-                let commits = self.nodes.iter().filter_map(|node| node.life.as_ref());
+                let members = (0..self.nodes.len()).filter(|at| self.must_converge(leader, *at));
+                let commits = members.filter_map(|at| self.nodes[at].life.as_ref());
                 let everywhere = commits.map(|life| life.raft.commit()).min().unwrap_or_default();
+                let change = raft.configuration_index();
+                let settled = raft.configuration().is_settled() && everywhere >= change;
                 match proposed {
-                    Some((term, index)) if term == raft.term() && everywhere >= index => {
+                    Some((term, index)) if term == raft.term() && everywhere >= index && settled => {
                         self.converged(leader)?;
                         return self.read_everywhere();
                     }
@@ -868,7 +911,8 @@ impl Simulation {
     }
 
     fn converged(&self, leader: usize) -> Outcome {
-        let lives = self.nodes.iter().filter_map(|node| node.life.as_ref());
+        let members = || (0..self.nodes.len()).filter(|at| self.must_converge(leader, *at));
+        let lives = members().filter_map(|at| self.nodes[at].life.as_ref());
         let start =
             lives.map(|life| life.raft.log_start()).max_by_key(|start| start.index).unwrap_or_default();
         let log = |at: usize| {
@@ -877,7 +921,7 @@ impl Simulation {
             log.start_behind(start);
             Some(log)
         };
-        match (0..self.nodes.len()).find(|at| log(*at) != log(leader)) {
+        match members().find(|at| log(*at) != log(leader)) {
             Some(at) => Err(format!(
                 "the logs of {} and {} differ after healing",
                 self.nodes[at].id, self.nodes[leader].id
@@ -919,6 +963,7 @@ fn nonsense(random: &mut Random) -> Message {
                 commit: LogIndex(number(random)),
                 round: Round(number(random)),
                 reply_now: random.below(2) == 0,
+                configuration: None,
             })
         }
         1 => {

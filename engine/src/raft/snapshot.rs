@@ -10,8 +10,9 @@
 //! node has acknowledged beyond that entry contradicts what is committed, and what it has acknowledged up to there the
 //! snapshot covers.
 
+use super::configurations::Configurations;
 use super::role::RoleState;
-use super::{Action, Configuration, LogId, LogIds, Nanos, Quorum, Raft, Violation};
+use super::{Action, Configuration, LogId, LogIds, Nanos, Raft, Violation};
 use crate::mutants::{self, Mutant};
 use ringraft_block::{LogIndex, NodeId};
 
@@ -24,6 +25,7 @@ impl Raft {
         };
         self.log.start_behind(start);
         self.repair.start_behind(through);
+        self.configurations.start_behind(through);
         // Committed, hence in the log of whoever leads (Raft, figure 3: leader completeness).
         self.hearing.matched = self.hearing.matched.max(through);
         Ok(())
@@ -63,6 +65,10 @@ impl Raft {
         let regresses = stale && mutants::active(Mutant::SnapshotInstallRegressesApplied);
         // A leader's log holds all that is committed: it needs none (Raft, figure 3).
         if stale && !regresses || matches!(self.role, RoleState::Leader(_)) {
+            if stale {
+                // What this node holds up to there it may be unable to read.
+                self.members_told(last.index, configuration, actions);
+            }
             return Ok(());
         }
         if last.term > self.hard.term() {
@@ -89,9 +95,13 @@ impl Raft {
             if epoch.is_some() { last.index } else { self.hearing.matched.max(last.index) };
         self.hearing.acked = LogIndex(0);
         self.commit = last.index;
-        if !mutants::active(Mutant::SnapshotForgetsConfiguration) {
-            self.quorum = Quorum::of(&configuration);
-            self.configuration = configuration;
+        let forgets = mutants::active(Mutant::SnapshotForgetsConfiguration);
+        let configuration = if forgets { self.configuration().clone() } else { configuration };
+        if epoch.is_some() {
+            self.configurations = Configurations::new(last.index, configuration);
+            self.configuration_changed(actions);
+        } else {
+            self.members_told(last.index, configuration, actions);
         }
         actions.push(Action::InstallSnapshot { last, epoch });
         self.restraint_changed(was_whole, actions);
@@ -103,6 +113,10 @@ impl Raft {
     pub(super) fn state_lost(&mut self, lost: bool, actions: &mut Vec<Action>) {
         let was_whole = self.repair.is_whole();
         self.repair.lose_state(lost);
+        if lost {
+            // The members as of then were part of it.
+            self.configurations.guess();
+        }
         self.restraint_changed(was_whole, actions);
     }
 }

@@ -92,7 +92,9 @@ impl Raft {
         let refused = match to.or(candidate) {
             None => TransferEnd::NoCandidate,
             Some(to)
-                if to == id || leader.peer(to).is_none() || !self.configuration.is_incoming_voter(to) =>
+                if to == id
+                    || leader.peer(to).is_none()
+                    || !self.configurations.current().is_incoming_voter(to) =>
             {
                 TransferEnd::NotAVoter { to }
             }
@@ -109,7 +111,7 @@ impl Raft {
     fn transfer_candidate(&self) -> Option<NodeId> {
         let RoleState::Leader(leader) = &self.role else { return None };
         let heard = self.now.0.saturating_sub(self.config.election_timeout.0);
-        let voters = leader.peers.iter().filter(|peer| self.configuration.is_incoming_voter(peer.id()));
+        let voters = leader.peers.iter().filter(|peer| self.configuration().is_incoming_voter(peer.id()));
         let alive = voters.filter(|peer| peer.contact().0 >= heard && peer.round() > Round(0));
         alive
             .max_by_key(|peer| (peer.matched(), peer.contact(), std::cmp::Reverse(peer.id())))

@@ -7,6 +7,8 @@
 //! stop               ends the load; answers `stopped`, once its status shows all that it acknowledged as applied
 //! status             answers `status ROLE TERM LEADER COMMIT APPLIED CHAIN`
 //! applied            answers `applied INDEX CHAIN COUNT` and that many lines `at STREAM SEQUENCE`, in log order
+//! change add=ID@ADDRESS,… remove=ID,…
+//!                    changes the members; answers `changed at INDEX` or `changed not: WHY`
 //! quit               stops in good order; answers `quit`
 //! ```
 //!
@@ -17,7 +19,7 @@ use anyhow::{Context, Result, bail, ensure};
 use ringraft::error::{ProposeError, Refusal};
 use ringraft::handle::{Completion, Pipeline};
 use ringraft::state_machine::{CommittedBatch, Replies};
-use ringraft::{Config, Node, StateMachine};
+use ringraft::{Config, MembershipChange, NewMember, Node, NodeId, StateMachine};
 use ringraft_tests::process::{NodeArgs, PATIENCE};
 use std::collections::BTreeMap;
 use std::io::{BufRead, Write};
@@ -68,6 +70,7 @@ pub(crate) fn run(args: &NodeArgs) -> Result<()> {
     config.batch_bytes_max = args.engine.batch_bytes_max;
     config.command_bytes_max = args.engine.command_bytes_max;
     config.disk_stall_stop = Duration::from_millis(args.engine.disk_stall_stop_ms);
+    config.join = args.join;
     let journal = Journal::default();
     let machine = journal.clone();
     let node = Node::start(config, move || machine).with_context(|| format!("node {}", args.id))?;
@@ -118,6 +121,13 @@ pub(crate) fn run(args: &NodeArgs) -> Result<()> {
                 }
                 say(&text);
             }
+            ["change", ref words @ ..] => {
+                let outcome = handle.change_membership(change_of(words)?).wait();
+                say(&match outcome {
+                    Ok(changed) => format!("changed at {}", changed.index),
+                    Err(error) => format!("changed not: {error}"),
+                });
+            }
             ["quit"] => break,
             _ => bail!("unknown order {line:?}"),
         }
@@ -127,6 +137,24 @@ pub(crate) fn run(args: &NodeArgs) -> Result<()> {
     watcher.join().expect("the watcher does not panic");
     say("quit");
     Ok(())
+}
+
+/// `add=4@127.0.0.1:7004 remove=2`
+fn change_of(words: &[&str]) -> Result<MembershipChange> {
+    let mut change = MembershipChange::default();
+    for word in words {
+        let (what, ids) = word.split_once('=').context("what=ids")?;
+        for id in ids.split(',') {
+            match (what, id.split_once('@')) {
+                ("add", Some((id, address))) => {
+                    change.add.push(NewMember::voter(NodeId(id.parse()?), address.parse()?));
+                }
+                ("remove", None) => change.remove.push(NodeId(id.parse()?)),
+                _ => bail!("unknown change {word:?}"),
+            }
+        }
+    }
+    Ok(change)
 }
 
 /// Every stream has one command under way; the next sequence follows when its outcome is known. Returns the index of the

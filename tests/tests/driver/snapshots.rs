@@ -37,7 +37,7 @@ impl Rig {
     }
 
     /// Takes a snapshot by hand, and waits until the log starts behind it.
-    fn snapshot(&mut self, node: usize) -> LogIndex {
+    pub(super) fn snapshot(&mut self, node: usize) -> LogIndex {
         let applied = self.status(node).applied;
         let request = self.process(node).handle.snapshot();
         self.process(node).wake_at = 0;

@@ -1,7 +1,8 @@
 //! Answers to this node: a batch that was given is verified and goes to the log, or is proved to be the one that is missing.
 
 use super::{Asked, BUSY_RETRY_NS, Outgoing, Own, ReadFor};
-use crate::driver::{Driver, GROUP, run_of, take_block};
+use crate::driver::membership::configuration_in;
+use crate::driver::{Driver, GROUP, invariant, run_of, take_block};
 use crate::error::StopError;
 use crate::raft::{Answer, Event, LogId, Role};
 use crate::state_machine::StateMachine;
@@ -9,7 +10,7 @@ use crate::wire::{FetchMessage, FetchReplyMessage, Fetched};
 use ringraft_block::{Block, LogIndex, NodeId};
 use ringraft_net::link::Link;
 use ringraft_wal::disk::Disk;
-use ringraft_wal::format::{BatchInfo, ENVELOPE_BYTES, parse_image};
+use ringraft_wal::format::{BatchInfo, BatchKind, BatchView, ENVELOPE_BYTES, parse_image};
 use ringraft_wal::{ReadError, StoredBatch};
 use std::rc::Rc;
 
@@ -166,8 +167,15 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             return Ok(());
         }
         let batch = run_of(&info);
+        let image = block.get(ENVELOPE_BYTES..ENVELOPE_BYTES + info.image_bytes as usize);
+        let view = image.and_then(|image| BatchView::trusted(image).ok());
+        let view = view.filter(|view| view.info().kind == BatchKind::Membership);
+        let configuration = view.and_then(configuration_in).map(Box::new);
+        invariant(configuration.is_some() || info.kind != BatchKind::Membership, || {
+            format!("the configuration in {info:?} cannot be decoded: upgrade this node")
+        })?;
         self.incoming = Some((block, info));
-        let outcome = self.step(Event::Adopt { batch });
+        let outcome = self.step(Event::Adopt { batch, configuration });
         self.incoming = None;
         outcome
     }

@@ -319,6 +319,7 @@ impl Bench {
                 commit: LogIndex(commit),
                 round: Round(self.round),
                 reply_now: false,
+                configuration: None,
             };
             let message = AppendMessage { append, previous_chain, chain: info.chain };
             let attachment = Some((block, info.image_bytes as usize));

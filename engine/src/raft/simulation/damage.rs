@@ -323,7 +323,7 @@ impl Simulation {
             let own = node.disk.kept.iter().find(|(before, _)| *before == previous);
             if let Some((_, batch)) = own.copied() {
                 self.cover.mark("adopted what was kept");
-                return self.feed(at, Event::Adopt { batch });
+                return self.feed(at, Event::Adopt { batch, configuration: None });
             }
         }
         let proof = node.disk.kept.iter().map(|(_, batch)| batch.end());
@@ -448,7 +448,7 @@ impl Simulation {
                 if proved && current {
                     self.cover.mark(if reply.proves { "adopted by proof" } else { "adopted between" });
                     life.search = None;
-                    return self.feed(at, Event::Adopt { batch });
+                    return self.feed(at, Event::Adopt { batch, configuration: None });
                 }
                 // What cannot precede the next batch that was kept is certainly another one.
                 let next =

@@ -115,6 +115,7 @@ fn boot(id: NodeId, nodes: u64, disk: &Disk, now: Nanos) -> Raft {
         damaged_from: None,
         claim: None,
         now,
+        changes: Vec::new(),
     };
     Raft::new(config, configuration(nodes), boot).expect("bootable")
 }
@@ -291,7 +292,7 @@ impl World {
                 Action::Become { role: Role::Leader, term, .. } => self.elected(at, term)?,
                 Action::SealEmpty => self.propose(at)?,
                 Action::Stop { violation } => return Err(format!("node {id}: {violation}")),
-                // Nobody reads, hands over or repairs here.
+                // Nobody reads, hands over, repairs or changes the members here.
                 _ => {}
             }
         }
@@ -371,8 +372,8 @@ fn message_print((from, to, message): &(NodeId, NodeId, Message)) -> u64 {
     (from, to).hash(&mut hasher);
     match message {
         Message::Append(append) => {
-            let Append { term, previous, batch, commit, round: _, reply_now } = append;
-            (1, term, previous, batch, commit, reply_now).hash(&mut hasher);
+            let Append { term, previous, batch, commit, round: _, reply_now, configuration } = append;
+            (1, term, previous, batch, commit, reply_now, configuration).hash(&mut hasher);
         }
         Message::AppendAck(AppendAck { term, round: _, outcome }) => {
             (2, term, format!("{outcome:?}")).hash(&mut hasher);

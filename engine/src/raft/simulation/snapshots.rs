@@ -15,6 +15,10 @@ pub(super) struct Transfer {
 }
 
 impl Transfer {
+    pub(super) fn is_of(&self, id: NodeId) -> bool {
+        self.from == id || self.to == id
+    }
+
     pub(super) fn is_between(&self, one: NodeId, other: NodeId) -> bool {
         [(one, other), (other, one)].contains(&(self.from, self.to))
     }
@@ -125,11 +129,12 @@ impl Simulation {
                 self.crash(receiver);
                 arrives = false;
             } else {
-                let configuration = self.configuration.clone();
+                let configuration = self.ledger.configuration_as_of(last.index);
+                let configuration = configuration.unwrap_or(&self.configuration).clone();
                 self.feed(receiver, Event::SnapshotReceived { last, configuration })?;
             }
         }
-        if self.nodes[sender].boots == boots {
+        if self.nodes[sender].boots == boots && !self.is_foreign(sender, to) {
             self.feed(sender, Event::SnapshotEnded { to, installed: arrives.then_some(last) })?;
         }
         Ok(())

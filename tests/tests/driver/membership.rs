@@ -1,0 +1,525 @@
+//! Changing the members of simulated clusters of real drivers.
+
+use super::*;
+use ringraft::Incarnation;
+use ringraft::membership::{
+    Answer, ChangeError, Changed, MemberRole, MembershipChange, MembershipError, NewMember,
+};
+
+type Outcome<T> = Result<T, MembershipError>;
+
+fn id(node: usize) -> NodeId {
+    NodeId(node as u64 + 1)
+}
+
+fn address(node: usize) -> SocketAddr {
+    SocketAddr::new(address_of(node), 7_000)
+}
+
+/// A node that joins, and finds the cluster by those nodes.
+fn joining(node: usize, seeds: &[usize]) -> Config {
+    let members =
+        seeds.iter().chain([&node]).map(|node| MemberConfig { id: id(*node), address: address(*node) });
+    Config { join: true, members: members.collect(), node: id(node), ..config(0, 1) }
+}
+
+fn adding(nodes: &[usize]) -> MembershipChange {
+    let add = nodes.iter().map(|node| NewMember::voter(id(*node), address(*node)));
+    MembershipChange { add: add.collect(), ..MembershipChange::default() }
+}
+
+fn removing(nodes: &[usize]) -> MembershipChange {
+    MembershipChange { remove: nodes.iter().map(|node| id(*node)).collect(), ..MembershipChange::default() }
+}
+
+impl Rig {
+    /// Lets things happen until the answer is there.
+    fn asked<T>(&mut self, node: usize, ask: impl FnOnce(&Handle) -> Answer<T>) -> Outcome<T> {
+        let process = self.process(node);
+        process.wake_at = 0;
+        let mut answer = ask(&process.handle);
+        let deadline = self.context.now() + 60 * SECOND;
+        loop {
+            if let Some(outcome) = answer.try_take() {
+                return outcome;
+            }
+            self.step();
+            assert!(self.context.now() < deadline, "no answer");
+        }
+    }
+
+    fn change(&mut self, node: usize, change: MembershipChange) -> Outcome<Changed> {
+        self.asked(node, |handle| handle.change_membership(change))
+    }
+
+    /// The voters and the learners of the configuration in force at a node.
+    fn members(&self, node: usize) -> (Vec<u64>, Vec<u64>) {
+        let membership = self.status(node).membership;
+        let of = |role| {
+            let members = membership.configuration.members().iter().filter(move |member| member.role == role);
+            members.map(|member| member.id.get()).collect()
+        };
+        (of(MemberRole::Voter), of(MemberRole::Learner))
+    }
+
+    fn run_until_all_apply(&mut self, nodes: &[usize], index: LogIndex) {
+        self.run_until("all apply", |rig| nodes.iter().all(|node| rig.status(*node).applied >= index));
+    }
+
+    fn wipe(&mut self, node: usize) {
+        if self.machines[node].process.is_some() {
+            self.kill(node);
+        }
+        let rng = Rng::new(self.seed + 9_000);
+        self.machines[node].disk = DiskState::new(&self.context, node, rng, DiskConfig::default());
+    }
+}
+
+fn refused<T: std::fmt::Debug>(outcome: Outcome<T>) -> ChangeError {
+    match outcome {
+        Err(MembershipError::Change(error)) => error,
+        other => panic!("{other:?}"),
+    }
+}
+
+// ---- K7: one node, then more
+
+/// A cluster of `nodes`, grown from the first one, on `machines` machines.
+fn grown(nodes: usize, machines: usize) -> Rig {
+    let mut rig = Rig::new(machines);
+    rig.boot(config(0, 1));
+    assert_eq!(rig.run_until_led(), 0);
+    for node in 1..nodes {
+        rig.boot(joining(node, &[0]));
+        rig.change(0, adding(&[node])).unwrap_or_else(|error| panic!("{error}"));
+    }
+    rig
+}
+
+#[test]
+fn k7_a_single_node_runs_and_commits_alone_and_later_joiners_are_caught_up_and_vote() {
+    let mut rig = Rig::new(3);
+    rig.boot(config(0, 1));
+    assert_eq!(rig.run_until_led(), 0);
+    for _ in 0..50 {
+        rig.commit(0, 1_000);
+    }
+    assert_eq!(rig.members(0), (vec![1], vec![]));
+    for node in 1..3 {
+        rig.boot(joining(node, &[0]));
+    }
+    // They wait, and have no say.
+    rig.run_for(5 * SECOND);
+    assert!((1..3).all(|node| rig.status(node).applied == LogIndex(0)));
+    let changed = rig.change(0, adding(&[1, 2])).expect("both in one call");
+    assert!(changed.index <= rig.status(0).commit);
+    rig.run_until_all_apply(&[0, 1, 2], changed.index);
+    for node in 0..3 {
+        assert_eq!(rig.members(node), (vec![1, 2, 3], vec![]));
+        assert_eq!(rig.process(node).driver.machine().count, 50);
+    }
+    // The first one is not needed any more.
+    rig.kill(0);
+    let leader = rig.run_until_led();
+    let index = rig.commit(leader, 100);
+    // All come back from their own directories, the first one with the list of one member that it was started with.
+    for node in 1..3 {
+        rig.kill(node);
+    }
+    rig.boot(config(0, 1));
+    for node in 1..3 {
+        rig.boot(joining(node, &[0]));
+    }
+    rig.run_until_all_apply(&[0, 1, 2], index);
+    let leader = rig.run_until_led();
+    let index = rig.commit(leader, 100);
+    rig.run_until_all_apply(&[0, 1, 2], index);
+    assert!((0..3).all(|node| rig.status(node).membership.is_member));
+}
+
+/// The changes are gone from the logs, so that only snapshots tell of them: to those who restart, and to those who join.
+#[test]
+fn members_are_known_from_snapshots_where_the_log_has_been_purged() {
+    let purging = |config| Config { log_retention_bytes: 0, ..config };
+    let mut rig = Rig::new(4);
+    rig.boot(purging(config(0, 1)));
+    assert_eq!(rig.run_until_led(), 0);
+    for node in 1..3 {
+        rig.boot(purging(joining(node, &[0])));
+        rig.change(0, adding(&[node])).unwrap_or_else(|error| panic!("{error}"));
+    }
+    let index = rig.commit(0, 100);
+    rig.run_until_all_apply(&[0, 1, 2], index);
+    for node in 0..3 {
+        rig.snapshot(node);
+    }
+    // With the lists that they were started with, which are long overtaken.
+    for node in 0..3 {
+        rig.kill(node);
+    }
+    rig.boot(purging(config(0, 1)));
+    for node in 1..3 {
+        rig.boot(purging(joining(node, &[0])));
+    }
+    let leader = rig.run_until_led();
+    let index = rig.commit(leader, 100);
+    rig.run_until_all_apply(&[0, 1, 2], index);
+    assert!((0..3).all(|node| rig.members(node) == (vec![1, 2, 3], vec![])));
+    // One that joins is sent a snapshot, and a restart finds the later change in its log.
+    rig.boot(purging(joining(3, &[0, 1, 2])));
+    let changed = rig.change(leader, adding(&[3])).expect("it catches up");
+    rig.run_until_all_apply(&[0, 1, 2, 3], changed.index);
+    rig.kill(3);
+    rig.boot(purging(joining(3, &[0, 1, 2])));
+    let index = rig.commit(leader, 100);
+    rig.run_until_all_apply(&[0, 1, 2, 3], index);
+    assert_eq!(rig.members(3), (vec![1, 2, 3, 4], vec![]));
+    assert_eq!(rig.process(3).driver.machine().count, 3);
+}
+
+#[test]
+fn k7_a_joiner_that_is_down_or_never_started_is_named_and_nothing_has_changed() {
+    let mut rig = grown(1, 2);
+    let outcome = rig.change(0, adding(&[1]));
+    assert_eq!(outcome, Err(MembershipError::Unreachable { id: id(1), address: address(1) }));
+    assert!(outcome.unwrap_err().to_string().contains("start it there with `join`"));
+    assert_eq!(rig.members(0), (vec![1], vec![]));
+    rig.commit(0, 100);
+    // It can be tried again.
+    rig.boot(joining(1, &[0]));
+    rig.change(0, adding(&[1])).expect("it is there now");
+}
+
+// ---- K8: ids
+
+#[test]
+fn k8_reserved_ids_are_unique_also_across_leaders_and_never_those_of_members_or_former_ones() {
+    let mut rig = grown(3, 3);
+    let mut seen = vec![1, 2, 3];
+    let mut leader = 0;
+    for round in 0..4 {
+        let reserved = rig.asked(leader, Handle::reserve_node_id).expect("reserved").get();
+        assert!(!seen.contains(&reserved), "{reserved} again in {seen:?}");
+        seen.push(reserved);
+        if round == 1 {
+            rig.run_until("all know", |rig| {
+                (0..3).all(|node| rig.status(node).commit == rig.status(leader).commit)
+            });
+            rig.kill(leader);
+            leader = rig.run_until_led();
+            // Until a batch of its own term is committed, a leader does not know what has been reserved.
+            rig.commit(leader, 10);
+        }
+        if round == 2 {
+            rig.change(leader, removing(&[0])).expect("the lost one is removed");
+        }
+    }
+    assert_eq!(seen, [1, 2, 3, 4, 5, 6, 7]);
+    let follower =
+        (0..3).find(|node| *node != leader && rig.machines[*node].process.is_some()).expect("another");
+    let elsewhere = rig.asked(follower, Handle::reserve_node_id);
+    assert!(matches!(elsewhere, Err(MembershipError::NotLeader { .. })), "{elsewhere:?}");
+}
+
+// ---- K6: changes
+
+#[test]
+fn k6_a_member_is_replaced_in_one_call_while_commands_commit() {
+    let mut rig = grown(3, 4);
+    rig.kill(2);
+    rig.boot(joining(3, &[0, 1]));
+    let change = MembershipChange { remove: vec![id(2)], ..adding(&[3]) };
+    let plan = rig.asked(0, |handle| handle.plan_membership(change.clone())).expect("a plan");
+    assert_eq!(
+        plan.to_string(),
+        "1. 4 as learners, until they have caught up with the log; they count for nothing yet.\n\
+         2. joint consensus: every decision needs a majority of 1, 2, 3 and one of 1, 2, 4.\n\
+         3. voters 1, 2, 4; ids are free from 5.\n\
+         3 voters then; 1 of them may fail (now 1)."
+    );
+    assert_eq!(rig.members(0).0, [1, 2, 3], "a plan changes nothing");
+    let process = rig.process(0);
+    let mut answer = process.handle.change_membership(change);
+    process.wake_at = 0;
+    let mut commits = 0;
+    let changed = loop {
+        rig.commit(0, 200);
+        commits += 1;
+        if let Some(outcome) = answer.try_take() {
+            break outcome.expect("replaced");
+        }
+        assert!(commits < 100_000);
+    };
+    rig.run_until_all_apply(&[0, 1, 3], changed.index);
+    assert_eq!(rig.members(3), (vec![1, 2, 4], vec![]));
+    // The new one counts: with it, one of the others may fail.
+    rig.kill(1);
+    let index = rig.commit(0, 100);
+    rig.run_until_all_apply(&[0, 3], index);
+}
+
+#[test]
+fn k6_learners_have_the_log_and_no_vote_are_promoted_and_demoted_and_all_of_it_survives_restarts() {
+    let mut rig = grown(2, 3);
+    rig.boot(joining(2, &[0]));
+    let learner = MembershipChange { add: vec![NewMember::learner(id(2), address(2))], ..Default::default() };
+    let changed = rig.change(0, learner).expect("a learner");
+    rig.run_until_all_apply(&[0, 1, 2], changed.index);
+    assert_eq!(rig.members(1), (vec![1, 2], vec![3]));
+    // Without the other voter nothing commits, whatever the learner has.
+    rig.kill(1);
+    rig.propose(0, 1, 100);
+    let before = rig.status(0).commit;
+    rig.run_for(2 * SECOND);
+    assert_eq!(rig.status(0).commit, before);
+    rig.boot(joining(1, &[0]));
+    let leader = rig.run_until_led();
+    rig.run_for(SECOND);
+    rig.completed(leader);
+    let index = rig.commit(leader, 100);
+    rig.run_until_all_apply(&[0, 1, 2], index);
+    let promoted = MembershipChange { promote: vec![id(2)], demote: vec![id(1)], ..Default::default() };
+    let changed = if leader == 1 {
+        // The leader takes its own vote away, and leaves office.
+        rig.change(leader, promoted).expect("changed by the leader that loses its vote")
+    } else {
+        rig.change(leader, promoted).expect("changed")
+    };
+    rig.run_until_all_apply(&[0, 1, 2], changed.index);
+    for node in 0..3 {
+        rig.kill(node);
+    }
+    rig.boot(config(0, 1));
+    rig.boot(joining(1, &[0]));
+    rig.boot(joining(2, &[0]));
+    let leader = rig.run_until_led();
+    assert_ne!(leader, 1, "a learner does not lead");
+    let index = rig.commit(leader, 100);
+    rig.run_until_all_apply(&[0, 1, 2], index);
+    assert!((0..3).all(|node| rig.members(node) == (vec![1, 3], vec![2])));
+}
+
+#[test]
+fn k6_a_leader_removes_itself_leads_until_that_is_committed_and_another_one_follows() {
+    let mut rig = grown(3, 3);
+    let changed = rig.change(0, removing(&[0])).expect("committed by the leader that leaves");
+    rig.run_until("it knows", |rig| rig.status(0).role != Role::Leader);
+    let leader = {
+        rig.run_until("another leads", |rig| rig.leader().is_some_and(|leader| leader != 0));
+        rig.leader().expect("a leader")
+    };
+    rig.run_until("it is known", |rig| changed.index <= rig.status(leader).commit);
+    assert_eq!(rig.members(leader), (vec![2, 3], vec![]));
+    let term = rig.status(leader).term;
+    rig.commit(leader, 100);
+    // It has learned that it has left, and disturbs nobody, also after a restart with the list that names it.
+    rig.run_for(5 * SECOND);
+    assert!(!rig.status(0).membership.is_member);
+    rig.kill(0);
+    rig.boot(config(0, 1));
+    rig.run_for(5 * SECOND);
+    assert_eq!((rig.status(leader).term, rig.leader()), (term, Some(leader)));
+    rig.commit(leader, 100);
+    // And it may come back.
+    rig.change(leader, adding(&[0])).expect("back");
+    assert_eq!(rig.members(leader), (vec![1, 2, 3], vec![]));
+}
+
+#[test]
+fn k6_changes_that_contradict_themselves_or_the_cluster_are_refused_with_the_cure() {
+    let mut rig = grown(3, 5);
+    let index = rig.status(0).membership.index;
+    let stale = MembershipChange { expected: Some(LogIndex(1)), ..removing(&[2]) };
+    let refusal = refused(rig.change(0, stale));
+    assert_eq!(refusal, ChangeError::Expected { expected: LogIndex(1), current: index });
+    assert_eq!(refused(rig.change(0, removing(&[0, 1, 2]))), ChangeError::NoVoter);
+    let twice = MembershipChange { promote: vec![id(2)], ..removing(&[2]) };
+    assert_eq!(refused(rig.change(0, twice)), ChangeError::NamedTwice { id: id(2) });
+    let members = vec![id(0), id(1), id(2)];
+    assert_eq!(refused(rig.change(0, removing(&[4]))), ChangeError::NotAMember { id: id(4), members });
+    let other = NewMember { incarnation: Some(Incarnation(99)), ..NewMember::voter(id(1), address(1)) };
+    let other = MembershipChange { add: vec![other], ..Default::default() };
+    assert_eq!(refused(rig.change(0, other)), ChangeError::OtherIncarnation { id: id(1) });
+    assert!(matches!(rig.change(1, removing(&[2])), Err(MembershipError::NotLeader { leader: Some(_) })));
+
+    // With one of three gone, none of the others can be spared, but the lost one can.
+    rig.kill(2);
+    rig.run_for(2 * SECOND);
+    let lost = refused(rig.change(0, removing(&[1])));
+    assert_eq!(lost, ChangeError::QuorumLost { silent: vec![id(2)], voters: 2 });
+    assert!(lost.to_string().contains("even_if_quorum_is_lost"), "{lost}");
+    assert_eq!(rig.status(0).membership.index, index, "nothing has changed");
+    let expected = MembershipChange { expected: Some(index), ..removing(&[2]) };
+    rig.change(0, expected).expect("the lost one is removed");
+    assert_eq!(rig.members(0).0, [1, 2]);
+    let same = rig.change(0, MembershipChange::default()).expect("nothing to do");
+    assert_eq!(same.index, rig.status(0).membership.index);
+}
+
+#[test]
+fn k6_a_second_change_is_refused_while_one_is_under_way_and_a_stuck_newcomer_stays_a_learner() {
+    let mut rig = grown(3, 5);
+    rig.boot(joining(3, &[0, 1, 2]));
+    // It is met, added, and dies before it has caught up.
+    let process = rig.process(0);
+    let mut first = process.handle.change_membership(adding(&[3]));
+    process.wake_at = 0;
+    rig.run_until("it is a learner", |rig| rig.members(0).1 == [4]);
+    rig.kill(3);
+    let second = refused(rig.change(0, removing(&[2])));
+    assert!(matches!(second, ChangeError::InProgress { .. }), "{second}");
+    rig.run_for(20 * SECOND);
+    let stuck = first.try_take().expect("given up");
+    assert_eq!(stuck, Err(MembershipError::Change(ChangeError::Stuck { id: id(3) })));
+    assert_eq!(rig.members(0), (vec![1, 2, 3], vec![4]));
+    assert!(rig.status(0).membership.configuration.is_settled());
+    rig.commit(0, 100);
+    rig.boot(joining(3, &[0, 1, 2]));
+    let promoted = MembershipChange { promote: vec![id(3)], ..Default::default() };
+    rig.change(0, promoted).expect("it has caught up now");
+    assert_eq!(rig.members(0), (vec![1, 2, 3, 4], vec![]));
+}
+
+#[test]
+fn k6_whoever_leads_next_finishes_a_change_wherever_the_leader_dies() {
+    // The moment at which the leader dies, in steps of the rig after it was asked.
+    let mut stages = std::collections::BTreeSet::new();
+    for steps in (0..600).step_by(12) {
+        let mut rig = grown(3, 4);
+        rig.boot(joining(3, &[0, 1, 2]));
+        rig.run_for(3 * SECOND);
+        let process = rig.process(0);
+        let mut answer =
+            process.handle.change_membership(MembershipChange { remove: vec![id(2)], ..adding(&[3]) });
+        process.wake_at = 0;
+        for _ in 0..steps {
+            rig.step();
+        }
+        let membership = rig.status(0).membership;
+        let configuration = &membership.configuration;
+        stages.insert((
+            configuration.is_joint(),
+            configuration.planned().is_empty(),
+            configuration.is_voter(id(3)),
+        ));
+        let done = answer.try_take();
+        rig.kill(0);
+        rig.run_until("another leads", |rig| rig.leader().is_some_and(|leader| leader != 0));
+        let settled = |rig: &Rig| {
+            let leader = rig.leader().filter(|leader| *leader != 0)?;
+            let status = rig.status(leader);
+            let membership = status.membership;
+            (membership.configuration.is_settled() && membership.index <= status.commit).then_some(leader)
+        };
+        rig.run_until("it is over", |rig| settled(rig).is_some());
+        let leader = settled(&rig).expect("it is over");
+        let members = rig.members(leader);
+        // All of it, or nothing of it.
+        let all = members == (vec![1, 2, 4], vec![]);
+        assert!(all || (members == (vec![1, 2, 3], vec![]) && done.is_none()), "after {steps}: {members:?}");
+        if matches!(done, Some(Ok(_))) {
+            assert!(all, "after {steps}: told that it is done");
+        }
+        rig.commit(leader, 100);
+    }
+    assert!(stages.len() >= 4, "{stages:?}");
+}
+
+// ---- Incarnations
+
+#[test]
+fn k12_a_wiped_disk_under_an_old_id_is_refused_and_comes_back_as_a_learner_after_the_old_one_was_removed() {
+    let (mut rig, leader) = Rig::started(3);
+    rig.commit(leader, 100);
+    // One that dials: it is told by whom it meets.
+    let lost = if leader == 2 { 1 } else { 2 };
+    let other = 3 - leader - lost;
+    rig.wipe(lost);
+    // As before, it is told apart.
+    rig.boot(config(lost, 3));
+    let cause = rig.run_until_ended(lost).stopped.expect("stopped");
+    assert!(matches!(cause.error(), StopError::Formation(FormationError::Replaced { .. })), "{cause}");
+    assert!(cause.to_string().contains("have the cluster replace the member"), "{cause}");
+    // As one that joins, it waits, and has no say, while the old one is a member.
+    rig.boot(joining(lost, &[leader, other]));
+    rig.run_for(5 * SECOND);
+    assert!(!rig.status(lost).formed);
+    let again = rig.change(leader, adding(&[lost])).expect("nothing to do: it is a member");
+    assert_eq!(again.index, rig.status(leader).membership.index);
+    rig.change(leader, removing(&[lost])).expect("the old one is removed");
+    rig.change(leader, adding(&[lost])).expect("the new one is added");
+    let index = rig.commit(leader, 100);
+    rig.run_until_all_apply(&[0, 1, 2], index);
+    assert!(rig.status(lost).membership.is_member);
+    rig.kill(other);
+    rig.commit(leader, 100);
+}
+
+/// A voter that slept through the replacement of a peer knows the new one only by its own old configuration, which names
+/// another directory. When only the new one can lead, it must get through all the same.
+#[test]
+fn a_member_with_an_old_configuration_follows_a_leader_that_it_knows_by_another_directory() {
+    let (mut rig, leader) = Rig::started(4);
+    let index = rig.commit(leader, 100);
+    rig.run_until_all_apply(&[0, 1, 2, 3], index);
+    let others: Vec<usize> = (0..4).filter(|node| *node != leader).collect();
+    let [sleeper, replaced, spare] = others[..] else { panic!("{others:?}") };
+    rig.kill(sleeper);
+    rig.run_for(2 * SECOND);
+    assert_eq!(rig.leader(), Some(leader));
+    rig.change(leader, removing(&[replaced])).expect("removed");
+    rig.wipe(replaced);
+    rig.boot(joining(replaced, &[leader, spare]));
+    rig.change(leader, adding(&[replaced])).expect("the new directory is a voter");
+    rig.change(leader, removing(&[spare])).expect("three are left");
+    let index = rig.commit(leader, 10);
+    rig.run_until_all_apply(&[leader, replaced], index);
+    rig.kill(spare);
+    rig.kill(leader);
+    // The sleeper's log is the shorter one: it has to vote for the new directory, which its configuration does not know.
+    rig.boot(config(sleeper, 4));
+    rig.run_until("the new directory leads", |rig| rig.leader() == Some(replaced));
+    let index = rig.commit(replaced, 10);
+    rig.run_until_all_apply(&[sleeper, replaced], index);
+    assert_eq!(rig.members(sleeper), rig.members(replaced));
+}
+
+/// Flips a bit in the newest configuration of a node that is down.
+fn rot_newest_configuration(rig: &Rig, node: usize, address: &str) {
+    let mut disk = rig.machines[node].disk.borrow_mut();
+    let places = disk.listing().into_iter().filter_map(|entry| {
+        let content = disk.content(&entry.name).filter(|_| entry.name.starts_with("segment"))?;
+        let at = content.windows(address.len()).rposition(|bytes| bytes == address.as_bytes())?;
+        Some((entry.name, at as u64))
+    });
+    let (name, at) = places.max().expect("a configuration names it");
+    disk.flip_bit(&name, at, 0);
+}
+
+#[test]
+fn a_member_that_cannot_read_its_newest_configuration_has_no_say_until_another_one_has_given_it() {
+    let mut rig = grown(3, 3);
+    let mut index = LogIndex(0);
+    for _ in 0..3 {
+        index = rig.commit(0, 100);
+    }
+    rig.run_until_all_apply(&[0, 1, 2], index);
+    for node in 0..3 {
+        rig.kill(node);
+    }
+    rot_newest_configuration(&rig, 1, "10.0.0.3:7000");
+    rig.boot(joining(1, &[0]));
+    let unknown = |rig: &Rig, node: usize| {
+        let driver = rig.machines[node].process.as_ref().map(|process| &process.driver);
+        driver.and_then(|driver| driver.raft()).map(|raft| raft.restraint().members_unknown)
+    };
+    rig.run_until("it runs", |rig| unknown(rig, 1) == Some(true));
+    rig.run_for(5 * SECOND);
+    assert_eq!((rig.status(1).damage.batches, rig.status(1).role), (1, Role::Follower));
+    rig.boot(config(0, 1));
+    rig.run_until("it is given the batch", |rig| unknown(rig, 1) == Some(false));
+    assert_eq!(rig.status(1).damage.repaired, 1);
+    let leader = rig.run_until_led();
+    let index = rig.commit(leader, 100);
+    rig.run_until_all_apply(&[0, 1], index);
+}
