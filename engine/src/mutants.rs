@@ -62,6 +62,21 @@ pub enum Mutant {
     PurgeBeforeSnapshotDurable,
     /// A batch that cannot be read is acknowledged as if it could.
     DamageAcknowledged,
+    /// A leader changes the members before an entry of its own term is committed (the bug of single-server changes that
+    /// was announced on raft-dev in 2015).
+    ChangeBeforeOwnTermCommit,
+    /// A truncation leaves the configuration in force that it cuts off.
+    ConfigurationNotReverted,
+    /// A leader leaves a joint configuration that is not committed.
+    JointLeftEarly,
+    /// A learner's disk counts for commits.
+    LearnerAckCounted,
+    /// A leader that has been removed goes on.
+    RemovedLeaderKeepsLeading,
+    /// A candidate in a joint configuration needs the votes of the new voters only.
+    QuorumOfIncomingOnly,
+    /// A leader begins a change while another one is not committed.
+    TwoChangesAtOnce,
     /// After a rejection a leader goes on at the position that was rejected, one below the next.
     NextBelowOne,
     /// What was in flight in a lost session still counts against the window, and is never sent again.
@@ -94,21 +109,6 @@ pub enum Mutant {
     WaitersKeptAfterDeposition,
     /// What is appended is applied before it is committed.
     AppliedBeforeCommit,
-    /// A leader changes the members before an entry of its own term is committed (the bug of single-server changes that
-    /// was announced on raft-dev in 2015).
-    ChangeBeforeOwnTermCommit,
-    /// A truncation leaves the configuration in force that it cuts off.
-    ConfigurationNotReverted,
-    /// A leader leaves a joint configuration that is not committed.
-    JointLeftEarly,
-    /// A learner's disk counts for commits.
-    LearnerAckCounted,
-    /// A leader that has been removed goes on.
-    RemovedLeaderKeepsLeading,
-    /// A candidate in a joint configuration needs the votes of the new voters only.
-    QuorumOfIncomingOnly,
-    /// A leader begins a change while another one is not committed.
-    TwoChangesAtOnce,
 }
 
 impl Mutant {
@@ -134,6 +134,17 @@ impl Mutant {
     /// Those of snapshots in the core.
     pub const SNAPSHOT: [Self; 2] = [Self::SnapshotInstallRegressesApplied, Self::InstallKeepsConflictingLog];
 
+    /// Those that only changes of the members show.
+    pub const MEMBERSHIP: [Self; 7] = [
+        Self::ChangeBeforeOwnTermCommit,
+        Self::ConfigurationNotReverted,
+        Self::JointLeftEarly,
+        Self::LearnerAckCounted,
+        Self::RemovedLeaderKeepsLeading,
+        Self::QuorumOfIncomingOnly,
+        Self::TwoChangesAtOnce,
+    ];
+
     /// Those that the simulation of the core alone cannot show, or does not.
     pub const CLUSTER: [Self; 16] = [
         Self::NextBelowOne,
@@ -152,17 +163,6 @@ impl Mutant {
         Self::RefusedAlthoughInLog,
         Self::WaitersKeptAfterDeposition,
         Self::AppliedBeforeCommit,
-    ];
-
-    /// Those that only changes of the members show.
-    pub const MEMBERSHIP: [Self; 7] = [
-        Self::ChangeBeforeOwnTermCommit,
-        Self::ConfigurationNotReverted,
-        Self::JointLeftEarly,
-        Self::LearnerAckCounted,
-        Self::RemovedLeaderKeepsLeading,
-        Self::QuorumOfIncomingOnly,
-        Self::TwoChangesAtOnce,
     ];
 
     /// All others but those that only a driver can have.
