@@ -119,7 +119,7 @@ fn a_member_that_cannot_read_its_disk_once_comes_back() -> Result<()> {
 }
 
 #[test]
-fn a_leader_without_space_refuses_by_name_and_a_follower_stays_behind_until_there_is_some() -> Result<()> {
+fn a_leader_without_space_lets_another_lead_and_a_follower_stays_behind_until_there_is_some() -> Result<()> {
     one_fails(Failure::Full)
 }
 

@@ -7,7 +7,7 @@
 use super::rig::DirectRig;
 use crate::powercut::disk::{Effect, On, Survival, Trigger};
 use crate::powercut::trial::{ENGINE_FLAGS, MEMBERS, Machine};
-use crate::process::{Cluster, EngineFlags, MemberStatus, PATIENCE, Program};
+use crate::process::{Cluster, EngineFlags, PATIENCE, Program};
 use crate::sim::rng::Rng;
 use anyhow::{Context, Result, bail, ensure};
 use std::time::{Duration, Instant};
@@ -203,12 +203,13 @@ impl Trial<'_> {
         let under = self.under();
         self.rig.disk().strike_under(&under, Effect::Full)?;
         if self.was_leader {
-            self.cluster.wait_line(leader, "full").context("nothing is refused")?;
-            let before = self.acked_at_rest()?;
-            std::thread::sleep(QUIET);
-            ensure!(self.acked() == before, "commands are refused and acknowledged");
-            let MemberStatus { role, .. } = self.cluster.status(leader)?;
-            ensure!(role == "Leader", "a full disk makes the leader a {role}");
+            // It lets one lead that has space, commands go on there, and it lives on.
+            let before = self.cluster.status(leader)?;
+            self.cluster.wait_line(leader, "lost").context("nothing is refused")?;
+            self.loading = None;
+            self.another_leads(before.term)?;
+            self.load()?;
+            self.cluster.status(leader).context("the member lives on")?;
         } else {
             // The other two go on, well past what the full one has room for.
             self.cluster.wait_acks(20_000)?;
@@ -221,25 +222,30 @@ impl Trial<'_> {
         Ok(())
     }
 
+    /// Waits until another member leads a later term.
+    fn another_leads(&mut self, term: u64) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            ensure!(Instant::now() < deadline, "nobody else leads");
+            let mut others = self.cluster.running();
+            others.retain(|id| *id != self.victim);
+            let statuses: Vec<_> =
+                others.into_iter().map(|id| self.cluster.status(id)).collect::<Result<_>>()?;
+            // The term may have begun before it was looked at.
+            if statuses.iter().any(|status| status.role == "Leader" && status.term >= term) {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
     fn hangs(&mut self) -> Result<()> {
         let before = self.cluster.status(self.victim)?;
         let under = self.under();
-        let hung = Instant::now();
         self.rig.disk().strike_under(&under, Effect::Hang)?;
         if self.was_leader {
             // It steps down, and another leads, long before it ends.
-            let deadline = hung + PATIENCE;
-            loop {
-                ensure!(Instant::now() < deadline, "nobody else leads");
-                let mut others = self.cluster.running();
-                others.retain(|id| *id != self.victim);
-                let statuses: Vec<_> =
-                    others.into_iter().map(|id| self.cluster.status(id)).collect::<Result<_>>()?;
-                if statuses.iter().any(|status| status.role == "Leader" && status.term > before.term) {
-                    break;
-                }
-                std::thread::sleep(Duration::from_millis(10));
-            }
+            self.another_leads(before.term)?;
         }
         self.dies("DiskStalled {", &[])?;
         self.load()?;
