@@ -89,6 +89,9 @@ pub enum TransferError {
     /// It came to nothing; a node that led leads on.
     #[error(transparent)]
     Ended(#[from] crate::raft::TransferEnd),
+    /// This node leads no more, and who does was not known within two election time-outs.
+    #[error("this node gave leadership up, and no leader is known yet: look at the status in a moment")]
+    NoLeaderYet,
     /// There was an election, and another member won it, or this one again.
     #[error("node {leader} won the election of term {term}")]
     OtherLeader {

@@ -116,7 +116,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let Some(current) = &mut self.handover.current else { return Ok(()) };
         if now_ns >= current.deadline_ns {
             let to = current.to.unwrap_or_default();
-            self.end_handover(Err(TransferEnd::TimedOut { to }.into()));
+            let gave_up = current.stage == Stage::SteppedDown;
+            let error =
+                if gave_up { TransferError::NoLeaderYet } else { TransferEnd::TimedOut { to }.into() };
+            self.end_handover(Err(error));
         } else if current.stage == Stage::Flushing && !self.proposals.borrow().has_unsealed() {
             current.stage = Stage::UnderWay;
             let to = current.to;
