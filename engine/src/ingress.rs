@@ -155,9 +155,9 @@ impl Ingress {
     }
 
     fn drain_stopped(&self, cause: &StopCause) {
-        for request in std::mem::take(&mut *lock(&self.requests)) {
-            request.refuse(cause);
-        }
+        // Whoever is answered may ask again at once: not under the lock.
+        let requests = std::mem::take(&mut *lock(&self.requests));
+        requests.into_iter().for_each(|request| request.refuse(cause));
         self.reads.refuse_all(cause);
         while let Some(Submission { command, ticket, .. }) = self.queue.pop() {
             let reason = crate::error::Refusal::Stopped(cause.clone());

@@ -131,9 +131,13 @@ impl Requests {
 
     /// Whatever was asked, or is asked from now on, is refused.
     pub(crate) fn stop(&self, cause: &StopCause) {
-        let mut queue = lock(&self.queue);
-        queue.1.get_or_insert_with(|| cause.clone());
-        for ticket in queue.0.drain(..) {
+        let waiting = {
+            let mut queue = lock(&self.queue);
+            queue.1.get_or_insert_with(|| cause.clone());
+            std::mem::take(&mut queue.0)
+        };
+        // Whoever is answered may ask again at once: not under the lock.
+        for ticket in waiting {
             ticket.complete(Err(SnapshotError::Stopped(cause.clone())));
         }
     }
