@@ -210,7 +210,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         if let AppendOutcome::Matched { matched } = ack.outcome {
             let leads =
                 self.raft().is_some_and(|raft| raft.role() == Role::Leader && raft.term() == ack.term);
-            if leads && self.chain_at(matched.index) != Some(chain) {
+            // A match before the log's start is not counted, and nobody can tell its chain: whoever cannot read what
+            // it has there acknowledges no more until a snapshot covers it.
+            let is_held = self.raft().is_some_and(|raft| matched.index >= raft.log_start().index);
+            if leads && is_held && self.chain_at(matched.index) != Some(chain) {
                 return self.refuse(from, "an ack that names another chain than this leader's log");
             }
             if let Some(peer) = self.peers.get_mut(&from).filter(|_| leads && stages.durable_us > 0) {

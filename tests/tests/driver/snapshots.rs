@@ -326,6 +326,46 @@ fn a_node_whose_snapshots_are_all_damaged_fetches_the_state_from_the_leader_and_
     rig.run_until_led();
 }
 
+#[test]
+fn a_batch_that_the_others_have_purged_comes_back_in_a_snapshot() {
+    let (mut rig, leader) = Rig::with_ballast(3, 0, 21);
+    let (broken, other) = ((leader + 1) % 3, (leader + 2) % 3);
+    rig.commit_some(leader, 3);
+    // Longer than all others, so that it is found on the disk.
+    let bytes = 1_777;
+    let lost = rig.commit(leader, bytes);
+    let end = rig.commit_some(leader, 5);
+    rig.run_until_equal(end);
+    rig.crash(broken, Crash::Kill);
+    for node in [leader, other] {
+        assert_eq!(rig.snapshot(node), end);
+    }
+    rot_command(&rig, broken, bytes);
+    rig.boot(config(broken, 3));
+    // Its log reaches the leader's, so that nothing but this batch is missing, and it acknowledges nothing behind that.
+    rig.run_until("it is whole again", |rig| rig.log_start(broken) >= end);
+    assert_eq!((rig.status(broken).damage.batches, rig.status(broken).damage.repaired), (0, 0));
+    assert_eq!(rig.counter(broken).restored, 1);
+    let end = rig.commit_some(leader, 2);
+    rig.run_until_equal(end);
+    assert!(end > lost);
+    // What it acknowledges counts again.
+    rig.kill(other);
+    rig.commit_some(leader, 2);
+}
+
+/// Flips a bit in the slot, of a node that is down, that holds a command of so many bytes at least.
+fn rot_command(rig: &Rig, node: usize, bytes: usize) {
+    let mut disk = rig.machines[node].disk.borrow_mut();
+    let place = disk.listing().into_iter().find_map(|entry| {
+        let content = disk.content(&entry.name).filter(|_| entry.name.starts_with("segment"))?;
+        let at = content.windows(bytes).position(|run| run.iter().all(|byte| *byte == 7))?;
+        Some((entry.name, at as u64))
+    });
+    let (name, at) = place.expect("it is there");
+    disk.flip_bit(&name, at + 9, 3);
+}
+
 /// The log, its files and the snapshots stay within bounds while commands come without end, on all nodes.
 #[test]
 fn the_log_is_bounded_under_constant_load() {
