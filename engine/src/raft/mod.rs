@@ -53,7 +53,7 @@ pub use members::{Configuration, ConfigurationError, LeaseSettings, Member, Memb
 pub use progress::{ProgressView, ReplicationState};
 pub use quorum::Quorum;
 pub use read::{ReadIndex, ReadIndexReply, ReadKind, ReadRefusal};
-pub use repair::{Answer, Claim, Inquiry, Restraint, Verdict};
+pub use repair::{Answer, Claim, Inquiry, Reach, Restraint, Verdict};
 pub use transfer::TransferEnd;
 pub use violation::Violation;
 

@@ -6,7 +6,7 @@ use super::Outgoing;
 use crate::config::{Config, MemberConfig};
 use crate::error::StopError;
 use crate::formation::Step;
-use crate::raft::{Append, BatchRun, Configuration, Event, LogId, Member, MemberRole, Round};
+use crate::raft::{Append, BatchRun, Configuration, Event, LogId, Member, MemberRole, Reach, Round};
 use crate::runtime::{Now, Wakeup};
 use crate::state_machine::{CommittedBatch, Replies, StateMachine};
 use crate::wire::{AppendMessage, FetchMessage, FetchReplyMessage, Fetched};
@@ -387,8 +387,9 @@ impl Bench {
         outcome: Fetched,
         image: Option<(Block<AlignedBuf>, usize)>,
     ) -> Result<(), StopError> {
-        let end = LogId { term: TERM, index: LogIndex(1) };
-        let reply = FetchReplyMessage { token, outcome, proves: true, term: TERM, leads: false, end };
+        let highest = LogId { term: TERM, index: LogIndex(1) };
+        let reach = Reach { highest, in_doubt: false };
+        let reply = FetchReplyMessage { token, outcome, proves: true, term: TERM, leads: false, reach };
         self.driver.on_fetch_reply(NodeId(from), reply, image)
     }
 
