@@ -1220,6 +1220,63 @@ fn a_rebuild_that_meets_an_unreadable_batch_waits_for_its_repair_too() {
     whole.reads_back(&mut harness, &[]);
 }
 
+/// The start of the block of a batch's slot that holds most of its image, or of its first one.
+fn block_of(batch: &Appended) -> u64 {
+    (batch.at - batch.at % BLOCK_BYTES) as u64
+}
+
+#[test]
+fn a_rebuild_whose_copy_is_not_what_was_read_leaves_the_intact_batches_where_they_are() {
+    let whole = Whole::new();
+    let other = whole.batch(22);
+    // Once: the next attempt is right. For ever: nothing is replaced.
+    for times in [1, usize::MAX] {
+        let (mut harness, _) = whole.rotten(&[20]).opens();
+        assert_eq!(other.name, whole.batch(20).name);
+        told(&mut harness);
+        // The start has read it already, the rebuild reads it next.
+        harness.disk.misread.push((other.name.clone(), block_of(other), times));
+        whole.repair(&mut harness, 20);
+        harness.settle();
+        let told = told(&mut harness);
+        if times == 1 {
+            assert_eq!(told, [(true, 20)]);
+        } else {
+            // As if it was rotten: nobody can read it.
+            assert_eq!(told, [(false, 22)]);
+            harness.disk.misread.clear();
+            whole.repair(&mut harness, 22);
+            harness.settle();
+        }
+        whole.reads_back(&mut harness, &[]);
+        let (mut harness, recovered) = Sick::new(harness.crash(|| false)).opens();
+        assert_eq!((recovered.report.damage, recovered.claim), (Vec::new(), None));
+        whole.reads_back(&mut harness, &[]);
+    }
+}
+
+#[test]
+fn a_rebuild_that_reads_another_header_writes_the_right_one() {
+    let whole = Whole::new();
+    for unreadable in [false, true] {
+        let (mut harness, _) = whole.rotten(&[20]).opens();
+        told(&mut harness);
+        let name = whole.batch(20).name.clone();
+        if unreadable {
+            harness.disk.unreadable.push((name, 0));
+        } else {
+            harness.disk.misread.push((name, 0, 1));
+        }
+        whole.repair(&mut harness, 20);
+        harness.settle();
+        assert_eq!(told(&mut harness), [(true, 20)]);
+        harness.disk.unreadable.clear();
+        let (mut harness, recovered) = Sick::new(harness.crash(|| false)).opens();
+        assert_eq!((recovered.report.damage, recovered.claim), (Vec::new(), None));
+        whole.reads_back(&mut harness, &[]);
+    }
+}
+
 #[test]
 fn the_scrubber_finds_all_damage_once_within_its_budget() {
     let whole = Whole::new();
