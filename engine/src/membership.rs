@@ -68,8 +68,8 @@ impl NewMember {
 /// Who is in the cluster, as far as a node knows: part of its [`Status`](crate::handle::Status).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Membership {
-    /// Where the configuration in force stands in the log; 0, or where the log starts, for that of the formation. It is
-    /// committed when the status' `commit` is as high.
+    /// Where the configuration in force stands in the log, which may start behind it by now; 0 for that of the formation. It
+    /// is committed when the status' `commit` is as high.
     pub index: LogIndex,
     /// The configuration.
     pub configuration: Configuration,

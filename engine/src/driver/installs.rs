@@ -585,7 +585,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
 
     /// A snapshot of another member is durable here: it becomes the state, if it tells more than this node has.
     fn install_file(&mut self, from: Option<NodeId>, file: SnapshotFile) -> Result<(), StopError> {
-        let SnapshotMeta { last, chain, .. } = file.meta;
+        let SnapshotMeta { last, chain, configuration_index, .. } = file.meta;
         self.snapshots.installs.installing = from;
         let Some(raft) = self.raft() else { return Ok(()) };
         if last.index <= self.reached() {
@@ -599,7 +599,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 };
             };
             // Figure 13 of the Raft paper is the core's; `install` is called if it comes to that.
-            return self.step(Event::SnapshotReceived { last, configuration });
+            return self.step(Event::SnapshotReceived { last, configuration, configuration_index });
         }
         // Known to be committed, and not applied: what lies before cannot be read here.
         let own = self.wal.chain_at(last.index);
@@ -608,7 +608,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         })?;
         if let Some(configuration) = wire::configuration::decode(&file.meta.configuration) {
             // The core may know of the members only from what can be read here.
-            self.step(Event::SnapshotReceived { last, configuration })?;
+            self.step(Event::SnapshotReceived { last, configuration, configuration_index })?;
         }
         self.restore(file);
         Ok(())

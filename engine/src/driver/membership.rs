@@ -65,7 +65,7 @@ pub(super) struct Members {
 
 /// The start of a core that waits for the configurations of its log.
 struct Starting {
-    base: Configuration,
+    base: (LogIndex, Configuration),
     commit: LogIndex,
     lost: bool,
     wanted: VecDeque<LogIndex>,
@@ -146,10 +146,10 @@ pub(super) fn configuration_in(view: BatchView<'_>) -> Option<Configuration> {
 // The start.
 
 impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
-    /// `base` was in force at `commit`: reads the configurations that the log holds behind it, then starts the core.
+    /// `base`, with its place in the log, was in force at `commit`: reads the configurations that the log holds behind it, then starts the core.
     pub(super) fn read_changes(
         &mut self,
-        base: Configuration,
+        base: (LogIndex, Configuration),
         commit: LogIndex,
         lost: bool,
     ) -> Result<(), StopError> {

@@ -330,39 +330,43 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
 
     /// Goes on behind the snapshot that was restored.
     fn begin(&mut self, restored: Option<SnapshotFile>) -> Result<(), StopError> {
-        let Some(Start { mut configuration, .. }) = self.snapshots.start.take() else { return Ok(()) };
+        let Some(Start { configuration, .. }) = self.snapshots.start.take() else { return Ok(()) };
         self.snapshots.purge_at_ns = self.now.monotonic_ns;
         let log_start = self.wal.log_start();
-        match &restored {
+        let members = match &restored {
             Some(file) => {
                 let decoded = wire::configuration::decode(&file.meta.configuration);
-                configuration = decoded.ok_or_else(|| StopError::Restore {
+                let decoded = decoded.ok_or_else(|| StopError::Restore {
                     last: file.meta.last.index,
                     error: "its members cannot be decoded: another version?".to_owned(),
                 })?;
+                (file.meta.configuration_index, decoded)
             }
-            None => self.applier.start_after(log_start.index, log_start.chain, 0),
-        }
+            None => {
+                self.applier.start_after(log_start.index, log_start.chain, 0);
+                (log_start.index, configuration)
+            }
+        };
         let lost = restored.is_none() && log_start.index > LogIndex(0);
-        self.read_changes(configuration, self.applier.applied(), lost)
+        self.read_changes(members, self.applier.applied(), lost)
     }
 
-    /// The core begins with `configuration` as of `commit`, and with the later ones that the log holds. `lost`: what was
+    /// The core begins with `members`, a configuration with its place in the log, as of `commit`, and with the later ones that the log holds. `lost`: what was
     /// applied up to there cannot be read.
     pub(super) fn begin_core(
         &mut self,
-        configuration: Configuration,
+        members: (LogIndex, Configuration),
         changes: Vec<(LogIndex, Option<Configuration>)>,
         commit: LogIndex,
         lost: bool,
     ) -> Result<(), StopError> {
         // Once they have been changed, the members that this node was started with are only where it begins to look.
         let formed = self.wal.hard_state().map(|state| state.configuration.as_slice());
-        let unchanged = changes.is_empty() && formed == Some(&wire::configuration::encode(&configuration));
+        let unchanged = changes.is_empty() && formed == Some(&wire::configuration::encode(&members.1));
         if unchanged && !lost && !self.config.join {
-            formation::check_members(self.config.node, &self.config.members, &configuration)?;
+            formation::check_members(self.config.node, &self.config.members, &members.1)?;
         }
-        self.start_core(configuration, changes, commit)?;
+        self.start_core(members, changes, commit)?;
         if lost {
             let log_start = self.wal.log_start();
             tracing::error!(
@@ -458,7 +462,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let raft = self.raft()?;
         let index = self.applier.applied();
         // Not the newest, which may be taken back.
-        let (_, as_of_applied) = raft.configuration_at(index)?;
+        let (configuration_index, as_of_applied) = raft.configuration_at(index)?;
         let mut configuration = wire::configuration::encode(as_of_applied);
         if mutants::active(Mutant::SnapshotForgetsConfiguration) {
             let own = raft.configuration().member(raft.id()).cloned().into_iter().collect();
@@ -470,7 +474,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         }
         let last = LogId { term: raft.term_at(index)?, index };
         let (chain, time_ms) = (self.applier.chain(), self.applier.time_ms());
-        Some(SnapshotMeta { last, chain, time_ms, configuration, sessions })
+        Some(SnapshotMeta { last, chain, time_ms, configuration, configuration_index, sessions })
     }
 
     /// The seam to the client sessions: their table as of what is applied.

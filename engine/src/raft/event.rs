@@ -112,6 +112,8 @@ pub enum Event {
         last: LogId,
         /// The members as of that entry.
         configuration: Configuration,
+        /// Where they stand in the log: there or before.
+        configuration_index: LogIndex,
     },
     /// The transfer of [`Action::SendSnapshot`](super::Action::SendSnapshot) has ended.
     SnapshotEnded {

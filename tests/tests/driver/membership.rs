@@ -150,6 +150,8 @@ fn members_are_known_from_snapshots_where_the_log_has_been_purged() {
     }
     let index = rig.commit(0, 100);
     rig.run_until_all_apply(&[0, 1, 2], index);
+    let stands_at = rig.status(0).membership.index;
+    assert!(stands_at < index);
     for node in 0..3 {
         rig.snapshot(node);
     }
@@ -165,9 +167,12 @@ fn members_are_known_from_snapshots_where_the_log_has_been_purged() {
     let index = rig.commit(leader, 100);
     rig.run_until_all_apply(&[0, 1, 2], index);
     assert!((0..3).all(|node| rig.members(node) == (vec![1, 2, 3], vec![])));
+    // Somebody who had looked at the members before may still count on nobody having changed them.
+    assert!((0..3).all(|node| rig.status(node).membership.index == stands_at));
     // One that joins is sent a snapshot, and a restart finds the later change in its log.
     rig.boot(purging(joining(3, &[0, 1, 2])));
-    let changed = rig.change(leader, adding(&[3])).expect("it catches up");
+    let only_if = MembershipChange { expected: Some(stands_at), ..adding(&[3]) };
+    let changed = rig.change(leader, only_if).expect("it catches up");
     rig.run_until_all_apply(&[0, 1, 2, 3], changed.index);
     rig.kill(3);
     rig.boot(purging(joining(3, &[0, 1, 2])));
@@ -175,6 +180,71 @@ fn members_are_known_from_snapshots_where_the_log_has_been_purged() {
     rig.run_until_all_apply(&[0, 1, 2, 3], index);
     assert_eq!(rig.members(3), (vec![1, 2, 3, 4], vec![]));
     assert_eq!(rig.process(3).driver.machine().count, 3);
+}
+
+/// A leader's snapshot ends in the middle of a change: the transition is committed, and what would end it cannot be, since
+/// all other new voters are down. One of them is sent that snapshot and loses power behind the install; then the new voters
+/// have a majority of their own and none of the old ones, which is not enough.
+#[test]
+fn a_snapshot_that_was_taken_in_a_transition_restores_it_also_after_a_crash_right_behind_the_install() {
+    let purging = |config| Config { log_retention_bytes: 0, ..config };
+    let in_force = |rig: &Rig, node: usize, at: LogIndex| {
+        let raft = rig.machines[node].process.as_ref().and_then(|process| process.driver.raft());
+        raft.and_then(|raft| raft.configuration_at(at)).map(|(at, members)| (at, members.is_joint()))
+    };
+    for steps in 0..16 {
+        let mut rig = Rig::seeded(5, 400 + steps);
+        rig.boot(purging(config(0, 1)));
+        assert_eq!(rig.run_until_led(), 0);
+        for node in 1..3 {
+            rig.boot(purging(joining(node, &[0])));
+            rig.change(0, adding(&[node])).unwrap_or_else(|error| panic!("{error}"));
+        }
+        (3..5).for_each(|node| rig.boot(purging(joining(node, &[0]))));
+        let replace = MembershipChange { remove: vec![id(1), id(2)], ..adding(&[3, 4]) };
+        let process = rig.process(0);
+        let answer = process.handle.change_membership(replace);
+        process.wake_at = 0;
+        rig.run_until("a transition", |rig| rig.status(0).membership.configuration.is_joint());
+        rig.kill(4);
+        let applied = |rig: &Rig| in_force(rig, 0, rig.status(0).applied);
+        rig.run_until("it is applied", |rig| applied(rig).is_some_and(|(_, is_joint)| is_joint));
+        rig.kill(3);
+        let (stands_at, _) = applied(&rig).expect("known");
+        let last = rig.snapshot(0);
+        assert_eq!(in_force(&rig, 0, last), Some((stands_at, true)));
+        assert!(rig.status(0).membership.index > last, "it is about to be left");
+
+        rig.boot(purging(joining(4, &[0])));
+        rig.run_until("installed", |rig| rig.status(4).applied == last);
+        for _ in 0..steps {
+            if rig.status(4).membership.configuration.is_joint() {
+                rig.step();
+            }
+        }
+        rig.crash(4, if steps % 2 == 0 { Crash::PowerCut } else { Crash::Kill });
+        (0..3).for_each(|node| rig.kill(node));
+        drop(answer);
+        (3..5).for_each(|node| rig.boot(purging(joining(node, &[0]))));
+        rig.run_for(5 * SECOND);
+        assert_eq!(in_force(&rig, 4, last), Some((stands_at, true)), "crash after {steps} steps");
+        if rig.status(4).membership.index == stands_at {
+            assert_eq!((rig.status(4).last, rig.leader()), (last, None), "without any of the old voters");
+        }
+        rig.boot(purging(config(0, 1)));
+        rig.boot(purging(joining(1, &[0])));
+        rig.run_until("it is over", |rig| {
+            let leader = rig.leader().map(|leader| rig.status(leader));
+            leader.is_some_and(|status| {
+                let members = &status.membership;
+                members.configuration.is_settled() && members.index <= status.commit
+            })
+        });
+        let leader = rig.leader().expect("it leads");
+        assert_eq!(rig.members(leader), (vec![1, 4, 5], vec![]));
+        let index = rig.commit(leader, 100);
+        rig.run_until_all_apply(&[0, 3, 4], index);
+    }
 }
 
 #[test]
