@@ -150,6 +150,19 @@ pub fn parse_name(name: &str) -> Option<LogIndex> {
     (name_of(last) == name).then_some(last)
 }
 
+/// The name of what has arrived of the snapshot that ends at `last` and has that digest.
+pub(crate) fn partial_name_of(last: LogIndex, digest: [u8; 16]) -> String {
+    format!("snapshot-{:016x}-{:032x}.part", last.get(), u128::from_be_bytes(digest))
+}
+
+/// What a file of this name would be a part of.
+pub(crate) fn parse_partial_name(name: &str) -> Option<(LogIndex, [u8; 16])> {
+    let (last, digest) = name.strip_prefix("snapshot-")?.strip_suffix(".part")?.split_once('-')?;
+    let last = LogIndex(u64::from_str_radix(last, 16).ok()?);
+    let digest = u128::from_str_radix(digest, 16).ok()?.to_be_bytes();
+    (partial_name_of(last, digest) == name).then_some((last, digest))
+}
+
 /// An upper bound of the file for a stream of so many bytes.
 pub(crate) fn file_bytes_max(stream_bytes: u64) -> u64 {
     let slots = stream_bytes.div_ceil(SLOT_PAYLOAD_BYTES as u64).max(1);
@@ -304,7 +317,12 @@ impl Decoder {
         })
     }
 
-    /// Where the next slot is in the file.
+    /// The last entry that it covers, and the chain there.
+    pub(crate) fn position(&self) -> (LogId, Chain) {
+        (self.meta.last, self.meta.chain)
+    }
+
+    /// Where the next slot is in the file: everything before is right.
     pub(crate) fn offset(&self) -> u64 {
         self.file_bytes
     }
@@ -489,6 +507,18 @@ mod tests {
         for other in ["snapshot-2a.snap", "snapshot-000000000000002A.snap", "snapshot-taking.part", "hard-a"]
         {
             assert_eq!(parse_name(other), None, "{other}");
+        }
+        let digest = [7; 16];
+        let partial = partial_name_of(LogIndex(42), digest);
+        assert_eq!(partial, "snapshot-000000000000002a-07070707070707070707070707070707.part");
+        assert_eq!(
+            (parse_partial_name(&partial), parse_name(&partial)),
+            (Some((LogIndex(42), digest)), None)
+        );
+        for other in
+            ["snapshot-taking.part", "snapshot-000000000000002a.snap", &partial[..40], "snapshot-2a-7.part"]
+        {
+            assert_eq!(parse_partial_name(other), None, "{other}");
         }
     }
 

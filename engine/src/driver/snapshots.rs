@@ -22,6 +22,7 @@ use crate::snapshots::files::{FileFailure, Ops, Part, PartStep, ReadStep, Readin
 use crate::snapshots::requests::{SnapshotError, SnapshotTaken, Ticket};
 use crate::snapshots::{
     Encoder, SLOT_BYTES, SLOT_PAYLOAD_BYTES, SnapshotFile, SnapshotMeta, file_bytes_max, parse_name,
+    parse_partial_name, partial_name_of,
 };
 use crate::state_machine::{Restore, SnapshotReader, StateMachine};
 use crate::wire;
@@ -48,7 +49,8 @@ pub(super) struct Snapshots<B: BlockBuf> {
     pub(super) files: Vec<SnapshotFile>,
     /// Found damaged: removed when there is another one.
     damaged: Vec<String>,
-    leftovers: VecDeque<String>,
+    /// Files that nobody needs, to be removed.
+    pub(super) leftovers: VecDeque<String>,
     cleaning: Option<DiskOpId>,
     unsynced: bool,
     start: Option<Start>,
@@ -220,16 +222,21 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     }
 
     fn listed(&mut self, names: impl Iterator<Item = String>) -> Result<(), StopError> {
-        let mut found = Vec::new();
+        let (mut found, mut partial) = (Vec::new(), Vec::new());
         for name in names {
-            match parse_name(&name) {
-                Some(_) => found.push(name),
-                None if name.starts_with("snapshot-") && name.ends_with(".part") => {
-                    self.snapshots.leftovers.push_back(name);
-                }
-                None => {}
+            if parse_name(&name).is_some() {
+                found.push(name);
+            } else if let Some(arrived) = parse_partial_name(&name) {
+                partial.push(arrived);
+            } else if name.starts_with("snapshot-") && name.ends_with(".part") {
+                self.snapshots.leftovers.push_back(name);
             }
         }
+        // Of several the removal of all but one was not durable; another one may be offered as well as this one.
+        partial.sort_unstable();
+        self.snapshots.installs.partial = partial.pop();
+        let stale = partial.into_iter().map(|(last, digest)| partial_name_of(last, digest));
+        self.snapshots.leftovers.extend(stale);
         found.sort();
         if let Some(start) = &mut self.snapshots.start {
             start.names = found;
