@@ -5,8 +5,9 @@
 //! gives it its name; the core is told, which starts the log behind it; the machine is restored from the file.
 //!
 //! The receiver leads: it knows what it has. When the session ends, another leader comes, or the receiver restarts, an offer
-//! of the same bytes goes on where it stopped, and any other begins anew (`receiver`). Pieces wait for the throttle and for room in the network's queue, which
-//! appends do not share with them beyond a few pieces, so that a transfer delays neither heartbeats nor commits.
+//! of the same bytes goes on where it stopped, and any other begins anew (`receiver`). Pieces wait for the throttle and for
+//! room in the network's queue, which appends do not share with them beyond a few pieces, so that a transfer delays neither
+//! heartbeats nor commits.
 
 mod receiver;
 

@@ -12,10 +12,9 @@
 
 use super::{Driver, GROUP, Life, take_block};
 use crate::error::{LeaderHint, StopError};
-use crate::membership::{
-    ChangeError, Changed, Membership, MembershipChange, MembershipError, Reply, Request,
-};
+use crate::membership::{ChangeError, Changed, Membership, MembershipChange, MembershipError};
 use crate::raft::{Change, Configuration, Event, Member, Raft, Role};
+use crate::requests::{MembersRequest, MembersSlot, REQUESTS_MAX};
 use crate::state_machine::StateMachine;
 use crate::wire;
 use ringraft_block::{Incarnation, LogIndex, NodeId};
@@ -57,6 +56,8 @@ pub(super) struct Members {
     addresses: BTreeMap<NodeId, SocketAddr>,
     /// Who is being added.
     guests: BTreeMap<NodeId, SocketAddr>,
+    /// What handles ask for, until the core can be asked.
+    waiting: VecDeque<MembersRequest>,
     meeting: Option<Meeting>,
     tickets: u64,
     asked: BTreeMap<u64, Asker>,
@@ -75,13 +76,13 @@ struct Starting {
 /// A change whose new members have not all been met.
 struct Meeting {
     change: MembershipChange,
-    reply: Reply<Changed>,
+    slot: MembersSlot<Changed>,
     until_ns: u64,
 }
 
 enum Asker {
-    Change(Reply<Changed>),
-    ReserveId(Reply<NodeId>),
+    Change(MembersSlot<Changed>),
+    ReserveId(MembersSlot<NodeId>),
 }
 
 impl Members {
@@ -113,10 +114,19 @@ impl Members {
         self.meeting.as_ref().map_or(u64::MAX, |meeting| meeting.until_ns).min(pins)
     }
 
+    /// Somebody asks for something.
+    pub(super) fn ask(&mut self, request: MembersRequest) {
+        match self.waiting.len() < REQUESTS_MAX {
+            true => self.waiting.push_back(request),
+            false => request.refuse(MembershipError::Busy),
+        }
+    }
+
     /// The node stops: nobody is left waiting.
     pub(super) fn stop(&mut self, error: &MembershipError) {
+        self.waiting.drain(..).for_each(|request| request.refuse(error.clone()));
         if let Some(meeting) = self.meeting.take() {
-            meeting.reply.send(Err(error.clone()));
+            meeting.slot.complete(Err(error.clone()));
         }
         for asker in std::mem::take(&mut self.asked).into_values() {
             asker.answer(Err(error.clone()));
@@ -127,9 +137,9 @@ impl Members {
 impl Asker {
     fn answer(self, outcome: Result<Changed, MembershipError>) {
         match self {
-            Self::Change(reply) => reply.send(outcome),
+            Self::Change(slot) => slot.complete(outcome),
             // An id that was not reserved is none.
-            Self::ReserveId(reply) => reply.send(outcome.and_then(|changed| {
+            Self::ReserveId(slot) => slot.complete(outcome.and_then(|changed| {
                 changed.reserved.ok_or(MembershipError::Change(ChangeError::LeadershipLost))
             })),
         }
@@ -146,7 +156,8 @@ pub(super) fn configuration_in(view: BatchView<'_>) -> Option<Configuration> {
 // The start.
 
 impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
-    /// `base`, with its place in the log, was in force at `commit`: reads the configurations that the log holds behind it, then starts the core.
+    /// `base`, with its place in the log, was in force at `commit`: reads the configurations that the log holds behind it,
+    /// then starts the core.
     pub(super) fn read_changes(
         &mut self,
         base: (LogIndex, Configuration),
@@ -262,7 +273,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// Brings the network and the status in step with the configuration in force, and goes on with what handles asked for.
     pub(super) fn keep_members(&mut self) -> Result<(), StopError> {
         let Some(raft) = self.raft() else {
-            while let Some(request) = self.shared.membership.pop() {
+            while let Some(request) = self.members.waiting.pop_front() {
                 request.refuse(MembershipError::NotLeader { leader: None });
             }
             return Ok(());
@@ -399,31 +410,31 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         // A leader that has just been elected is ready in a moment, or leads no more.
         let soon = |raft: &Raft| raft.role() == Role::Leader && !raft.is_ready_for_changes();
         while !self.raft().is_some_and(soon)
-            && let Some(request) = self.shared.membership.pop()
+            && let Some(request) = self.members.waiting.pop_front()
         {
             let Some(raft) = self.raft().filter(|raft| raft.role() == Role::Leader && !self.closing) else {
                 request.refuse(self.members_not_leader());
                 continue;
             };
             match request {
-                Request::Plan { change, reply } => {
+                MembersRequest::Plan { change, slot } => {
                     let plan = raft.plan(&self.resolved(&change).0);
-                    reply.send(Ok(plan));
+                    slot.complete(Ok(plan));
                 }
-                Request::ReserveId { reply } => {
+                MembersRequest::ReserveId { slot } => {
                     let change = Change { reserve_id: true, ..Change::default() };
-                    self.ask_for_change(change, Asker::ReserveId(reply))?;
+                    self.ask_for_change(change, Asker::ReserveId(slot))?;
                 }
-                Request::Change { change, reply } if self.members.meeting.is_none() => {
+                MembersRequest::Change { change, slot } if self.members.meeting.is_none() => {
                     let patience_ns =
                         self.election_timeout_ns().saturating_mul(MEET_TIMEOUTS).max(MEET_NS_MIN);
                     let until_ns = self.now.monotonic_ns.saturating_add(patience_ns);
-                    self.members.meeting = Some(Meeting { change, reply, until_ns });
+                    self.members.meeting = Some(Meeting { change, slot, until_ns });
                     self.meet()?;
                 }
-                Request::Change { reply, .. } => {
+                MembersRequest::Change { slot, .. } => {
                     let index = raft.configuration_index();
-                    reply.send(Err(ChangeError::InProgress { index }.into()));
+                    slot.complete(Err(ChangeError::InProgress { index }.into()));
                 }
             }
         }
@@ -493,10 +504,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let Some(meeting) = self.members.meeting.take() else { return Ok(()) };
         let outcome = match error {
             Some(error) => {
-                meeting.reply.send(Err(error));
+                meeting.slot.complete(Err(error));
                 Ok(())
             }
-            None => self.ask_for_change(change, Asker::Change(meeting.reply)),
+            None => self.ask_for_change(change, Asker::Change(meeting.slot)),
         };
         // Whoever has become a member is known by the configuration.
         self.members.stale |= !self.members.guests.is_empty();

@@ -14,12 +14,12 @@ use super::{Driver, Life, invariant};
 use crate::config::Config;
 use crate::error::StopError;
 use crate::formation;
-use crate::handle::SnapshotStatus;
+use crate::handle::{SnapshotError, SnapshotStatus, SnapshotTaken};
 use crate::mutants::{self, Mutant};
 use crate::raft::{Configuration, Event, LogId, Raft};
+use crate::requests::{REQUESTS_MAX, SnapshotSlot};
 use crate::sessions::{SessionTable, SessionTableError};
 use crate::snapshots::files::{FileFailure, Ops, Part, PartStep, ReadStep, Reading, Tools};
-use crate::snapshots::requests::{SnapshotError, SnapshotTaken, Ticket};
 use crate::snapshots::{
     Encoder, SLOT_BYTES, SLOT_PAYLOAD_BYTES, SnapshotFile, SnapshotMeta, file_bytes_max, parse_name,
     parse_partial_name, partial_name_of,
@@ -62,7 +62,7 @@ pub(super) struct Snapshots<B: BlockBuf> {
     unsupported: bool,
     retry_at_ns: u64,
     purge_at_ns: u64,
-    waiting: Vec<Ticket>,
+    waiting: Vec<SnapshotSlot>,
     /// One is to be taken, however little has been applied.
     needed: bool,
 }
@@ -88,7 +88,7 @@ struct Taking {
     meta: SnapshotMeta,
     reader: Box<dyn SnapshotReader>,
     /// Who has asked for it.
-    tickets: Vec<Ticket>,
+    askers: Vec<SnapshotSlot>,
     /// Configuration and sessions, until they are written.
     prefix: VecDeque<u8>,
     encoder: Option<Encoder>,
@@ -184,6 +184,14 @@ impl<B: BlockBuf> Snapshots<B> {
         }
     }
 
+    /// Somebody asks for one.
+    pub(super) fn ask(&mut self, slot: SnapshotSlot) {
+        match self.waiting.len() < REQUESTS_MAX {
+            true => self.waiting.push(slot),
+            false => slot.complete(Err(SnapshotError::Busy)),
+        }
+    }
+
     /// Another member needs more than the newest has.
     pub(super) fn take_soon(&mut self) {
         self.needed = true;
@@ -191,9 +199,9 @@ impl<B: BlockBuf> Snapshots<B> {
 
     /// Nobody will be answered any more.
     pub(super) fn refuse_all(&mut self, error: &SnapshotError) {
-        let taking = self.taking.as_mut().map(|taking| std::mem::take(&mut taking.tickets));
+        let taking = self.taking.as_mut().map(|taking| std::mem::take(&mut taking.askers));
         let all = self.waiting.drain(..).chain(taking.into_iter().flatten());
-        all.for_each(|ticket| ticket.complete(Err(error.clone())));
+        all.for_each(|asker| asker.complete(Err(error.clone())));
     }
 }
 
@@ -358,8 +366,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.read_changes(members, self.applier.applied(), lost)
     }
 
-    /// The core begins with `members`, a configuration with its place in the log, as of `commit`, and with the later ones that the log holds. `lost`: what was
-    /// applied up to there cannot be read.
+    /// The core begins with `members`, a configuration with its place in the log, as of `commit`, and with the later ones
+    /// that the log holds. `lost`: what was applied up to there cannot be read.
     pub(super) fn begin_core(
         &mut self,
         members: (LogIndex, Configuration),
@@ -397,7 +405,6 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         }
         self.read_on();
         let Life::Running(_) = &self.life else { return Ok(()) };
-        self.shared.snapshots.drain(&mut self.snapshots.waiting);
         self.take_if_due();
         self.write_on();
         self.clean();
@@ -433,7 +440,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             // There is none to be taken that tells more than the last one.
             self.snapshots.needed = false;
             if let Some(taken) = self.snapshots.newest().map(taken_of) {
-                self.snapshots.waiting.drain(..).for_each(|ticket| ticket.complete(Ok(taken)));
+                self.snapshots.waiting.drain(..).for_each(|asker| asker.complete(Ok(taken)));
             }
             return;
         }
@@ -456,9 +463,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let last = meta.last.index;
         tracing::debug!(node = %self.config.node, %last, "a snapshot is being taken");
         let (encoder, offset, stage) = (None, 0, Stage::Slots);
-        let tickets = std::mem::take(&mut self.snapshots.waiting);
+        let askers = std::mem::take(&mut self.snapshots.waiting);
         self.snapshots.needed = false;
-        self.snapshots.taking = Some(Taking { part, meta, reader, tickets, prefix, encoder, offset, stage });
+        self.snapshots.taking = Some(Taking { part, meta, reader, askers, prefix, encoder, offset, stage });
         if mutants::active(Mutant::PurgeBeforeSnapshotDurable) {
             let _ = self.purge(last);
         }
@@ -530,22 +537,22 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             }
             PartStep::Verified => Ok(()),
             PartStep::Failed(failure) => {
-                let tickets = std::mem::take(&mut taking.tickets);
+                let askers = std::mem::take(&mut taking.askers);
                 self.snapshots.taking = None;
                 self.snapshots.retry_at_ns = self.now.monotonic_ns.saturating_add(RETRY_NS);
                 // What was due is still due.
                 self.snapshots.needed = true;
                 tracing::warn!(node = %self.config.node, %failure, "no snapshot was taken: tried again later");
                 let failed = SnapshotError::Failed(failure.to_string());
-                tickets.into_iter().for_each(|ticket| ticket.complete(Err(failed.clone())));
+                askers.into_iter().for_each(|asker| asker.complete(Err(failed.clone())));
                 Ok(())
             }
             PartStep::Published(file) => {
-                let tickets = std::mem::take(&mut taking.tickets);
+                let askers = std::mem::take(&mut taking.askers);
                 self.snapshots.taking = None;
                 tracing::info!(node = %self.config.node, last = %file.meta.last.index, bytes = file.file_bytes, "snapshot taken");
                 let taken = taken_of(&file);
-                tickets.into_iter().for_each(|ticket| ticket.complete(Ok(taken)));
+                askers.into_iter().for_each(|asker| asker.complete(Ok(taken)));
                 self.published(file)
             }
         }

@@ -85,7 +85,8 @@ pub enum Event {
         /// Which of the two.
         stalled: bool,
     },
-    /// Leadership is to be handed over. Ends with another leader, or with [`Action::TransferEnded`](super::Action::TransferEnded).
+    /// Leadership is to be handed over. Ends with another leader, or with
+    /// [`Action::TransferEnded`](super::Action::TransferEnded).
     Transfer {
         /// To whom; without a name, to the most caught-up voter.
         to: Option<NodeId>,

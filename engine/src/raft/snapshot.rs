@@ -2,7 +2,8 @@
 //! a log is behind a snapshot that came from elsewhere. What is in one, and how it travels, is the driver's.
 //!
 //! Leader: a peer in the state Snapshot is named once ([`Action::SendSnapshot`]);
-//! [`Event::SnapshotEnded`](super::Event::SnapshotEnded) tells how that went. Replication goes on behind the snapshot if the log still reaches there, otherwise with a newer one.
+//! [`Event::SnapshotEnded`](super::Event::SnapshotEnded) tells how that went. Replication goes on behind the snapshot if the
+//! log still reaches there, otherwise with a newer one.
 //!
 //! Follower: a snapshot that is whole and durable is committed state, whoever sent it. Nothing is done if all of it is known
 //! to be committed here. A log that holds its last entry keeps what follows (Raft, figure 13, step 6); any other log goes

@@ -1,10 +1,9 @@
 //! Changing the members of simulated clusters of real drivers.
 
 use super::*;
+use ringraft::Answer;
 use ringraft::Incarnation;
-use ringraft::membership::{
-    Answer, ChangeError, Changed, MemberRole, MembershipChange, MembershipError, NewMember,
-};
+use ringraft::membership::{ChangeError, Changed, MemberRole, MembershipChange, MembershipError, NewMember};
 
 type Outcome<T> = Result<T, MembershipError>;
 
@@ -34,7 +33,7 @@ fn removing(nodes: &[usize]) -> MembershipChange {
 
 impl Rig {
     /// Lets things happen until the answer is there.
-    fn asked<T>(&mut self, node: usize, ask: impl FnOnce(&Handle) -> Answer<T>) -> Outcome<T> {
+    fn asked<T>(&mut self, node: usize, ask: impl FnOnce(&Handle) -> Answer<Outcome<T>>) -> Outcome<T> {
         let process = self.process(node);
         process.wake_at = 0;
         let mut answer = ask(&process.handle);
