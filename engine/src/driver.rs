@@ -14,6 +14,7 @@ mod membership;
 mod peers;
 mod proposing;
 mod reads;
+mod referrals;
 mod repair;
 mod snapshots;
 mod stages;
@@ -106,6 +107,7 @@ pub struct Driver<D: Disk, L: Link<Buf = D::Buf>, S> {
     reads: reads::Reads,
     snapshots: snapshots::Snapshots<D::Buf>,
     members: membership::Members,
+    referrals: referrals::Referrals,
     closing: bool,
     /// The log has closed; what is under way with snapshots has not.
     closed: bool,
@@ -234,6 +236,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             reads: reads::Reads::new(),
             snapshots: snapshots::Snapshots::new(&config),
             members: membership::Members::default(),
+            referrals: referrals::Referrals::default(),
             closing: false,
             closed: false,
             encoder: Encoder::default(),
@@ -288,6 +291,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.mend()?;
         self.mind_snapshots()?;
         self.keep_members()?;
+        self.ask_around();
         progressed |= self.take_proposals();
         self.begin_transfers()?;
         progressed |= self.take_reads()?;
@@ -520,7 +524,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Turn for Driver<D, L, S> {
                 let log = self.witness_at_ns.min(self.space_retry_at_ns);
                 let repair = if self.closing { u64::MAX } else { self.repair.next_deadline() };
                 let members = self.members.next_deadline(self.pin_patience_ns());
-                let log = log.min(repair).min(self.stall_deadline()).min(members);
+                let log =
+                    log.min(repair).min(self.stall_deadline()).min(members).min(self.referrals_deadline());
                 let log = log.min(self.handover.next_deadline()).min(self.reads_deadline());
                 let snapshots = self.snapshots.next_deadline(now.monotonic_ns);
                 let log = log.min(if self.closing { u64::MAX } else { snapshots });

@@ -81,7 +81,7 @@ pub enum MembershipError {
     },
     /// A new member does not answer.
     #[error(
-        "node {id} does not answer at {address}: start it there with `join` and the address of this leader among its members, \
+        "node {id} does not answer at {address}: start it there with `join` and the address of any member among its members, \
          then try again"
     )]
     Unreachable {

@@ -3,7 +3,7 @@
 //!
 //! **Whom a node has sessions with.** Every member of any configuration that is not yet overtaken by a committed one, with the
 //! addresses given there, and whom a leader still sends to. A node that is in no configuration (one that joins) keeps to
-//! the addresses that it was started with. Who is being added is met before it is a member, to learn its incarnation.
+//! the addresses that it was started with, and to the leader that these refer it to (`referrals`). Who is being added is met before it is a member, to learn its incarnation.
 //!
 //! **Incarnations.** Members are pinned to the incarnation of the configuration in force. A node that hears no leader for a
 //! while may go by an old configuration, in which the present leader has another directory: then it lets anybody of
@@ -97,6 +97,11 @@ impl Members {
 
     pub(super) fn address_of(&self, id: NodeId) -> Option<SocketAddr> {
         self.addresses.get(&id).copied()
+    }
+
+    /// Where all of them are, as far as a configuration says so.
+    pub(super) fn addresses(&self) -> impl Iterator<Item = (NodeId, SocketAddr)> + '_ {
+        self.addresses.iter().map(|(id, address)| (*id, *address))
     }
 
     pub(super) fn changed(&mut self) {
@@ -348,6 +353,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 addresses.insert(id, *address);
             }
         }
+        // Whoever refers this node to the leader knows better where that is than a list from long ago.
+        if let Some((id, address)) = self.referrals.told().filter(|_| !is_member) {
+            wanted.insert(id, (address, None));
+        }
         for (id, address) in &self.members.guests {
             wanted.entry(*id).or_insert((*address, None));
         }
@@ -364,7 +373,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     }
 
     /// Ends the session with `peer`, if there is one, and tells the core.
-    fn forget_peer(&mut self, peer: NodeId) -> Result<(), StopError> {
+    pub(super) fn forget_peer(&mut self, peer: NodeId) -> Result<(), StopError> {
         if self.peers.remove(&peer).is_none() {
             return Ok(());
         }

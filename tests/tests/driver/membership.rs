@@ -259,6 +259,59 @@ fn k7_a_joiner_that_is_down_or_never_started_is_named_and_nothing_has_changed() 
     rig.change(0, adding(&[1])).expect("it is there now");
 }
 
+/// A cluster of one node, whichever it is.
+fn single(node: usize) -> Config {
+    Config {
+        members: vec![MemberConfig { id: id(node), address: address(node) }],
+        node: id(node),
+        ..config(0, 1)
+    }
+}
+
+#[test]
+fn k7_joiners_find_the_leader_by_any_one_member_whichever_ids_are_the_higher() {
+    for (leader, follower) in [(1, 3), (3, 1), (2, 3), (1, 2)] {
+        let mut rig = Rig::new(5);
+        rig.boot(single(leader));
+        rig.run_until_led();
+        rig.boot(joining(follower, &[leader]));
+        rig.change(leader, adding(&[follower])).expect("it knows the leader");
+        // With ids below, between and above those of the two.
+        let joiners: Vec<usize> = (0..5).filter(|node| ![leader, follower].contains(node)).collect();
+        joiners.iter().for_each(|node| rig.boot(joining(*node, &[follower])));
+        rig.run_for(SECOND);
+        let changed =
+            rig.change(leader, adding(&joiners)).unwrap_or_else(|error| panic!("{leader}: {error}"));
+        rig.run_until_all_apply(&[0, 1, 2, 3, 4], changed.index);
+        assert_eq!(rig.members(joiners[0]), (vec![1, 2, 3, 4, 5], vec![]));
+    }
+}
+
+/// The joiners have been waiting for long when another node takes over, which is the one that they are to be added by.
+#[test]
+fn k7_joiners_that_wait_learn_who_leads_after_a_change_of_leaders() {
+    let mut rig = Rig::new(5);
+    rig.boot(single(1));
+    rig.run_until_led();
+    for node in [2, 3] {
+        rig.boot(joining(node, &[1]));
+        rig.change(1, adding(&[node])).expect("it knows the leader");
+    }
+    // A member that never leads here.
+    [0, 4].into_iter().for_each(|node| rig.boot(joining(node, &[2])));
+    rig.run_for(5 * SECOND);
+    for leader in [3, 1] {
+        let from = rig.leader().expect("it leads");
+        assert_eq!(rig.transfer(from, Some(leader)), Ok(leader));
+        rig.run_until("it takes commands", |rig| rig.leader() == Some(leader));
+        rig.commit(leader, 10);
+        rig.run_for(2 * SECOND);
+        let joiner = if leader == 3 { 0 } else { 4 };
+        let changed = rig.change(leader, adding(&[joiner])).unwrap_or_else(|error| panic!("{error}"));
+        rig.run_until_all_apply(&[1, 2, 3, joiner], changed.index);
+    }
+}
+
 // ---- K8: ids
 
 #[test]
