@@ -2,7 +2,7 @@
 //! with the one in force, and brings what handles ask for to the core.
 //!
 //! **Whom a node has sessions with.** Every member of any configuration that is not yet overtaken by a committed one, with the
-//! addresses given there, and whom a leader still sends to. A node that is in no configuration (one that joins) keeps to
+//! addresses given there, whom a leader still sends to, and the leader that it follows. A node that is in no configuration (one that joins) keeps to
 //! the addresses that it was started with, and to the leader that these refer it to (`referrals`). Who is being added is met before it is a member, to learn its incarnation.
 //!
 //! **Incarnations.** Members are pinned to the incarnation of the configuration in force. A node that hears no leader for a
@@ -352,6 +352,14 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 wanted.insert(id, (*address, None));
                 addresses.insert(id, *address);
             }
+        }
+        // A log that is caught up may pass a configuration without the very leader that sends it, which was added later.
+        if let Some(leader) = raft.leader().filter(|leader| !wanted.contains_key(leader))
+            && let Some(address) = self.members.addresses.get(&leader)
+            && self.peers.get(&leader).is_some_and(|peer| peer.session.is_some())
+        {
+            wanted.insert(leader, (*address, None));
+            addresses.insert(leader, *address);
         }
         // Whoever refers this node to the leader knows better where that is than a list from long ago.
         if let Some((id, address)) = self.referrals.told().filter(|_| !is_member) {
