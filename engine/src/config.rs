@@ -36,8 +36,8 @@ pub struct Config {
     /// All initial members, this node included. The cluster forms when all of them have met once.
     pub members: Vec<MemberConfig>,
     /// This node is to be added to a cluster that exists ([`Handle::change_membership`](crate::Handle::change_membership)):
-    /// `members` are then this node and those of the cluster by which it finds that, the leader among them. A blank
-    /// directory waits until it is added, and has no say before. Stays true for the life of the directory. Default: false.
+    /// `members` are then this node and those of the cluster by which it finds that: any one will do, since a member refers
+    /// it to the leader. A blank directory waits until it is added, and has no say before. Stays true for the life of the directory. Default: false.
     ///
     /// Once members have been changed, the configuration in the log says who they are and where; `members` no longer
     /// counts, but as where a node that is in no configuration yet looks for the others.

@@ -4,8 +4,9 @@
 //! core, the log and the network meet; each of them is a machine of its own that knows nothing of the others.
 //!
 //! The life of a command here: `take_proposals` copies it into the open batch; `seal` seals that at the core's
-//! position; the core answers with one persist and one append per follower, which are under way together; `on_disk` and `on_network` bring the durabilities back; the core moves the commit index;
-//! `apply` runs the state machine and delivers the outcome.
+//! position; the core answers with one persist and one append per follower, which are under way together; `on_disk` and
+//! `on_network` bring the durabilities back; the core moves the commit index; `apply` runs the state machine and delivers the
+//! outcome.
 
 mod installs;
 mod log;
@@ -13,6 +14,7 @@ mod membership;
 mod peers;
 mod proposing;
 mod reads;
+mod referrals;
 mod repair;
 mod snapshots;
 mod stages;
@@ -23,14 +25,15 @@ use crate::apply::Applier;
 use crate::config::{BATCH_BYTES_CAP, Config, ConfigError};
 use crate::error::{Refusal, StopCause, StopError, TransferError, UnknownOutcome};
 use crate::formation::Formation;
-use crate::handle::{Handle, LocalHandle, PeerStatus, Shared};
-use crate::ingress::{Deliveries, Request};
+use crate::handle::{Handle, LocalHandle, PeerStatus, Shared, SnapshotError};
+use crate::ingress::Deliveries;
 use crate::membership::MembershipError;
 use crate::mutants::{self, Mutant};
 use crate::outbox::Outbox;
 use crate::proposals::{LocalIngress, ProposalLimits, Proposals};
 use crate::raft::{Action, BatchRun, Configuration, Epoch, Event, Message, Nanos, Raft, Role};
 use crate::recent::Recent;
+use crate::requests::Request;
 use crate::runtime::{LocalWakeup, Now, Turn, TurnOutcome, Wakeup};
 use crate::sessions::SessionTable;
 use crate::state_machine::StateMachine;
@@ -47,7 +50,6 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
-pub(crate) use transfer::TransferSlot;
 pub use transfer::Transferred;
 
 /// The only group of this version.
@@ -105,6 +107,7 @@ pub struct Driver<D: Disk, L: Link<Buf = D::Buf>, S> {
     reads: reads::Reads,
     snapshots: snapshots::Snapshots<D::Buf>,
     members: membership::Members,
+    referrals: referrals::Referrals,
     closing: bool,
     /// The log has closed; what is under way with snapshots has not.
     closed: bool,
@@ -233,6 +236,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             reads: reads::Reads::new(),
             snapshots: snapshots::Snapshots::new(&config),
             members: membership::Members::default(),
+            referrals: referrals::Referrals::default(),
             closing: false,
             closed: false,
             encoder: Encoder::default(),
@@ -282,12 +286,14 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     fn run_turn(&mut self) -> Result<bool, StopError> {
         let mut progressed = self.on_disk()?;
         progressed |= self.on_network()?;
+        progressed |= self.take_requests();
         self.watch_disk()?;
         self.mend()?;
         self.mind_snapshots()?;
         self.keep_members()?;
+        self.ask_around();
         progressed |= self.take_proposals();
-        progressed |= self.take_requests()?;
+        self.begin_transfers()?;
         progressed |= self.take_reads()?;
         self.step(Event::Tick)?;
         self.write_pending();
@@ -409,16 +415,18 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.set_gate();
     }
 
-    /// Takes what handles ask besides commands.
-    fn take_requests(&mut self) -> Result<bool, StopError> {
+    /// Takes what handles ask besides commands and reads to whoever sees to it later in the turn.
+    fn take_requests(&mut self) -> bool {
         let requests = self.shared.ingress.take_requests();
         let any = !requests.is_empty();
         for request in requests {
             match request {
-                Request::Transfer { to, slot } => self.transfer_asked(to, slot)?,
+                Request::Transfer { to, slot } => self.handover.ask(to, slot),
+                Request::Snapshot { slot } => self.snapshots.ask(slot),
+                Request::Members(request) => self.members.ask(request),
             }
         }
-        Ok(any)
+        any
     }
 
     // ---- The end
@@ -456,9 +464,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.handover.stopped(|| TransferError::Stopped(cause.clone()));
         self.stop_reads(&cause);
         self.shared.ingress.stop(cause.clone());
-        self.shared.snapshots.stop(&cause);
-        self.snapshots.refuse_all(&crate::snapshots::requests::SnapshotError::Stopped(cause.clone()));
-        self.shared.membership.stop(&cause);
+        self.snapshots.refuse_all(&SnapshotError::Stopped(cause.clone()));
         self.members.stop(&MembershipError::Stopped(cause.clone()));
         if let Some(network) = &mut self.network {
             network.close(&mut self.link);
@@ -518,7 +524,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Turn for Driver<D, L, S> {
                 let log = self.witness_at_ns.min(self.space_retry_at_ns);
                 let repair = if self.closing { u64::MAX } else { self.repair.next_deadline() };
                 let members = self.members.next_deadline(self.pin_patience_ns());
-                let log = log.min(repair).min(self.stall_deadline()).min(members);
+                let log =
+                    log.min(repair).min(self.stall_deadline()).min(members).min(self.referrals_deadline());
                 let log = log.min(self.handover.next_deadline()).min(self.reads_deadline());
                 let snapshots = self.snapshots.next_deadline(now.monotonic_ns);
                 let log = log.min(if self.closing { u64::MAX } else { snapshots });

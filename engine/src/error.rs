@@ -100,6 +100,9 @@ pub enum TransferError {
         /// In which term.
         term: Term,
     },
+    /// Too many requests wait; nothing has begun.
+    #[error("too many requests wait already: try again")]
+    Busy,
     /// The node has stopped.
     #[error("the node has stopped: {0}")]
     Stopped(StopCause),

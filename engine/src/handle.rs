@@ -11,14 +11,14 @@ use crate::answer::Answer;
 use crate::config::Config;
 pub use crate::driver::Transferred;
 use crate::error::{LeaderHint, ProposeError, Refusal, Refused, StopCause, TransferError};
-use crate::ingress::{Ingress, Request, Submission, Ticket};
-use crate::membership::{self, Membership};
+use crate::ingress::{Ingress, Submission, Ticket};
+use crate::membership::Membership;
 use crate::proposals::LocalIngress;
 use crate::raft::{Claim, Role};
+use crate::requests::Request;
 use crate::runtime::{LocalWakeup, Wakeup};
 use crate::sessions::{Control, SessionLimits};
-use crate::snapshots::requests::Requests;
-pub use crate::snapshots::requests::{SnapshotError, SnapshotRequest, SnapshotTaken};
+pub use crate::snapshots::requests::{SnapshotError, SnapshotTaken};
 pub use crate::wire::AckStages;
 use bytes::Bytes;
 use ringraft_block::{LogIndex, NodeId, Term};
@@ -179,8 +179,6 @@ pub(crate) struct Shared {
     pub(crate) status: StatusCell,
     pub(crate) command_bytes_max: usize,
     pub(crate) session_limits: SessionLimits,
-    pub(crate) snapshots: Requests,
-    pub(crate) membership: membership::Requests,
 }
 
 impl Shared {
@@ -191,8 +189,6 @@ impl Shared {
             status: StatusCell::new(Status::unstarted(config.node)),
             command_bytes_max: config.command_bytes_max,
             session_limits: config.session_limits(),
-            snapshots: Requests::default(),
-            membership: membership::Requests::default(),
         }
     }
 }
@@ -345,10 +341,14 @@ impl Handle {
 
     /// Asks for a snapshot that covers all that this node has applied by now, at the least. The future resolves when it is
     /// durable; dropping it takes nothing back. The log's start follows by itself.
-    pub fn snapshot(&self) -> SnapshotRequest {
-        let request = self.shared.snapshots.ask();
+    ///
+    /// # Errors
+    /// The answer is an error when the state machine makes none, or when the disk or the machine failed.
+    pub fn snapshot(&self) -> Answer<Result<SnapshotTaken, SnapshotError>> {
+        let (answer, slot) = Answer::new();
+        self.shared.ingress.push_request(Request::Snapshot { slot });
         self.shared.wakeup.signal();
-        request
+        answer
     }
 
     /// Hands leadership to `to`, or to the voter that holds the most of the log. Meanwhile commands are refused with

@@ -3,15 +3,15 @@
 //! A push wakes nobody unless the core is parked; then it signals once (`runtime::Wakeup`). The queue carries
 //! commands and the address that the outcome goes to; it knows nothing of the log.
 
-use crate::driver::TransferSlot;
-use crate::error::{ProposeError, StopCause, TransferError};
-use crate::handle::{BatchSlot, Outcome, PipelineShared, ProposalSlot, lock};
+use crate::error::{ProposeError, StopCause};
+use crate::handle::{BatchSlot, Outcome, PipelineShared, ProposalSlot};
 use crate::reads::{ReadQueue, ReadRequest};
+use crate::requests::{Request, Requests};
 use bytes::Bytes;
 use crossbeam_queue::ArrayQueue;
-use ringraft_block::NodeId;
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, OnceLock};
 
 /// A command on its way into the core.
 pub(crate) struct Submission {
@@ -77,25 +77,8 @@ pub(crate) struct Ingress {
     /// Set when the core takes no more: whoever pushed in the meantime is answered by `drain_stopped`.
     stopped: OnceLock<StopCause>,
     shutdown: AtomicBool,
-    /// What is asked besides commands: rare, so a lock will do.
-    requests: Mutex<Vec<Request>>,
-    has_requests: AtomicBool,
+    requests: Requests,
     reads: ReadQueue,
-}
-
-/// What is asked of the core besides commands.
-pub(crate) enum Request {
-    /// Hand leadership over.
-    Transfer { to: Option<NodeId>, slot: TransferSlot },
-}
-
-impl Request {
-    /// The core has stopped.
-    fn refuse(self, cause: &StopCause) {
-        match self {
-            Self::Transfer { slot, .. } => slot.complete(Err(TransferError::Stopped(cause.clone()))),
-        }
-    }
 }
 
 impl Ingress {
@@ -104,8 +87,7 @@ impl Ingress {
             queue: ArrayQueue::new(capacity),
             stopped: OnceLock::new(),
             shutdown: AtomicBool::new(false),
-            requests: Mutex::new(Vec::new()),
-            has_requests: AtomicBool::new(false),
+            requests: Requests::default(),
             reads: ReadQueue::new(reads_max),
         }
     }
@@ -137,27 +119,21 @@ impl Ingress {
         self.drain_stopped(cause);
     }
 
-    /// Queues what is asked besides commands.
+    /// Queues what is asked besides commands and reads; answers it with a refusal when too many wait or the core has stopped.
     pub(crate) fn push_request(&self, request: Request) {
-        lock(&self.requests).push(request);
-        self.has_requests.store(true, Ordering::Release);
+        self.requests.push(request);
         fence(Ordering::SeqCst);
         if let Some(cause) = self.stopped.get() {
             self.drain_stopped(cause);
         }
     }
 
-    pub(crate) fn take_requests(&self) -> Vec<Request> {
-        if !self.has_requests.swap(false, Ordering::AcqRel) {
-            return Vec::new();
-        }
-        std::mem::take(&mut lock(&self.requests))
+    pub(crate) fn take_requests(&self) -> VecDeque<Request> {
+        self.requests.take()
     }
 
     fn drain_stopped(&self, cause: &StopCause) {
-        // Whoever is answered may ask again at once: not under the lock.
-        let requests = std::mem::take(&mut *lock(&self.requests));
-        requests.into_iter().for_each(|request| request.refuse(cause));
+        self.requests.refuse_all(cause);
         self.reads.refuse_all(cause);
         while let Some(Submission { command, ticket, .. }) = self.queue.pop() {
             let reason = crate::error::Refusal::Stopped(cause.clone());

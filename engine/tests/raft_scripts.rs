@@ -126,8 +126,8 @@ struct Disk {
     claim: Option<Claim>,
     start: LogId,
     snapshot: LogId,
-    /// As of the snapshot.
-    members: Option<Configuration>,
+    /// As of the snapshot, and where they stand.
+    members: Option<(LogIndex, Configuration)>,
 }
 
 struct Life {
@@ -270,7 +270,8 @@ impl Cluster {
                 let at = index(&words, "at").unwrap_or(raft.commit().min(raft.durable()));
                 match raft.log().batch_end_at(at).filter(|_| at <= raft.commit() && at <= raft.durable()) {
                     Some(last) => {
-                        let members = raft.configuration_at(at).map(|(_, members)| members.clone());
+                        let members =
+                            raft.configuration_at(at).map(|(index, members)| (index, members.clone()));
                         let disk = &mut self.node(id(node)).disk;
                         (disk.snapshot, disk.members) = (last, members);
                     }
@@ -290,10 +291,12 @@ impl Cluster {
                 let Disk { snapshot: last, members, .. } = &self.node(id(from)).disk;
                 let (last, members) = (*last, members.clone());
                 if *what == "install" {
-                    let configuration = members.clone().unwrap_or_else(|| self.configuration.clone());
+                    let formed = || (LogIndex(0), self.configuration.clone());
+                    let (configuration_index, configuration) = members.clone().unwrap_or_else(formed);
                     let disk = &mut self.node(id(to)).disk;
                     (disk.snapshot, disk.members) = (last, members);
-                    self.feed(id(to), Event::SnapshotReceived { last, configuration });
+                    let received = Event::SnapshotReceived { last, configuration, configuration_index };
+                    self.feed(id(to), received);
                 }
                 let installed = (*what == "install").then_some(last);
                 self.feed(id(from), Event::SnapshotEnded { to: id(to), installed });
@@ -467,8 +470,11 @@ impl Cluster {
         let Disk { log, commit, snapshot, members, .. } = &self.node(id).disk;
         let (log, commit, members) = (log.clone(), (*commit).max(snapshot.index), members.clone());
         let upto = log.iter().rev().filter(|batch| batch.last <= commit);
-        let upto = upto.filter_map(|batch| self.sealed.get(&(batch.term, batch.first))).next();
-        let configuration = upto.or(members.as_ref()).unwrap_or(&self.configuration).clone();
+        let sealed =
+            |batch: &BatchRun| Some((batch.first, self.sealed.get(&(batch.term, batch.first))?.clone()));
+        let upto = upto.filter_map(sealed).next();
+        let formed = || (LogIndex(0), self.configuration.clone());
+        let (configuration_index, configuration) = upto.or(members).unwrap_or_else(formed);
         let changes = log.iter().filter(|batch| batch.last > commit).filter_map(|batch| {
             let sealed = self.sealed.get(&(batch.term, batch.first))?;
             Some((batch.first, Some(sealed.clone()).filter(|_| Some(batch.first) != unread)))
@@ -503,6 +509,7 @@ impl Cluster {
             commit,
             damaged_from: node.disk.damaged_from,
             claim: node.disk.claim,
+            configuration_index,
             now,
             changes,
         };

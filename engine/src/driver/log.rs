@@ -221,11 +221,11 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         Ok(())
     }
 
-    /// `configuration` is that as of `commit`, up to where what was applied is restored, and `changes` are those that the log
-    /// holds behind it: from now on this node takes part.
+    /// `configuration`, which stands at the index with it, is that as of `commit`, up to where what was applied is restored, and
+    /// `changes` are those that the log holds behind it: from now on this node takes part.
     pub(super) fn start_core(
         &mut self,
-        configuration: Configuration,
+        (configuration_index, configuration): (LogIndex, Configuration),
         changes: Vec<(LogIndex, Option<Configuration>)>,
         commit: LogIndex,
     ) -> Result<(), StopError> {
@@ -242,6 +242,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             commit,
             damaged_from: self.wal.first_damaged(),
             claim: self.claim(),
+            configuration_index,
             now: Nanos(self.now.monotonic_ns),
             changes,
         };

@@ -72,6 +72,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 }
                 self.step(Event::PeerDisconnected { peer })
             }
+            NetEvent::Referred { by, to } => self.referred(by, to),
             NetEvent::Rejected { remote, reason } => {
                 tracing::warn!(node = %self.config.node, ?remote, %reason, "connection rejected");
                 let Rejection::RefusedByPeer { reason: RejectReason::WrongIncarnation { known }, .. } =

@@ -14,14 +14,15 @@ use super::{Driver, Life, invariant};
 use crate::config::Config;
 use crate::error::StopError;
 use crate::formation;
-use crate::handle::SnapshotStatus;
+use crate::handle::{SnapshotError, SnapshotStatus, SnapshotTaken};
 use crate::mutants::{self, Mutant};
 use crate::raft::{Configuration, Event, LogId, Raft};
+use crate::requests::{REQUESTS_MAX, SnapshotSlot};
 use crate::sessions::{SessionTable, SessionTableError};
 use crate::snapshots::files::{FileFailure, Ops, Part, PartStep, ReadStep, Reading, Tools};
-use crate::snapshots::requests::{SnapshotError, SnapshotTaken, Ticket};
 use crate::snapshots::{
     Encoder, SLOT_BYTES, SLOT_PAYLOAD_BYTES, SnapshotFile, SnapshotMeta, file_bytes_max, parse_name,
+    parse_partial_name, partial_name_of,
 };
 use crate::state_machine::{Restore, SnapshotReader, StateMachine};
 use crate::wire;
@@ -48,7 +49,8 @@ pub(super) struct Snapshots<B: BlockBuf> {
     pub(super) files: Vec<SnapshotFile>,
     /// Found damaged: removed when there is another one.
     damaged: Vec<String>,
-    leftovers: VecDeque<String>,
+    /// Files that nobody needs, to be removed.
+    pub(super) leftovers: VecDeque<String>,
     cleaning: Option<DiskOpId>,
     unsynced: bool,
     start: Option<Start>,
@@ -60,7 +62,7 @@ pub(super) struct Snapshots<B: BlockBuf> {
     unsupported: bool,
     retry_at_ns: u64,
     purge_at_ns: u64,
-    waiting: Vec<Ticket>,
+    waiting: Vec<SnapshotSlot>,
     /// One is to be taken, however little has been applied.
     needed: bool,
 }
@@ -86,7 +88,7 @@ struct Taking {
     meta: SnapshotMeta,
     reader: Box<dyn SnapshotReader>,
     /// Who has asked for it.
-    tickets: Vec<Ticket>,
+    askers: Vec<SnapshotSlot>,
     /// Configuration and sessions, until they are written.
     prefix: VecDeque<u8>,
     encoder: Option<Encoder>,
@@ -182,6 +184,14 @@ impl<B: BlockBuf> Snapshots<B> {
         }
     }
 
+    /// Somebody asks for one.
+    pub(super) fn ask(&mut self, slot: SnapshotSlot) {
+        match self.waiting.len() < REQUESTS_MAX {
+            true => self.waiting.push(slot),
+            false => slot.complete(Err(SnapshotError::Busy)),
+        }
+    }
+
     /// Another member needs more than the newest has.
     pub(super) fn take_soon(&mut self) {
         self.needed = true;
@@ -189,9 +199,9 @@ impl<B: BlockBuf> Snapshots<B> {
 
     /// Nobody will be answered any more.
     pub(super) fn refuse_all(&mut self, error: &SnapshotError) {
-        let taking = self.taking.as_mut().map(|taking| std::mem::take(&mut taking.tickets));
+        let taking = self.taking.as_mut().map(|taking| std::mem::take(&mut taking.askers));
         let all = self.waiting.drain(..).chain(taking.into_iter().flatten());
-        all.for_each(|ticket| ticket.complete(Err(error.clone())));
+        all.for_each(|asker| asker.complete(Err(error.clone())));
     }
 }
 
@@ -220,16 +230,21 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     }
 
     fn listed(&mut self, names: impl Iterator<Item = String>) -> Result<(), StopError> {
-        let mut found = Vec::new();
+        let (mut found, mut partial) = (Vec::new(), Vec::new());
         for name in names {
-            match parse_name(&name) {
-                Some(_) => found.push(name),
-                None if name.starts_with("snapshot-") && name.ends_with(".part") => {
-                    self.snapshots.leftovers.push_back(name);
-                }
-                None => {}
+            if parse_name(&name).is_some() {
+                found.push(name);
+            } else if let Some(arrived) = parse_partial_name(&name) {
+                partial.push(arrived);
+            } else if name.starts_with("snapshot-") && name.ends_with(".part") {
+                self.snapshots.leftovers.push_back(name);
             }
         }
+        // Of several the removal of all but one was not durable; another one may be offered as well as this one.
+        partial.sort_unstable();
+        self.snapshots.installs.partial = partial.pop();
+        let stale = partial.into_iter().map(|(last, digest)| partial_name_of(last, digest));
+        self.snapshots.leftovers.extend(stale);
         found.sort();
         if let Some(start) = &mut self.snapshots.start {
             start.names = found;
@@ -330,39 +345,43 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
 
     /// Goes on behind the snapshot that was restored.
     fn begin(&mut self, restored: Option<SnapshotFile>) -> Result<(), StopError> {
-        let Some(Start { mut configuration, .. }) = self.snapshots.start.take() else { return Ok(()) };
+        let Some(Start { configuration, .. }) = self.snapshots.start.take() else { return Ok(()) };
         self.snapshots.purge_at_ns = self.now.monotonic_ns;
         let log_start = self.wal.log_start();
-        match &restored {
+        let members = match &restored {
             Some(file) => {
                 let decoded = wire::configuration::decode(&file.meta.configuration);
-                configuration = decoded.ok_or_else(|| StopError::Restore {
+                let decoded = decoded.ok_or_else(|| StopError::Restore {
                     last: file.meta.last.index,
                     error: "its members cannot be decoded: another version?".to_owned(),
                 })?;
+                (file.meta.configuration_index, decoded)
             }
-            None => self.applier.start_after(log_start.index, log_start.chain, 0),
-        }
+            None => {
+                self.applier.start_after(log_start.index, log_start.chain, 0);
+                (log_start.index, configuration)
+            }
+        };
         let lost = restored.is_none() && log_start.index > LogIndex(0);
-        self.read_changes(configuration, self.applier.applied(), lost)
+        self.read_changes(members, self.applier.applied(), lost)
     }
 
-    /// The core begins with `configuration` as of `commit`, and with the later ones that the log holds. `lost`: what was
-    /// applied up to there cannot be read.
+    /// The core begins with `members`, a configuration with its place in the log, as of `commit`, and with the later ones
+    /// that the log holds. `lost`: what was applied up to there cannot be read.
     pub(super) fn begin_core(
         &mut self,
-        configuration: Configuration,
+        members: (LogIndex, Configuration),
         changes: Vec<(LogIndex, Option<Configuration>)>,
         commit: LogIndex,
         lost: bool,
     ) -> Result<(), StopError> {
         // Once they have been changed, the members that this node was started with are only where it begins to look.
         let formed = self.wal.hard_state().map(|state| state.configuration.as_slice());
-        let unchanged = changes.is_empty() && formed == Some(&wire::configuration::encode(&configuration));
+        let unchanged = changes.is_empty() && formed == Some(&wire::configuration::encode(&members.1));
         if unchanged && !lost && !self.config.join {
-            formation::check_members(self.config.node, &self.config.members, &configuration)?;
+            formation::check_members(self.config.node, &self.config.members, &members.1)?;
         }
-        self.start_core(configuration, changes, commit)?;
+        self.start_core(members, changes, commit)?;
         if lost {
             let log_start = self.wal.log_start();
             tracing::error!(
@@ -386,7 +405,6 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         }
         self.read_on();
         let Life::Running(_) = &self.life else { return Ok(()) };
-        self.shared.snapshots.drain(&mut self.snapshots.waiting);
         self.take_if_due();
         self.write_on();
         self.clean();
@@ -422,7 +440,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             // There is none to be taken that tells more than the last one.
             self.snapshots.needed = false;
             if let Some(taken) = self.snapshots.newest().map(taken_of) {
-                self.snapshots.waiting.drain(..).for_each(|ticket| ticket.complete(Ok(taken)));
+                self.snapshots.waiting.drain(..).for_each(|asker| asker.complete(Ok(taken)));
             }
             return;
         }
@@ -445,9 +463,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let last = meta.last.index;
         tracing::debug!(node = %self.config.node, %last, "a snapshot is being taken");
         let (encoder, offset, stage) = (None, 0, Stage::Slots);
-        let tickets = std::mem::take(&mut self.snapshots.waiting);
+        let askers = std::mem::take(&mut self.snapshots.waiting);
         self.snapshots.needed = false;
-        self.snapshots.taking = Some(Taking { part, meta, reader, tickets, prefix, encoder, offset, stage });
+        self.snapshots.taking = Some(Taking { part, meta, reader, askers, prefix, encoder, offset, stage });
         if mutants::active(Mutant::PurgeBeforeSnapshotDurable) {
             let _ = self.purge(last);
         }
@@ -458,7 +476,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let raft = self.raft()?;
         let index = self.applier.applied();
         // Not the newest, which may be taken back.
-        let (_, as_of_applied) = raft.configuration_at(index)?;
+        let (configuration_index, as_of_applied) = raft.configuration_at(index)?;
         let mut configuration = wire::configuration::encode(as_of_applied);
         if mutants::active(Mutant::SnapshotForgetsConfiguration) {
             let own = raft.configuration().member(raft.id()).cloned().into_iter().collect();
@@ -470,7 +488,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         }
         let last = LogId { term: raft.term_at(index)?, index };
         let (chain, time_ms) = (self.applier.chain(), self.applier.time_ms());
-        Some(SnapshotMeta { last, chain, time_ms, configuration, sessions })
+        Some(SnapshotMeta { last, chain, time_ms, configuration, configuration_index, sessions })
     }
 
     /// The seam to the client sessions: their table as of what is applied.
@@ -519,22 +537,22 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             }
             PartStep::Verified => Ok(()),
             PartStep::Failed(failure) => {
-                let tickets = std::mem::take(&mut taking.tickets);
+                let askers = std::mem::take(&mut taking.askers);
                 self.snapshots.taking = None;
                 self.snapshots.retry_at_ns = self.now.monotonic_ns.saturating_add(RETRY_NS);
                 // What was due is still due.
                 self.snapshots.needed = true;
                 tracing::warn!(node = %self.config.node, %failure, "no snapshot was taken: tried again later");
                 let failed = SnapshotError::Failed(failure.to_string());
-                tickets.into_iter().for_each(|ticket| ticket.complete(Err(failed.clone())));
+                askers.into_iter().for_each(|asker| asker.complete(Err(failed.clone())));
                 Ok(())
             }
             PartStep::Published(file) => {
-                let tickets = std::mem::take(&mut taking.tickets);
+                let askers = std::mem::take(&mut taking.askers);
                 self.snapshots.taking = None;
                 tracing::info!(node = %self.config.node, last = %file.meta.last.index, bytes = file.file_bytes, "snapshot taken");
                 let taken = taken_of(&file);
-                tickets.into_iter().for_each(|ticket| ticket.complete(Ok(taken)));
+                askers.into_iter().for_each(|asker| asker.complete(Ok(taken)));
                 self.published(file)
             }
         }

@@ -6,14 +6,14 @@
 //! time-out, the gate opens again.
 
 use super::Driver;
-use crate::answer::AnswerSlot;
 use crate::error::{Refusal, StopError, TransferError};
 use crate::raft::{Event, Raft, Role, TransferEnd};
+use crate::requests::TransferSlot;
 use crate::state_machine::StateMachine;
 use ringraft_block::{NodeId, Term};
 use ringraft_net::link::Link;
 use ringraft_wal::disk::Disk;
-use std::sync::Arc;
+use std::collections::VecDeque;
 
 /// A leader without space tries again to find another that has some, after this.
 const NO_SPACE_RETRY_NS: u64 = 10_000_000_000;
@@ -27,11 +27,10 @@ pub struct Transferred {
     pub term: Term,
 }
 
-/// Where the end of a transfer goes.
-pub(crate) type TransferSlot = Arc<AnswerSlot<Result<Transferred, TransferError>>>;
-
 #[derive(Default)]
 pub(super) struct Handover {
+    /// Asked for in this turn.
+    asked: VecDeque<(Option<NodeId>, TransferSlot)>,
     current: Option<Current>,
     /// The node shuts down and has tried, or need not try, to hand over before.
     drained: bool,
@@ -65,11 +64,16 @@ impl Handover {
         self.current.as_ref().map_or(u64::MAX, |current| current.deadline_ns)
     }
 
+    /// Somebody asks for a transfer.
+    pub(super) fn ask(&mut self, to: Option<NodeId>, slot: TransferSlot) {
+        self.asked.push_back((to, slot));
+    }
+
     /// The node stops: whoever waits is told.
-    pub(super) fn stopped(&mut self, error: impl FnOnce() -> TransferError) {
-        if let Some(slot) = self.current.take().and_then(|current| current.slot) {
-            slot.complete(Err(error()));
-        }
+    pub(super) fn stopped(&mut self, error: impl Fn() -> TransferError) {
+        let current = self.current.take().and_then(|current| current.slot);
+        let asked = self.asked.drain(..).map(|(_, slot)| slot);
+        asked.chain(current).for_each(|slot| slot.complete(Err(error())));
     }
 }
 
@@ -78,12 +82,19 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.raft().is_some_and(|raft| raft.role() == Role::Leader)
     }
 
-    /// Somebody asks for a transfer.
-    pub(super) fn transfer_asked(&mut self, to: Option<NodeId>, slot: TransferSlot) -> Result<(), StopError> {
+    /// Begins what was asked for in this turn, once the commands from before have been taken in.
+    pub(super) fn begin_transfers(&mut self) -> Result<(), StopError> {
+        while let Some((to, slot)) = self.handover.asked.pop_front() {
+            self.transfer_asked(to, slot)?;
+        }
+        Ok(())
+    }
+
+    fn transfer_asked(&mut self, to: Option<NodeId>, slot: TransferSlot) -> Result<(), StopError> {
         let raft = self.raft();
         let refused = match (&self.handover.current, raft) {
             _ if !self.leads() => TransferEnd::NotLeader,
-            (Some(current), _) => TransferEnd::UnderWay { to: current.to.unwrap_or_default() },
+            (Some(current), _) => TransferEnd::UnderWay { to: current.to },
             (None, Some(raft)) if to.is_some_and(|to| to == raft.id()) => {
                 // It leads already.
                 let done = Transferred { leader: raft.id(), term: raft.term() };
@@ -115,10 +126,11 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let now_ns = self.now.monotonic_ns;
         let Some(current) = &mut self.handover.current else { return Ok(()) };
         if now_ns >= current.deadline_ns {
-            let to = current.to.unwrap_or_default();
-            let gave_up = current.stage == Stage::SteppedDown;
-            let error =
-                if gave_up { TransferError::NoLeaderYet } else { TransferEnd::TimedOut { to }.into() };
+            let error = match (current.stage, current.to) {
+                (Stage::SteppedDown, _) => TransferError::NoLeaderYet,
+                (Stage::UnderWay, Some(to)) => TransferEnd::TimedOut { to }.into(),
+                (Stage::UnderWay, None) | (Stage::Flushing, _) => TransferEnd::NotSealed.into(),
+            };
             self.end_handover(Err(error));
         } else if current.stage == Stage::Flushing && !self.proposals.borrow().has_unsealed() {
             current.stage = Stage::UnderWay;

@@ -85,7 +85,8 @@ pub enum Event {
         /// Which of the two.
         stalled: bool,
     },
-    /// Leadership is to be handed over. Ends with another leader, or with [`Action::TransferEnded`](super::Action::TransferEnded).
+    /// Leadership is to be handed over. Ends with another leader, or with
+    /// [`Action::TransferEnded`](super::Action::TransferEnded).
     Transfer {
         /// To whom; without a name, to the most caught-up voter.
         to: Option<NodeId>,
@@ -112,6 +113,8 @@ pub enum Event {
         last: LogId,
         /// The members as of that entry.
         configuration: Configuration,
+        /// Where they stand in the log: there or before.
+        configuration_index: LogIndex,
     },
     /// The transfer of [`Action::SendSnapshot`](super::Action::SendSnapshot) has ended.
     SnapshotEnded {

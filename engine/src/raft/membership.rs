@@ -411,15 +411,15 @@ impl Raft {
         }
     }
 
-    /// A snapshot up to `last` tells what was in force there.
+    /// A snapshot up to `last` tells what was in force there, and where that stands.
     pub(super) fn members_told(
         &mut self,
         last: LogIndex,
-        configuration: Configuration,
+        (index, configuration): (LogIndex, Configuration),
         actions: &mut Vec<Action>,
     ) {
         let was_unknown = self.configurations.is_unknown();
-        if self.configurations.known_at(last, configuration) {
+        if self.configurations.known_at(last, index, configuration) {
             self.missing_found(was_unknown, actions);
         }
     }

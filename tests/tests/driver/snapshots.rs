@@ -3,6 +3,7 @@
 use super::*;
 use ringraft::mutants::{self, Mutant};
 use ringraft_tests::sim::disk::Rot;
+use ringraft_wal::disk::{Disk as _, DiskDone, DiskOp, DiskOpId};
 
 /// Nothing is retained, so that every snapshot moves the log's start to its end.
 fn config(node: usize, nodes: usize) -> Config {
@@ -252,6 +253,226 @@ fn a_transfer_goes_on_with_the_next_leader_when_that_has_the_same_snapshot() {
     rig.run_until("installed", |rig| rig.counter(away).restored == 1);
     let end = rig.commit_some(next, 3);
     rig.run_until_equal(end);
+}
+
+// ---- A receiver that restarts
+
+impl Rig {
+    /// The file that holds what has arrived of a snapshot.
+    fn partial_file(&self, node: usize) -> Option<String> {
+        let mut names = self.snapshot_files(node).into_iter();
+        let found = names.find(|name| name.ends_with(".part") && name != "snapshot-taking.part");
+        assert_eq!(names.find(|name| name.ends_with(".part")), None, "one at a time");
+        found
+    }
+
+    /// A follower that is being sent a snapshot of `ballast` bytes, of which `arrived` and more have arrived there.
+    fn receiving(ballast: usize, arrived: u64, seed: u64) -> (Self, usize, usize) {
+        let (mut rig, leader) = Rig::with_ballast(3, ballast, seed);
+        let away = (leader + 1) % 3;
+        let end = rig.commit_some(leader, 5);
+        rig.run_until_equal(end);
+        rig.kill(away);
+        let end = rig.commit_some(leader, 5);
+        rig.run_until_equal(end);
+        for node in (0..3).filter(|node| *node != away) {
+            rig.snapshot(node);
+        }
+        rig.boot(config(away, 3));
+        rig.run_until("enough is there", |rig| rig.receives(away) >= Some(arrived));
+        (rig, leader, away)
+    }
+
+    /// How much there was when the transfer went on, and all of it is installed.
+    fn run_until_received(&mut self, node: usize) -> u64 {
+        self.run_until("it goes on", |rig| rig.receives(node) > Some(0));
+        let at = self.receives(node).expect("on its way");
+        self.run_until("installed", |rig| rig.counter(node).restored == 1);
+        let leader = self.run_until_led();
+        let end = self.commit_some(leader, 2);
+        self.run_until_equal(end);
+        self.run_for(SECOND);
+        assert_eq!(self.partial_file(node), None, "nothing is left over");
+        at
+    }
+}
+
+#[test]
+fn a_transfer_goes_on_where_it_stopped_when_the_receiver_is_killed() {
+    let (mut rig, _, away) = Rig::receiving(4 << 20, 2 << 20, 50);
+    let half = rig.receives(away).expect("on its way");
+    rig.kill(away);
+    rig.boot(config(away, 3));
+    let at = rig.run_until_received(away);
+    // The last slot may not be complete.
+    assert!(at + (64 << 10) >= half && at < 4 << 20, "{at} after {half}");
+}
+
+/// What was flushed survives, whatever becomes of the rest.
+#[test]
+fn a_transfer_goes_on_from_what_is_durable_when_the_receiver_loses_power() {
+    let (mut rig, _, away) = Rig::receiving(20 << 20, 18 << 20, 51);
+    rig.crash(away, Crash::PowerCut);
+    rig.boot(config(away, 3));
+    let at = rig.run_until_received(away);
+    assert!(at + (64 << 10) >= 16 << 20, "{at}");
+}
+
+#[test]
+fn a_transfer_goes_on_after_a_restart_with_the_next_leader_when_that_has_the_same_snapshot() {
+    let (mut rig, leader, away) = Rig::receiving(4 << 20, 2 << 20, 52);
+    let half = rig.receives(away).expect("on its way");
+    rig.kill(away);
+    rig.kill(leader);
+    rig.boot(config(away, 3));
+    let at = rig.run_until_received(away);
+    assert!(at + (64 << 10) >= half, "{at} after {half}");
+    assert_ne!(rig.leader(), Some(leader));
+}
+
+#[test]
+fn what_has_arrived_of_another_snapshot_is_removed_and_the_transfer_begins_anew() {
+    let (mut rig, leader, away) = Rig::receiving(4 << 20, 2 << 20, 53);
+    rig.kill(away);
+    let stale = rig.partial_file(away).expect("half of it");
+    rig.commit_some(leader, 3);
+    rig.snapshot(leader);
+    rig.boot(config(away, 3));
+    rig.run_until("the other one comes", |rig| rig.receives(away) > Some(0));
+    assert!(rig.receives(away) < Some(1 << 20), "from its beginning");
+    assert_ne!(rig.partial_file(away), Some(stale));
+    rig.run_until_received(away);
+}
+
+/// The leader that had to send a snapshot is gone, and the next one still has the log.
+#[test]
+fn what_has_arrived_is_removed_when_it_is_not_needed_any_more() {
+    for restarts in [false, true] {
+        let mut rig = Rig::seeded(3, 54);
+        rig.ballast = 4 << 20;
+        let keeps = |node| Config { log_retention_bytes: 1 << 30, ..config(node, 3) };
+        rig.boot(config(0, 3));
+        (1..3).for_each(|node| rig.boot(keeps(node)));
+        let leader = rig.run_until_led();
+        if leader != 0 {
+            assert_eq!(rig.transfer(leader, Some(0)), Ok(0));
+            rig.run_until("it takes commands", |rig| rig.leader() == Some(0));
+        }
+        let end = rig.commit_some(0, 3);
+        rig.run_until_equal(end);
+        rig.kill(2);
+        let end = rig.commit_some(0, 5);
+        rig.run_until("the third has it", |rig| rig.status(1).applied >= end);
+        rig.snapshot(0);
+        rig.boot(keeps(2));
+        rig.run_until("half of it is there", |rig| rig.receives(2) > Some(2 << 20));
+        rig.kill(0);
+        assert!(rig.partial_file(2).is_some());
+        if restarts {
+            rig.kill(2);
+            rig.boot(keeps(2));
+        }
+        rig.run_until("the other one leads", |rig| rig.leader() == Some(1));
+        let end = rig.commit_some(1, 2);
+        rig.run_until_equal(end);
+        rig.run_for(SECOND);
+        assert_eq!((rig.counter(2).restored, rig.partial_file(2)), (0, None), "restarts: {restarts}");
+        assert!(rig.status(2).snapshot.installs.is_empty());
+    }
+}
+
+/// Rot where it was verified in the life before, and where it is not looked at again before the end.
+#[test]
+fn what_rots_while_a_transfer_is_interrupted_is_asked_for_again_and_never_installed() {
+    for (case, (at, unreadable)) in
+        [(100, false), (4096 + 70_000, false), (1 << 20, false), (1 << 20, true), (0, true)]
+            .into_iter()
+            .enumerate()
+    {
+        let (mut rig, _, away) = Rig::receiving(4 << 20, 2 << 20, 60 + case as u64);
+        rig.kill(away);
+        let name = rig.partial_file(away).expect("half of it");
+        let disk = Rc::clone(&rig.machines[away].disk);
+        match unreadable {
+            true => disk.borrow_mut().damage(&name, at, 4096, &Rot::Unreadable),
+            false => disk.borrow_mut().flip_bit(&name, at, 3),
+        };
+        rig.boot(config(away, 3));
+        let from = rig.run_until_received(away);
+        assert!(from <= at + 8 * (64 << 10), "from {from}, rotten at {at}");
+    }
+    // Behind the back of a transfer that goes on: all is compared with the digest before it counts.
+    let (mut rig, _, away) = Rig::receiving(4 << 20, 2 << 20, 70);
+    rig.kill(away);
+    rig.boot(config(away, 3));
+    rig.run_until("it goes on", |rig| rig.receives(away) > Some(2 << 20));
+    let name = rig.partial_file(away).expect("half of it");
+    rig.machines[away].disk.borrow_mut().flip_bit(&name, 1 << 20, 3);
+    rig.run_until("it begins anew", |rig| rig.receives(away).is_some_and(|bytes| bytes < 1 << 20));
+    rig.run_until_received(away);
+}
+
+/// A file of the right name holds another snapshot, whole and right in itself.
+#[test]
+fn a_whole_snapshot_under_the_name_of_another_one_is_not_taken_for_it() {
+    let (mut rig, leader) = Rig::with_ballast(3, 1 << 20, 80);
+    let away = (leader + 1) % 3;
+    let end = rig.commit_some(leader, 5);
+    rig.run_until_equal(end);
+    rig.snapshot(away);
+    rig.kill(away);
+    rig.commit_some(leader, 5);
+    rig.snapshot(leader);
+    rig.boot(config(away, 3));
+    rig.run_until("half of it is there", |rig| rig.receives(away) >= Some(1 << 19));
+    rig.kill(away);
+    let partial = rig.partial_file(away).expect("half of it");
+    let whole = rig.snapshot_files(away).into_iter().find(|name| name.ends_with(".snap")).expect("its own");
+    let mut disk = SimDisk::new(&rig.machines[away].disk);
+    disk.submit(DiskOpId(1), DiskOp::Rename { from: whole, to: partial });
+    rig.run_for(SECOND);
+    let mut done = Vec::new();
+    disk.poll(&mut done);
+    assert!(matches!(done[..], [DiskDone { result: Ok(_), .. }]));
+    rig.boot(config(away, 3));
+    assert_eq!(rig.run_until_received(away), 64 << 10, "from its beginning");
+}
+
+/// Killed and cut off from power again and again, at any moment, until it has got all of it.
+#[test]
+fn a_transfer_that_is_interrupted_again_and_again_goes_forward_and_ends_right() {
+    let (mut went_on, mut began_anew) = (0, 0);
+    for seed in 0..8 {
+        let mut rng = Rng::new(seed);
+        let (mut rig, _, away) = Rig::receiving(3 << 20, 100 << 10, 90 + seed);
+        let mut crashes = 0;
+        while rig.counter(away).restored == 0 && crashes < 12 {
+            for _ in 0..rng.below(250) {
+                rig.step();
+            }
+            if rig.counter(away).restored > 0 {
+                break;
+            }
+            let before = rig.receives(away).unwrap_or(0);
+            crashes += 1;
+            rig.crash(away, if rng.below(2) == 0 { Crash::PowerCut } else { Crash::Kill });
+            rig.boot(config(away, 3));
+            rig.run_until("it goes on", |rig| rig.receives(away) > Some(0) || rig.counter(away).restored > 0);
+            match rig.receives(away) {
+                Some(at) if at > 128 << 10 => went_on += 1,
+                Some(_) if before > 256 << 10 => began_anew += 1,
+                _ => {}
+            }
+        }
+        rig.run_until("installed", |rig| rig.counter(away).restored > 0);
+        let leader = rig.run_until_led();
+        let end = rig.commit_some(leader, 2);
+        rig.run_until_equal(end);
+        rig.run_for(SECOND);
+        assert_eq!(rig.partial_file(away), None);
+    }
+    println!("{went_on} times it went on, {began_anew} times it began anew");
+    assert!(went_on > 15 && began_anew > 0, "{went_on} times it went on, {began_anew} times it began anew");
 }
 
 /// Rot in every part of the newest file, header to trailer.

@@ -114,6 +114,7 @@ fn boot(id: NodeId, nodes: u64, disk: &Disk, now: Nanos) -> Raft {
         commit: LogIndex(0),
         damaged_from: None,
         claim: None,
+        configuration_index: LogIndex(0),
         now,
         changes: Vec::new(),
     };
