@@ -567,15 +567,14 @@ impl DiskState {
     }
 
     fn forget_unreachable(&mut self) {
-        for position in 0..self.inodes.len() {
-            let named =
-                self.names.values().chain(self.durable_names.values()).any(|inode| *inode == position);
-            let open = self.files.iter().flatten().any(|file| file.inode == position);
-            let unsynced = self.unsynced.iter().any(|(_, op)| op.inode() == position);
-            let late = self.late.iter().any(|late| late.inode == position);
-            if !(named || open || unsynced || late) {
-                self.inodes[position] = None;
-            }
+        let mut reached = vec![false; self.inodes.len()];
+        let named = self.names.values().chain(self.durable_names.values()).copied();
+        let open = self.files.iter().flatten().map(|file| file.inode);
+        let unsynced = self.unsynced.iter().map(|(_, op)| op.inode());
+        let late = self.late.iter().map(|late| late.inode);
+        named.chain(open).chain(unsynced).chain(late).for_each(|inode| reached[inode] = true);
+        for (inode, _) in self.inodes.iter_mut().zip(reached).filter(|(_, reached)| !reached) {
+            *inode = None;
         }
     }
 }

@@ -719,7 +719,8 @@ impl Fabric {
         let host = this.host;
         if complete {
             let mut sending = this.sending.take().expect("just seen");
-            sending.parts.clear();
+            // The memory of headers and bodies serves again.
+            sending.parts.retain(|part| matches!(part, SendPart::Bytes(_)));
             self.done(host, SEND, sending.id, Ok(LinkOutput::Sent { parts: sending.parts }));
         } else {
             self.context.cover(Mark::SendWaited);
