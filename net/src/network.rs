@@ -506,7 +506,9 @@ impl<L: Link> Network<L> {
 
     fn enter(&mut self, now: u64, events: &mut Events<L::Buf>) {
         self.now = self.now.max(now);
-        events.append(&mut self.deferred);
+        if !self.deferred.is_empty() {
+            events.append(&mut self.deferred);
+        }
     }
 
     fn after(&self, nanoseconds: u64) -> u64 {

@@ -8,7 +8,8 @@ use ringraft::handle::{Handle, Pipeline, Status};
 use ringraft::raft::Role;
 use ringraft::runtime::{Now, Turn, Wakeup};
 use ringraft::state_machine::{CommittedBatch, Replies, StateMachine};
-use ringraft_block::{AlignedBuf, BLOCK_BYTES, ClusterId, LogIndex, NodeId, Pool};
+use ringraft_block::{BLOCK_BYTES, ClusterId, LogIndex, NodeId, Pool};
+use ringraft_tests::sim::buffer::SimBuf;
 use ringraft_tests::sim::context::{Context, MILLISECOND, SECOND, Time};
 use ringraft_tests::sim::disk::{Crash, DiskConfig, DiskState, SimDisk};
 use ringraft_tests::sim::link::{Fabric, LinkConfig, SimLink, address_of};
@@ -242,7 +243,7 @@ impl Lab {
         let image = self.disks[node].borrow().durable_image(&self.context);
         let listing = image.borrow().listing();
         let mut disk = SimDisk::new(&image);
-        let pool: Pool<AlignedBuf> = Pool::new(1 << 20);
+        let pool: Pool<SimBuf> = Pool::new(1 << 20);
         let mut slots = BTreeMap::new();
         for entry in listing.iter().filter(|entry| entry.name.starts_with("segment")) {
             let mut run = |op| {
@@ -254,7 +255,7 @@ impl Lab {
             let opened = run(DiskOp::Open { name: entry.name.clone(), access: Access::Read });
             let DiskOutput::Opened { file, bytes } = opened else { panic!("not opened") };
             for offset in (0..bytes).step_by(BLOCK_BYTES) {
-                let block = pool.take(BLOCK_BYTES, |bytes| Ok::<_, Infallible>(AlignedBuf::zeroed(bytes)));
+                let block = pool.take(BLOCK_BYTES, |bytes| Ok::<_, Infallible>(SimBuf::take(bytes)));
                 let block = block.expect("infallible");
                 let DiskOutput::Read { block, .. } =
                     run(DiskOp::Read { file, offset, block, bytes: BLOCK_BYTES })

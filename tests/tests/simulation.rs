@@ -26,7 +26,7 @@ fn sixty_seeds_end_well_and_come_by_their_faults() {
 #[test]
 fn the_same_seed_gives_the_same_trace_and_another_seed_another() {
     let options = Options { steps: 5_000, ..Options::default() };
-    let hash = |seed| run(&Engine::default(), seed, &options).hash;
+    let hash = |seed| run(&Engine, seed, &options).hash;
     assert_eq!(hash(7), hash(7));
     assert_ne!(hash(7), hash(8));
 }
@@ -42,7 +42,7 @@ fn a_range_gives_the_same_hash_on_one_thread_and_on_two() {
 fn an_acknowledgement_before_durability_is_noticed() {
     let make = || {
         mutants::set(Some(Mutant::AckBeforeDurable));
-        Engine::default()
+        Engine
     };
     let summary = run_range(make, 0..20, &Options::default(), 1, |_| {});
     mutants::set(None);
@@ -65,7 +65,7 @@ fn failing_disks_and_late_writes_lose_nothing_that_was_acknowledged() {
 fn a_failing_run_is_shrunk_to_a_few_troubles_and_calls_that_fail_in_the_same_way() {
     mutants::set(Some(Mutant::VoteForgotten));
     let options = Options::default();
-    let cluster = Engine::default();
+    let cluster = Engine;
     let report = (0..200).map(|seed| run(&cluster, seed, &options)).find(|report| report.failure.is_some());
     let report = report.expect("two leaders of a term");
     let shrunk = shrink(&cluster, &options, &report, 120).expect("it failed");

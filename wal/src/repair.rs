@@ -252,6 +252,9 @@ impl<B: BlockBuf> Repairs<B> {
 
     /// Forgets batches that the log no longer holds as damaged.
     pub(crate) fn forget_void(&mut self, index: &Index) {
+        if self.fixes.is_empty() && self.missing.is_empty() {
+            return;
+        }
         let is_wanted = |fix: &Fix<B>| {
             let known = index.damage_of(fix.info.first).and_then(|_| index.containing(fix.info.first));
             known.is_some_and(|(known, place)| known.chain == fix.info.chain && place == fix.place)

@@ -219,6 +219,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 self.snapshots.installs.serving[at].to = None;
             }
         }
+        if self.snapshots.installs.wanted.is_empty() && self.snapshots.installs.asking.is_empty() {
+            return Ok(());
+        }
         let wanted = std::mem::take(&mut self.snapshots.installs.wanted);
         for to in wanted.into_iter().chain(self.snapshots.installs.asking.clone()) {
             let served = self.snapshots.installs.serving.iter().any(|serving| serving.to == Some(to));

@@ -1,5 +1,6 @@
 //! The engine's own driver, core, log and network code as nodes of the simulated world.
 
+use super::buffer::SimBuf;
 use super::check::Recorder;
 use super::disk::SimDisk;
 use super::link::{SimLink, address_of};
@@ -15,7 +16,7 @@ use ringraft::handle::{Completion, Handle, LocalPipeline, Pipeline};
 use ringraft::raft::{Raft, Role, invariants};
 use ringraft::runtime::{LocalWakeup, Now, Turn, Wakeup};
 use ringraft::state_machine::{CommittedBatch, Replies, Restore, SnapshotReader, StateMachine};
-use ringraft_block::{AlignedBuf, ClusterId, LogIndex, NodeId, Pool};
+use ringraft_block::{ClusterId, LogIndex, NodeId, Pool};
 use ringraft_wal::disk::Disk;
 use ringraft_wal::{Wal, WalEvent};
 use std::collections::VecDeque;
@@ -24,16 +25,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// Nodes that run the engine.
-pub struct Engine {
-    /// For recoveries of images, one after the other.
-    pool: Pool<AlignedBuf>,
-}
-
-impl Default for Engine {
-    fn default() -> Self {
-        Self { pool: Pool::new(16 << 20) }
-    }
-}
+#[derive(Default)]
+pub struct Engine;
 
 /// A process that runs the engine.
 pub struct EngineNode {
@@ -121,6 +114,8 @@ fn config(node: usize, nodes: usize, tuning: &Tuning) -> Config {
         snapshot_log_bytes: 0,
         snapshot_log_entries: tuning.snapshot_log_entries,
         log_retention_bytes: tuning.log_retention_bytes,
+        // The queue is allocated whole at every start.
+        reads_max: 256,
         ..Config::new(ClusterId(0x5eed), id_of(node), members, "simulated")
     }
 }
@@ -149,7 +144,7 @@ impl Cluster for Engine {
         mut image: SimDisk,
     ) -> Result<ImageLog, String> {
         let config = config(node, nodes, tuning).log_config(0);
-        let mut wal: Wal<SimDisk> = Wal::open(config, self.pool.clone());
+        let mut wal: Wal<SimDisk> = Wal::open(config, Pool::<SimBuf>::new(16 << 20));
         let (mut done, mut events) = (Vec::new(), VecDeque::new());
         // Without latency, each poll brings all that was submitted before it.
         for _ in 0..100_000 {

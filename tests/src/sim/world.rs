@@ -4,6 +4,7 @@
 //! faults end, and within a bound of virtual time there must be a leader, new commands must be acknowledged, and
 //! all nodes must have applied the same log to its end.
 
+use super::buffer;
 use super::check::{History, Recorder};
 use super::clock::NodeClock;
 use super::context::{Context, MICROSECOND, MILLISECOND, SECOND, Time};
@@ -158,6 +159,7 @@ pub fn run<C: Cluster>(cluster: &C, seed: u64, options: &Options) -> Report {
         }));
     });
 
+    buffer::begin_run();
     let context = Context::new(Trace::new(options.trace));
     let progress = Rc::new(Progress::default());
     RUNNING.set(true);

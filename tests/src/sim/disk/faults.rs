@@ -1,9 +1,9 @@
 //! What a disk does wrong on request.
 
 use super::{BLOCK_BYTES, DiskOp, DiskState, KINDS, Rng, SECTOR_BYTES, error, kind_of};
+use crate::sim::buffer::SimBuf;
 use crate::sim::context::Time;
 use crate::sim::coverage::Mark;
-use ringraft_block::AlignedBuf;
 use ringraft_wal::disk::{DiskError, DiskErrorKind, DiskOutput};
 
 /// What a disk does wrong. All off by default.
@@ -96,7 +96,7 @@ pub enum Fault {
 
 impl Fault {
     /// Whether it can happen to an operation.
-    fn strikes(self, op: &DiskOp<AlignedBuf>) -> bool {
+    fn strikes(self, op: &DiskOp<SimBuf>) -> bool {
         let writes = matches!(op, DiskOp::Write { .. });
         let reads = matches!(op, DiskOp::Read { .. });
         match self {
@@ -118,7 +118,7 @@ impl Fault {
 }
 
 impl On {
-    fn counts(self, op: &DiskOp<AlignedBuf>) -> bool {
+    fn counts(self, op: &DiskOp<SimBuf>) -> bool {
         match self {
             Self::Any => true,
             Self::Write => matches!(op, DiskOp::Write { .. }),
@@ -142,7 +142,7 @@ impl DiskState {
     }
 
     /// What happens to an operation that is submitted now. Draws nothing at random unless a fault that does is on.
-    pub(super) fn fault_of(&mut self, op: &DiskOp<AlignedBuf>) -> Option<Fault> {
+    pub(super) fn fault_of(&mut self, op: &DiskOp<SimBuf>) -> Option<Fault> {
         let mut fault = None;
         match &mut self.faults.fail_after_ops {
             Some(0) => {
@@ -195,7 +195,7 @@ impl DiskState {
     /// An operation that fails, with what it does all the same.
     pub(super) fn fail(
         &mut self,
-        op: DiskOp<AlignedBuf>,
+        op: DiskOp<SimBuf>,
         inode: Option<usize>,
         covers: u64,
         kind: DiskErrorKind,

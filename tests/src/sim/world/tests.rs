@@ -2,8 +2,9 @@
 //! simulator must notice is easy to do wrong here on purpose.
 
 use super::*;
+use crate::sim::buffer::SimBuf;
 use crate::sim::node::{ImageLog, RefusedAtOnce, StopReason, Turned};
-use ringraft_block::{AlignedBuf, BLOCK_BYTES, Block, Pool, crc32c, round_up_to_block};
+use ringraft_block::{BLOCK_BYTES, Block, Pool, crc32c, round_up_to_block};
 use ringraft_wal::disk::{Access, Disk, DiskDone, DiskErrorKind, DiskOp, DiskOpId, DiskOutput, FileId};
 use std::convert::Infallible;
 
@@ -29,7 +30,7 @@ struct Scribe {
     wrong: Wrong,
     disk: SimDisk,
     recorder: Recorder,
-    pool: Pool<AlignedBuf>,
+    pool: Pool<SimBuf>,
     file: Option<FileId>,
     stage: Stage,
     /// Where the next record goes.
@@ -40,7 +41,7 @@ struct Scribe {
     closing: bool,
     waiting: Vec<(u64, Vec<u8>)>,
     answers: Vec<(u64, Answer)>,
-    done: Vec<DiskDone<AlignedBuf>>,
+    done: Vec<DiskDone<SimBuf>>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -55,12 +56,12 @@ enum Stage {
 }
 
 impl Scribe {
-    fn block(&self, bytes: usize) -> Block<AlignedBuf> {
-        let block = self.pool.take(bytes, |bytes| Ok::<_, Infallible>(AlignedBuf::zeroed(bytes)));
+    fn block(&self, bytes: usize) -> Block<SimBuf> {
+        let block = self.pool.take(bytes, |bytes| Ok::<_, Infallible>(SimBuf::take(bytes)));
         block.expect("infallible")
     }
 
-    fn submit(&mut self, op: DiskOp<AlignedBuf>) {
+    fn submit(&mut self, op: DiskOp<SimBuf>) {
         self.disk.submit(DiskOpId(0), op);
     }
 
@@ -75,7 +76,7 @@ impl Scribe {
         self.submit(DiskOp::Read { file, offset, block, bytes: 16 * BLOCK_BYTES });
     }
 
-    fn proceed(&mut self, done: DiskDone<AlignedBuf>) {
+    fn proceed(&mut self, done: DiskDone<SimBuf>) {
         let name = || "scribe".to_owned();
         match (self.stage, done.result) {
             (Stage::Opening, Err(error)) if error.kind == DiskErrorKind::NotFound => {
@@ -279,7 +280,7 @@ impl Cluster for Scribes {
         loop {
             let bytes = 16 * BLOCK_BYTES;
             let block =
-                pool.take(bytes, |bytes| Ok::<_, Infallible>(AlignedBuf::zeroed(bytes))).expect("infallible");
+                pool.take(bytes, |bytes| Ok::<_, Infallible>(SimBuf::take(bytes))).expect("infallible");
             let DiskOutput::Read { block, .. } = run(DiskOp::Read { file, offset, block, bytes })? else {
                 return Err("not a read".to_owned());
             };
