@@ -2,7 +2,8 @@
 //! every event and every action of every node.
 //!
 //! A block is comment lines (`#`), commands, `----`, and the trace, up to an empty line. `UPDATE_SCRIPTS=1` rewrites
-//! the traces; read the difference before believing it.
+//! the traces; read the difference before believing it. Which rule each of them proves is in `tests/tests/proofs/` of the
+//! workspace, by section of Raft's thesis and by feature.
 //!
 //! Notation: `4@2` is index 4 of term 2; `[4..5@2 200B]` a batch. A node is its number.
 //!

@@ -45,6 +45,20 @@ impl Changing {
     pub(super) fn is_leaving(&self, id: NodeId) -> bool {
         self.leaving.iter().any(|(leaving, ..)| *leaving == id)
     }
+
+    /// What makes two of them behave alike, times aside.
+    #[cfg(test)]
+    pub(super) fn fingerprint(&self, into: &mut impl std::hash::Hasher) {
+        use std::hash::Hash;
+        let Self { ticket, reserved, failed, rounds, sealing, to_seal, leaving } = self;
+        (ticket, reserved, failed.is_some(), sealing, to_seal).hash(into);
+        rounds.len().hash(into);
+        for CatchUp { id, number, target, since: _, matched, moved_at: _, done } in rounds {
+            (id, number, target, matched, done).hash(into);
+        }
+        leaving.len().hash(into);
+        leaving.iter().for_each(|(id, index, until)| (id, index, until.is_some()).hash(into));
+    }
 }
 
 /// A future voter on its way to the end of the log: "a round consists of replicating all the log entries present in the

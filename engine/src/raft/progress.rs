@@ -351,8 +351,10 @@ impl Progress {
     #[cfg(test)]
     pub(super) fn fingerprint(&self, into: &mut impl std::hash::Hasher) {
         use std::hash::Hash;
-        let Self { id, state, matched, next, waiting, inflight, mark, notice_due, .. } = self;
-        (id, state, matched, next, waiting, mark, notice_due.is_some()).hash(into);
+        let Self { id, state, matched, next, waiting, inflight, mark, notice_due, round, .. } = self;
+        // Whether it was heard at all in this term decides who may take over.
+        (id, state, matched, next, waiting, mark, notice_due.is_some(), *round > Round(0)).hash(into);
+        inflight.len().hash(into);
         inflight.iter().for_each(|sent| (sent.first, sent.last).hash(into));
     }
 
