@@ -4,13 +4,13 @@ use super::check::Recorder;
 use super::disk::SimDisk;
 use super::link::{SimLink, address_of};
 use super::node::{
-    Answer, Boot, CANDIDATE, Cluster, ImageLog, LEADER, RefusedAtOnce, SimNode, StopReason, Tuning, Turned,
-    View,
+    Answer, Ask, Boot, CANDIDATE, Cluster, ImageLog, LEADER, Outcome, RefusedAtOnce, SessionAsk, SimNode,
+    StopReason, Tuning, Turned, View, is_remote,
 };
 use bytes::Bytes;
 use ringraft::config::{Config, MemberConfig};
 use ringraft::driver::Driver;
-use ringraft::error::{LeaderHint, ProposeError, Refusal, StopError};
+use ringraft::error::{LeaderHint, Refusal, StopError};
 use ringraft::handle::{Completion, Handle, LocalPipeline, Pipeline};
 use ringraft::raft::{Raft, Role, invariants};
 use ringraft::runtime::{LocalWakeup, Now, Turn, Wakeup};
@@ -22,6 +22,14 @@ use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
+
+mod operator;
+mod reads;
+mod sessions;
+
+use operator::Errands;
+use reads::Reads;
+use sessions::Sessions;
 
 /// Nodes that run the engine.
 pub struct Engine {
@@ -43,6 +51,9 @@ pub struct EngineNode {
     remote: Pipeline,
     local: LocalPipeline,
     completions: Vec<Completion>,
+    reads: Reads,
+    errands: Errands,
+    sessions: Sessions,
     /// As configured.
     apply_bytes_per_turn: usize,
 }
@@ -74,6 +85,11 @@ impl StateMachine for Applied {
         // Of some slots and pieces.
         bytes.resize(bytes.len() + (self.bytes % 7) * 40_000, 0x5a);
         Some(Box::new(Bytes::from(bytes)))
+    }
+
+    fn query(&self, query: &[u8]) -> Bytes {
+        let value = self.recorder.read(query);
+        value.map_or_else(Bytes::new, |value| Bytes::copy_from_slice(&value.to_le_bytes()))
     }
 
     fn restore(&mut self, step: Restore<'_>) -> Result<(), String> {
@@ -121,6 +137,12 @@ fn config(node: usize, nodes: usize, tuning: &Tuning) -> Config {
         snapshot_log_bytes: 0,
         snapshot_log_entries: tuning.snapshot_log_entries,
         log_retention_bytes: tuning.log_retention_bytes,
+        lease_drift_ppm: tuning.lease_drift_ppm,
+        session_timeout: Duration::from_millis(tuning.session_timeout_ms),
+        session_window: tuning.session_window,
+        session_reply_bytes_max: 64,
+        session_table_bytes_max: tuning.sessions_max * (256 + 40 * u64::from(tuning.session_window) + 64),
+        read_timeout: Duration::from_millis(tuning.election_timeout_ms * tuning.read_timeouts),
         ..Config::new(ClusterId(0x5eed), id_of(node), members, "simulated")
     }
 }
@@ -138,7 +160,19 @@ impl Cluster for Engine {
         let local = driver.local_handle(LocalWakeup::default()).pipeline();
         let (remote, completions) = (handle.pipeline(), Vec::new());
         let apply_bytes_per_turn = tuning.apply_bytes_per_turn;
-        EngineNode { driver, remote, local, handle, completions, apply_bytes_per_turn }
+        let (reads, errands) = (Reads::default(), Errands::default());
+        let sessions = Sessions::new(tuning.session_window);
+        EngineNode {
+            driver,
+            remote,
+            local,
+            handle,
+            completions,
+            reads,
+            errands,
+            sessions,
+            apply_bytes_per_turn,
+        }
     }
 
     fn recover(
@@ -196,6 +230,34 @@ impl SimNode for EngineNode {
         submitted.map_err(|refused| RefusedAtOnce { leader: leader_in(&refused.reason) })
     }
 
+    fn ask(&mut self, tag: u64, ask: Ask, read: &[u8]) -> Result<(), RefusedAtOnce> {
+        self.reads.ask(&self.handle, tag, ask, read);
+        Ok(())
+    }
+
+    fn in_session(&mut self, tag: u64, ask: SessionAsk, command: &[u8]) -> bool {
+        match ask {
+            SessionAsk::Propose(place) if !is_remote(tag) => {
+                // The client keeps the books itself.
+                let under = (place.session, place.sequence);
+                if let Err(refused) = self.local.submit_in_session(tag, under, command) {
+                    self.completions.push(Completion { tag, outcome: Err(refused.into()) });
+                }
+            }
+            ask => self.sessions.ask(&self.handle, tag, ask, command),
+        }
+        true
+    }
+
+    fn transfer(&mut self, tag: u64, to: Option<usize>) -> bool {
+        self.errands.transfer(&self.handle, tag, to);
+        true
+    }
+
+    fn outcomes(&mut self, out: &mut Vec<(u64, Outcome)>) {
+        self.errands.outcomes(out);
+    }
+
     fn shutdown(&mut self) {
         self.handle.shutdown();
     }
@@ -203,17 +265,9 @@ impl SimNode for EngineNode {
     fn answers(&mut self, out: &mut Vec<(u64, Answer)>) {
         self.local.completions(&mut self.completions);
         self.remote.completions(&mut self.completions);
-        out.extend(self.completions.drain(..).map(|completion| {
-            let answer = match completion.outcome {
-                Ok(committed) => {
-                    let reply = committed.reply.first_chunk().map_or(0, |reply| u64::from_le_bytes(*reply));
-                    Answer::Committed { index: committed.index.get(), term: committed.term.get(), reply }
-                }
-                Err(ProposeError::Refused(refused)) => Answer::Refused { leader: leader_in(&refused.reason) },
-                Err(ProposeError::Unknown(_) | ProposeError::ReplyGone { .. }) => Answer::Unknown,
-            };
-            (completion.tag, answer)
-        }));
+        out.extend(self.completions.drain(..).map(|done| (done.tag, sessions::answer(done.outcome))));
+        self.sessions.answers(out);
+        self.reads.answers(out);
     }
 
     fn view(&self) -> View {

@@ -22,7 +22,15 @@ impl Bug {
     /// older epoch, so that bug of the core is left to the core's own simulation; the log has one like it.
     #[must_use]
     pub fn all() -> Vec<Self> {
-        let engine = EngineMutant::ALL.into_iter().chain(EngineMutant::CLUSTER);
+        let engine = EngineMutant::ALL
+            .into_iter()
+            .chain(EngineMutant::CLUSTER)
+            .chain(EngineMutant::READS)
+            .chain(EngineMutant::SESSIONS)
+            .chain(EngineMutant::SNAPSHOT)
+            .chain(EngineMutant::SNAPSHOT_DRIVER)
+            .chain(EngineMutant::REPAIR)
+            .chain(EngineMutant::MEMBERSHIP);
         let engine = engine.filter(|mutant| *mutant != EngineMutant::LateCompletionCounted).map(Self::Engine);
         engine.chain(LogMutant::ALL.into_iter().map(Self::Log)).collect()
     }

@@ -37,6 +37,16 @@ pub enum Trouble {
     Partial,
     /// One process stands still.
     Pause,
+    /// The leader is asked to hand over, to a chosen node or to the best one.
+    Transfer,
+    /// Some node is.
+    TransferAnywhere,
+    /// The leader is, and loses all its links while it does so.
+    TransferAndCut,
+    /// The core of one process stands still between reading its clock and taking its turn; other threads go on.
+    StopCore,
+    /// The leader's core does.
+    StopLeadersCore,
     /// One wall clock jumps.
     ClockJump,
     /// One disk is slow.
@@ -102,6 +112,11 @@ pub const TROUBLES: &[Entry] = &[
     entry(Trouble::OneWay, 2, Needs::Nothing),
     entry(Trouble::Partial, 2, Needs::Nothing),
     entry(Trouble::Pause, 3, Needs::Nothing),
+    entry(Trouble::Transfer, 4, Needs::Nothing),
+    entry(Trouble::TransferAnywhere, 1, Needs::Nothing),
+    entry(Trouble::TransferAndCut, 2, Needs::Nothing),
+    entry(Trouble::StopCore, 1, Needs::Nothing),
+    entry(Trouble::StopLeadersCore, 3, Needs::Nothing),
     entry(Trouble::ClockJump, 1, Needs::Nothing),
     entry(Trouble::SlowDisk, 2, Needs::Nothing),
     entry(Trouble::StallDisk, 2, Needs::Nothing),

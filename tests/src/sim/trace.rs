@@ -87,6 +87,10 @@ kinds! {
     Commit: "commit",
     /// A node applied a command: index, hash of the command.
     Apply: "apply",
+    /// A node was asked to hand leadership over: tag, to whom.
+    Transfer: "transfer",
+    /// What came of it: leader, term.
+    Transferred: "transferred",
     /// The run's phase changed: phase.
     Phase: "phase",
 }

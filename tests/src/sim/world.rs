@@ -22,6 +22,7 @@ use std::collections::{BTreeSet, BinaryHeap};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::sync::Once;
+use transfers::Operator;
 
 /// How a run is made.
 #[derive(Clone, Debug)]
@@ -197,6 +198,8 @@ struct Machine<N> {
     /// The processor is busy until then.
     busy_until: Time,
     paused_until: Time,
+    /// What its clocks showed when its core stopped between reading them and taking its turn.
+    core_reading: Option<(u64, u64)>,
     /// When the process asked for a turn; 0 for at once.
     wake_at: Time,
     /// A client has proposed something since the last turn.
@@ -204,6 +207,8 @@ struct Machine<N> {
     view: View,
     /// It was asked to stop in good order.
     closing: bool,
+    /// The term that it led when it was asked to, or 0.
+    asked_in_term: u64,
     /// It ended last because nobody can read a part of its log.
     copies_gone: bool,
     /// Turns until it ends, and how.
@@ -308,6 +313,7 @@ struct World<'a, C: Cluster> {
     stable: Option<(u64, Time)>,
     answers: Vec<(u64, Answer)>,
     bytes: Vec<u8>,
+    operator: Operator,
 }
 
 impl<'a, C: Cluster> World<'a, C> {
@@ -342,10 +348,12 @@ impl<'a, C: Cluster> World<'a, C> {
                 lives: 0,
                 busy_until: 0,
                 paused_until: 0,
+                core_reading: None,
                 wake_at: Time::MAX,
                 called: false,
                 view: View::default(),
                 closing: false,
+                asked_in_term: 0,
                 copies_gone: false,
                 doomed: None,
                 idle_turns: 0,
@@ -388,6 +396,7 @@ impl<'a, C: Cluster> World<'a, C> {
             stable: None,
             answers: Vec::new(),
             bytes: Vec::new(),
+            operator: Operator::default(),
         }
     }
 
@@ -530,6 +539,7 @@ impl<'a, C: Cluster> World<'a, C> {
         machine.wake_at = 0;
         machine.busy_until = now;
         machine.paused_until = 0;
+        machine.core_reading = None;
         machine.closing = false;
         machine.doomed = None;
         machine.woke_at = now;
@@ -545,7 +555,9 @@ impl<'a, C: Cluster> World<'a, C> {
         let called = self.fabric.borrow().has_done(node)
             || machine.disk.borrow().next_due().is_some_and(|due| due <= now)
             || std::mem::take(&mut machine.called);
-        let turned = process.turn(machine.clock.monotonic_ns(now), machine.clock.wall_ms(now));
+        let clocks = (machine.clock.monotonic_ns(now), machine.clock.wall_ms(now));
+        let (monotonic_ns, wall_ms) = machine.core_reading.take().unwrap_or(clocks);
+        let turned = process.turn(monotonic_ns, wall_ms);
         machine.busy_until = now + machine.rng.around(2 * MICROSECOND);
         let timer = !called && machine.wake_at != 0;
         machine.wake_at = if turned.progressed { 0 } else { machine.clock.time_of(turned.next_deadline_ns) };
@@ -607,6 +619,7 @@ impl<'a, C: Cluster> World<'a, C> {
             self.answered(node, tag, &answer);
         }
         self.answers = answers;
+        self.take_outcomes(node);
 
         let doomed = &mut self.machines[node].doomed;
         match doomed {
@@ -665,10 +678,11 @@ impl<'a, C: Cluster> World<'a, C> {
             machine.clock.reboot(now, origin);
         }
         self.fabric.borrow_mut().crash(node, how);
+        self.errands_lost(node);
         // Whoever waited for this process will never hear.
         for client in 0..self.clients.len() {
             let this = &self.clients[client];
-            if let Some(asked) = this.current.filter(|_| this.in_flight && this.believed == node) {
+            if let Some(asked) = this.current.filter(|_| this.in_flight && this.asked == node) {
                 self.unknown(asked.command.id);
             }
         }
@@ -703,16 +717,19 @@ impl<'a, C: Cluster> World<'a, C> {
                 }
                 for (number, client) in self.clients.iter().enumerate() {
                     told += &format!(
-                        "\n  client {number}: answered {}, {:?}, in flight {}, at node {}",
+                        "\n  client {number}: answered {} {}, {:?}, in flight {}, at node {}",
                         client.fresh_acknowledged,
-                        client.current.map(|wanted| wanted.command),
+                        client.fresh_read,
+                        client.current.map(|wanted| (wanted.command, wanted.ask)),
                         client.in_flight,
-                        client.believed
+                        client.asked
                     );
                 }
                 self.history.borrow_mut().fail(|| format!("no progress without faults ({phase:?}){told}"));
             }
-            Phase::Calm if self.clients.iter().all(|client| client.fresh_acknowledged) => {
+            Phase::Calm
+                if self.clients.iter().all(|client| client.fresh_acknowledged && client.fresh_read) =>
+            {
                 self.context.record(0, What::Phase, 2, 0);
                 self.phase = Phase::Quiet;
                 self.set_phase_end(steps);
@@ -766,10 +783,17 @@ impl<'a, C: Cluster> World<'a, C> {
         let now = self.context.now();
         let election = self.tuning.election_timeout_ms * MILLISECOND;
         if self.has_converged() {
+            if !self.has_parted() {
+                return self.plan(5 * MILLISECOND, Plan::Look);
+            }
             let term = self.machines.iter().map(|machine| machine.view.term).max().unwrap_or(0);
             match self.stable {
                 Some((stable, until)) if stable == term => {
                     if now >= until {
+                        if !self.all_errands_done() {
+                            let told = "an operator was not answered".to_owned();
+                            return self.history.borrow_mut().fail(|| told);
+                        }
                         self.context.cover(Mark::Stable);
                         self.context.record(0, What::Phase, 3, 0);
                         self.phase = Phase::Over;
@@ -812,6 +836,9 @@ impl<'a, C: Cluster> World<'a, C> {
 mod checks;
 mod clients;
 mod closing;
+mod reads;
+mod sessions;
 #[cfg(test)]
 mod tests;
+mod transfers;
 mod trouble;

@@ -32,6 +32,10 @@ impl<C: Cluster> World<'_, C> {
             }
         }
         if before.commit != after.commit {
+            // By counting: something of its own term.
+            if (before.role, before.term) == (LEADER, after.term) && after.role == LEADER {
+                self.history.borrow_mut().committed_in(after.term);
+            }
             self.context.record(node, What::Commit, after.commit, after.term);
         }
         let news = before.commit.min(before.written) != after.commit.min(after.written);

@@ -49,8 +49,10 @@ impl<C: Cluster> World<'_, C> {
         if self.options.keep.troubles.as_ref().is_some_and(|kept| !kept.contains(&number)) {
             return;
         }
-        let of_leader =
-            matches!(trouble, Trouble::KillLeader | Trouble::ShutdownLeader | Trouble::IsolateLeader);
+        let of_leader = matches!(
+            trouble,
+            Trouble::KillLeader | Trouble::ShutdownLeader | Trouble::IsolateLeader | Trouble::StopLeadersCore
+        );
         let befell = if of_leader { leader } else { node };
         let time = self.context.now();
         self.progress.struck.borrow_mut().push(Struck { number, time, trouble, node: befell });
@@ -89,6 +91,14 @@ impl<C: Cluster> World<'_, C> {
                 self.context.record(node, What::Pause, now + length, 0);
                 self.machines[node].paused_until = now + length;
             }
+            Trouble::Transfer => self.hand_over(leader),
+            Trouble::TransferAnywhere => self.hand_over(node),
+            Trouble::TransferAndCut => {
+                self.hand_over(leader);
+                self.doom(leader, Doom::Isolated);
+            }
+            Trouble::StopCore => self.stop_core(node, now + length),
+            Trouble::StopLeadersCore => self.stop_core(leader, now + length),
             Trouble::ClockJump => {
                 let by = self.nemesis.rng().between(0, 7_200_000) as i64 - 3_600_000;
                 self.context.cover(Mark::ClockJump);
@@ -124,7 +134,8 @@ impl<C: Cluster> World<'_, C> {
             }
             Trouble::SlowPeer => self.slow_links(length, |from, to| from == node || to == node),
             Trouble::ClockDrift => {
-                let drift = self.nemesis.rng().between(0, 200_000) as i64 - 100_000;
+                let max = self.drift_max_ppm().min(100_000);
+                let drift = self.nemesis.rng().between(0, 2 * max as u64) as i64 - max;
                 self.context.cover(Mark::ClockDrift);
                 self.drift(node, drift);
                 self.plan(length, Plan::ClockNormal { node });
@@ -146,6 +157,12 @@ impl<C: Cluster> World<'_, C> {
                 self.plan(length, Plan::DiskNormal { node });
             }
         }
+    }
+
+    fn hand_over(&mut self, node: usize) {
+        let nodes = self.machines.len();
+        let to = self.nemesis.rng().index(2 * nodes);
+        self.transfer(node, (to < nodes).then_some(to));
     }
 
     fn slow_links(&mut self, length: Time, slow: impl Fn(usize, usize) -> bool) {
