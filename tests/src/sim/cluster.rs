@@ -4,14 +4,15 @@ use super::check::Recorder;
 use super::disk::SimDisk;
 use super::link::{SimLink, address_of};
 use super::node::{
-    Answer, Ask, Boot, CANDIDATE, Cluster, ImageLog, LEADER, Outcome, RefusedAtOnce, SessionAsk, SimNode,
-    StopReason, Tuning, Turned, View, is_remote,
+    Answer, Ask, Boot, CANDIDATE, Cluster, ImageLog, LEADER, Members, Outcome, RefusedAtOnce, SessionAsk,
+    SimNode, StopReason, Tuning, Turned, View, Wish, is_remote,
 };
 use bytes::Bytes;
 use ringraft::config::{Config, MemberConfig};
 use ringraft::driver::Driver;
 use ringraft::error::{LeaderHint, Refusal, StopError};
 use ringraft::handle::{Completion, Handle, LocalPipeline, Pipeline};
+use ringraft::membership::MemberRole;
 use ringraft::raft::{Raft, Role, invariants};
 use ringraft::runtime::{LocalWakeup, Now, Turn, Wakeup};
 use ringraft::state_machine::{CommittedBatch, Replies, Restore, SnapshotReader, StateMachine};
@@ -114,9 +115,14 @@ fn node_of(id: NodeId) -> usize {
     id.get() as usize - 1
 }
 
-fn config(node: usize, nodes: usize, tuning: &Tuning) -> Config {
-    let member = |node| MemberConfig { id: id_of(node), address: SocketAddr::new(address_of(node), PORT) };
-    let members = (0..nodes).map(member).collect();
+fn peer_address(node: usize) -> SocketAddr {
+    SocketAddr::new(address_of(node), PORT)
+}
+
+/// One of the founders, or who joins them.
+fn config(node: usize, founders: usize, tuning: &Tuning) -> Config {
+    let member = |node| MemberConfig { id: id_of(node), address: peer_address(node) };
+    let members = (0..founders).chain((node >= founders).then_some(node)).map(member).collect();
     Config {
         insecure: true,
         election_timeout: Duration::from_millis(tuning.election_timeout_ms),
@@ -151,8 +157,10 @@ impl Cluster for Engine {
     type Node = EngineNode;
 
     fn boot(&self, boot: Boot) -> EngineNode {
-        let Boot { node, nodes, disk, link, recorder, seed, tuning } = boot;
-        let config = config(node, nodes, &tuning);
+        let Boot { node, founders, nodes, joins, disk, link, recorder, seed, tuning } = boot;
+        // Who joins tries everybody: members may be anywhere by then.
+        let known = if joins { nodes } else { founders };
+        let config = Config { join: joins, ..config(node, known, &tuning) };
         let wakeup = Arc::new(Wakeup::new());
         let machine = Applied { recorder, bytes: 0, restoring: Vec::new(), runs: false };
         let (driver, handle) = Driver::with_backend(config, seed, wakeup, disk, link, machine)
@@ -254,6 +262,32 @@ impl SimNode for EngineNode {
         true
     }
 
+    fn change(&mut self, tag: u64, wish: Wish) -> bool {
+        self.errands.change(&self.handle, tag, wish);
+        true
+    }
+
+    fn members(&self) -> Members {
+        let Some(raft) = self.driver.raft() else { return Members::default() };
+        let configuration = raft.configuration();
+        let mut members = Members {
+            index: raft.configuration_index().get(),
+            settled: configuration.is_settled(),
+            ..Members::default()
+        };
+        for member in configuration.members() {
+            let set = match member.role {
+                MemberRole::Voter => &mut members.incoming,
+                MemberRole::Learner => &mut members.learners,
+            };
+            *set |= 1 << node_of(member.id);
+        }
+        for id in configuration.outgoing() {
+            members.outgoing |= 1 << node_of(*id);
+        }
+        members
+    }
+
     fn outcomes(&mut self, out: &mut Vec<(u64, Outcome)>) {
         self.errands.outcomes(out);
     }
@@ -282,6 +316,7 @@ impl SimNode for EngineNode {
             },
             term: raft.term().get(),
             leader: raft.leader().map(node_of),
+            vote: raft.vote().map(node_of),
             last: raft.last().index.get(),
             written: self.driver.wal().last_index().get(),
             durable: raft.durable().get(),

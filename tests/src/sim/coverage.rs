@@ -186,6 +186,30 @@ marks! {
     SessionExpired = "sessions_expired", 50;
     /// There was no room for another session.
     SessionTableFull = "session_tables_full", 200;
+    /// A leader was asked to change the members.
+    ChangeAsked = "changes_asked", 50;
+    /// It did.
+    Changed = "changes", 50;
+    /// It did not, or nobody knows.
+    ChangeFailed = "changes_failed", 50;
+    /// A transition between two sets of voters was entered.
+    JointEntered = "transitions", 50;
+    /// A leader went on with other members, and no transition.
+    MembersChanged = "settlements", 50;
+    /// A node became a learner.
+    LearnerAdded = "learners", 50;
+    /// A member has left.
+    MemberLeft = "departures", 50;
+    /// The leader was among those.
+    LeaderLeft = "departures_of_leaders", 50;
+    /// A machine that had left lost its disk, to come back without.
+    Wiped = "wiped_disks", 50;
+    /// A plot was begun.
+    PlotBegun = "plots", 50;
+    /// A leader with entries of an older term was elected again, as in figure 8 of the Raft paper.
+    Figure8 = "figure_8", 200;
+    /// One write took far longer than the others.
+    StalledWrite = "stalled_writes", 50;
     /// A cluster that was left alone kept its leader.
     Stable = "stable_endings", 50;
 }

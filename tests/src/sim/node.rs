@@ -29,6 +29,8 @@ pub struct View {
     pub term: u64,
     /// Whom it takes for the leader, by position from 0.
     pub leader: Option<usize>,
+    /// Whom it has voted for in the term.
+    pub vote: Option<usize>,
     /// The end of its log.
     pub last: u64,
     /// The end of what it has handed to the disk. Beyond it, chains cannot be asked for.
@@ -188,6 +190,46 @@ pub enum Outcome {
         /// For people.
         why: String,
     },
+    /// The members were changed; the configuration stands at this index.
+    Changed {
+        /// The index.
+        index: u64,
+    },
+    /// They were not, or nobody knows.
+    NotChanged {
+        /// For people.
+        why: String,
+    },
+}
+
+/// Who counts in a cluster, by a node's log. Bit n of a set is node n.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Members {
+    /// Where that stands in its log.
+    pub index: u64,
+    /// The voters.
+    pub incoming: u32,
+    /// In a transition, those of before.
+    pub outgoing: u32,
+    /// Who is sent the log and has no vote.
+    pub learners: u32,
+    /// No change is under way.
+    pub settled: bool,
+}
+
+/// A change of the members. Bit n of a set is node n.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Wish {
+    /// Who joins as a learner.
+    pub learn: u32,
+    /// Who joins as a voter.
+    pub vote: u32,
+    /// Learners that become voters.
+    pub promote: u32,
+    /// Voters that become learners.
+    pub demote: u32,
+    /// Who leaves.
+    pub remove: u32,
 }
 
 /// Whether what comes under `tag` goes through the queue that other threads use; the rest goes straight into the core.
@@ -247,6 +289,17 @@ pub trait SimNode {
         false
     }
 
+    /// Asks it to change the members, as the leader. False if nodes of its kind cannot.
+    fn change(&mut self, tag: u64, wish: Wish) -> bool {
+        let _ = (tag, wish);
+        false
+    }
+
+    /// Who counts, by its log. Only asked where members change.
+    fn members(&self) -> Members {
+        Members::default()
+    }
+
     /// Moves what has become of an operator's requests to `out`.
     fn outcomes(&mut self, out: &mut Vec<(u64, Outcome)>) {
         let _ = out;
@@ -302,8 +355,12 @@ pub struct ImageLog {
 pub struct Boot {
     /// Which machine, from 0.
     pub node: usize,
+    /// How many machines the cluster is formed of, the first ones.
+    pub founders: usize,
     /// How many machines there are.
     pub nodes: usize,
+    /// It is to join a cluster that is there.
+    pub joins: bool,
     /// Its disk.
     pub disk: SimDisk,
     /// Its network.

@@ -91,6 +91,10 @@ kinds! {
     Transfer: "transfer",
     /// What came of it: leader, term.
     Transferred: "transferred",
+    /// A node was asked to change the members: tag.
+    Change: "change",
+    /// What came of it: tag, index or 0.
+    Changed: "changed",
     /// The run's phase changed: phase.
     Phase: "phase",
 }

@@ -81,6 +81,11 @@ impl History {
         }
     }
 
+    /// Whether something of `term` itself was committed.
+    pub fn has_committed_in(&self, term: u64) -> bool {
+        self.known.term >= term
+    }
+
     /// Something of `term` itself was committed by its leader.
     pub fn committed_in(&mut self, term: u64) {
         self.known.term = self.known.term.max(term);

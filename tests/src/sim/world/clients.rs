@@ -176,8 +176,18 @@ impl<C: Cluster> World<'_, C> {
         let wanted = this.current.unwrap_or_else(|| this.want(client));
         let id = wanted.command.id;
         let may_wander = wanted.ask.is_some_and(Ask::may_wander);
-        let wanders = may_wander && this.rng.chance(this.wanders_ppm);
-        let node = if wanders { client % nodes } else { this.believed };
+        // Where members change, what is near may be no member for ever; elsewhere it may be behind for long.
+        let calm = self.phase != Phase::Trouble;
+        let may_wander = may_wander && !(self.changes && calm);
+        let wanders_ppm = if calm { this.wanders_ppm / 2 } else { this.wanders_ppm };
+        let wanders = may_wander && this.rng.chance(wanders_ppm);
+        let watched =
+            self.watched.filter(|(_, until)| may_wander && client % 2 == 1 && self.context.now() < *until);
+        let node = match watched {
+            Some((watched, _)) => watched,
+            None if wanders => client % nodes,
+            None => this.believed,
+        };
         this.asked = node;
         if first_time && id.sequence < this.fresh_from {
             let kept = self.options.keep.calls.as_ref();
@@ -242,7 +252,10 @@ impl<C: Cluster> World<'_, C> {
         self.history.borrow_mut().answered(id, Fate::Refused);
         let this = &mut self.clients[id.client];
         this.in_flight = false;
-        if this.rng.chance(50_000) {
+        // Nobody may write any more, so that what is waited for never comes.
+        let waits =
+            matches!(this.current, Some(Wanted { ask: Some(Ask::Committed(_) | Ask::Applied(_)), .. }));
+        if waits || this.rng.chance(50_000) {
             this.current = None;
         }
         let delay = this.rng.between(MILLISECOND, 20 * MILLISECOND);

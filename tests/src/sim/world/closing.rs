@@ -44,7 +44,7 @@ impl<C: Cluster> World<'_, C> {
         let image = machine.disk.borrow().durable_image(&aside);
         let end = machine.view.written;
         let chain = machine.process.as_ref().and_then(|process| process.chain_at(end));
-        match self.cluster.recover(node, self.machines.len(), &self.tuning, SimDisk::new(&image)) {
+        match self.cluster.recover(node, self.founders, &self.tuning, SimDisk::new(&image)) {
             Ok(log) => {
                 let found = log.chains.last().map(|(_, chain)| *chain);
                 let same = log.last == end && (log.chains.is_empty() || found == chain);

@@ -261,7 +261,7 @@ impl<C: Cluster> World<'_, C> {
                     self.history.borrow_mut().answered(id, Fate::Unknown);
                     return self.over(id.client, true);
                 }
-                10..60 => Stage::Proposing,
+                10..45 => Stage::Proposing,
                 _ => Stage::Resolving,
             },
         };

@@ -1,7 +1,7 @@
 //! Leadership handed over because somebody asks for it.
 
 use super::*;
-use crate::sim::node::Outcome;
+use crate::sim::node::{Outcome, Wish};
 
 /// What an operator has asked for and not been answered yet.
 #[derive(Default)]
@@ -17,7 +17,20 @@ pub(super) struct Operator {
 struct Errand {
     tag: u64,
     node: usize,
-    to: Option<usize>,
+    kind: Kind,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Transfer(Option<usize>),
+    Change(Wish),
+}
+
+impl Operator {
+    /// Whether the members are being changed, as far as it knows.
+    pub(super) fn waits_for_change(&self) -> bool {
+        self.errands.iter().any(|errand| matches!(errand.kind, Kind::Change(_)))
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -43,8 +56,27 @@ impl<C: Cluster> World<'_, C> {
         machine.called = true;
         self.context.cover(Mark::TransferAsked);
         self.context.record(node, What::Transfer, tag, to.map_or(u64::MAX, |to| to as u64));
-        self.operator.errands.push(Errand { tag, node, to });
+        self.operator.errands.push(Errand { tag, node, kind: Kind::Transfer(to) });
         Some(tag)
+    }
+
+    /// Asks a node to change the members.
+    pub(super) fn change(&mut self, node: usize, wish: Wish) {
+        let machine = &mut self.machines[node];
+        if machine.closing || machine.paused_until > self.context.now() {
+            return;
+        }
+        let Some(process) = &mut machine.process else { return };
+        self.operator.tag += 1;
+        let tag = self.operator.tag;
+        if process.change(tag, wish) {
+            machine.wake_at = 0;
+            machine.called = true;
+            self.context.cover(Mark::ChangeAsked);
+            self.context.record(node, What::Change, tag, 0);
+            self.context.note(|| format!("{wish:x?}"));
+            self.operator.errands.push(Errand { tag, node, kind: Kind::Change(wish) });
+        }
     }
 
     /// The process of a node is gone: nobody will answer.
@@ -68,7 +100,8 @@ impl<C: Cluster> World<'_, C> {
 
     fn told(&mut self, tag: u64, outcome: &Outcome) {
         let Some(at) = self.operator.errands.iter().position(|errand| errand.tag == tag) else { return };
-        let Errand { node, to, .. } = self.operator.errands.swap_remove(at);
+        let Errand { node, kind, .. } = self.operator.errands.swap_remove(at);
+        let to = if let Kind::Transfer(to) = kind { to } else { None };
         let parts = self.operator.parting == Some(Parting::Asked { tag });
         match outcome {
             Outcome::Transferred { leader, term } => {
@@ -86,6 +119,18 @@ impl<C: Cluster> World<'_, C> {
                 if parts {
                     self.operator.parting = Some(Parting::Done);
                 }
+            }
+            Outcome::Changed { index } => {
+                self.context.record(node, What::Changed, tag, *index);
+                self.context.cover(Mark::Changed);
+                if let Kind::Change(wish) = kind {
+                    self.has_changed(node, *index, wish);
+                }
+            }
+            Outcome::NotChanged { why } => {
+                self.context.record(node, What::Changed, tag, 0);
+                self.context.note(|| why.clone());
+                self.context.cover(Mark::ChangeFailed);
             }
             Outcome::NotTransferred { why } => {
                 self.context.record(node, What::Transferred, u64::MAX, tag);
@@ -110,7 +155,15 @@ impl<C: Cluster> World<'_, C> {
         }
         let leader = self.machines.iter().position(|machine| machine.view.role == LEADER);
         let nodes = self.machines.len();
-        let to = self.rng.index(nodes);
+        let mut to = self.rng.index(nodes);
+        if let Some(leader) = leader {
+            let voters = self.members_of(leader).incoming;
+            to = (0..nodes).map(|at| (to + at) % nodes).find(|to| voters >> to & 1 == 1).unwrap_or(to);
+            if voters & !(1 << leader) == 0 {
+                self.operator.parting = Some(Parting::Done);
+                return true;
+            }
+        }
         let asked = match leader {
             Some(leader) if nodes > 1 && self.rng.chance(300_000) => {
                 self.transfer(leader, Some(to).filter(|to| *to != leader))
