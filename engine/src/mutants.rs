@@ -134,6 +134,10 @@ impl Mutant {
     /// Those of snapshots in the core.
     pub const SNAPSHOT: [Self; 2] = [Self::SnapshotInstallRegressesApplied, Self::InstallKeepsConflictingLog];
 
+    /// Those of snapshots in the driver.
+    pub const SNAPSHOT_DRIVER: [Self; 3] =
+        [Self::SnapshotForgetsConfiguration, Self::SnapshotForgetsSessions, Self::PurgeBeforeSnapshotDurable];
+
     /// Those that only changes of the members show.
     pub const MEMBERSHIP: [Self; 7] = [
         Self::ChangeBeforeOwnTermCommit,

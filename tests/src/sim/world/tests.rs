@@ -206,6 +206,7 @@ impl SimNode for Scribe {
             role,
             term: 1,
             leader: Some(0),
+            vote: Some(0),
             last,
             written: last,
             durable: applied,
