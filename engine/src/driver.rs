@@ -269,7 +269,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.applier.machine()
     }
 
-    /// The end of what was applied, and the chain there.
+    /// The end of what was applied, and the chain there; of a state that was lost, where the log that is left begins.
     pub fn applied(&self) -> (LogIndex, Chain) {
         (self.applier.applied(), self.applier.chain())
     }
@@ -474,10 +474,12 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
 
     fn publish(&self) {
         let Some(raft) = self.raft() else { return };
-        let (applied, chain) = self.applied();
+        // Of a state that cannot be read nothing is applied, wherever the log begins.
+        let lost = raft.restraint().state_lost;
+        let (applied, chain) = if lost { (LogIndex(0), Chain::default()) } else { self.applied() };
         let leader = self.leader_hint();
         let damage = self.damage_status(raft);
-        let snapshot = self.snapshots.status(raft.restraint().state_lost);
+        let snapshot = self.snapshots.status(lost);
         let peers = self.peers.iter().filter_map(|(id, peer)| {
             let matched = raft.progress(*id)?.matched;
             let Peer { stages, no_space, .. } = *peer;

@@ -63,7 +63,7 @@ pub struct Status {
     pub durable: LogIndex,
     /// How far the log is known to be committed.
     pub commit: LogIndex,
-    /// How far it has been applied here.
+    /// How far it has been applied here; 0 while the state is lost ([`SnapshotStatus::state_lost`]).
     pub applied: LogIndex,
     /// The chain of the log at `applied`.
     pub applied_chain: [u8; 16],
@@ -112,7 +112,7 @@ pub struct SnapshotStatus {
     /// One is being read into the state machine, which applies nothing meanwhile.
     pub restoring: bool,
     /// What was applied before the log's start cannot be read here, and is fetched from the leader: meanwhile nothing is
-    /// applied, and the node does not lead.
+    /// applied, reads wait or are refused, and the node does not lead.
     pub state_lost: bool,
     /// Snapshots on their way to other members, or from one.
     pub installs: Vec<InstallStatus>,

@@ -62,12 +62,14 @@ impl StateMachine for Counter {
     }
 
     fn query(&self, query: &[u8]) -> Bytes {
+        assert!(self.restoring.is_none(), "nothing is asked while it is restored");
         let mut answer = query.to_vec();
         answer.extend(self.count.to_le_bytes());
         answer.into()
     }
 
     fn snapshot(&mut self) -> Option<Box<dyn SnapshotReader>> {
+        assert!(self.restoring.is_none(), "no picture is taken while it is restored");
         if self.makes_none {
             return None;
         }

@@ -1,8 +1,14 @@
 //! Snapshots in clusters of real drivers: taken, purged behind, restored, sent, and what damage and crashes make of them.
 
 use super::*;
+use ringraft::error::ReadError;
 use ringraft::mutants::{self, Mutant};
+use ringraft::reads::{Consistency, QueryReply, Read};
 use ringraft_tests::sim::disk::Rot;
+use std::future::Future;
+use std::pin::pin;
+use std::task::Poll;
+use std::time::Duration;
 
 /// Nothing is retained, so that every snapshot moves the log's start to its end.
 fn config(node: usize, nodes: usize) -> Config {
@@ -324,6 +330,112 @@ fn a_node_whose_snapshots_are_all_damaged_fetches_the_state_from_the_leader_and_
     }
     rig.boot(config(leader, 3));
     rig.run_until_led();
+}
+
+/// A query that is asked for again and again, each time when the last one was answered.
+struct Asking {
+    consistency: Consistency,
+    read: Option<Read<QueryReply>>,
+    answers: Vec<Result<QueryReply, ReadError>>,
+}
+
+impl Asking {
+    fn new(consistency: Consistency) -> Self {
+        Self { consistency, read: None, answers: Vec::new() }
+    }
+
+    fn go_on(&mut self, rig: &mut Rig, node: usize) {
+        let process = rig.process(node);
+        let read = self.read.get_or_insert_with(|| {
+            process.wake_at = 0;
+            process.handle.query("?", self.consistency)
+        });
+        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+        if let Poll::Ready(answer) = pin!(read).poll(&mut context) {
+            self.read = None;
+            self.answers.push(answer);
+        }
+    }
+}
+
+const ANY_AGE: Consistency = Consistency::Stale { age_max: Duration::from_secs(60), lag_max: u64::MAX };
+
+/// The log of a follower starts where the snapshot ends that it was given, and nothing has come since. When that file rots,
+/// all that is left is a number: the same that the leader names to a read.
+#[test]
+fn a_node_that_has_lost_its_state_answers_no_read_before_it_has_it_again() {
+    let (mut rig, leader) = Rig::with_ballast(3, 4 << 20, 21);
+    let broken = (leader + 1) % 3;
+    rig.kill(broken);
+    rig.commit_some(leader, 20);
+    let end = rig.snapshot(leader);
+    rig.boot(config(broken, 3));
+    rig.run_until_equal(end);
+    let state = rig.state(broken);
+    assert_eq!((rig.counter(broken).restored, rig.log_start(broken), rig.status(broken).last), (1, end, end));
+    rig.shutdown(broken);
+    rig.run_until_ended(broken);
+    for name in rig.snapshot_files(broken) {
+        let disk = &rig.machines[broken].disk;
+        disk.borrow_mut().damage(&name, 8192, 4096, &Rot::Unreadable);
+    }
+    rig.boot(config(broken, 3));
+    rig.run_until("it says so", |rig| rig.status(broken).snapshot.state_lost);
+    let mut linearizable = Asking::new(Consistency::Linearizable);
+    let mut stale = Asking::new(ANY_AGE);
+    let applied = rig.called(broken).wait_applied(end, None);
+    let mut applied = pin!(applied);
+    let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+    while rig.counter(broken).restored == 0 {
+        linearizable.go_on(&mut rig, broken);
+        stale.go_on(&mut rig, broken);
+        assert!(applied.as_mut().poll(&mut context).is_pending(), "nothing is applied");
+        assert_eq!(rig.status(broken).applied, LogIndex(0), "of a state that is not here");
+        rig.step();
+    }
+    // At first no leader is known.
+    let unanswered = |answer: &Result<QueryReply, ReadError>| {
+        matches!(answer, Err(ReadError::NoLeader | ReadError::LeaderUnreachable | ReadError::TimedOut))
+    };
+    assert!(linearizable.answers.iter().all(unanswered), "{:?}", linearizable.answers);
+    assert!(linearizable.read.is_some(), "it waits");
+    assert!(stale.answers.iter().all(|answer| *answer == Err(ReadError::Restoring)), "{:?}", stale.answers);
+    assert!(stale.answers.len() > 10);
+    let answered = linearizable.answers.len();
+    while linearizable.answers.len() == answered {
+        linearizable.go_on(&mut rig, broken);
+        rig.step();
+    }
+    let answer = linearizable.answers.pop().expect("an answer").expect("it waited for the state");
+    assert_eq!((answer.applied, &answer.reply[1..]), (end, &state.0.to_le_bytes()[..]));
+    assert_eq!((rig.status(broken).applied, rig.state(broken)), (end, state));
+    rig.run_for(MILLISECOND);
+    assert_eq!(applied.as_mut().poll(&mut context), Poll::Ready(Ok(end)));
+}
+
+/// The machine asserts that nothing is asked of it between the begin and the end of what it is given.
+#[test]
+fn a_machine_whose_state_is_being_replaced_is_asked_nothing_however_old_the_answer_may_be() {
+    let (mut rig, leader) = Rig::with_ballast(3, 2 << 20, 22);
+    let away = (leader + 1) % 3;
+    let end = rig.commit_some(leader, 3);
+    rig.run_until_equal(end);
+    for node in [leader, (leader + 2) % 3] {
+        rig.fabric.borrow_mut().cut(node, away);
+        rig.fabric.borrow_mut().cut(away, node);
+    }
+    rig.commit_some(leader, 20);
+    rig.snapshot(leader);
+    rig.fabric.borrow_mut().heal_all();
+    let mut stale = Asking::new(ANY_AGE);
+    while rig.counter(away).restored == 0 {
+        stale.go_on(&mut rig, away);
+        rig.step();
+    }
+    let refused = stale.answers.iter().filter(|answer| **answer == Err(ReadError::Restoring)).count();
+    let told: Vec<u64> = stale.answers.iter().flatten().map(|reply| reply.applied.get()).collect();
+    assert!(refused > 10 && !told.is_empty(), "{refused} refused, {} answered", told.len());
+    assert!(told.iter().all(|applied| *applied == end.get()), "{told:?}");
 }
 
 /// The log, its files and the snapshots stay within bounds while commands come without end, on all nodes.
