@@ -1,8 +1,10 @@
 //! A client's end of a session: it numbers commands, knows which of them are settled, and acknowledges those.
 //!
-//! A sequence is *settled* when its outcome is a fact: committed, refused before it entered any log, or resolved.
-//! Settled sequences at the front of the window are acknowledged by the way, a quarter of a window at a time. One of
-//! unknown outcome stays, and with it the floor, until it is proposed again, resolved, or acknowledged as it is.
+//! A sequence is *settled* when its outcome is a fact: committed, resolved, or refused before it entered any log and
+//! numbered by the session itself, which uses no number twice. Settled sequences at the front of the window are
+//! acknowledged by the way, a quarter of a window at a time. One of unknown outcome stays, and with it the floor, until it
+//! is proposed again, resolved, or acknowledged as it is; and so does one that its caller has numbered and that was
+//! refused, because the caller may use the number again.
 
 use super::{Control, SessionRefusal, WINDOW_MAX};
 use crate::error::{ProposeError, Refusal, Refused, UnknownOutcome};
@@ -112,7 +114,8 @@ impl Session {
     /// [`Session::propose_with_sequence`] under the same sequence, here or through the leader's node, or ask by
     /// [`Session::resolve`].
     ///
-    /// Refused with [`SessionRefusal::BeyondWindow`] while too many sequences are unsettled.
+    /// Refused with [`SessionRefusal::BeyondWindow`] while too many sequences are unsettled. When it is refused, its number
+    /// is spent: propose the command anew, not under that number.
     pub fn propose(&self, command: impl Into<Bytes>) -> SessionProposal {
         let command = command.into();
         match self.issue() {
@@ -121,8 +124,12 @@ impl Session {
         }
     }
 
-    /// Proposes `command` under `sequence`: again, or as numbered by the caller, from 1 on and at most once for each
-    /// command. A sequence that was applied before answers with the outcome of then, whatever `command` is.
+    /// Proposes `command` under `sequence`: again, or as numbered by the caller, from 1 on and one number for each
+    /// command. A sequence that was applied before answers with the outcome of then, whatever `command` is. One that is
+    /// refused stays unsettled, and can be proposed again; who does not want to acknowledges or resolves it.
+    ///
+    /// Of a sequence below [`SessionPosition::floor`], which is not kept track of, no refusal is a fact but
+    /// [`SessionRefusal::Fenced`]: it comes as [`UnknownOutcome::EarlierAttempt`].
     pub fn propose_with_sequence(&self, sequence: u64, command: impl Into<Bytes>) -> SessionProposal {
         self.book().begin(sequence);
         self.attempt(sequence, command.into())
@@ -472,7 +479,32 @@ struct Used {
     attempts: u32,
     /// An attempt ended without a fact.
     doubtful: bool,
-    settled: bool,
+    /// The caller has proposed it by its number, and may again.
+    callers: bool,
+    settled: Settled,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Settled {
+    #[default]
+    No,
+    /// It entered no log.
+    Refused,
+    /// Committed, or fenced.
+    Known,
+}
+
+/// What the outcome of an attempt says of a sequence of which nothing else is known: an attempt before may have been
+/// applied, or may be yet. Only a fence is stronger than that; and beyond the window nothing was applied before either.
+fn untracked(outcome: Outcome, earlier: impl FnOnce(Refusal) -> Outcome) -> Outcome {
+    match outcome {
+        Err(ProposeError::Refused(Refused {
+            reason: Refusal::Session(SessionRefusal::Fenced | SessionRefusal::BeyondWindow { .. }),
+            ..
+        })) => outcome,
+        Err(ProposeError::Refused(Refused { reason, .. })) => earlier(reason),
+        outcome => outcome,
+    }
 }
 
 impl Book {
@@ -513,24 +545,38 @@ impl Book {
             return Err(self.refusal.take().unwrap_or(full));
         }
         let sequence = self.next;
-        self.begin(sequence);
+        self.extend_through(sequence);
+        if let Some(used) = self.used(sequence) {
+            used.attempts = 1;
+        }
         Ok(sequence)
     }
 
-    /// An attempt begins. Sequences that the caller leaves out are not settled until it says so. One that lies
-    /// beyond any window is not kept track of: it will be refused.
+    /// An attempt begins at a sequence that the caller names.
     fn begin(&mut self, sequence: u64) {
-        if sequence.saturating_sub(self.floor) < 2 * u64::from(self.window) {
-            self.extend_to(sequence.saturating_add(1), false);
-        }
+        self.extend_through(sequence);
         if let Some(used) = self.used(sequence) {
             used.attempts += 1;
+            used.callers = true;
+            if used.settled == Settled::Refused {
+                used.settled = Settled::No;
+            }
+        }
+    }
+
+    /// The sequence is used, and so will not be issued. Those that the caller leaves out before it are not settled until it
+    /// says so. One that lies beyond any window is not kept track of: it will be refused.
+    fn extend_through(&mut self, sequence: u64) {
+        if sequence.saturating_sub(self.floor) < 2 * u64::from(self.window) {
+            self.extend_to(sequence.saturating_add(1), false);
         }
     }
 
     /// An attempt ended; what its outcome says of the sequence.
     fn end(&mut self, sequence: u64, outcome: Outcome) -> Outcome {
-        let Some(used) = self.used(sequence) else { return outcome };
+        let earlier =
+            |reason| Err(UnknownOutcome::EarlierAttempt { sequence, reason: Box::new(reason) }.into());
+        let Some(used) = self.used(sequence) else { return untracked(outcome, earlier) };
         used.attempts = used.attempts.saturating_sub(1);
         let outcome = match outcome {
             Err(ProposeError::Refused(Refused {
@@ -538,14 +584,18 @@ impl Book {
             }))
             | Err(ProposeError::ReplyGone { .. })
             | Ok(_) => {
-                used.settled = true;
+                used.settled = Settled::Known;
                 outcome
             }
-            Err(ProposeError::Refused(Refused { reason, .. })) if used.doubtful || used.attempts > 0 => {
-                Err(UnknownOutcome::EarlierAttempt { sequence, reason: Box::new(reason) }.into())
+            Err(ProposeError::Refused(Refused { reason, .. }))
+                if used.doubtful || used.attempts > 0 || used.settled == Settled::Known =>
+            {
+                earlier(reason)
             }
             Err(ProposeError::Refused(_)) => {
-                used.settled = true;
+                if !used.callers {
+                    used.settled = Settled::Refused;
+                }
                 outcome
             }
             Err(ProposeError::Unknown(_)) => {
@@ -566,7 +616,7 @@ impl Book {
 
     fn settle(&mut self, sequence: u64) {
         if let Some(used) = self.used(sequence) {
-            used.settled = true;
+            used.settled = Settled::Known;
         }
         self.advance();
     }
@@ -584,7 +634,7 @@ impl Book {
     }
 
     fn advance(&mut self) {
-        while self.used.front().is_some_and(|used| used.settled) {
+        while self.used.front().is_some_and(|used| used.settled != Settled::No) {
             self.used.pop_front();
             self.floor += 1;
         }
@@ -689,6 +739,73 @@ mod tests {
         let fenced = refused(Refusal::Session(SessionRefusal::Fenced));
         assert!(matches!(book.end(3, fenced), Err(ProposeError::Refused(_))), "nothing overcomes a fence");
         assert_eq!(book.floor, 4);
+    }
+
+    fn is_earlier(outcome: &Outcome) -> bool {
+        matches!(outcome, Err(ProposeError::Unknown(UnknownOutcome::EarlierAttempt { sequence: 1, .. })))
+    }
+
+    /// A caller's number that was refused counted as settled, and with that nothing was known of it any more. A second attempt
+    /// was lost with its leader, a third one refused, and that passed for a fact: the command was applied a second time
+    /// under the number that came next.
+    #[test]
+    fn a_number_that_was_refused_and_is_used_again_is_kept_track_of() {
+        let mut book = book(4);
+        book.begin(1);
+        assert!(
+            matches!(book.end(1, refused(Refusal::Busy)), Err(ProposeError::Refused(_))),
+            "it is in no log"
+        );
+        assert_eq!((book.floor, book.next), (1, 2), "it may be used again");
+        book.begin(1);
+        assert!(book.end(1, lost()).is_err());
+        book.begin(1);
+        let outcome = book.end(1, refused(Refusal::NotLeader { leader: None }));
+        assert!(is_earlier(&outcome), "{outcome:?}");
+        assert_eq!(book.floor, 1);
+        book.begin(1);
+        assert!(book.end(1, committed()).is_ok());
+        assert_eq!(book.floor, 2);
+    }
+
+    #[test]
+    fn of_a_number_that_is_not_kept_track_of_no_refusal_is_a_fact_but_a_fence() {
+        let mut book = book(4);
+        assert_eq!(book.issue(), Ok(1));
+        assert!(matches!(book.end(1, refused(Refusal::Busy)), Err(ProposeError::Refused(_))));
+        assert_eq!(book.floor, 2, "the session itself uses no number again");
+        for reason in [Refusal::NotLeader { leader: None }, Refusal::Busy] {
+            book.begin(1);
+            assert!(book.end(1, lost()).is_err());
+            book.begin(1);
+            let outcome = book.end(1, refused(reason));
+            assert!(is_earlier(&outcome), "{outcome:?}");
+        }
+        for fact in [SessionRefusal::Fenced, SessionRefusal::BeyondWindow { floor: 2, window: 4 }] {
+            book.begin(1);
+            let outcome = book.end(1, refused(Refusal::Session(fact)));
+            assert!(matches!(outcome, Err(ProposeError::Refused(_))), "{outcome:?}");
+        }
+    }
+
+    #[test]
+    fn a_refusal_says_nothing_of_a_number_that_was_committed_before() {
+        let mut book = book(4);
+        assert_eq!((book.issue(), book.issue()), (Ok(1), Ok(2)));
+        assert!(book.end(2, committed()).is_ok());
+        book.begin(2);
+        let outcome = book.end(2, refused(Refusal::NotLeader { leader: None }));
+        assert!(matches!(
+            outcome,
+            Err(ProposeError::Unknown(UnknownOutcome::EarlierAttempt { sequence: 2, .. }))
+        ));
+        // Refused behind one that is open, and then used by its number: it is not settled any more.
+        assert_eq!(book.issue(), Ok(3));
+        assert!(book.end(3, refused(Refusal::Busy)).is_err());
+        book.begin(3);
+        assert!(book.end(3, lost()).is_err());
+        assert!(book.end(1, committed()).is_ok());
+        assert_eq!(book.floor, 3);
     }
 
     #[test]

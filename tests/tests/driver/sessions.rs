@@ -90,6 +90,17 @@ fn refusal(outcome: Outcome) -> SessionRefusal {
     }
 }
 
+/// The floor, if the attempt was refused for lying below it: what became of an earlier one is not known any more.
+fn below(outcome: &Outcome) -> Option<u64> {
+    match outcome {
+        Err(ProposeError::Unknown(UnknownOutcome::EarlierAttempt { reason, .. })) => match **reason {
+            Refusal::Session(SessionRefusal::BelowFloor { floor }) => Some(floor),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
 #[test]
 fn a_command_that_is_proposed_again_is_answered_as_before_and_applied_once() {
     let (mut rig, leader) = Rig::started(3);
@@ -237,11 +248,10 @@ fn a_session_acknowledges_by_the_way_and_forgets_in_order() {
         assert_eq!(proposal.sequence(), sequence);
         rig.finish(proposal).expect("committed");
     }
-    let floor = |refusal| match refusal {
-        SessionRefusal::BelowFloor { floor } => floor,
-        other => panic!("{other:?}"),
+    let floor = match below(&rig.finish(session.propose_with_sequence(1, "x"))) {
+        Some(floor) => floor,
+        None => panic!("nobody knows any more whether it was applied"),
     };
-    let floor = floor(refusal(rig.finish(session.propose_with_sequence(1, "x"))));
     assert!((25..=32).contains(&floor), "{floor}");
     let again = rig.finish(session.propose_with_sequence(32, "x")).expect("kept");
     assert_eq!(again.reply[..], 32_u64.to_le_bytes());
@@ -368,6 +378,7 @@ impl Run {
 
     fn told(&mut self, known: usize, sequence: u64, outcome: Outcome) -> Result<(), String> {
         let Known { committed, never, .. } = &mut self.sessions[known];
+        self.coverage.below += u32::from(below(&outcome).is_some());
         match outcome {
             Ok(found) => {
                 if never.contains(&sequence) {
