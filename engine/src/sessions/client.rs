@@ -43,6 +43,9 @@ pub struct SessionPosition {
     pub window: u32,
     /// The lowest sequence whose outcome is not settled.
     pub floor: u64,
+    /// The floor that the cluster is known to have: all sequences below it were acknowledged to it. Too low a number costs
+    /// an acknowledgement; too high a one has the cluster refuse what lies beyond its window.
+    pub confirmed: u64,
     /// The lowest sequence that was never used. Too high a number is safe; too low a one gives a new command the
     /// outcome of an old one.
     pub next: u64,
@@ -101,7 +104,8 @@ impl Session {
     #[must_use]
     pub fn position(&self) -> SessionPosition {
         let book = self.book();
-        SessionPosition { id: self.id(), window: book.window, floor: book.floor, next: book.next }
+        let Book { window, floor, confirmed, next, .. } = *book;
+        SessionPosition { id: self.id(), window, floor, confirmed, next }
     }
 
     /// The same session through another node, where a leader is one now.
@@ -144,9 +148,13 @@ impl Session {
     fn issue(&self) -> Result<u64, Refusal> {
         let mut book = self.book();
         book.confirm();
-        if let Some(through) = book.wants_acknowledgement() {
-            let control = Control::Acknowledge { session: self.id(), through };
-            book.acknowledging = Some((through, self.handle.propose_control(control)));
+        if let Some(through) = book.begin_acknowledgement() {
+            // Not under the lock: if the node is just stopping, all who wait are answered and woken here, and may ask the
+            // book at once.
+            drop(book);
+            let proposal = self.handle.propose_control(Control::Acknowledge { session: self.id(), through });
+            book = self.book();
+            book.acknowledging = Some((through, Some(proposal)));
         }
         book.issue()
     }
@@ -255,8 +263,9 @@ impl Session {
     }
 
     /// Finds out what became of `sequence`, by a fence in the log: from then on it was applied, or never will be. Can be
-    /// repeated, also when its own outcome is unknown.
+    /// repeated, also when its own outcome is unknown. A sequence that was never used counts as used from then on.
     pub fn resolve(&self, sequence: u64) -> Resolution {
+        self.book().extend_through(sequence);
         let control = Control::Resolve { session: self.id(), sequence };
         Resolution { session: self.clone(), sequence, proposal: self.handle.propose_control(control) }
     }
@@ -298,7 +307,8 @@ impl SessionOpening {
 }
 
 fn opened(handle: &Handle, window: u32, committed: &Committed) -> Session {
-    Session::new(handle.clone(), SessionPosition { id: committed.index.get(), window, floor: 1, next: 1 })
+    let position = SessionPosition { id: committed.index.get(), window, floor: 1, confirmed: 1, next: 1 };
+    Session::new(handle.clone(), position)
 }
 
 impl Future for SessionOpening {
@@ -466,8 +476,8 @@ struct Book {
     confirmed: u64,
     /// From `floor` on, to `next`, exclusive.
     used: VecDeque<Used>,
-    /// An acknowledgement under way, and through which sequence.
-    acknowledging: Option<(u64, Proposal)>,
+    /// Through which sequence an acknowledgement is under way; without a proposal while that is being made.
+    acknowledging: Option<(u64, Option<Proposal>)>,
     /// Why the last acknowledgement was refused.
     refusal: Option<Refusal>,
 }
@@ -509,15 +519,17 @@ fn untracked(outcome: Outcome, earlier: impl FnOnce(Refusal) -> Outcome) -> Outc
 
 impl Book {
     fn new(position: SessionPosition) -> Self {
-        let SessionPosition { window, floor, next, .. } = position;
+        let SessionPosition { window, floor: told, confirmed, next, .. } = position;
         // What this client would not have used itself is not kept track of.
         let window = window.clamp(1, WINDOW_MAX);
-        let floor = floor.max(1).max(next.saturating_sub(2 * u64::from(window)));
+        let floor = told.max(1).max(next.saturating_sub(2 * u64::from(window)));
+        // Nor is it acknowledged unasked.
+        let confirmed = if floor > told.max(1) { floor } else { confirmed.clamp(1, floor) };
         let mut book = Self {
             window,
             next: floor,
             floor,
-            confirmed: floor,
+            confirmed,
             used: VecDeque::new(),
             acknowledging: None,
             refusal: None,
@@ -642,7 +654,7 @@ impl Book {
 
     /// Takes note of an acknowledgement that has ended.
     fn confirm(&mut self) {
-        let Some((through, proposal)) = &mut self.acknowledging else { return };
+        let Some((through, Some(proposal))) = &mut self.acknowledging else { return };
         let Some(outcome) = proposal.try_outcome() else { return };
         let floor = through.saturating_add(1);
         self.acknowledging = None;
@@ -659,6 +671,13 @@ impl Book {
         let due = settled >= u64::from((self.window / 4).max(1));
         (due && self.acknowledging.is_none()).then(|| self.floor - 1)
     }
+
+    /// The same, and nobody else is told so.
+    fn begin_acknowledgement(&mut self) -> Option<u64> {
+        let through = self.wants_acknowledgement()?;
+        self.acknowledging = Some((through, None));
+        Some(through)
+    }
 }
 
 #[cfg(test)]
@@ -666,7 +685,7 @@ mod tests {
     use super::*;
 
     fn book(window: u32) -> Book {
-        Book::new(SessionPosition { id: 9, window, floor: 1, next: 1 })
+        Book::new(SessionPosition { id: 9, window, floor: 1, confirmed: 1, next: 1 })
     }
 
     fn committed() -> Outcome {
@@ -810,7 +829,7 @@ mod tests {
 
     #[test]
     fn what_was_used_before_a_resumption_is_doubtful() {
-        let mut book = Book::new(SessionPosition { id: 9, window: 8, floor: 4, next: 6 });
+        let mut book = Book::new(SessionPosition { id: 9, window: 8, floor: 4, confirmed: 4, next: 6 });
         book.begin(5);
         let outcome = book.end(5, refused(Refusal::Busy));
         assert!(matches!(outcome, Err(ProposeError::Unknown(UnknownOutcome::EarlierAttempt { .. }))));
@@ -819,7 +838,112 @@ mod tests {
         assert_eq!(book.floor, 6);
         book.settle_through(90);
         assert_eq!((book.floor, book.next), (91, 91));
-        let book = Book::new(SessionPosition { id: 9, window: u32::MAX, floor: 0, next: u64::MAX });
+        let book =
+            Book::new(SessionPosition { id: 9, window: u32::MAX, floor: 0, confirmed: 0, next: u64::MAX });
         assert_eq!((book.next, book.used.len()), (u64::MAX, 2 * WINDOW_MAX as usize), "bounded");
+        assert_eq!(book.wants_acknowledgement(), None, "what was made up is acknowledged by nobody");
+    }
+
+    #[test]
+    fn a_resumed_session_first_acknowledges_what_the_cluster_does_not_know_to_be_settled() {
+        let mut book = book(8);
+        for sequence in 1..=7 {
+            assert_eq!(book.issue(), Ok(sequence));
+            assert!(book.end(sequence, committed()).is_ok());
+        }
+        let Book { window, floor, confirmed, next, .. } = book;
+        assert_eq!((floor, confirmed, next), (8, 1, 8));
+        let mut book = Book::new(SessionPosition { id: 9, window, floor, confirmed, next });
+        assert_eq!(book.begin_acknowledgement(), Some(7));
+        assert_eq!(book.begin_acknowledgement(), None, "one at a time");
+        assert_eq!(book.issue(), Ok(8), "the last one of the cluster's window");
+        let full = Refusal::Session(SessionRefusal::BeyondWindow { floor: 1, window: 8 });
+        assert_eq!(book.issue(), Err(full), "the cluster would refuse it");
+        book.acknowledging = None;
+        book.confirmed = 8;
+        assert_eq!(book.issue(), Ok(9));
+    }
+
+    #[test]
+    fn a_number_that_was_resolved_unused_is_not_issued_any_more() {
+        let mut book = book(8);
+        book.extend_through(1);
+        assert_eq!(book.issue(), Ok(2), "also while the answer is on its way");
+        book.settle(1);
+        assert_eq!(book.floor, 2);
+        book.extend_through(2);
+        assert_eq!((book.floor, book.next), (2, 3), "one that was used stays what it is");
+    }
+
+    /// Reads the book when it is woken, and notes when it cannot on the thread that is proposing.
+    struct Reader {
+        session: Session,
+        proposer: std::thread::ThreadId,
+        blocked: std::sync::atomic::AtomicBool,
+        here: std::sync::atomic::AtomicBool,
+    }
+
+    impl std::task::Wake for Reader {
+        fn wake(self: Arc<Self>) {
+            use std::sync::atomic::Ordering::Relaxed;
+            if std::thread::current().id() == self.proposer {
+                self.here.store(true, Relaxed);
+                self.blocked.fetch_or(self.session.shared.book.try_lock().is_err(), Relaxed);
+            }
+        }
+    }
+
+    /// A node that stops while an acknowledgement is being proposed has its proposer answer all that wait: an executor that
+    /// polls where it is woken asked for the book there while the proposer held it, and waited for itself.
+    #[test]
+    fn whoever_is_woken_while_an_acknowledgement_is_proposed_can_ask_the_book() {
+        use crate::config::{Config, MemberConfig};
+        use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+        let member = MemberConfig { id: ringraft_block::NodeId(1), address: ([127, 0, 0, 1], 7000).into() };
+        let config = Config {
+            ingress_capacity: 4,
+            reads_max: 4,
+            ..Config::new(ringraft_block::ClusterId(1), member.id, vec![member], "nowhere")
+        };
+        let position = SessionPosition { id: 9, window: 4, floor: 3, confirmed: 1, next: 3 };
+        let mut woken = 0;
+        for round in 0..20_000 {
+            let wakeup = Arc::new(crate::runtime::Wakeup::new());
+            let shared = Arc::new(crate::handle::Shared::new(&config, wakeup));
+            let handle = Handle { shared: Arc::clone(&shared) };
+            let session = handle.resume_session(position);
+            let reader = Arc::new(Reader {
+                session: session.clone(),
+                proposer: std::thread::current().id(),
+                blocked: AtomicBool::new(false),
+                here: AtomicBool::new(false),
+            });
+            let waker = Arc::clone(&reader).into();
+            let mut context = Context::from_waker(&waker);
+            let mut waiting = std::pin::pin!(handle.propose("command"));
+            assert!(waiting.as_mut().poll(&mut context).is_pending());
+            // What keeps the thread that stops it busy for a moment before it answers proposals itself.
+            let asked: Vec<_> = (0..100).map(|_| handle.transfer_leadership(None)).collect();
+            let ready = AtomicBool::new(false);
+            std::thread::scope(|scope| {
+                let ready = &ready;
+                scope.spawn(move || {
+                    ready.store(true, Relaxed);
+                    (0..round % 128).for_each(|_| std::hint::spin_loop());
+                    shared.ingress.stop(crate::error::StopError::Requested.into());
+                });
+                while !ready.load(Relaxed) {
+                    std::hint::spin_loop();
+                }
+                drop(session.propose("another"));
+            });
+            drop(asked);
+            assert!(!reader.blocked.load(Relaxed), "woken under the lock");
+            woken += u32::from(reader.here.load(Relaxed));
+            if woken >= 3 {
+                return;
+            }
+        }
+        println!("the stop came between in {woken} runs");
     }
 }

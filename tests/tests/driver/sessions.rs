@@ -175,6 +175,40 @@ fn what_was_resolved_as_never_applied_is_refused_when_it_arrives_late() {
 }
 
 #[test]
+fn a_number_that_was_resolved_before_it_was_used_is_given_to_no_command() {
+    let (mut rig, leader) = Rig::started(1);
+    let session = rig.open(leader);
+    assert_eq!(rig.finish(session.resolve(1)).expect("resolved"), Resolved::NeverApplied);
+    let proposal = session.propose("first");
+    assert_eq!(proposal.sequence(), 2);
+    rig.finish(proposal).expect("not refused for a fence that another number has");
+    rig.assert_applied(&session, &[2]);
+}
+
+/// The client that resumes it knows which sequences are settled; the cluster does not.
+#[test]
+fn a_resumed_session_is_not_refused_for_what_it_has_not_acknowledged_yet() {
+    let mut rig = Rig::new(1);
+    rig.boot(Config { session_window: 8, ..config(0, 1) });
+    rig.run_until_led();
+    let mut session = rig.open(0);
+    for round in 0..5 {
+        let proposals: Vec<_> = (0..8).map(|_| session.propose("x")).collect();
+        for proposal in proposals {
+            let sequence = proposal.sequence();
+            match rig.finish(proposal) {
+                Err(_) if sequence == 0 => {}
+                outcome => drop(outcome.unwrap_or_else(|error| panic!("round {round}, {sequence}: {error}"))),
+            }
+        }
+        session = rig.process(0).handle.resume_session(session.position());
+    }
+    let next = session.position().next;
+    assert!(next > 25, "{next}");
+    rig.assert_applied(&session, &(1..next).collect::<Vec<_>>());
+}
+
+#[test]
 fn a_silent_session_expires_by_the_logs_clock_and_so_equally_on_members_with_any_clock() {
     let mut rig = Rig::new(3);
     // Behind the leader, ahead of it, and as far as a day: only the leader's clock gets into the log.
