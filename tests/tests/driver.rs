@@ -43,12 +43,16 @@ struct Counter {
     restoring: Option<Vec<u8>>,
     /// Snapshots that it was given, to the end.
     restored: u64,
+    /// The log's clock, as far as it was seen.
+    time_ms: u64,
 }
 
 impl StateMachine for Counter {
     fn apply(&mut self, batch: &CommittedBatch<'_>, replies: &mut Replies) {
         assert!(self.restoring.is_none(), "nothing is applied while it is restored");
         for command in batch.commands() {
+            assert!(command.time_ms >= self.time_ms, "the log's clock never goes back");
+            self.time_ms = command.time_ms;
             self.count += 1;
             self.hash = xxh3_64_with_seed(command.bytes, self.hash ^ command.index.get());
             match command.session {
@@ -80,7 +84,10 @@ impl StateMachine for Counter {
 
     fn restore(&mut self, step: Restore<'_>) -> Result<(), String> {
         match step {
-            Restore::Begin { .. } => self.restoring = Some(Vec::new()),
+            Restore::Begin { time_ms, .. } => {
+                assert!(time_ms >= self.time_ms, "the log's clock never goes back");
+                (self.restoring, self.time_ms) = (Some(Vec::new()), time_ms);
+            }
             Restore::Piece(piece) => self.restoring.as_mut().ok_or("no begin")?.extend_from_slice(piece),
             Restore::End => {
                 let bytes = self.restoring.take().ok_or("no begin")?;

@@ -438,6 +438,52 @@ fn a_machine_whose_state_is_being_replaced_is_asked_nothing_however_old_the_answ
     assert!(told.iter().all(|applied| *applied == end.get()), "{told:?}");
 }
 
+/// A member whose clock is an hour behind is given a snapshot, and leads before it has read it: its log holds nothing that
+/// tells the time. Disks that read slowly leave it the time for that.
+#[test]
+fn the_logs_clock_does_not_go_back_when_a_node_leads_that_is_still_restoring_its_state() {
+    let mut rig = Rig::seeded(3, 23);
+    rig.ballast = 4 << 20;
+    for node in 0..3 {
+        let slow = DiskConfig { read: 3 * MILLISECOND, ..DiskConfig::default() };
+        rig.machines[node].disk = DiskState::new(&rig.context, node, Rng::new(node as u64), slow);
+        rig.machines[node].wall_ahead_ms = 3_600_000;
+    }
+    let quick = |node: usize| Config {
+        election_timeout: Duration::from_millis(30),
+        heartbeat_interval: Duration::from_millis(3),
+        ..config(node, 3)
+    };
+    (0..3).for_each(|node| rig.boot(quick(node)));
+    let leader = rig.run_until_led();
+    let (away, other) = ((leader + 1) % 3, (leader + 2) % 3);
+    rig.kill(away);
+    rig.kill(other);
+    // Whoever is left campaigns after the other.
+    rig.boot(Config { election_priority: Some(0), ..quick(other) });
+    let leader = rig.run_until_led();
+    assert_ne!(leader, other);
+    rig.commit_some(leader, 20);
+    let time_ms = rig.process(leader).driver.wal().batches().map(|info| info.time_ms).max().expect("some");
+    rig.snapshot(leader);
+    rig.machines[away].wall_ahead_ms = 0;
+    rig.boot(quick(away));
+    rig.run_until("the state is being read", |rig| rig.status(away).snapshot.restoring);
+    rig.kill(leader);
+    rig.run_until("it leads", |rig| rig.status(away).role == Role::Leader);
+    assert_eq!(rig.counter(away).restored, 0, "without a state");
+    rig.run_until("it has the state", |rig| rig.counter(away).restored == 1);
+    let leader = rig.run_until_led();
+    let end = rig.commit_some(leader, 3);
+    rig.run_until_equal(end);
+    for node in [away, other] {
+        let times = rig.process(node).driver.wal().batches().map(|info| info.time_ms);
+        let times: Vec<u64> = times.collect();
+        assert!(times.is_sorted(), "{times:?}");
+        assert!(node == other || times.iter().all(|time| *time >= time_ms), "{time_ms}: {times:?}");
+    }
+}
+
 /// The log, its files and the snapshots stay within bounds while commands come without end, on all nodes.
 #[test]
 fn the_log_is_bounded_under_constant_load() {
