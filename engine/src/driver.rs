@@ -7,6 +7,7 @@
 //! position; the core answers with one persist and one append per follower, which are under way together; `on_disk` and `on_network` bring the durabilities back; the core moves the commit index;
 //! `apply` runs the state machine and delivers the outcome.
 
+mod clock;
 mod installs;
 mod log;
 mod membership;
@@ -99,6 +100,7 @@ pub struct Driver<D: Disk, L: Link<Buf = D::Buf>, S> {
     no_space: bool,
     space_retry_at_ns: u64,
     witness_at_ns: u64,
+    clock: clock::LogClock,
     repair: repair::Repairer<D::Buf>,
     stall: stall::StallWatch,
     handover: transfer::Handover,
@@ -227,6 +229,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             no_space: false,
             space_retry_at_ns: u64::MAX,
             witness_at_ns: u64::MAX,
+            clock: clock::LogClock::default(),
             repair: repair::Repairer::new(&config),
             stall: stall::StallWatch::default(),
             handover: transfer::Handover::default(),

@@ -240,6 +240,24 @@ fn a_silent_session_expires_by_the_logs_clock_and_so_equally_on_members_with_any
     rig.assert_applied(&kept, &[1]);
 }
 
+/// The leader's clock tells next year for a moment: the log keeps that time, and must not stand still until then.
+#[test]
+fn a_session_expires_although_the_leaders_clock_was_ahead_and_has_been_set_right() {
+    let mut rig = Rig::new(1);
+    rig.boot(Config { session_timeout: Duration::from_secs(10), ..config(0, 1) });
+    rig.run_until_led();
+    rig.machines[0].wall_ahead_ms = 365 * 86_400_000;
+    let silent = rig.open(0);
+    rig.machines[0].wall_ahead_ms = 0;
+    let kept = rig.open(0);
+    for _ in 0..4 {
+        rig.run_for(4 * SECOND);
+        rig.finish(kept.acknowledge(0)).expect("alive");
+    }
+    assert_eq!(refusal(rig.finish(silent.propose("late"))), SessionRefusal::Expired);
+    rig.finish(kept.propose("alive")).expect("committed");
+}
+
 #[test]
 fn a_full_table_refuses_another_session_by_name_and_drops_none() {
     let mut rig = Rig::new(3);
