@@ -186,7 +186,7 @@ pub(crate) struct Shared {
 impl Shared {
     pub(crate) fn new(config: &Config, wakeup: Arc<Wakeup>) -> Self {
         Self {
-            ingress: Ingress::new(config.ingress_capacity, config.reads_max),
+            ingress: Ingress::new(config.ingress_capacity, config.uncommitted_bytes_max, config.reads_max),
             wakeup,
             status: StatusCell::new(Status::unstarted(config.node)),
             command_bytes_max: config.command_bytes_max,

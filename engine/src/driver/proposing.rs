@@ -44,13 +44,15 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     }
 
     pub(super) fn take_proposals(&mut self) -> bool {
-        let mut taken = 0;
+        let (mut taken, mut cost) = (0, 0);
         let mut proposals = self.proposals.borrow_mut();
         while taken < self.config.ingress_capacity && (proposals.has_room() || !proposals.is_gate_open()) {
             let Some(submission) = self.shared.ingress.pop() else { break };
+            cost += submission.cost();
             proposals.take(submission, &mut self.deliveries);
             taken += 1;
         }
+        self.shared.ingress.taken(cost);
         taken > 0
     }
 
