@@ -148,7 +148,7 @@ impl<T> Reply<T> {
 }
 
 impl<T> Answer<T> {
-    /// Blocks until the answer is there.
+    /// Blocks until the answer is there: for ever when it has been taken.
     ///
     /// # Errors
     /// Those of the request.

@@ -300,6 +300,9 @@ impl SessionOpening {
     ///
     /// # Errors
     /// Those of a proposal, and [`SessionRefusal::TableFull`].
+    ///
+    /// # Panics
+    /// When it was polled before and was ready.
     pub fn wait(self) -> Result<Session, ProposeError> {
         let Self { handle, window, proposal } = self;
         proposal.wait().map(|committed| opened(&handle, window, &committed))
@@ -352,6 +355,9 @@ impl SessionProposal {
     ///
     /// # Errors
     /// Those of the proposal.
+    ///
+    /// # Panics
+    /// When it was polled before and was ready: the outcome was told then.
     pub fn wait(mut self) -> Outcome {
         let outcome = self.proposal.wait_blocking();
         self.told(outcome)
@@ -398,6 +404,9 @@ impl SessionControl {
     ///
     /// # Errors
     /// Those of a proposal. It can be repeated whatever they say.
+    ///
+    /// # Panics
+    /// When it was polled before and was ready.
     pub fn wait(mut self) -> Result<(), ProposeError> {
         let outcome = self.proposal.wait_blocking();
         self.told(outcome)
@@ -435,6 +444,9 @@ impl Resolution {
     ///
     /// # Errors
     /// Those of a proposal; a sequence below the floor or beyond the window, and an expired session, cannot be resolved.
+    ///
+    /// # Panics
+    /// When it was polled before and was ready.
     pub fn wait(mut self) -> Result<Resolved, ProposeError> {
         let outcome = self.proposal.wait_blocking();
         self.told(outcome)

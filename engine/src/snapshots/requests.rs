@@ -70,7 +70,7 @@ impl Ticket {
 }
 
 impl SnapshotRequest {
-    /// Blocks until the answer is there.
+    /// Blocks until the answer is there: for ever when a poll has taken it.
     ///
     /// # Errors
     /// When there will be none.
