@@ -22,7 +22,7 @@ impl<T> Answer<T> {
     /// Blocks until it is there.
     ///
     /// # Panics
-    /// When it was taken before.
+    /// When it was polled before and was ready: the answer was given then.
     #[must_use]
     pub fn wait(self) -> T {
         let mut state = lock(&self.slot.state);
@@ -30,7 +30,7 @@ impl<T> Answer<T> {
             if let Some(value) = state.value.take() {
                 return value;
             }
-            assert!(!state.taken, "an answer is taken once");
+            assert!(!state.taken, "an answer is not waited for after it was ready");
             state.blocked = true;
             state = self.slot.done.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
@@ -128,5 +128,16 @@ mod tests {
         assert_eq!((answer.try_take(), answer.try_take()), (Some(4), None));
         slot.complete(6);
         assert_eq!(answer.try_take(), None);
+    }
+
+    /// It would block for ever.
+    #[test]
+    #[should_panic(expected = "not waited for after it was ready")]
+    fn an_answer_that_was_given_is_not_waited_for() {
+        let (mut answer, slot) = Answer::new();
+        slot.complete(1);
+        let polled = Pin::new(&mut answer).poll(&mut Context::from_waker(Waker::noop()));
+        assert_eq!(polled, Poll::Ready(1));
+        let _ = answer.wait();
     }
 }

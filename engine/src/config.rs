@@ -83,10 +83,12 @@ pub struct Config {
     pub window_batches: usize,
     /// Bytes of appends in flight to one follower. Default: 8 MiB: 16 ms at 500 MB/s.
     pub window_bytes: usize,
-    /// Payload bytes that are proposed and not yet committed; beyond it [`Busy`](crate::error::Refusal::Busy).
-    /// Default: 64 MiB.
+    /// Bytes of commands that the core has taken and not yet applied, each with 64 B for what is kept of it beside; and as
+    /// many again in the queue between other threads and the core. Beyond it [`Busy`](crate::error::Refusal::Busy). One
+    /// command is always admitted. Default: 64 MiB.
     pub uncommitted_bytes_max: usize,
-    /// Proposals in the queue between other threads and the core. Default: 65,536.
+    /// Proposals in the queue between other threads and the core; their bytes are bounded by `uncommitted_bytes_max`.
+    /// Default: 65,536.
     pub ingress_capacity: usize,
     /// Bytes of recent batches kept in memory for apply and for followers that are a little behind. Default: 32 MiB.
     pub recent_bytes_max: usize,

@@ -8,6 +8,7 @@
 //! `on_network` bring the durabilities back; the core moves the commit index; `apply` runs the state machine and delivers the
 //! outcome.
 
+mod clock;
 mod installs;
 mod log;
 mod membership;
@@ -101,6 +102,7 @@ pub struct Driver<D: Disk, L: Link<Buf = D::Buf>, S> {
     no_space: bool,
     space_retry_at_ns: u64,
     witness_at_ns: u64,
+    clock: clock::LogClock,
     repair: repair::Repairer<D::Buf>,
     stall: stall::StallWatch,
     handover: transfer::Handover,
@@ -230,6 +232,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             no_space: false,
             space_retry_at_ns: u64::MAX,
             witness_at_ns: u64::MAX,
+            clock: clock::LogClock::default(),
             repair: repair::Repairer::new(&config),
             stall: stall::StallWatch::default(),
             handover: transfer::Handover::default(),
@@ -273,7 +276,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.applier.machine()
     }
 
-    /// The end of what was applied, and the chain there.
+    /// The end of what was applied, and the chain there; of a state that was lost, where the log that is left begins.
     pub fn applied(&self) -> (LogIndex, Chain) {
         (self.applier.applied(), self.applier.chain())
     }
@@ -480,10 +483,12 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
 
     fn publish(&self) {
         let Some(raft) = self.raft() else { return };
-        let (applied, chain) = self.applied();
+        // Of a state that cannot be read nothing is applied, wherever the log begins.
+        let lost = raft.restraint().state_lost;
+        let (applied, chain) = if lost { (LogIndex(0), Chain::default()) } else { self.applied() };
         let leader = self.leader_hint();
         let damage = self.damage_status(raft);
-        let snapshot = self.snapshots.status(raft.restraint().state_lost);
+        let snapshot = self.snapshots.status(lost);
         let peers = self.peers.iter().filter_map(|(id, peer)| {
             let matched = raft.progress(*id)?.matched;
             let Peer { stages, no_space, .. } = *peer;

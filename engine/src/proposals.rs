@@ -43,7 +43,7 @@ impl<B: BlockBuf> LocalIngress for Rc<RefCell<Proposals<B>>> {
 
 /// What a command costs beyond its own bytes while it waits: ticket and table entries. Counted so that a flood of
 /// empty commands is bounded too.
-const COMMAND_OVERHEAD_BYTES: usize = 64;
+pub(crate) const COMMAND_OVERHEAD_BYTES: usize = 64;
 
 /// The limits that proposals are admitted by.
 #[derive(Clone, Copy, Debug)]

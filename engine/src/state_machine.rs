@@ -8,8 +8,8 @@
 //! while commits go on, and behind which it lets go of the log. A machine that is started, or that has fallen far behind the
 //! others, is given such a picture back ([`StateMachine::restore`]).
 //!
-//! A panic in `apply` aborts the process: to go on after half an apply would be to serve a state that no other
-//! member has.
+//! A panic in any of its methods, or of its [`SnapshotReader`]'s, aborts the process: they run on the consensus core, and to
+//! go on after half an apply would be to serve a state that no other member has.
 
 use bytes::Bytes;
 use ringraft_block::{LogIndex, Term};

@@ -1,6 +1,8 @@
 //! The driver and the log: what became durable, what is to be, and how a node comes to be part of its cluster.
 
-use super::{APPLY_READ, Driver, GROUP, Life, SPACE_RETRY_NS, WITNESS_DELAY_NS, run_of, take_first};
+use super::{
+    APPLY_READ, Driver, GROUP, Life, SPACE_RETRY_NS, WITNESS_DELAY_NS, invariant, run_of, take_first,
+};
 use crate::config::{self, ConfigError};
 use crate::error::StopError;
 use crate::formation::{self, Formation, FormationError, Step};
@@ -144,6 +146,13 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 "the core persists {batch:?}, which was not handed in"
             )));
         };
+        let (_, previous_ms) = self.tail();
+        invariant(info.time_ms >= previous_ms, || {
+            format!(
+                "the log's clock goes back at index {}: {} ms, and before it {previous_ms}",
+                info.first, info.time_ms
+            )
+        })?;
         if self.raft().is_some_and(|raft| raft.role() != Role::Leader) {
             self.stages.received(info.last, self.now.monotonic_ns);
         }

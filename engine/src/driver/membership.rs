@@ -260,7 +260,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             .push(&encoded, None)
             .map_err(|error| StopError::Invariant(format!("a configuration is too large: {error}")))?;
         let (previous_chain, previous_time) = self.tail();
-        let time_ms = self.now.wall_ms.max(previous_time);
+        let time_ms = self.clock.time_of(self.config.node, self.now, previous_time);
         let kind = BatchKind::Membership;
         let (block, info) = builder.seal(Seal { group: GROUP, term, first, kind, time_ms, previous_chain });
         self.incoming = Some((block, info));

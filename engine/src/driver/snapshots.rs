@@ -290,7 +290,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
 
     /// The machine is given what is in a file that has been verified.
     pub(super) fn restore(&mut self, file: SnapshotFile) {
-        self.applier.suspend();
+        self.applier.suspend_until(file.meta.time_ms);
         let name = crate::snapshots::name_of(file.meta.last.index);
         let reading = Reading::open(tools!(self), self.config.cluster, name);
         self.snapshots.restoring = Some(Restoring { reading, file, begun: false });

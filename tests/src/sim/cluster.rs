@@ -57,13 +57,15 @@ pub struct Applied {
     recorder: Recorder,
     /// What it was given, in bytes of commands.
     bytes: usize,
-    restoring: Vec<u8>,
+    /// Between the begin and the end of a snapshot that it is given.
+    restoring: Option<Vec<u8>>,
     /// It has got beyond the start.
     runs: bool,
 }
 
 impl StateMachine for Applied {
     fn apply(&mut self, batch: &CommittedBatch<'_>, replies: &mut Replies) {
+        assert!(self.restoring.is_none(), "nothing is applied while it is restored");
         for command in batch.commands() {
             let reply = self.recorder.apply(command.index.get(), command.term.get(), command.bytes);
             self.bytes += command.bytes.len();
@@ -75,6 +77,7 @@ impl StateMachine for Applied {
     }
 
     fn snapshot(&mut self) -> Option<Box<dyn SnapshotReader>> {
+        assert!(self.restoring.is_none(), "no picture is taken while it is restored");
         let mut bytes = self.recorder.picture();
         // Of some slots and pieces.
         bytes.resize(bytes.len() + (self.bytes % 7) * 40_000, 0x5a);
@@ -88,10 +91,11 @@ impl StateMachine for Applied {
 
     fn restore(&mut self, step: Restore<'_>) -> Result<(), String> {
         match step {
-            Restore::Begin { .. } => self.restoring.clear(),
-            Restore::Piece(piece) => self.restoring.extend_from_slice(piece),
+            Restore::Begin { .. } => self.restoring = Some(Vec::new()),
+            Restore::Piece(piece) => self.restoring.as_mut().ok_or("no begin")?.extend_from_slice(piece),
             Restore::End => {
-                self.recorder.restore(&self.restoring, self.runs)?;
+                let picture = self.restoring.take().ok_or("no begin")?;
+                self.recorder.restore(&picture, self.runs)?;
             }
         }
         Ok(())
@@ -157,7 +161,7 @@ impl Cluster for Engine {
         let known = if joins { nodes } else { founders };
         let config = Config { join: joins, ..config(node, known, &tuning) };
         let wakeup = Arc::new(Wakeup::new());
-        let machine = Applied { recorder, bytes: 0, restoring: Vec::new(), runs: false };
+        let machine = Applied { recorder, bytes: 0, restoring: None, runs: false };
         let (driver, handle) = Driver::with_backend(config, seed, wakeup, disk, link, machine)
             .unwrap_or_else(|error| panic!("{error}"));
         let local = driver.local_handle(LocalWakeup::default()).pipeline();

@@ -22,7 +22,7 @@ impl Rig {
         panic!("the read is never answered");
     }
 
-    fn called(&mut self, node: usize) -> Handle {
+    pub(super) fn called(&mut self, node: usize) -> Handle {
         let process = self.process(node);
         process.wake_at = 0;
         process.handle.clone()

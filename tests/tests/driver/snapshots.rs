@@ -1,9 +1,15 @@
 //! Snapshots in clusters of real drivers: taken, purged behind, restored, sent, and what damage and crashes make of them.
 
 use super::*;
+use ringraft::error::ReadError;
 use ringraft::mutants::{self, Mutant};
+use ringraft::reads::{Consistency, QueryReply, Read};
 use ringraft_tests::sim::disk::Rot;
 use ringraft_wal::disk::{Disk as _, DiskDone, DiskOp, DiskOpId};
+use std::future::Future;
+use std::pin::pin;
+use std::task::Poll;
+use std::time::Duration;
 
 /// Nothing is retained, so that every snapshot moves the log's start to its end.
 fn config(node: usize, nodes: usize) -> Config {
@@ -585,6 +591,158 @@ fn rot_command(rig: &Rig, node: usize, bytes: usize) {
     });
     let (name, at) = place.expect("it is there");
     disk.flip_bit(&name, at + 9, 3);
+}
+
+/// A query that is asked for again and again, each time when the last one was answered.
+struct Asking {
+    consistency: Consistency,
+    read: Option<Read<QueryReply>>,
+    answers: Vec<Result<QueryReply, ReadError>>,
+}
+
+impl Asking {
+    fn new(consistency: Consistency) -> Self {
+        Self { consistency, read: None, answers: Vec::new() }
+    }
+
+    fn go_on(&mut self, rig: &mut Rig, node: usize) {
+        let process = rig.process(node);
+        let read = self.read.get_or_insert_with(|| {
+            process.wake_at = 0;
+            process.handle.query("?", self.consistency)
+        });
+        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+        if let Poll::Ready(answer) = pin!(read).poll(&mut context) {
+            self.read = None;
+            self.answers.push(answer);
+        }
+    }
+}
+
+const ANY_AGE: Consistency = Consistency::Stale { age_max: Duration::from_secs(60), lag_max: u64::MAX };
+
+/// The log of a follower starts where the snapshot ends that it was given, and nothing has come since. When that file rots,
+/// all that is left is a number: the same that the leader names to a read.
+#[test]
+fn a_node_that_has_lost_its_state_answers_no_read_before_it_has_it_again() {
+    let (mut rig, leader) = Rig::with_ballast(3, 4 << 20, 21);
+    let broken = (leader + 1) % 3;
+    rig.kill(broken);
+    rig.commit_some(leader, 20);
+    let end = rig.snapshot(leader);
+    rig.boot(config(broken, 3));
+    rig.run_until_equal(end);
+    let state = rig.state(broken);
+    assert_eq!((rig.counter(broken).restored, rig.log_start(broken), rig.status(broken).last), (1, end, end));
+    rig.shutdown(broken);
+    rig.run_until_ended(broken);
+    for name in rig.snapshot_files(broken) {
+        let disk = &rig.machines[broken].disk;
+        disk.borrow_mut().damage(&name, 8192, 4096, &Rot::Unreadable);
+    }
+    rig.boot(config(broken, 3));
+    rig.run_until("it says so", |rig| rig.status(broken).snapshot.state_lost);
+    let mut linearizable = Asking::new(Consistency::Linearizable);
+    let mut stale = Asking::new(ANY_AGE);
+    let applied = rig.called(broken).wait_applied(end, None);
+    let mut applied = pin!(applied);
+    let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+    while rig.counter(broken).restored == 0 {
+        linearizable.go_on(&mut rig, broken);
+        stale.go_on(&mut rig, broken);
+        assert!(applied.as_mut().poll(&mut context).is_pending(), "nothing is applied");
+        assert_eq!(rig.status(broken).applied, LogIndex(0), "of a state that is not here");
+        rig.step();
+    }
+    // At first no leader is known.
+    let unanswered = |answer: &Result<QueryReply, ReadError>| {
+        matches!(answer, Err(ReadError::NoLeader | ReadError::LeaderUnreachable | ReadError::TimedOut))
+    };
+    assert!(linearizable.answers.iter().all(unanswered), "{:?}", linearizable.answers);
+    assert!(linearizable.read.is_some(), "it waits");
+    assert!(stale.answers.iter().all(|answer| *answer == Err(ReadError::Restoring)), "{:?}", stale.answers);
+    assert!(stale.answers.len() > 10);
+    let answered = linearizable.answers.len();
+    while linearizable.answers.len() == answered {
+        linearizable.go_on(&mut rig, broken);
+        rig.step();
+    }
+    let answer = linearizable.answers.pop().expect("an answer").expect("it waited for the state");
+    assert_eq!((answer.applied, &answer.reply[1..]), (end, &state.0.to_le_bytes()[..]));
+    assert_eq!((rig.status(broken).applied, rig.state(broken)), (end, state));
+    rig.run_for(MILLISECOND);
+    assert_eq!(applied.as_mut().poll(&mut context), Poll::Ready(Ok(end)));
+}
+
+/// The machine asserts that nothing is asked of it between the begin and the end of what it is given.
+#[test]
+fn a_machine_whose_state_is_being_replaced_is_asked_nothing_however_old_the_answer_may_be() {
+    let (mut rig, leader) = Rig::with_ballast(3, 2 << 20, 22);
+    let away = (leader + 1) % 3;
+    let end = rig.commit_some(leader, 3);
+    rig.run_until_equal(end);
+    for node in [leader, (leader + 2) % 3] {
+        rig.fabric.borrow_mut().cut(node, away);
+        rig.fabric.borrow_mut().cut(away, node);
+    }
+    rig.commit_some(leader, 20);
+    rig.snapshot(leader);
+    rig.fabric.borrow_mut().heal_all();
+    let mut stale = Asking::new(ANY_AGE);
+    while rig.counter(away).restored == 0 {
+        stale.go_on(&mut rig, away);
+        rig.step();
+    }
+    let refused = stale.answers.iter().filter(|answer| **answer == Err(ReadError::Restoring)).count();
+    let told: Vec<u64> = stale.answers.iter().flatten().map(|reply| reply.applied.get()).collect();
+    assert!(refused > 10 && !told.is_empty(), "{refused} refused, {} answered", told.len());
+    assert!(told.iter().all(|applied| *applied == end.get()), "{told:?}");
+}
+
+/// A member whose clock is an hour behind is given a snapshot, and leads before it has read it: its log holds nothing that
+/// tells the time. Disks that read slowly leave it the time for that.
+#[test]
+fn the_logs_clock_does_not_go_back_when_a_node_leads_that_is_still_restoring_its_state() {
+    let mut rig = Rig::seeded(3, 23);
+    rig.ballast = 4 << 20;
+    for node in 0..3 {
+        let slow = DiskConfig { read: 3 * MILLISECOND, ..DiskConfig::default() };
+        rig.machines[node].disk = DiskState::new(&rig.context, node, Rng::new(node as u64), slow);
+        rig.machines[node].wall_ahead_ms = 3_600_000;
+    }
+    let quick = |node: usize| Config {
+        election_timeout: Duration::from_millis(30),
+        heartbeat_interval: Duration::from_millis(3),
+        ..config(node, 3)
+    };
+    (0..3).for_each(|node| rig.boot(quick(node)));
+    let leader = rig.run_until_led();
+    let (away, other) = ((leader + 1) % 3, (leader + 2) % 3);
+    rig.kill(away);
+    rig.kill(other);
+    // Whoever is left campaigns after the other.
+    rig.boot(Config { election_priority: Some(0), ..quick(other) });
+    let leader = rig.run_until_led();
+    assert_ne!(leader, other);
+    rig.commit_some(leader, 20);
+    let time_ms = rig.process(leader).driver.wal().batches().map(|info| info.time_ms).max().expect("some");
+    rig.snapshot(leader);
+    rig.machines[away].wall_ahead_ms = 0;
+    rig.boot(quick(away));
+    rig.run_until("the state is being read", |rig| rig.status(away).snapshot.restoring);
+    rig.kill(leader);
+    rig.run_until("it leads", |rig| rig.status(away).role == Role::Leader);
+    assert_eq!(rig.counter(away).restored, 0, "without a state");
+    rig.run_until("it has the state", |rig| rig.counter(away).restored == 1);
+    let leader = rig.run_until_led();
+    let end = rig.commit_some(leader, 3);
+    rig.run_until_equal(end);
+    for node in [away, other] {
+        let times = rig.process(node).driver.wal().batches().map(|info| info.time_ms);
+        let times: Vec<u64> = times.collect();
+        assert!(times.is_sorted(), "{times:?}");
+        assert!(node == other || times.iter().all(|time| *time >= time_ms), "{time_ms}: {times:?}");
+    }
 }
 
 /// The log, its files and the snapshots stay within bounds while commands come without end, on all nodes.
