@@ -11,7 +11,7 @@ use crate::format::{
 };
 use crate::testing::{Device, Fate, Harness, Rng};
 use crate::tests::{four_batches, last_segment, slot_at};
-use crate::{DamagedBatch, ReadError, Recovered, RepairError, WalEvent};
+use crate::{DamagedBatch, ReadError, Recovered, RepairError, WalError, WalEvent};
 use ringraft_block::{AlignedBuf, BLOCK_BYTES, Block, LogIndex, SECTOR_BYTES, Term};
 
 /// What a start made of a device.
@@ -328,6 +328,37 @@ fn damage_that_a_cut_has_made_void_is_no_damage() {
     assert_eq!(recovered.claim, certain(2, 4));
     let salvage: Vec<_> = harness.wal.salvage().map(|info| (info.first.get(), info.chain)).collect();
     assert_eq!(salvage, [(3, chains[2]), (4, chains[3])]);
+}
+
+#[test]
+fn a_read_that_fails_for_want_of_memory_is_no_damage() {
+    let (device, _) = sixty_batches();
+    for nth in 0.. {
+        let mut harness = Harness::start(device.clone());
+        harness.turn();
+        let mut reads = 0;
+        let mut failed = false;
+        while let Some((_, op)) = harness.disk.queue.front() {
+            reads += usize::from(matches!(op, DiskOp::Read { .. }));
+            let fails = !failed && reads == nth + 1 && matches!(op, DiskOp::Read { .. });
+            failed |= fails;
+            let fate = if fails { Fate::Fail(DiskErrorKind::OutOfMemory) } else { Fate::Happen };
+            harness.disk.complete(0, fate);
+            harness.turn();
+        }
+        if !failed {
+            assert!(nth > 8, "both copies, and headers and content of several segments are read");
+            break;
+        }
+        let stopped = harness.events.iter().any(|event| {
+            matches!(event, WalEvent::Poisoned(WalError::Disk { error, .. })
+                if error.kind == DiskErrorKind::OutOfMemory)
+        });
+        assert!(stopped, "read {nth}: {:?}", harness.events);
+        let (harness, recovered) = Sick::new(harness.crash(|| false)).opens();
+        assert_eq!((recovered.report.damage, recovered.claim), (Vec::new(), None));
+        assert_eq!(harness.chains().len(), 60);
+    }
 }
 
 #[test]
