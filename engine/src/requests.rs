@@ -131,7 +131,7 @@ mod tests {
 
     #[test]
     fn requests_are_taken_once_in_the_order_in_which_they_were_asked() {
-        let ingress = Ingress::new(4, 4);
+        let ingress = Ingress::new(4, 1 << 20, 4);
         assert!(ingress.take_requests().is_empty());
         let _answers = one_of_each(&ingress);
         let taken = ingress.take_requests();
@@ -154,7 +154,7 @@ mod tests {
 
     #[test]
     fn requests_are_bounded_and_all_are_answered_when_the_node_stops_also_those_that_come_later() {
-        let ingress = Ingress::new(4, 4);
+        let ingress = Ingress::new(4, 1 << 20, 4);
         let mut answers = Vec::new();
         for _ in 0..REQUESTS_MAX {
             let (answer, slot) = Answer::new();

@@ -7,7 +7,7 @@ use ringraft::Answer;
 use ringraft::Handle;
 use ringraft::error::TransferError;
 use ringraft::handle::Transferred;
-use ringraft::membership::{self, Changed, MembershipChange, NewMember};
+use ringraft::membership::{Changed, MembershipChange, MembershipError, NewMember};
 
 /// What is to be answered, by tag.
 #[derive(Default)]
@@ -15,7 +15,7 @@ pub(super) struct Errands(Vec<(u64, Errand)>);
 
 enum Errand {
     Transfer(Answer<Result<Transferred, TransferError>>),
-    Change(membership::Answer<Changed>),
+    Change(Answer<Result<Changed, MembershipError>>),
 }
 
 impl Errands {

@@ -48,7 +48,13 @@ impl Sessions {
     fn session(&self, handle: &Handle, place: Place) -> Session {
         let Place { session, floor, sequence, doubtful } = place;
         let next = sequence + u64::from(doubtful);
-        handle.resume_session(SessionPosition { id: session, window: self.window, floor, next })
+        handle.resume_session(SessionPosition {
+            id: session,
+            window: self.window,
+            floor,
+            confirmed: floor,
+            next,
+        })
     }
 
     /// Moves the answers that have arrived to `out`.
