@@ -6,7 +6,7 @@
 //! breaks a session, or crashes a node and starts it again. After every step the invariants of the node that made it are
 //! checked, and those between nodes (`checks`). States that differ only in times, in rounds or in the draws of election times
 //! count as one (`print`); a state is remembered by a 64-bit hash of it, so that of `n` states about `n^2 / 2^65` are taken
-//! for another and not looked at: 0.03 of a hundred million. The search is in `search`.
+//! for another and not looked at: 0.0003 of a hundred million. The search is in `search`.
 //!
 //! **Messages.** Those between two nodes arrive in order and once, as in a session over TCP, and as late as may be; those of
 //! different pairs in any order. None is lost but with its session: by a crash of one end, or by a break. That messages
@@ -26,12 +26,14 @@
 //! crash, broken sessions, and messages under way at a time. `MODEL=full` runs the wide ones.
 //!
 //! **Two reductions**, neither of which changes what is reachable but for names and for messages that nobody minds. While
-//! nothing has happened yet, only node 1 campaigns: nodes of the same role are interchangeable, hence runs that begin with another
-//! one are these with other names. (Where
-//! a leader that leaves hands over to one of two that are equally far it takes the lower id: that it might take the other is
-//! all that a name decides, and not looked at where names were changed.) And an
-//! answer that can mean nothing any more, because the receiver's term or office is over, is delivered at once, and it is
-//! checked that it does mean nothing: later it would not either, since terms do not go back and nobody leads a term twice.
+//! nothing has happened yet, only node 1 campaigns: nodes of the same role are interchangeable, hence runs that begin with
+//! another one are these with other names. (Where a leader that leaves hands over to one of two that are equally far it takes
+//! the lower id; that it might take the other is all that a name decides, and not looked at where names were changed.)
+//! And an answer that can mean nothing any more, because the receiver's term or office is over, is delivered at once, and
+//! it is checked that it does mean nothing: later it would not either, since terms do not go back and nobody leads a term
+//! twice.
+//!
+//! A state takes 25 bytes in a table that doubles; in the order of depth little else is kept.
 
 mod checks;
 mod print;
