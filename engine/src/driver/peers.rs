@@ -210,7 +210,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         if let AppendOutcome::Matched { matched } = ack.outcome {
             let leads =
                 self.raft().is_some_and(|raft| raft.role() == Role::Leader && raft.term() == ack.term);
-            if leads && self.chain_at(matched.index) != Some(chain) {
+            // Of a position before the log's start nobody can tell; the core does not count it.
+            let held = matched.index >= self.wal.log_start().index;
+            if leads && held && self.chain_at(matched.index) != Some(chain) {
                 return self.refuse(from, "an ack that names another chain than this leader's log");
             }
             if let Some(peer) = self.peers.get_mut(&from).filter(|_| leads && stages.durable_us > 0) {
