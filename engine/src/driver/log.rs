@@ -6,7 +6,10 @@ use super::{
 use crate::config::{self, ConfigError};
 use crate::error::StopError;
 use crate::formation::{self, Formation, FormationError, Step};
-use crate::raft::{BatchRun, Boot, Configuration, Epoch, Event, LogId, Nanos, Raft, Role};
+use crate::mutants::{self, Mutant};
+use crate::raft::{
+    AppendAck, AppendOutcome, BatchRun, Boot, Configuration, Epoch, Event, LogId, Message, Nanos, Raft, Role,
+};
 use crate::snapshots::files;
 use crate::state_machine::StateMachine;
 use crate::wire::{self, FormationMessage};
@@ -194,12 +197,27 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         while let Some((_, to, message)) =
             take_first(&mut self.deferred, |(sequence, ..)| *sequence <= reached)
         {
-            // A later term has made what an earlier one wanted to say void.
-            if self.raft().is_some_and(|raft| message.term() >= raft.term()) {
+            // A later term has made what an earlier one wanted to say void. A snapshot that came in meanwhile, or was taken,
+            // has done so with what was to be said of the log before its end: the leader asks again with its next heartbeat.
+            let void = self.raft().is_none_or(|raft| message.term() < raft.term());
+            if !void && !self.is_purged(&message) {
                 self.send(to, message)?;
             }
         }
         self.step(Event::HardStateSaved { sequence: reached })
+    }
+
+    /// Whether a message speaks of a position that the log does not reach back to any more.
+    fn is_purged(&self, message: &Message) -> bool {
+        let start = self.wal.log_start().index;
+        let position = match message {
+            Message::Append(append) => append.previous.index,
+            Message::AppendAck(AppendAck { outcome: AppendOutcome::Matched { matched }, .. }) => {
+                matched.index
+            }
+            _ => return false,
+        };
+        position < start && !mutants::active(Mutant::SaidOfPurgedLog)
     }
 
     /// What the log wants done from time to time.

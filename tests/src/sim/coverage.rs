@@ -177,13 +177,13 @@ marks! {
     /// A command of a session was proposed again after it had been answered, and answered as before.
     AnsweredAgain = "answered_again", 50;
     /// A command of a session was resolved as never applied.
-    ResolvedNever = "resolved_as_never", 50;
+    ResolvedNever = "resolved_as_never", 200;
     /// Such a command was proposed again, and refused.
     FenceHeld = "fences_held", 200;
     /// A command that its client had acknowledged was proposed again, and refused.
     BelowFloor = "below_the_floor", 50;
     /// A session had expired.
-    SessionExpired = "sessions_expired", 50;
+    SessionExpired = "sessions_expired", 200;
     /// There was no room for another session.
     SessionTableFull = "session_tables_full", 200;
     /// A leader was asked to change the members.
@@ -201,17 +201,40 @@ marks! {
     /// A member has left.
     MemberLeft = "departures", 50;
     /// The leader was among those.
-    LeaderLeft = "departures_of_leaders", 50;
+    LeaderLeft = "departures_of_leaders", 200;
     /// A machine that had left lost its disk, to come back without.
-    Wiped = "wiped_disks", 50;
+    Wiped = "wiped_disks", 200;
     /// A plot was begun.
     PlotBegun = "plots", 50;
     /// A leader with entries of an older term was elected again, as in figure 8 of the Raft paper.
     Figure8 = "figure_8", 200;
+    /// A candidate campaigned again while a vote of the term before was on its way to it.
+    LateVote = "late_votes", 0;
+    /// A node came back to a cluster that was left alone with a later term than the leader's.
+    Stranded = "stranded_candidates", 200;
     /// One write took far longer than the others.
     StalledWrite = "stalled_writes", 50;
     /// A cluster that was left alone kept its leader.
     Stable = "stable_endings", 50;
+}
+
+impl Mark {
+    /// Whether only runs in which members change come by it: those of which it is asked that disks fail are not among them.
+    #[must_use]
+    pub const fn needs_changes(self) -> bool {
+        matches!(
+            self,
+            Self::ChangeAsked
+                | Self::Changed
+                | Self::ChangeFailed
+                | Self::JointEntered
+                | Self::MembersChanged
+                | Self::LearnerAdded
+                | Self::MemberLeft
+                | Self::LeaderLeft
+                | Self::Wiped
+        )
+    }
 }
 
 /// A counter for each mark.

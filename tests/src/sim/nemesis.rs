@@ -47,6 +47,8 @@ pub enum Trouble {
     Figure8,
     /// What followers answer the leader is long under way when they cannot hear it any more.
     SlowAnswers,
+    /// A vote of an earlier term reaches a candidate of a later one.
+    LateVote,
     /// A voter is started anew while another node cannot hear the leader.
     ForgetfulVoter,
     /// One write takes far longer than the others.
@@ -131,6 +133,7 @@ pub const TROUBLES: &[Entry] = &[
     entry(Trouble::TransferAndCut, 2, Needs::Nothing),
     entry(Trouble::Figure8, 2, Needs::Nothing),
     entry(Trouble::SlowAnswers, 2, Needs::Nothing),
+    entry(Trouble::LateVote, 3, Needs::Nothing),
     entry(Trouble::ForgetfulVoter, 2, Needs::Nothing),
     entry(Trouble::StallWrite, 2, Needs::Nothing),
     entry(Trouble::ChangeMembers, 24, Needs::Changes),

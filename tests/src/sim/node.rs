@@ -47,6 +47,9 @@ pub struct View {
     pub rollovers: u64,
 }
 
+/// The role of a node that asks whether it could win in [`View::role`].
+pub const PRE_CANDIDATE: u8 = 1;
+
 /// The role of a candidate in [`View::role`].
 pub const CANDIDATE: u8 = 2;
 

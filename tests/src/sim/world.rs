@@ -289,6 +289,7 @@ enum Plan {
     CutOff {
         number: u64,
     },
+    Rescue,
     Client {
         client: usize,
     },
@@ -555,6 +556,7 @@ impl<'a, C: Cluster> World<'a, C> {
                 self.drift(node, drift);
             }
             Plan::RestartNow { node } => self.restart_now(node),
+            Plan::Rescue => self.rescue(),
             Plan::CutOff { number } => self.cut_off(number),
             Plan::EndPlot { number } => self.end_plot(number),
             Plan::Wipe { node } => self.wipe(node),

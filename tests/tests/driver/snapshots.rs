@@ -4,7 +4,7 @@ use super::*;
 use ringraft::error::ReadError;
 use ringraft::mutants::{self, Mutant};
 use ringraft::reads::{Consistency, QueryReply, Read};
-use ringraft_tests::sim::disk::Rot;
+use ringraft_tests::sim::disk::{Fault, On, Rot, Scheduled};
 use ringraft_wal::disk::{Disk as _, DiskDone, DiskOp, DiskOpId};
 use std::future::Future;
 use std::pin::pin;
@@ -108,6 +108,48 @@ fn a_restart_begins_with_the_newest_snapshot_and_the_log_behind_it() {
     }
     rig.run_for(SECOND);
     assert_eq!(rig.snapshot_files(0).len(), 2, "{:?}", rig.snapshot_files(0));
+}
+
+/// What a follower had to say of its log waits for its term to be durable, on a disk where that takes long. Meanwhile it is
+/// given a snapshot, and its log begins behind that. True if it lives on.
+fn outlives_its_log(mutant: Option<Mutant>) -> bool {
+    let (mut rig, leader) = Rig::with_ballast(3, 1_000, 7);
+    let (late, other) = ((leader + 1) % 3, (leader + 2) % 3);
+    let end = rig.commit_some(leader, 5);
+    rig.run_until_equal(end);
+    // It knows nothing of the next term, and holds all of the log before.
+    for node in [leader, other] {
+        rig.fabric.borrow_mut().cut(node, late);
+        rig.fabric.borrow_mut().cut(late, node);
+    }
+    assert_eq!(rig.transfer(leader, Some(other)), Ok(other));
+    let stall = Scheduled { on: On::Write, skip: 0, fault: Fault::Stall(5 * SECOND) };
+    rig.machines[late].disk.borrow_mut().faults_mut().scheduled.push(stall);
+    rig.fabric.borrow_mut().heal_all();
+    let term = rig.status(other).term;
+    rig.run_until("it is in the term", |rig| rig.status(late).term == term);
+    rig.commit_some(other, 20);
+    rig.snapshot(other);
+    rig.run_until("it is given the snapshot", |rig| rig.counter(late).restored > 0);
+    mutants::set(mutant);
+    for _ in 0..10_000 {
+        rig.step();
+        if rig.machines[late].process.is_none() {
+            return false;
+        }
+    }
+    let end = rig.commit_some(other, 3);
+    rig.run_until_equal(end);
+    true
+}
+
+#[test]
+fn what_waits_for_a_slow_disk_is_not_said_of_a_log_that_is_gone_meanwhile() {
+    assert!(outlives_its_log(None));
+    // It stops with a broken invariant, and a write under way, which the rig does not like either.
+    let stops = std::panic::catch_unwind(|| !outlives_its_log(Some(Mutant::SaidOfPurgedLog)));
+    mutants::set(None);
+    assert!(stops.unwrap_or(true));
 }
 
 #[test]

@@ -8,6 +8,9 @@ impl<C: Cluster> World<'_, C> {
             self.context.record(node, What::Role, u64::from(after.role), after.term);
         }
         self.history.borrow_mut().see(node, before, after);
+        if before.role != after.role {
+            self.plot_role(node, after.role);
+        }
         let leads = (before.role, before.term) == (LEADER, after.term) && after.role == LEADER;
         if leads && before.commit != after.commit {
             // By counting: something of its own term.

@@ -3,6 +3,7 @@
 
 use super::*;
 use crate::sim::disk::{Fault, On, Scheduled};
+use crate::sim::node::PRE_CANDIDATE;
 
 /// What is under way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,6 +16,12 @@ pub(super) enum Plot {
     FirstToDie { first: usize, second: usize },
     /// A voter that has promised a leader to elect nobody else is started anew, while another one cannot hear that leader.
     VoterRestarts { voter: usize },
+    /// A vote of an earlier term is under way to a candidate of a later one. First the leader is cut off.
+    CandidateAwaited { leader: usize },
+    /// One voter's word to the candidate is slow, and two others do not hear it.
+    VoteUnderWay { candidate: usize, voter: usize, others: [usize; 2] },
+    /// The candidate asks the two whether it could win: they say so, and one of them votes.
+    SecondCandidacy { candidate: usize, others: [usize; 2] },
     /// What followers answer the leader is slow; then the leader is not heard any more.
     SlowAnswers { leader: usize },
 }
@@ -93,12 +100,66 @@ impl<C: Cluster> World<'_, C> {
         self.watch(leader, 6);
     }
 
-    /// From now on nobody hears the leader; it still hears the others.
+    /// The next part of a plot that goes by time.
     pub(super) fn cut_off(&mut self, number: u64) {
-        if let Some(Plot::SlowAnswers { leader }) = self.plot
-            && number == self.plots
-        {
-            self.sever(|from, _| from == leader);
+        match self.plot {
+            // From now on nobody hears the leader; it still hears the others.
+            Some(Plot::SlowAnswers { leader }) if number == self.plots => {
+                self.sever(|from, _| from == leader);
+            }
+            // The voter has voted, and hears of no other term.
+            Some(Plot::VoteUnderWay { candidate, voter, .. }) if number == self.plots => {
+                self.sever(|from, to| (from, to) == (candidate, voter));
+            }
+            _ => {}
+        }
+    }
+
+    /// An old vote reaches a candidate of a later term.
+    pub(super) fn plot_late_vote(&mut self, leader: usize) {
+        let leads = self.machines[leader].view.role == LEADER;
+        if self.plot.is_some() || self.founders != 5 || self.changes || !leads {
+            return;
+        }
+        self.context.cover(Mark::PlotBegun);
+        self.fabric.borrow_mut().heal_all();
+        self.begin_plot(Plot::CandidateAwaited { leader }, 10);
+        self.sever(|from, to| (from == leader) != (to == leader));
+    }
+
+    /// A node's role has changed.
+    pub(super) fn plot_role(&mut self, node: usize, role: u8) {
+        self.strand(node, role);
+        let election = self.tuning.election_timeout_ms * MILLISECOND;
+        match self.plot {
+            Some(Plot::CandidateAwaited { leader }) if role == CANDIDATE && node != leader => {
+                let mut rest = (0..5).filter(|other| ![leader, node].contains(other));
+                let (Some(voter), Some(one), Some(two)) = (rest.next(), rest.next(), rest.next()) else {
+                    return;
+                };
+                self.plot = Some(Plot::VoteUnderWay { candidate: node, voter, others: [one, two] });
+                // Whoever is none of the two that may hear one another hears nobody.
+                self.sever(|from, to| ![(node, voter), (voter, node)].contains(&(from, to)));
+                self.fabric.borrow_mut().slow_down(voter, node, election * 22 / 10);
+                let number = self.plots;
+                self.plan(election / 20, Plan::CutOff { number });
+            }
+            Some(Plot::VoteUnderWay { candidate, others, .. })
+                if role == PRE_CANDIDATE && node == candidate =>
+            {
+                self.plot = Some(Plot::SecondCandidacy { candidate, others });
+                for other in others {
+                    self.fabric.borrow_mut().heal(candidate, other);
+                    self.fabric.borrow_mut().heal(other, candidate);
+                }
+            }
+            Some(Plot::SecondCandidacy { candidate, others: [_, two] })
+                if role == CANDIDATE && node == candidate =>
+            {
+                self.context.cover(Mark::LateVote);
+                self.sever(|from, to| [(node, two), (two, node)].contains(&(from, to)));
+            }
+            _ => {}
         }
     }
 

@@ -35,7 +35,15 @@ impl Operator {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Parting {
-    Asked { tag: u64 },
+    Asked {
+        tag: u64,
+    },
+    /// As soon as this one campaigns, it is cut off, and comes back with a later term.
+    Stranding {
+        tag: u64,
+        to: usize,
+    },
+    Stranded,
     Done,
 }
 
@@ -103,6 +111,9 @@ impl<C: Cluster> World<'_, C> {
         let Errand { node, kind, .. } = self.operator.errands.swap_remove(at);
         let to = if let Kind::Transfer(to) = kind { to } else { None };
         let parts = self.operator.parting == Some(Parting::Asked { tag });
+        if matches!(self.operator.parting, Some(Parting::Stranding { tag: asked, .. }) if asked == tag) {
+            self.operator.parting = Some(Parting::Done);
+        }
         match outcome {
             Outcome::Transferred { leader, term } => {
                 let (leader, term) = (*leader, *term);
@@ -150,7 +161,7 @@ impl<C: Cluster> World<'_, C> {
     pub(super) fn has_parted(&mut self) -> bool {
         match self.operator.parting {
             Some(Parting::Done) => return true,
-            Some(Parting::Asked { .. }) => return false,
+            Some(Parting::Asked { .. } | Parting::Stranding { .. } | Parting::Stranded) => return false,
             None => {}
         }
         let leader = self.machines.iter().position(|machine| machine.view.role == LEADER);
@@ -165,13 +176,43 @@ impl<C: Cluster> World<'_, C> {
             }
         }
         let asked = match leader {
-            Some(leader) if nodes > 1 && self.rng.chance(300_000) => {
-                self.transfer(leader, Some(to).filter(|to| *to != leader))
+            Some(leader) if nodes > 1 && self.rng.chance(400_000) => {
+                let to = Some(to).filter(|to| *to != leader);
+                self.transfer(leader, to).map(|tag| (tag, to))
             }
             _ => None,
         };
-        self.operator.parting = Some(asked.map_or(Parting::Done, |tag| Parting::Asked { tag }));
+        let strands = nodes > 2 && self.rng.chance(300_000);
+        self.operator.parting = Some(match asked {
+            Some((tag, Some(to))) if strands => Parting::Stranding { tag, to },
+            Some((tag, _)) => Parting::Asked { tag },
+            None => Parting::Done,
+        });
         asked.is_none()
+    }
+
+    /// A node that was asked to take over from a leader of a cluster left alone campaigns, and nobody hears it any more. When
+    /// they hear it again, it knows a later term than a leader that everybody else follows.
+    pub(super) fn strand(&mut self, node: usize, role: u8) {
+        if role != CANDIDATE
+            || !matches!(self.operator.parting, Some(Parting::Stranding { to, .. }) if to == node)
+        {
+            return;
+        }
+        self.context.cover(Mark::Stranded);
+        self.operator.parting = Some(Parting::Stranded);
+        let nodes = self.machines.len();
+        for other in (0..nodes).filter(|other| *other != node) {
+            self.fabric.borrow_mut().cut(node, other);
+            self.fabric.borrow_mut().cut(other, node);
+        }
+        let length = 15 * self.tuning.election_timeout_ms * MILLISECOND;
+        self.plan(length, Plan::Rescue);
+    }
+
+    pub(super) fn rescue(&mut self) {
+        self.fabric.borrow_mut().heal_all();
+        self.operator.parting = Some(Parting::Done);
     }
 
     /// Whether an operator was answered all that a living node was asked.

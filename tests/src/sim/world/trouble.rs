@@ -71,6 +71,7 @@ impl<C: Cluster> World<'_, C> {
                 | Trouble::Figure8
                 | Trouble::ForgetfulVoter
                 | Trouble::SlowAnswers
+                | Trouble::LateVote
         );
         let befell = if of_leader { leader } else { node };
         let time = self.context.now();
@@ -123,6 +124,7 @@ impl<C: Cluster> World<'_, C> {
                 self.doom(leader, Doom::Isolated);
                 self.watch(leader, 3);
             }
+            Trouble::LateVote => self.plot_late_vote(leader),
             Trouble::SlowAnswers => self.plot_slow_answers(leader),
             Trouble::Figure8 => self.plot_figure_8(leader),
             Trouble::ForgetfulVoter => self.plot_forgetful_voter(leader),
