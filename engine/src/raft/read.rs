@@ -311,7 +311,12 @@ impl Raft {
 
     /// Whether this node, restarted, may have promised a leader in an earlier life to elect nobody else yet.
     pub(super) fn is_bound_by_lease(&self) -> bool {
-        self.now < self.reads.bound_until && !mutants::active(Mutant::RestartedVoterVotesWithinLease)
+        self.now < self.lease_bound() && !mutants::active(Mutant::RestartedVoterVotesWithinLease)
+    }
+
+    /// Until when that is so.
+    pub(super) fn lease_bound(&self) -> Nanos {
+        self.reads.bound_until
     }
 }
 
