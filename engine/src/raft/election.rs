@@ -45,9 +45,10 @@ impl Raft {
         self.repair.vote_bar(self.log.last()).filter(|_| !self.configurations.is_unknown())
     }
 
-    /// Whether this node could only notice that its leader is silent, not take its place.
+    /// Whether this node could only notice that its leader is silent, not take its place: its log lacks something, or it is
+    /// no voter.
     pub(super) fn leader_may_be_lost(&self) -> bool {
-        self.leader.is_some() && !self.repair.is_whole() && matches!(self.role, RoleState::Follower)
+        self.leader.is_some() && !self.may_campaign() && matches!(self.role, RoleState::Follower)
     }
 
     /// Waits anew, for a newly drawn time.
