@@ -295,7 +295,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.advance_handover()?;
         progressed |= self.seal_barrier()?;
         progressed |= self.apply()?;
-        progressed |= self.serve_reads();
+        progressed |= self.serve_reads()?;
         self.send_queued();
         self.deliveries.flush();
         self.keep_log();

@@ -353,6 +353,7 @@ impl Raft {
             Event::DiskStalled { stalled } => self.stalled(stalled, actions),
             Event::Transfer { to } => self.transfer(to, actions),
             Event::Read { id, kind } => self.read(id, kind, actions),
+            Event::ReadsAbandoned { ids } => self.abandon_reads(&ids),
             Event::Purged { through } => self.purged(through)?,
             Event::SnapshotReceived { last, configuration } => {
                 self.snapshot_received(last, configuration, actions)?;
