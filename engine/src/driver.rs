@@ -304,7 +304,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.advance_handover()?;
         progressed |= self.seal_barrier()?;
         progressed |= self.apply()?;
-        progressed |= self.serve_reads();
+        progressed |= self.serve_reads()?;
         self.send_queued();
         self.deliveries.flush();
         self.keep_log();
@@ -410,7 +410,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             self.proposals.borrow_mut().abandon(certain, unknown, &refusal, &mut self.deliveries);
             self.reads_lose_leadership();
             for peer in self.peers.values_mut() {
-                peer.outbox.clear_appends();
+                peer.outbox.clear_batches();
             }
             self.snapshots.installs.deposed();
         }

@@ -29,6 +29,7 @@
 //! | `stall 1`, `unstall 1` | the disk of node 1 does not answer, or answers again |
 //! | `transfer 1 [to=2]` | leadership is to be handed over |
 //! | `read 1 [as=lease] [id=1]` | a read at node 1: `quorum` (the default), `lease`, `round` |
+//! | `abandon 1 3 4` | nobody waits any more at node 1 for the reads #3 and #4 |
 //! | `disconnect 1 2`, `connect 1 2` | the session ends, what is under way is lost; a session begins |
 //! | `change 1 [add=4,5] [learn=6] [remove=2] [promote=6] [demote=3] [reserve] [expected=7] [force]` | somebody asks node 1 for other members |
 //! | `plan 1 add=4` | what that would do, in words |
@@ -320,6 +321,10 @@ impl Cluster {
                     _ => ReadKind::Quorum,
                 };
                 self.feed(id(node), Event::Read { id: self.reads, kind });
+            }
+            ["abandon", node, ids @ ..] => {
+                let ids = ids.iter().map(|id| number(id)).collect();
+                self.feed(id(node), Event::ReadsAbandoned { ids });
             }
             ["change", node, ..] => {
                 self.tickets += 1;
@@ -920,6 +925,7 @@ fn show_event(event: &Event) -> String {
         Event::DiskStalled { stalled } => {
             format!("the disk {}", if *stalled { "stalls" } else { "answers again" })
         }
+        Event::ReadsAbandoned { ids } => format!("reads {ids:?} abandoned"),
         Event::Read { id, kind } => format!("read #{id} {}", show_read(*kind)),
         Event::Purged { through } => format!("purged through {through}"),
         Event::SnapshotReceived { last, .. } => format!("snapshot up to {} received", show_position(*last)),

@@ -7,7 +7,7 @@ use crate::formation::FormationError;
 use crate::outbox::{Head, Outgoing};
 use crate::raft::{AppendOutcome, Event, Message, Raft, Role};
 use crate::state_machine::StateMachine;
-use crate::wire::{self, AckMessage, AppendMessage, Body, FormationMessage};
+use crate::wire::{self, AckMessage, AppendMessage, Body, Encoder, FormationMessage};
 use ringraft_block::{Block, LogIndex, NodeId};
 use ringraft_net::link::Link;
 use ringraft_net::{Frame, NetEvent, RejectReason, Rejection};
@@ -266,7 +266,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let durable = self.wal.durable_through();
         for (id, peer) in &mut self.peers {
             loop {
-                let (message, batch) = match peer.outbox.head(&self.recent, durable) {
+                let (kind, body, attachment) = match peer.outbox.head(&self.recent, durable) {
                     Head::Empty | Head::Waiting => break,
                     // Purged since: the peer's next answer tells what it needs.
                     Head::Fetch(first) if first <= self.wal.log_start().index => {
@@ -283,25 +283,14 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                         self.wal.read(&mut self.disk, id.get(), first, READ_BYTES);
                         break;
                     }
-                    Head::Ready(message, batch) => (message, batch),
-                };
-                let attachment = batch.map(|batch| {
-                    let image = ENVELOPE_BYTES..ENVELOPE_BYTES + batch.info.image_bytes as usize;
-                    (Rc::clone(&batch.block), image)
-                });
-                let (kind, body) = match message {
-                    Outgoing::Append(message) => (wire::kind::APPEND, self.encoder.append(message)),
-                    Outgoing::Ack(message) => (wire::kind::APPEND_ACK, self.encoder.ack(message)),
-                    Outgoing::Vote(vote) => (wire::kind::VOTE, self.encoder.vote(vote)),
-                    Outgoing::VoteReply(reply) => (wire::kind::VOTE_REPLY, self.encoder.vote_reply(reply)),
-                    Outgoing::TimeoutNow(message) => {
-                        (wire::kind::TIMEOUT_NOW, self.encoder.timeout_now(message))
+                    Head::Batch(message, batch) => {
+                        let image = ENVELOPE_BYTES..ENVELOPE_BYTES + batch.info.image_bytes as usize;
+                        let attachment = Some((Rc::clone(&batch.block), image));
+                        (wire::kind::APPEND, self.encoder.append(message), attachment)
                     }
-                    Outgoing::ReadIndex(request) => {
-                        (wire::kind::READ_INDEX, self.encoder.read_index(request))
-                    }
-                    Outgoing::ReadIndexReply(reply) => {
-                        (wire::kind::READ_INDEX_REPLY, self.encoder.read_index_reply(reply))
+                    Head::Light(message) => {
+                        let (kind, body) = encoded(&mut self.encoder, message);
+                        (kind, body, None)
                     }
                 };
                 match network.send(*id, kind, GROUP, body, attachment) {
@@ -317,5 +306,18 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.repair.send(network, &mut self.encoder);
         self.snapshots.installs.send(network, &mut self.encoder);
         network.flush(&mut self.link);
+    }
+}
+
+/// The kind and the body of a message.
+fn encoded<'a>(encoder: &'a mut Encoder, message: &Outgoing) -> (u16, &'a [u8]) {
+    match message {
+        Outgoing::Append(message) => (wire::kind::APPEND, encoder.append(message)),
+        Outgoing::Ack(message) => (wire::kind::APPEND_ACK, encoder.ack(message)),
+        Outgoing::Vote(vote) => (wire::kind::VOTE, encoder.vote(vote)),
+        Outgoing::VoteReply(reply) => (wire::kind::VOTE_REPLY, encoder.vote_reply(reply)),
+        Outgoing::TimeoutNow(message) => (wire::kind::TIMEOUT_NOW, encoder.timeout_now(message)),
+        Outgoing::ReadIndex(request) => (wire::kind::READ_INDEX, encoder.read_index(request)),
+        Outgoing::ReadIndexReply(reply) => (wire::kind::READ_INDEX_REPLY, encoder.read_index_reply(reply)),
     }
 }

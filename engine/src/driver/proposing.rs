@@ -188,7 +188,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let connected = self.peers.iter().filter(|(_, peer)| peer.session.is_some());
         let unsent = connected.filter_map(|(id, peer)| {
             // What is in the outbox has been sent as far as the core knows.
-            let queued = if peer.outbox.is_empty() { None } else { Some(LogIndex(0)) };
+            let queued = if peer.outbox.holds_no_batch() { None } else { Some(LogIndex(0)) };
             queued.or_else(|| raft.progress(*id).map(|progress| progress.next))
         });
         unsent.min().map_or(next, |unsent| unsent.min(next))

@@ -92,10 +92,11 @@ impl Reads {
         all
     }
 
-    /// Gives up what has waited too long, and forgets what nobody waits for any more.
-    fn expire(&mut self, now_ns: u64) {
+    /// Gives up what has waited too long, and forgets what nobody waits for any more. The ids of what the core need not answer
+    /// any more, ascending.
+    fn expire(&mut self, now_ns: u64) -> Vec<u64> {
         if now_ns < self.next_deadline_ns {
-            return;
+            return Vec::new();
         }
         let mut expired = Vec::new();
         let mut next = u64::MAX;
@@ -114,6 +115,9 @@ impl Reads {
         if let Some((_, reads)) = &mut self.barrier {
             sift(reads);
         }
+        let empty = self.asked.iter().filter(|(_, (_, reads))| reads.is_empty());
+        let abandoned: Vec<u64> = empty.map(|(id, _)| *id).collect();
+        self.asked.retain(|_, (_, reads)| !reads.is_empty());
         self.applying.retain(|_, reads| !reads.is_empty());
         self.committing.retain(|_, reads| !reads.is_empty());
         for (_, read) in &self.stale {
@@ -121,6 +125,7 @@ impl Reads {
         }
         self.next_deadline_ns = if next == u64::MAX { next } else { next.max(now_ns + DEADLINE_GRAIN_NS) };
         self.refuse(expired, &ReadError::TimedOut);
+        abandoned
     }
 }
 
@@ -247,7 +252,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     }
 
     /// Answers what is ready. True if it answered anything.
-    pub(super) fn serve_reads(&mut self) -> bool {
+    pub(super) fn serve_reads(&mut self) -> Result<bool, StopError> {
         let before = self.reads.count;
         self.judge_stale();
         let applied = self.applier.applied();
@@ -282,8 +287,11 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 }
             }
         }
-        self.reads.expire(self.now.monotonic_ns);
-        self.reads.count < before
+        let abandoned = self.reads.expire(self.now.monotonic_ns);
+        if !abandoned.is_empty() {
+            self.step(Event::ReadsAbandoned { ids: abandoned })?;
+        }
+        Ok(self.reads.count < before)
     }
 
     /// Looks at the age of what is applied here, by a clock that was read after the request came.

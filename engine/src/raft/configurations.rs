@@ -76,6 +76,12 @@ impl Configurations {
         std::iter::once((self.base.0, &self.base.1)).chain(later)
     }
 
+    /// Whether all of them are known, and `holds` of each.
+    pub(super) fn all(&self, holds: impl Fn(&Configuration) -> bool) -> bool {
+        let later = |configuration: &Option<Configuration>| configuration.as_ref().is_some_and(&holds);
+        !self.guessed && holds(&self.base.1) && self.later.iter().all(|(_, configuration)| later(configuration))
+    }
+
     /// The places of those behind the first, readable or not.
     pub(super) fn indexes(&self) -> impl DoubleEndedIterator<Item = LogIndex> + '_ {
         self.later.iter().map(|(index, _)| *index)

@@ -102,6 +102,11 @@ pub enum Event {
         /// What it has to be sure of.
         kind: ReadKind,
     },
+    /// Nobody waits any more for the reads under these ids, which may have been answered: they need no answer.
+    ReadsAbandoned {
+        /// The ids, ascending.
+        ids: Vec<u64>,
+    },
     /// The log's start is moving to the end of a batch that is durable, committed, and covered by a durable snapshot.
     Purged {
         /// The batch end.

@@ -42,7 +42,7 @@ mod transfer;
 mod violation;
 
 // The switch of known bugs is the crate's; without the feature the core brings its own, which is constantly off.
-use crate::mutants;
+use crate::mutants::{self, Mutant};
 
 pub use action::Action;
 pub use change::{Change, ChangeError, Changed, MEMBERS_MAX, Plan};
@@ -257,8 +257,12 @@ impl Raft {
         if config.election_timeout < min {
             return Err(BootError::LeaseTimeout { got: config.election_timeout, min });
         }
-        // Nothing was promised in term 0, or to others by a node that was a quorum by itself all the time.
-        let alone = configurations.iter().all(|(_, known)| Quorum::of(known).is_only(config.id));
+        // Nothing was promised in term 0, or to others by a node that was a quorum by itself all the time: since before what
+        // is committed, that is, for a leader that is not in a committed configuration has left office. One that has become
+        // the only voter since may still be counted upon by the leader that made it so.
+        let alone = configurations.all(|known| Quorum::of(known).is_only(config.id));
+        let forgets = mutants::active(Mutant::LastVoterElectsItselfWithinLease);
+        let alone = alone || (forgets && quorum.is_only(config.id));
         let bound = term > Term(0) && !alone;
         let bound_until = if bound { boot.now.plus(min) } else { Nanos(0) };
         let mut raft = Self {
@@ -282,8 +286,8 @@ impl Raft {
             quorum,
             log,
         };
-        // A node that is a quorum by itself has nobody to wait for.
-        if !raft.quorum.is_only(raft.config.id) {
+        // A node that was a quorum by itself all the time has nobody to wait for.
+        if !alone {
             raft.restart_election_timer();
         }
         Ok(raft)
@@ -354,6 +358,7 @@ impl Raft {
             Event::DiskStalled { stalled } => self.stalled(stalled, actions),
             Event::Transfer { to } => self.transfer(to, actions),
             Event::Read { id, kind } => self.read(id, kind, actions),
+            Event::ReadsAbandoned { ids } => self.abandon_reads(&ids),
             Event::Purged { through } => self.purged(through)?,
             Event::SnapshotReceived { last, configuration, configuration_index } => {
                 self.snapshot_received(last, (configuration_index, configuration), actions)?;
@@ -390,7 +395,7 @@ impl Raft {
         match self.role {
             _ if self.violation.is_some() => Nanos::NEVER,
             RoleState::Leader(_) => self.leader_deadline(),
-            _ if self.may_campaign() || self.leader_may_be_lost() => self.timer.deadline(),
+            _ if self.may_campaign() || self.leader_may_be_lost() => self.election_deadline(),
             _ => Nanos::NEVER,
         }
     }

@@ -29,7 +29,7 @@ impl Ledger {
 
 impl Simulation {
     /// A cluster of up to three with spare machines that may join it.
-    fn churning(seed: u64) -> Self {
+    pub(super) fn churning(seed: u64) -> Self {
         let mut simulation = Self::new(seed);
         let size = 1 + simulation.random.below(4);
         let member = |id: u64| Member {
