@@ -427,6 +427,8 @@ fn a_machine_whose_state_is_being_replaced_is_asked_nothing_however_old_the_answ
     rig.commit_some(leader, 20);
     rig.snapshot(leader);
     rig.fabric.borrow_mut().heal_all();
+    // Not while it connects: a query after the other lets no time pass.
+    rig.run_until("it is on its way", |rig| rig.receives(away).is_some());
     let mut stale = Asking::new(ANY_AGE);
     while rig.counter(away).restored == 0 {
         stale.go_on(&mut rig, away);
