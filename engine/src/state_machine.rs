@@ -110,8 +110,9 @@ pub struct Command<'a> {
     pub index: LogIndex,
     /// The term of the leader that sealed it.
     pub term: Term,
-    /// That leader's clock when it sealed the batch, in milliseconds since 1970, never decreasing along the log:
-    /// the only clock that a state machine may use.
+    /// That leader's clock when it sealed the batch, in milliseconds since 1970, never decreasing along the log: behind a
+    /// batch of a later time it goes on from there, more slowly, until that clock has caught up. The only clock that a
+    /// state machine may use.
     pub time_ms: u64,
     /// The client session and the sequence in it, where the command was proposed with them.
     pub session: Option<(u64, u64)>,

@@ -919,7 +919,7 @@ mod tests {
         };
         let position = SessionPosition { id: 9, window: 4, floor: 3, confirmed: 1, next: 3 };
         let mut woken = 0;
-        for round in 0..20_000 {
+        for round in 0..2_000 {
             let wakeup = Arc::new(crate::runtime::Wakeup::new());
             let shared = Arc::new(crate::handle::Shared::new(&config, wakeup));
             let handle = Handle { shared: Arc::clone(&shared) };
