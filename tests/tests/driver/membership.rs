@@ -529,6 +529,21 @@ fn k6_a_newcomer_without_space_for_a_snapshot_is_stuck_and_stays_a_learner() {
     assert_eq!(rig.members(1), (vec![1, 2, 3], vec![]));
 }
 
+/// It said that it does not lead, and that it should be asked.
+#[test]
+fn a_leader_that_closes_tells_who_asks_for_a_change_that_it_has_stopped() {
+    let mut rig = grown(1, 1);
+    rig.shutdown(0);
+    rig.turn(0);
+    let process = rig.process(0);
+    process.wake_at = 0;
+    let mut answer = process.handle.change_membership(adding(&[1]));
+    rig.turn(0);
+    let told = answer.try_take().expect("at once");
+    assert!(matches!(told, Err(MembershipError::Stopped(_))), "{told:?}");
+    rig.run_until_ended(0);
+}
+
 #[test]
 fn k6_whoever_leads_next_finishes_a_change_wherever_the_leader_dies() {
     // The moment at which the leader dies, in steps of the rig after it was asked.
