@@ -475,6 +475,30 @@ fn a_transfer_that_is_interrupted_again_and_again_goes_forward_and_ends_right() 
     assert!(went_on > 15 && began_anew > 0, "{went_on} times it went on, {began_anew} times it began anew");
 }
 
+/// What a picture of the state costs is the machine's affair. It was asked for one each second, to find that there was no place.
+#[test]
+fn a_machine_is_not_asked_for_pictures_that_the_disk_has_no_space_for() {
+    let (mut rig, leader) = Rig::with_ballast(1, 300_000, 160);
+    rig.commit_some(leader, 3);
+    rig.run_for(2 * SECOND);
+    rig.machines[0].disk.borrow_mut().faults_mut().no_space = true;
+    for asked in 1..=2 {
+        let request = rig.process(0).handle.snapshot();
+        rig.process(0).wake_at = 0;
+        rig.run_for(60 * SECOND);
+        assert!(request.wait().is_err(), "whoever asks is told");
+        assert_eq!(rig.counter(0).pictures, 1, "after {asked} min");
+    }
+    rig.machines[0].disk.borrow_mut().faults_mut().no_space = false;
+    let last = rig.status(0).applied;
+    rig.run_until("taken at last", |rig| rig.status(0).snapshot.last == Some(last));
+    assert_eq!(rig.counter(0).pictures, 2);
+    // The next one is taken as before.
+    rig.commit_some(0, 1);
+    rig.snapshot(0);
+    assert_eq!((rig.counter(0).pictures, rig.snapshot_files(0).len()), (3, 2));
+}
+
 /// Rot in every part of the newest file, header to trailer.
 #[test]
 fn a_damaged_snapshot_gives_way_to_the_one_before_if_the_log_still_reaches() {

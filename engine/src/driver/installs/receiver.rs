@@ -458,3 +458,4 @@ fn arrived_of(offer: &OfferMessage, reading: &Reading, found: Result<SnapshotFil
             .map_or(0, |(.., bytes)| bytes.min(offer.bytes)),
     }
 }
+        installs.ask_at_ns = now.saturating_add(patience_ns);
