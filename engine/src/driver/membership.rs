@@ -389,7 +389,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             network.remove_peer(peer);
         }
         self.repair.session_changed(peer);
-        self.snapshots.installs.session_changed(peer);
+        let leads = self.raft().and_then(Raft::leader) == Some(peer);
+        self.snapshots.installs.session_changed(peer, leads);
         self.step(Event::PeerDisconnected { peer })
     }
 

@@ -208,6 +208,18 @@ impl<B: BlockBuf> Snapshots<B> {
         self.needed = true;
     }
 
+    /// The snapshot that ends at `last` cannot be read any more: another one is to take its place.
+    pub(super) fn found_damaged(&mut self, last: LogIndex) {
+        self.files.retain(|file| file.meta.last.index != last);
+        self.damaged.push(crate::snapshots::name_of(last));
+        self.needed = true;
+    }
+
+    /// Whether it is to be known before long which snapshot there is for others.
+    pub(super) fn is_soon_another(&self) -> bool {
+        self.taking.is_some() || self.installs.is_in_doubt()
+    }
+
     /// Nobody will be answered any more.
     pub(super) fn refuse_all(&mut self, error: &SnapshotError) {
         let taking = self.taking.as_mut().map(|taking| std::mem::take(&mut taking.askers));
@@ -451,6 +463,11 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         if applied <= newest {
             // There is none to be taken that tells more than the last one.
             self.snapshots.needed = false;
+            let Snapshots { ops, reserving, .. } = &mut self.snapshots;
+            if let Some((part, _)) = reserving.as_mut().filter(|(part, _)| part.is_ready()) {
+                let tools = &mut Tools { disk: &mut self.disk, pool: &self.pool, ops };
+                part.fail(tools, FileFailure::Other);
+            }
             if let Some(taken) = self.snapshots.newest().map(taken_of) {
                 self.snapshots.waiting.drain(..).for_each(|asker| asker.complete(Ok(taken)));
             }
@@ -463,11 +480,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         if now < self.snapshots.retry_at_ns || !(bytes || entries || asked) {
             return;
         }
-            let Snapshots { ops, reserving, .. } = &mut self.snapshots;
-            if let Some((part, _)) = reserving.as_mut().filter(|(part, _)| part.is_ready()) {
-                let tools = &mut Tools { disk: &mut self.disk, pool: &self.pool, ops };
-                part.fail(tools, FileFailure::Other);
-            }
+        if !self.has_reserved() {
+            return;
+        }
         let Some(meta) = self.meta_of_applied() else { return };
         let Some(reader) = self.applier.machine_mut().snapshot() else {
             self.snapshots.unsupported = true;
@@ -487,9 +502,6 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let last = meta.last.index;
         tracing::debug!(node = %self.config.node, %last, "a snapshot is being taken");
         let (encoder, offset, stage) = (None, 0, Stage::Slots);
-        if !self.has_reserved() {
-            return;
-        }
         let askers = std::mem::take(&mut self.snapshots.waiting);
         self.snapshots.needed = false;
         let prefix_at = 0;
@@ -569,14 +581,15 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 Ok(())
             }
             PartStep::Failed(failure) => {
-                let askers = std::mem::take(&mut taking.askers);
+                let (askers, bytes) = (std::mem::take(&mut taking.askers), taking.bytes);
                 self.snapshots.taking = None;
                 self.taking_failed(&failure, askers, bytes);
                 Ok(())
             }
             PartStep::Published(file) => {
-                let (askers, bytes) = (std::mem::take(&mut taking.askers), taking.bytes);
+                let askers = std::mem::take(&mut taking.askers);
                 self.snapshots.taking = None;
+                (self.snapshots.retry_ns, self.snapshots.short_of) = (RETRY_NS, 0);
                 tracing::info!(node = %self.config.node, last = %file.meta.last.index, bytes = file.file_bytes, "snapshot taken");
                 let taken = taken_of(&file);
                 askers.into_iter().for_each(|asker| asker.complete(Ok(taken)));
@@ -585,19 +598,6 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         }
     }
 
-    /// There is another snapshot, durable and whole.
-    pub(super) fn published(&mut self, file: SnapshotFile) -> Result<(), StopError> {
-        let name = crate::snapshots::name_of(file.meta.last.index);
-        let Snapshots { files, damaged, leftovers, .. } = &mut self.snapshots;
-                (self.snapshots.retry_ns, self.snapshots.short_of) = (RETRY_NS, 0);
-        files.retain(|other| other.meta.last.index != file.meta.last.index);
-        files.push(file.without_sessions());
-        files.sort_by_key(|file| file.meta.last.index);
-        damaged.retain(|damaged| *damaged != name);
-        leftovers.extend(damaged.drain(..));
-        leftovers.retain(|leftover| *leftover != name);
-        self.purge(self.snapshots.newest_index())
-    }
     /// After one that had no space the machine is not asked for another before there is some: what that costs is the
     /// machine's affair, and it may be much. True if there is, or the last one did not fail for that reason.
     fn has_reserved(&mut self) -> bool {
@@ -642,6 +642,18 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         askers.into_iter().for_each(|asker| asker.complete(Err(failed.clone())));
     }
 
+    /// There is another snapshot, durable and whole.
+    pub(super) fn published(&mut self, file: SnapshotFile) -> Result<(), StopError> {
+        let name = crate::snapshots::name_of(file.meta.last.index);
+        let Snapshots { files, damaged, leftovers, .. } = &mut self.snapshots;
+        files.retain(|other| other.meta.last.index != file.meta.last.index);
+        files.push(file.without_sessions());
+        files.sort_by_key(|file| file.meta.last.index);
+        damaged.retain(|damaged| *damaged != name);
+        leftovers.extend(damaged.drain(..));
+        leftovers.retain(|leftover| *leftover != name);
+        self.purge(self.snapshots.newest_index())
+    }
 
     /// What is retained is looked at in the next turn.
     pub(super) fn purge_soon(&mut self) {
@@ -714,6 +726,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         if taking.as_ref().is_some_and(|taking| taking.part.awaits(id)) {
             return self.on_taking(done);
         }
+        if reserving.as_ref().is_some_and(|(part, _)| part.awaits(id)) {
+            self.on_reserving(done);
+            return Ok(());
+        }
         if restoring.as_ref().is_some_and(|restoring| restoring.reading.awaits(id)) {
             return self.on_restoring(done);
         }
@@ -724,10 +740,6 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             {
                 tracing::warn!(node = %self.config.node, %error, "a snapshot file that is not needed was not removed");
             }
-            return Ok(());
-        }
-        if reserving.as_ref().is_some_and(|(part, _)| part.awaits(id)) {
-            self.on_reserving(done);
             return Ok(());
         }
         self.on_install_disk(done)
