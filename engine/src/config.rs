@@ -146,7 +146,8 @@ pub struct Config {
     /// What all sessions together may take in memory, by their limits, on each member; a session that does not fit is
     /// refused. One takes at most 256 bytes, 40 for each sequence of its window, and its replies:
     /// [`SessionLimits::bytes`](crate::sessions::SessionLimits::bytes). Default: 64 MiB, about 2,490 sessions of the
-    /// defaults.
+    /// defaults. What is in use of it is in memory once more, encoded, until a snapshot that is being taken has it written,
+    /// and while any snapshot is read, to be verified or restored: with all at once, four times.
     pub session_table_bytes_max: u64,
 
     /// Seed of the timing of this node (election times, backoff), mixed with its id. Default: none, the system's

@@ -30,9 +30,9 @@ use crate::handle::{Handle, LocalHandle, PeerStatus, Shared, SnapshotError};
 use crate::ingress::Deliveries;
 use crate::membership::MembershipError;
 use crate::mutants::{self, Mutant};
-use crate::outbox::Outbox;
+use crate::outbox::{Outbox, Outgoing};
 use crate::proposals::{LocalIngress, ProposalLimits, Proposals};
-use crate::raft::{Action, BatchRun, Configuration, Epoch, Event, Message, Nanos, Raft, Role};
+use crate::raft::{Action, BatchRun, Configuration, Epoch, Event, Nanos, Raft, Role};
 use crate::recent::Recent;
 use crate::requests::Request;
 use crate::runtime::{LocalWakeup, Now, Turn, TurnOutcome, Wakeup};
@@ -40,7 +40,9 @@ use crate::sessions::SessionTable;
 use crate::state_machine::StateMachine;
 use crate::wire::{AckStages, Encoder};
 pub(crate) use installs::PIECE_BYTES;
-use ringraft_block::{Block, BlockBuf, GroupId, Incarnation, LogIndex, NodeId, Pool, round_up_to_block};
+use ringraft_block::{
+    Block, BlockBuf, GroupId, Incarnation, LogIndex, NodeId, Pool, Term, round_up_to_block,
+};
 use ringraft_net::link::Link;
 use ringraft_net::{BlockSource, NetEvent, Network, Session};
 use ringraft_wal::disk::Disk;
@@ -98,7 +100,7 @@ pub struct Driver<D: Disk, L: Link<Buf = D::Buf>, S> {
     /// Saves that the core asked for and the log's number for each, until they are durable.
     saves: VecDeque<(u64, u64)>,
     /// Messages that must not leave before a save is durable.
-    deferred: VecDeque<(u64, NodeId, Message)>,
+    deferred: VecDeque<Deferred>,
     no_space: bool,
     space_retry_at_ns: u64,
     witness_at_ns: u64,
@@ -120,6 +122,14 @@ pub struct Driver<D: Disk, L: Link<Buf = D::Buf>, S> {
     link_done: Vec<ringraft_net::link::LinkDone<D::Buf>>,
     wal_events: VecDeque<WalEvent<D::Buf>>,
     net_events: VecDeque<NetEvent<D::Buf>>,
+}
+
+/// A message that must not leave before a save of the hard state is durable.
+struct Deferred {
+    sequence: u64,
+    to: NodeId,
+    term: Term,
+    message: Outgoing,
 }
 
 /// How far a node has come.
@@ -352,7 +362,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             }
             Action::SendNow { to, message } => self.send(to, message),
             Action::SendAfterSave { sequence, to, message } => {
-                self.deferred.push_back((sequence, to, message));
+                let term = message.term();
+                let message = self.complete(message)?;
+                self.deferred.push_back(Deferred { sequence, to, term, message });
                 Ok(())
             }
             // `apply` reads the commit index from the core.

@@ -111,8 +111,6 @@ pub enum Mutant {
     WaitersKeptAfterDeposition,
     /// What is appended is applied before it is committed.
     AppliedBeforeCommit,
-    /// What waits for term and vote to be durable is said also when the log does not reach back to it any more.
-    SaidOfPurgedLog,
 }
 
 impl Mutant {
@@ -155,7 +153,7 @@ impl Mutant {
     ];
 
     /// Those that the simulation of the core alone cannot show, or does not.
-    pub const CLUSTER: [Self; 17] = [
+    pub const CLUSTER: [Self; 16] = [
         Self::NextBelowOne,
         Self::WindowNotResetOnReconnect,
         Self::StaleReplyTakenForNewTerm,
@@ -172,7 +170,6 @@ impl Mutant {
         Self::RefusedAlthoughInLog,
         Self::WaitersKeptAfterDeposition,
         Self::AppliedBeforeCommit,
-        Self::SaidOfPurgedLog,
     ];
 
     /// All others but those that only a driver can have.

@@ -108,6 +108,14 @@ pub struct SnapshotFile {
     pub digest: [u8; 16],
 }
 
+impl SnapshotFile {
+    /// To be kept: the sessions, which may be many megabytes, are read again when they are wanted.
+    pub(crate) fn without_sessions(mut self) -> Self {
+        self.meta.sessions = Vec::new();
+        self
+    }
+}
+
 /// Why a snapshot file cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SnapshotDamage {
@@ -217,6 +225,11 @@ impl Encoder {
         &mut slot[SLOT_HEAD_BYTES..SLOT_BYTES]
     }
 
+    /// Over all that has been written, as the trailer will have it.
+    pub(crate) fn digest(&self) -> [u8; 16] {
+        self.digest.digest128().to_le_bytes()
+    }
+
     /// Completes a slot that holds so many bytes of the stream; all but the last are full. Returns what it takes in the file.
     pub(crate) fn seal(&mut self, slot: &mut [u8], payload_bytes: usize, is_last: bool) -> usize {
         let end = SLOT_HEAD_BYTES + payload_bytes;
@@ -242,7 +255,7 @@ impl Encoder {
         put(&TRAILER, "magic", block, &MAGIC_TRAILER.to_le_bytes());
         put(&TRAILER, "slots", block, &self.ordinal.to_le_bytes());
         put(&TRAILER, "stream_bytes", block, &self.stream_bytes.to_le_bytes());
-        put(&TRAILER, "digest", block, &self.digest.digest128().to_le_bytes());
+        put(&TRAILER, "digest", block, &self.digest());
         let crc = crc32c_append(self.seed, &block[..40]);
         put(&TRAILER, "crc", block, &crc.to_le_bytes());
     }
@@ -376,7 +389,7 @@ impl Decoder {
         }
         self.file_bytes += (trailer_at + BLOCK_BYTES) as u64;
         let end = SnapshotFile {
-            meta: self.meta.clone(),
+            meta: std::mem::take(&mut self.meta),
             state_bytes: self.stream_bytes - prefix,
             file_bytes: self.file_bytes,
             digest,

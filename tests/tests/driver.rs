@@ -45,6 +45,8 @@ struct Counter {
     restored: u64,
     /// The log's clock, as far as it was seen.
     time_ms: u64,
+    /// How often it was asked for one.
+    pictures: u64,
 }
 
 impl StateMachine for Counter {
@@ -77,6 +79,7 @@ impl StateMachine for Counter {
         if self.makes_none {
             return None;
         }
+        self.pictures += 1;
         let mut bytes = [self.count.to_le_bytes(), self.hash.to_le_bytes()].concat();
         bytes.extend((0..self.ballast).map(|at| (at as u64).wrapping_mul(self.hash | 1) as u8));
         Some(Box::new(Bytes::from(bytes)))

@@ -5,10 +5,13 @@
 //! gives it its name; the core is told, which starts the log behind it; the machine is restored from the file.
 //!
 //! The receiver leads: it knows what it has. When the session ends, another leader comes, or the receiver restarts, an offer
-//! of the same bytes goes on where it stopped, and any other begins anew (`receiver`). Pieces wait for the throttle and for
+//! of the same bytes goes on where it stopped, and any other begins anew (`receiver`). A sender that is asked for nothing for
+//! a while offers once more, and a receiver that has got nothing for a while asks anew, so that what either of them has
+//! forgotten (a leader that was deposed and is back, say) holds nothing up. Pieces wait for the throttle and for
 //! room in the network's queue, which appends do not share with them beyond a few pieces, so that a transfer delays neither
 //! heartbeats nor commits.
 
+mod doubt;
 mod receiver;
 
 use super::snapshots::{Throttle, tools};
@@ -17,10 +20,11 @@ use crate::config::Config;
 use crate::error::StopError;
 use crate::handle::InstallStatus;
 use crate::raft::{Event, ReplicationState, Role};
-use crate::snapshots::files::Tools;
+use crate::snapshots::files::{FileFailure, Tools};
 use crate::snapshots::{SnapshotFile, SnapshotMeta, name_of};
 use crate::state_machine::StateMachine;
 use crate::wire::{self, Encoder, OfferMessage, PieceMessage, RequestMessage, Requested};
+use doubt::Doubt;
 use receiver::Receiving;
 use ringraft_block::{BLOCK_BYTES, BlockBuf, LogIndex, NodeId, SharedBlock, crc32c};
 use ringraft_net::Network;
@@ -51,7 +55,11 @@ pub(super) struct Installs<B: BlockBuf> {
     /// Whose snapshot is being installed.
     installing: Option<NodeId>,
     outgoing: VecDeque<(NodeId, Outgoing<B>)>,
+    /// A snapshot of this node that is being read again.
+    doubt: Option<Doubt>,
     ask_at_ns: u64,
+    /// Since when what is to be applied next cannot be read here.
+    stuck_since_ns: Option<u64>,
 }
 
 enum Outgoing<B: BlockBuf> {
@@ -67,7 +75,8 @@ struct Serving {
     file: SnapshotFile,
     wanted: VecDeque<u64>,
     sent: u64,
-    /// When it is offered once more if nothing has been asked for: a node that is just starting hears no offers.
+    /// When it is offered once more if nothing is asked for by then: a node that is just starting hears no offers, and what it
+    /// asked for in an earlier transfer is not known here.
     offer_at_ns: u64,
     descriptor: Option<FileId>,
     op: Option<DiskOpId>,
@@ -87,7 +96,9 @@ impl<B: BlockBuf> Installs<B> {
             next_offer: None,
             installing: None,
             outgoing: VecDeque::new(),
+            doubt: None,
             ask_at_ns: 0,
+            stuck_since_ns: None,
         }
     }
 
@@ -112,7 +123,8 @@ impl<B: BlockBuf> Installs<B> {
         let idle = |serving: &&Serving| serving.op.is_none() && serving.to.is_some();
         let reads = self.serving.iter().filter(idle).any(|serving| !serving.wanted.is_empty());
         let reads = if reads { self.throttle.next_at_ns().max(now_ns) } else { u64::MAX };
-        let offers = self.serving.iter().filter(idle).map(|serving| serving.offer_at_ns);
+        let offers = self.serving.iter().filter(|serving| serving.is_unasked());
+        let offers = offers.map(|serving| serving.offer_at_ns);
         offers.min().map_or(reads, |offer| reads.min(offer.max(now_ns)))
     }
 
@@ -124,9 +136,10 @@ impl<B: BlockBuf> Installs<B> {
         outgoing.chain(self.receiving.iter().filter_map(Receiving::status)).collect()
     }
 
-    /// A session began or ended: what was under way in it is void.
-    pub(super) fn session_changed(&mut self, peer: NodeId) {
+    /// A session began or ended: what was under way in it is void. `leads`: that of the leader, who can be asked again.
+    pub(super) fn session_changed(&mut self, peer: NodeId, leads: bool) {
         self.outgoing.retain(|(to, _)| *to != peer);
+        self.wanted.remove(&peer);
         self.asking.remove(&peer);
         self.stop_serving(|to| to == peer);
         if let Some(receiving) = self.receiving.as_mut().filter(|receiving| receiving.from == Some(peer)) {
@@ -134,7 +147,9 @@ impl<B: BlockBuf> Installs<B> {
         }
         self.next_offer = self.next_offer.filter(|(from, _)| *from != peer);
         self.installing = self.installing.filter(|from| *from != peer);
-        self.ask_at_ns = 0;
+        if leads {
+            self.ask_at_ns = 0;
+        }
     }
 
     /// This node does not lead any more.
@@ -193,6 +208,11 @@ impl Serving {
     fn is(&self, to: NodeId, request: &RequestMessage) -> bool {
         self.to == Some(to) && self.file.digest == request.digest && self.file.meta.last == request.last
     }
+
+    /// All that was asked for has been sent.
+    fn is_unasked(&self) -> bool {
+        self.to.is_some() && self.op.is_none() && self.wanted.is_empty()
+    }
 }
 
 // The sender.
@@ -200,8 +220,9 @@ impl Serving {
 impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// Does what is due, a piece of each.
     pub(super) fn mind_installs(&mut self) -> Result<(), StopError> {
+        self.doubt_on();
         self.offer_to_those_who_need_one()?;
-        self.serve();
+        self.serve()?;
         self.receive_on();
         self.ask_for_state();
         Ok(())
@@ -226,14 +247,21 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         for to in wanted.into_iter().chain(self.snapshots.installs.asking.clone()) {
             let served = self.snapshots.installs.serving.iter().any(|serving| serving.to == Some(to));
             let connected = self.peers.get(&to).is_some_and(|peer| peer.session.is_some());
-            if served {
+            if served || !needs(self, to) && !self.snapshots.installs.asking.contains(&to) {
                 continue;
             }
             let start = self.raft().map_or(LogIndex(0), |raft| raft.log_start().index);
             let newest = self.snapshots.newest().filter(|file| file.meta.last.index >= start).cloned();
-            match newest {
+            match newest.filter(|file| !self.snapshots.installs.doubts(file.meta.last.index)) {
                 Some(file) if connected => self.offer(to, file),
-                _ => self.step(Event::SnapshotEnded { to, installed: None })?,
+                // There will be one, or it is known that there is none.
+                None if connected && self.snapshots.is_soon_another() => {
+                    self.snapshots.installs.wanted.insert(to);
+                }
+                _ => {
+                    self.snapshots.installs.asking.remove(&to);
+                    self.step(Event::SnapshotEnded { to, installed: None })?;
+                }
             }
         }
         Ok(())
@@ -252,7 +280,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     }
 
     /// Reads the next piece for a member, if the throttle allows, and closes what has ended.
-    fn serve(&mut self) {
+    fn serve(&mut self) -> Result<(), StopError> {
         let now = self.now.monotonic_ns;
         let super::snapshots::Snapshots { ops, installs, .. } = &mut self.snapshots;
         let tools = &mut Tools { disk: &mut self.disk, pool: &self.pool, ops };
@@ -270,29 +298,47 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 (Some(_), _) => true,
             }
         });
-        for serving in installs.serving.iter_mut().filter(|serving| now >= serving.offer_at_ns) {
+        let due = |serving: &&mut Serving| serving.is_unasked() && now >= serving.offer_at_ns;
+        for serving in installs.serving.iter_mut().filter(due) {
             serving.offer_at_ns = now.saturating_add(installs.patience_ns);
-            if let Some(to) = serving.to {
+            // Unless the network has yet to take what was sent last.
+            if let Some(to) = serving.to.filter(|to| installs.outgoing.iter().all(|(other, _)| other != to)) {
                 installs.outgoing.push_back((to, Outgoing::Offer(offer_of(&serving.file))));
             }
         }
         if !installs.throttle.is_open(now) {
-            return;
+            return Ok(());
         }
         // Whoever has waited longest.
         let idle =
             |serving: &Serving| serving.op.is_none() && serving.to.is_some() && !serving.wanted.is_empty();
-        let Some(at) = installs.serving.iter().position(idle) else { return };
+        let Some(at) = installs.serving.iter().position(idle) else { return Ok(()) };
         let mut serving = installs.serving.remove(at);
-        if let (Some(file), Some(offset)) = (serving.descriptor, serving.wanted.pop_front())
-            && let Ok(block) = tools.block(PIECE_BYTES)
-        {
-            let bytes = PIECE_BYTES.min((serving.file.file_bytes - offset) as usize);
-            serving.op = Some(tools.submit(DiskOp::Read { file, offset, block, bytes }));
-            serving.reading = Some(offset);
-            installs.throttle.spend(bytes as u64, now);
+        let mut ended = None;
+        if let (Some(file), Some(offset)) = (serving.descriptor, serving.wanted.pop_front()) {
+            match tools.block(PIECE_BYTES) {
+                Ok(block) => {
+                    let bytes = PIECE_BYTES.min((serving.file.file_bytes - offset) as usize);
+                    serving.op = Some(tools.submit(DiskOp::Read { file, offset, block, bytes }));
+                    serving.reading = Some(offset);
+                    installs.throttle.spend(bytes as u64, now);
+                }
+                // The core comes back to it after a while.
+                Err(failure) => ended = serving.to.take().map(|to| (to, failure)),
+            }
         }
         installs.serving.push(serving);
+        match ended {
+            Some((to, failure)) => self.serving_failed(to, &failure),
+            None => Ok(()),
+        }
+    }
+
+    /// A member is not sent a snapshot for the moment, for a reason of this node's.
+    fn serving_failed(&mut self, to: NodeId, why: &FileFailure) -> Result<(), StopError> {
+        tracing::warn!(node = %self.config.node, %to, %why, "a snapshot cannot be read for another member");
+        self.snapshots.installs.asking.remove(&to);
+        self.step(Event::SnapshotEnded { to, installed: None })
     }
 
     pub(super) fn on_snapshot_request(
@@ -315,10 +361,17 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 Ok(())
             }
             Requested::Piece => {
+                let patience_ns = installs.patience_ns;
                 let Some(serving) = installs.serving.iter_mut().find(|serving| serving.is(from, &request))
                 else {
                     return Ok(());
                 };
+                // It asks no further ahead of what it has written: it has what lies before.
+                let span = WINDOW * PIECE_BYTES as u64;
+                serving.wanted.retain(|offset| offset.saturating_add(span) > request.offset);
+                if serving.reading == Some(request.offset) || serving.wanted.contains(&request.offset) {
+                    return Ok(());
+                }
                 let right = request.offset.is_multiple_of(BLOCK_BYTES as u64)
                     && request.offset < serving.file.file_bytes
                     && (serving.wanted.len() as u64) < 2 * WINDOW;
@@ -326,15 +379,18 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                     return self.refuse(from, "a request for what is no piece of a snapshot");
                 }
                 serving.wanted.push_back(request.offset);
-                serving.offer_at_ns = u64::MAX;
+                serving.offer_at_ns = self.now.monotonic_ns.saturating_add(patience_ns);
                 Ok(())
             }
             Requested::Installed | Requested::Refused => {
                 let known = installs.serving.iter_mut().find(|serving| serving.is(from, &request));
-                if known.map(|serving| serving.to = None).is_none() {
-                    return Ok(());
-                }
+                let Some(serving) = known else { return Ok(()) };
+                serving.to = None;
+                let all_of_it = serving.sent == serving.file.file_bytes;
                 installs.asking.remove(&from);
+                if all_of_it && request.what == Requested::Refused {
+                    self.doubt(request.last.index);
+                }
                 let installed = (request.what == Requested::Installed).then_some(request.last);
                 tracing::info!(node = %self.config.node, to = %from, ?installed, "a snapshot's transfer has ended");
                 self.step(Event::SnapshotEnded { to: from, installed })
@@ -348,6 +404,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         if installs.receiving.as_ref().is_some_and(|receiving| receiving.awaits(done.id)) {
             return self.on_receiving(done);
         }
+        if installs.doubt.as_ref().is_some_and(|doubt| doubt.awaits(done.id)) {
+            return self.on_doubted(done);
+        }
+        let now = self.now.monotonic_ns;
         let Some(serving) = installs.serving.iter_mut().find(|serving| serving.op == Some(done.id)) else {
             return Ok(());
         };
@@ -359,15 +419,16 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 let Some(to) = serving.to else { return Ok(()) };
                 let crc = crc32c(block.get(..bytes).unwrap_or_default());
                 serving.sent = serving.sent.max(offset + bytes as u64);
+                serving.offer_at_ns = now.saturating_add(installs.patience_ns);
                 let piece =
                     PieceMessage { last: serving.file.meta.last, digest: serving.file.digest, offset, crc };
                 installs.outgoing.push_back((to, Outgoing::Piece(piece, Rc::new(block), bytes)));
             }
             (Err(error), _) => {
-                let to = serving.to.take();
-                tracing::warn!(node = %self.config.node, %error, "a snapshot cannot be read for another member");
+                let (to, last) = (serving.to.take(), serving.file.meta.last.index);
                 if let Some(to) = to {
-                    return self.step(Event::SnapshotEnded { to, installed: None });
+                    self.doubt(last);
+                    return self.serving_failed(to, &error.into());
                 }
             }
             (Ok(_), _) => {}

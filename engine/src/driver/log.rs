@@ -1,15 +1,13 @@
 //! The driver and the log: what became durable, what is to be, and how a node comes to be part of its cluster.
 
 use super::{
-    APPLY_READ, Driver, GROUP, Life, SPACE_RETRY_NS, WITNESS_DELAY_NS, invariant, run_of, take_first,
+    APPLY_READ, Deferred, Driver, GROUP, Life, SPACE_RETRY_NS, WITNESS_DELAY_NS, invariant, run_of,
+    take_first,
 };
 use crate::config::{self, ConfigError};
 use crate::error::StopError;
 use crate::formation::{self, Formation, FormationError, Step};
-use crate::mutants::{self, Mutant};
-use crate::raft::{
-    AppendAck, AppendOutcome, BatchRun, Boot, Configuration, Epoch, Event, LogId, Message, Nanos, Raft, Role,
-};
+use crate::raft::{BatchRun, Boot, Configuration, Epoch, Event, LogId, Nanos, Raft, Role};
 use crate::snapshots::files;
 use crate::state_machine::StateMachine;
 use crate::wire::{self, FormationMessage};
@@ -194,30 +192,15 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             self.saves.pop_front();
         }
         let Some(reached) = reached else { return Ok(()) };
-        while let Some((_, to, message)) =
-            take_first(&mut self.deferred, |(sequence, ..)| *sequence <= reached)
+        while let Some(Deferred { to, term, message, .. }) =
+            take_first(&mut self.deferred, |deferred| deferred.sequence <= reached)
         {
-            // A later term has made what an earlier one wanted to say void. A snapshot that came in meanwhile, or was taken,
-            // has done so with what was to be said of the log before its end: the leader asks again with its next heartbeat.
-            let void = self.raft().is_none_or(|raft| message.term() < raft.term());
-            if !void && !self.is_purged(&message) {
-                self.send(to, message)?;
+            // A later term has made what an earlier one wanted to say void.
+            if self.raft().is_some_and(|raft| term >= raft.term()) {
+                self.queue(to, message);
             }
         }
         self.step(Event::HardStateSaved { sequence: reached })
-    }
-
-    /// Whether a message speaks of a position that the log does not reach back to any more.
-    fn is_purged(&self, message: &Message) -> bool {
-        let start = self.wal.log_start().index;
-        let position = match message {
-            Message::Append(append) => append.previous.index,
-            Message::AppendAck(AppendAck { outcome: AppendOutcome::Matched { matched }, .. }) => {
-                matched.index
-            }
-            _ => return false,
-        };
-        position < start && !mutants::active(Mutant::SaidOfPurgedLog)
     }
 
     /// What the log wants done from time to time.
@@ -302,5 +285,40 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             // The queue of a session that has just begun is empty; one that is full ends by its time-out.
             tracing::debug!(%peer, "formation message not sent");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::repair::testing::{Bench, TERM};
+    use crate::raft::{Action, AppendAck, AppendOutcome, LogId, Message, Round};
+    use ringraft_block::{LogIndex, NodeId};
+    use ringraft_wal::format::{Chain, LogStart};
+
+    /// Its place was looked up when it left, and a log that starts behind it by then stopped the node.
+    #[test]
+    fn an_ack_that_waits_for_the_vote_leaves_with_the_chain_of_its_own_time() {
+        let mut bench = Bench::new();
+        bench.append(5, 3);
+        let driver = &mut bench.driver;
+        let matched = LogId { term: TERM, index: LogIndex(3) };
+        let chain = driver.chain_at(matched.index).expect("a batch end");
+        let outcome = AppendOutcome::Matched { matched };
+        let message = Message::AppendAck(AppendAck { term: TERM, round: Round(9), outcome });
+        driver.act(Action::SendAfterSave { sequence: 1, to: NodeId(2), message }).expect("it waits");
+        driver.saves.push_back((1_000, 1));
+        // Meanwhile a snapshot is installed.
+        let start = LogStart { index: LogIndex(40), term: TERM, chain: Chain([1; 16]) };
+        driver.wal.start_anew(&mut driver.disk, start);
+        assert_eq!(driver.chain_at(matched.index), None);
+        driver.peers.get_mut(&NodeId(2)).expect("a member").outbox.clear();
+        driver.saved(1_000).expect("it goes on");
+        let outbox = &mut driver.peers.get_mut(&NodeId(2)).expect("a member").outbox;
+        let crate::outbox::Head::Light(crate::outbox::Outgoing::Ack(ack)) =
+            outbox.head(&driver.recent, LogIndex(0))
+        else {
+            panic!("no ack");
+        };
+        assert_eq!((ack.ack.outcome.clone(), ack.chain), (AppendOutcome::Matched { matched }, chain));
     }
 }

@@ -389,7 +389,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             network.remove_peer(peer);
         }
         self.repair.session_changed(peer);
-        self.snapshots.installs.session_changed(peer);
+        let leads = self.raft().and_then(Raft::leader) == Some(peer);
+        self.snapshots.installs.session_changed(peer, leads);
         self.step(Event::PeerDisconnected { peer })
     }
 
@@ -426,10 +427,15 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     fn take_membership_requests(&mut self) -> Result<(), StopError> {
         // A leader that has just been elected is ready in a moment, or leads no more.
         let soon = |raft: &Raft| raft.role() == Role::Leader && !raft.is_ready_for_changes();
-        while !self.raft().is_some_and(soon)
+        while (self.closing || !self.raft().is_some_and(soon))
             && let Some(request) = self.members.waiting.pop_front()
         {
-            let Some(raft) = self.raft().filter(|raft| raft.role() == Role::Leader && !self.closing) else {
+            if self.closing {
+                // It may lead still, and takes nothing up any more.
+                request.refuse(MembershipError::Stopped(StopError::Requested.into()));
+                continue;
+            }
+            let Some(raft) = self.raft().filter(|raft| raft.role() == Role::Leader) else {
                 request.refuse(self.members_not_leader());
                 continue;
             };

@@ -51,7 +51,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 (state.session, state.number) = (Some(incarnation), Some(session));
                 state.outbox.clear();
                 self.repair.session_changed(peer);
-                self.snapshots.installs.session_changed(peer);
+                let leads = self.raft().and_then(Raft::leader) == Some(peer);
+                self.snapshots.installs.session_changed(peer, leads);
                 tracing::info!(node = %self.config.node, %peer, "session begins");
                 self.announce(peer);
                 self.step(Event::PeerConnected { peer })
@@ -65,7 +66,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 (state.session, state.number, state.stages, state.no_space) = (None, None, None, false);
                 state.outbox.clear();
                 self.repair.session_changed(peer);
-                self.snapshots.installs.session_changed(peer);
+                let leads = self.raft().and_then(Raft::leader) == Some(peer);
+                self.snapshots.installs.session_changed(peer, leads);
                 tracing::info!(node = %self.config.node, %peer, %cause, "session ended");
                 if let Life::Forming(formation) = &mut self.life {
                     formation.lost(peer);
@@ -226,11 +228,18 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
 
     /// Adds what only the driver knows to a message of the core and queues it for the peer.
     pub(super) fn send(&mut self, to: NodeId, message: Message) -> Result<(), StopError> {
+        let outgoing = self.complete(message)?;
+        self.queue(to, outgoing);
+        Ok(())
+    }
+
+    /// Adds what only the driver knows to a message of the core: now, since what it speaks of may have left the log later.
+    pub(super) fn complete(&self, message: Message) -> Result<Outgoing, StopError> {
         let chain_at = |index: LogIndex| {
             let chain = self.chain_at(index);
             chain.ok_or_else(|| StopError::Invariant(format!("index {index} is no batch end of this log")))
         };
-        let outgoing = match message {
+        Ok(match message {
             Message::Append(append) => {
                 let previous_chain = chain_at(append.previous.index)?;
                 let chain = append.batch.map_or(Ok(previous_chain), |batch| chain_at(batch.last))?;
@@ -253,11 +262,14 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             Message::TimeoutNow(message) => Outgoing::TimeoutNow(message),
             Message::ReadIndex(request) => Outgoing::ReadIndex(request),
             Message::ReadIndexReply(reply) => Outgoing::ReadIndexReply(reply),
-        };
+        })
+    }
+
+    /// Queues a message for the peer, if there is a session with it.
+    pub(super) fn queue(&mut self, to: NodeId, outgoing: Outgoing) {
         if let Some(peer) = self.peers.get_mut(&to).filter(|peer| peer.session.is_some()) {
             peer.outbox.push(outgoing);
         }
-        Ok(())
     }
 
     /// Moves what the outboxes can send to the network, and that to the sockets.

@@ -37,8 +37,9 @@ use std::rc::Rc;
 const TAKING: &str = "snapshot-taking.part";
 /// Snapshots that are kept.
 const KEPT: usize = 2;
-/// After one that failed.
+/// After one that failed; twice as long after each further one, up to the other.
 const RETRY_NS: u64 = 1_000_000_000;
+const RETRY_NS_MAX: u64 = 60_000_000_000;
 /// How often what is retained is looked at.
 const PURGE_INTERVAL_NS: u64 = 250_000_000;
 
@@ -61,6 +62,11 @@ pub(super) struct Snapshots<B: BlockBuf> {
     /// The machine makes none.
     unsupported: bool,
     retry_at_ns: u64,
+    retry_ns: u64,
+    /// What the last one needed and there was no space for; 0 if it was not that.
+    short_of: u64,
+    /// Space for the next one, of so many bytes, before the machine is asked for it.
+    reserving: Option<(Part, u64)>,
     purge_at_ns: u64,
     waiting: Vec<SnapshotSlot>,
     /// One is to be taken, however little has been applied.
@@ -85,12 +91,14 @@ pub(super) struct Restoring {
 
 struct Taking {
     part: Part,
+    /// Reserved for it.
+    bytes: u64,
     meta: SnapshotMeta,
     reader: Box<dyn SnapshotReader>,
     /// Who has asked for it.
     askers: Vec<SnapshotSlot>,
-    /// Configuration and sessions, until they are written.
-    prefix: VecDeque<u8>,
+    /// How many bytes of the configuration and of the sessions behind it have been written.
+    prefix_at: usize,
     encoder: Option<Encoder>,
     offset: u64,
     stage: Stage,
@@ -149,6 +157,9 @@ impl<B: BlockBuf> Snapshots<B> {
             throttle: Throttle::new(config.snapshot_bytes_per_second),
             unsupported: false,
             retry_at_ns: 0,
+            retry_ns: RETRY_NS,
+            short_of: 0,
+            reserving: None,
             purge_at_ns: u64::MAX,
             waiting: Vec::new(),
             needed: false,
@@ -195,6 +206,18 @@ impl<B: BlockBuf> Snapshots<B> {
     /// Another member needs more than the newest has.
     pub(super) fn take_soon(&mut self) {
         self.needed = true;
+    }
+
+    /// The snapshot that ends at `last` cannot be read any more: another one is to take its place.
+    pub(super) fn found_damaged(&mut self, last: LogIndex) {
+        self.files.retain(|file| file.meta.last.index != last);
+        self.damaged.push(crate::snapshots::name_of(last));
+        self.needed = true;
+    }
+
+    /// Whether it is to be known before long which snapshot there is for others.
+    pub(super) fn is_soon_another(&self) -> bool {
+        self.taking.is_some() || self.installs.is_in_doubt()
     }
 
     /// Nobody will be answered any more.
@@ -317,7 +340,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             // It was right a moment ago: what the machine has now is nothing, and a restart looks again.
             ReadStep::Ended(Err(error)) => Err(refused(error.to_string())),
             ReadStep::Ended(Ok(file)) => {
-                let changed = file != restoring.file;
+                // The digest is over all that the file holds.
+                let changed = file.digest != restoring.file.digest;
                 if changed {
                     return Err(refused(FileFailure::Other.to_string()));
                 }
@@ -439,6 +463,11 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         if applied <= newest {
             // There is none to be taken that tells more than the last one.
             self.snapshots.needed = false;
+            let Snapshots { ops, reserving, .. } = &mut self.snapshots;
+            if let Some((part, _)) = reserving.as_mut().filter(|(part, _)| part.is_ready()) {
+                let tools = &mut Tools { disk: &mut self.disk, pool: &self.pool, ops };
+                part.fail(tools, FileFailure::Other);
+            }
             if let Some(taken) = self.snapshots.newest().map(taken_of) {
                 self.snapshots.waiting.drain(..).for_each(|asker| asker.complete(Ok(taken)));
             }
@@ -451,21 +480,33 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         if now < self.snapshots.retry_at_ns || !(bytes || entries || asked) {
             return;
         }
+        if !self.has_reserved() {
+            return;
+        }
         let Some(meta) = self.meta_of_applied() else { return };
         let Some(reader) = self.applier.machine_mut().snapshot() else {
             self.snapshots.unsupported = true;
             return;
         };
         self.applier.forget_log_bytes();
-        let prefix: VecDeque<u8> = meta.configuration.iter().chain(&meta.sessions).copied().collect();
-        let bytes = file_bytes_max(reader.bytes_max().saturating_add(prefix.len() as u64));
-        let part = Part::create(tools!(self), self.config.cluster, TAKING, bytes);
+        let prefix_bytes = (meta.configuration.len() + meta.sessions.len()) as u64;
+        let bytes = file_bytes_max(reader.bytes_max().saturating_add(prefix_bytes));
+        let part = match self.snapshots.reserving.take() {
+            Some((part, room)) if room >= bytes => part,
+            Some((mut part, _)) => {
+                part.fail(tools!(self), FileFailure::Short);
+                part
+            }
+            None => Part::create(tools!(self), self.config.cluster, TAKING, bytes),
+        };
         let last = meta.last.index;
         tracing::debug!(node = %self.config.node, %last, "a snapshot is being taken");
         let (encoder, offset, stage) = (None, 0, Stage::Slots);
         let askers = std::mem::take(&mut self.snapshots.waiting);
         self.snapshots.needed = false;
-        self.snapshots.taking = Some(Taking { part, meta, reader, askers, prefix, encoder, offset, stage });
+        let prefix_at = 0;
+        self.snapshots.taking =
+            Some(Taking { part, bytes, meta, reader, askers, prefix_at, encoder, offset, stage });
         if mutants::active(Mutant::PurgeBeforeSnapshotDurable) {
             let _ = self.purge(last);
         }
@@ -531,25 +572,24 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let tools = &mut Tools { disk: &mut self.disk, pool: &self.pool, ops };
         match taking.part.handle(tools, done) {
             PartStep::Pending | PartStep::Ready => Ok(()),
-            PartStep::Verified if taking.part.verified().is_some_and(|file| file.meta != taking.meta) => {
-                taking.part.fail(tools, FileFailure::Other);
+            PartStep::Verified => {
+                // The digest is over all that was written.
+                let (found, written) = (taking.part.verified(), taking.encoder.as_ref());
+                if found.map(|file| file.digest) != written.map(Encoder::digest) {
+                    taking.part.fail(tools, FileFailure::Other);
+                }
                 Ok(())
             }
-            PartStep::Verified => Ok(()),
             PartStep::Failed(failure) => {
-                let askers = std::mem::take(&mut taking.askers);
+                let (askers, bytes) = (std::mem::take(&mut taking.askers), taking.bytes);
                 self.snapshots.taking = None;
-                self.snapshots.retry_at_ns = self.now.monotonic_ns.saturating_add(RETRY_NS);
-                // What was due is still due.
-                self.snapshots.needed = true;
-                tracing::warn!(node = %self.config.node, %failure, "no snapshot was taken: tried again later");
-                let failed = SnapshotError::Failed(failure.to_string());
-                askers.into_iter().for_each(|asker| asker.complete(Err(failed.clone())));
+                self.taking_failed(&failure, askers, bytes);
                 Ok(())
             }
             PartStep::Published(file) => {
                 let askers = std::mem::take(&mut taking.askers);
                 self.snapshots.taking = None;
+                (self.snapshots.retry_ns, self.snapshots.short_of) = (RETRY_NS, 0);
                 tracing::info!(node = %self.config.node, last = %file.meta.last.index, bytes = file.file_bytes, "snapshot taken");
                 let taken = taken_of(&file);
                 askers.into_iter().for_each(|asker| asker.complete(Ok(taken)));
@@ -558,12 +598,56 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         }
     }
 
+    /// After one that had no space the machine is not asked for another before there is some: what that costs is the
+    /// machine's affair, and it may be much. True if there is, or the last one did not fail for that reason.
+    fn has_reserved(&mut self) -> bool {
+        let Snapshots { ops, reserving, short_of, .. } = &mut self.snapshots;
+        let tools = &mut Tools { disk: &mut self.disk, pool: &self.pool, ops };
+        match reserving {
+            Some((part, _)) => part.is_ready(),
+            None if *short_of == 0 => true,
+            None => {
+                let part = Part::create(tools, self.config.cluster, TAKING, *short_of);
+                *reserving = Some((part, *short_of));
+                false
+            }
+        }
+    }
+
+    fn on_reserving(&mut self, done: DiskDone<D::Buf>) {
+        let Snapshots { ops, reserving: Some((part, bytes)), .. } = &mut self.snapshots else { return };
+        let tools = &mut Tools { disk: &mut self.disk, pool: &self.pool, ops };
+        let PartStep::Failed(failure) = part.handle(tools, done) else { return };
+        let bytes = *bytes;
+        self.snapshots.reserving = None;
+        // Unless it was let go because none is to be taken.
+        if failure != FileFailure::Other {
+            let askers = std::mem::take(&mut self.snapshots.waiting);
+            self.taking_failed(&failure, askers, bytes);
+        }
+    }
+
+    /// One that needed so many bytes came to nothing.
+    fn taking_failed(&mut self, failure: &FileFailure, askers: Vec<SnapshotSlot>, bytes: u64) {
+        let no_space = matches!(failure, FileFailure::Disk(error) if error.kind == DiskErrorKind::NoSpace);
+        let Snapshots { retry_at_ns, retry_ns, short_of, needed, .. } = &mut self.snapshots;
+        // One that the space reserved for it was too small for tries with more.
+        *short_of = if no_space || *failure == FileFailure::Short { bytes } else { 0 };
+        *retry_at_ns = self.now.monotonic_ns.saturating_add(*retry_ns);
+        *retry_ns = retry_ns.saturating_mul(2).min(RETRY_NS_MAX);
+        // What was due is still due.
+        *needed = true;
+        tracing::warn!(node = %self.config.node, %failure, "no snapshot was taken: tried again later");
+        let failed = SnapshotError::Failed(failure.to_string());
+        askers.into_iter().for_each(|asker| asker.complete(Err(failed.clone())));
+    }
+
     /// There is another snapshot, durable and whole.
     pub(super) fn published(&mut self, file: SnapshotFile) -> Result<(), StopError> {
         let name = crate::snapshots::name_of(file.meta.last.index);
         let Snapshots { files, damaged, leftovers, .. } = &mut self.snapshots;
         files.retain(|other| other.meta.last.index != file.meta.last.index);
-        files.push(file);
+        files.push(file.without_sessions());
         files.sort_by_key(|file| file.meta.last.index);
         damaged.retain(|damaged| *damaged != name);
         leftovers.extend(damaged.drain(..));
@@ -628,7 +712,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let is_list = |start: &Start| start.listing == Some(id);
         let is_verified =
             |start: &Start| start.verifying.as_ref().is_some_and(|(_, reading)| reading.awaits(id));
-        let Snapshots { start, taking, restoring, cleaning, .. } = &mut self.snapshots;
+        let Snapshots { start, taking, reserving, restoring, cleaning, .. } = &mut self.snapshots;
         if start.as_ref().is_some_and(is_list) {
             return match done.result {
                 Ok(DiskOutput::Listed(entries)) => self.listed(entries.into_iter().map(|entry| entry.name)),
@@ -641,6 +725,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         }
         if taking.as_ref().is_some_and(|taking| taking.part.awaits(id)) {
             return self.on_taking(done);
+        }
+        if reserving.as_ref().is_some_and(|(part, _)| part.awaits(id)) {
+            self.on_reserving(done);
+            return Ok(());
         }
         if restoring.as_ref().is_some_and(|restoring| restoring.reading.awaits(id)) {
             return self.on_restoring(done);
@@ -666,7 +754,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let ReadStep::Ended(outcome) = reading.handle(tools, done) else { return Ok(()) };
         let named = parse_name(name);
         match outcome {
-            Ok(file) if Some(file.meta.last.index) == named => files.push(file),
+            Ok(file) if Some(file.meta.last.index) == named => files.push(file.without_sessions()),
             Ok(_) => damaged.push(std::mem::take(name)),
             Err(failure) => {
                 tracing::error!(node = %self.config.node, name, %failure, "a snapshot cannot be read: an older one is looked for");
@@ -701,9 +789,20 @@ impl Taking {
                 let mut block = tools.block(SLOT_BYTES)?;
                 let payload = Encoder::payload(&mut block);
                 let mut filled = 0;
-                for byte in self.prefix.drain(..self.prefix.len().min(SLOT_PAYLOAD_BYTES)) {
-                    payload[filled] = byte;
-                    filled += 1;
+                let SnapshotMeta { configuration, sessions, .. } = &mut self.meta;
+                let behind = self.prefix_at.saturating_sub(configuration.len());
+                for part in
+                    [configuration.get(self.prefix_at..), sessions.get(behind..)].into_iter().flatten()
+                {
+                    let part = &part[..part.len().min(SLOT_PAYLOAD_BYTES - filled)];
+                    payload[filled..filled + part.len()].copy_from_slice(part);
+                    filled += part.len();
+                }
+                self.prefix_at += filled;
+                if filled < SLOT_PAYLOAD_BYTES {
+                    // All of them are written.
+                    sessions.clear();
+                    sessions.shrink_to_fit();
                 }
                 let mut is_last = false;
                 while filled < SLOT_PAYLOAD_BYTES && !is_last {

@@ -2,8 +2,8 @@
 //! its log has no space.
 //!
 //! Asked → the gate closes, so that no command comes in that would have to be given back → what was admitted is sealed →
-//! the core replicates it and tells the successor → another leader is heard. If that takes longer than an election
-//! time-out, the gate opens again.
+//! the core replicates it and tells the successor → another leader is heard. If the sealing takes longer than an election
+//! time-out, or what follows it, the gate opens again.
 
 use super::Driver;
 use crate::error::{Refusal, StopError, TransferError};
@@ -42,7 +42,15 @@ struct Current {
     /// Who is told; nobody when the node itself wanted it.
     slot: Option<TransferSlot>,
     stage: Stage,
+    /// By when what was admitted is to be sealed, and by when all is to be over.
+    sealed_by_ns: u64,
     deadline_ns: u64,
+}
+
+impl Current {
+    fn due_ns(&self) -> u64 {
+        if self.stage == Stage::Flushing { self.sealed_by_ns } else { self.deadline_ns }
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -61,7 +69,7 @@ impl Handover {
     }
 
     pub(super) fn next_deadline(&self) -> u64 {
-        self.current.as_ref().map_or(u64::MAX, |current| current.deadline_ns)
+        self.current.as_ref().map_or(u64::MAX, Current::due_ns)
     }
 
     /// Somebody asks for a transfer.
@@ -114,8 +122,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         stage: Stage,
     ) -> Result<(), StopError> {
         let timeout = u64::try_from(self.config.election_timeout.as_nanos()).unwrap_or(u64::MAX);
-        let deadline_ns = self.now.monotonic_ns.saturating_add(timeout.saturating_mul(2));
-        self.handover.current = Some(Current { to, slot, stage, deadline_ns });
+        let sealed_by_ns = self.now.monotonic_ns.saturating_add(timeout);
+        let deadline_ns = sealed_by_ns.saturating_add(timeout);
+        self.handover.current = Some(Current { to, slot, stage, sealed_by_ns, deadline_ns });
         self.set_gate();
         if stage == Stage::UnderWay { self.step(Event::Transfer { to }) } else { Ok(()) }
     }
@@ -125,7 +134,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.hand_over_when_full()?;
         let now_ns = self.now.monotonic_ns;
         let Some(current) = &mut self.handover.current else { return Ok(()) };
-        if now_ns >= current.deadline_ns {
+        if now_ns >= current.due_ns() {
             let error = match (current.stage, current.to) {
                 (Stage::SteppedDown, _) => TransferError::NoLeaderYet,
                 (Stage::UnderWay, Some(to)) => TransferEnd::TimedOut { to }.into(),

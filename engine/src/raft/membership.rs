@@ -24,6 +24,9 @@ const ROUNDS_MAX: u32 = 10;
 /// A future voter that acknowledges nothing more for this many election time-outs is stuck.
 const STUCK_TIMEOUTS: u64 = 10;
 
+/// So is one to which so many transfers of a snapshot in a row have come to nothing: it has no space, say.
+const SNAPSHOTS_FAILED_MAX: u32 = 5;
+
 /// What a leader knows of the change that it leads.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Changing {
@@ -308,10 +311,12 @@ impl Raft {
                     (round.number, round.target, round.since) = (round.number + 1, last, now);
                 }
             }
-            // One that is being sent a snapshot acknowledges nothing until it has all of it.
+            // One that is being sent a snapshot acknowledges nothing until it has all of it, however long that takes.
+            let is_sent_a_snapshot =
+                view.state == ReplicationState::Snapshot && view.snapshots_failed < SNAPSHOTS_FAILED_MAX;
             let silent = now.since(view.contact).0 >= timeout.0.saturating_mul(STUCK_TIMEOUTS);
             let stands = now.since(round.moved_at).0 >= timeout.0.saturating_mul(STUCK_TIMEOUTS);
-            if stands && (silent || (!round.done && view.state != ReplicationState::Snapshot)) {
+            if stands && (silent || (!round.done && !is_sent_a_snapshot)) {
                 return CaughtUp::Never(ChangeError::Stuck { id });
             }
             all &= round.done && now.since(view.contact) < timeout;

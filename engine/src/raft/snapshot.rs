@@ -41,7 +41,7 @@ impl Raft {
         // A peer that has no space for it, say, is not asked again at once.
         let patience = if installed.is_none() { self.config.election_timeout } else { Nanos(0) };
         let retry_at = self.now.plus(patience);
-        progress.snapshot_ended(reached.map(|last| last.index), retry_at);
+        progress.snapshot_ended(reached.map(|last| last.index), installed.is_none(), retry_at);
         self.replicate_to(at, actions);
     }
 

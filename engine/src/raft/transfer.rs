@@ -51,7 +51,7 @@ pub enum TransferEnd {
         /// Who was asked for.
         to: NodeId,
     },
-    /// The commands that had been admitted before were not in the log within two election time-outs, so that nobody was asked;
+    /// The commands that had been admitted before were not in the log within an election time-out, so that nobody was asked;
     /// this node leads on.
     #[error(
         "what was admitted before could not be written to the log in time: nobody was asked to take over"

@@ -502,6 +502,48 @@ fn k6_a_second_change_is_refused_while_one_is_under_way_and_a_stuck_newcomer_sta
     assert_eq!(rig.members(0), (vec![1, 2, 3, 4], vec![]));
 }
 
+/// It answers, and takes no snapshot: the change went on for ever, and no other one could begin.
+#[test]
+fn k6_a_newcomer_without_space_for_a_snapshot_is_stuck_and_stays_a_learner() {
+    let purging = |config| Config { log_retention_bytes: 0, ..config };
+    let mut rig = Rig::new(3);
+    rig.boot(purging(config(0, 1)));
+    assert_eq!(rig.run_until_led(), 0);
+    for _ in 0..5 {
+        rig.commit(0, 100);
+    }
+    rig.snapshot(0);
+    rig.boot(purging(joining(1, &[0])));
+    rig.run_for(2 * SECOND);
+    rig.machines[1].disk.borrow_mut().faults_mut().no_space = true;
+    let stuck = refused(rig.change(0, adding(&[1])));
+    assert_eq!(stuck, ChangeError::Stuck { id: id(1) });
+    assert_eq!(rig.members(0), (vec![1], vec![2]));
+    // The next one is accepted.
+    rig.boot(purging(joining(2, &[0])));
+    rig.change(0, adding(&[2])).expect("it has space");
+    rig.machines[1].disk.borrow_mut().faults_mut().no_space = false;
+    let promoted = MembershipChange { promote: vec![id(1)], ..Default::default() };
+    let changed = rig.change(0, promoted).expect("it has space now");
+    rig.run_until_all_apply(&[0, 1, 2], changed.index);
+    assert_eq!(rig.members(1), (vec![1, 2, 3], vec![]));
+}
+
+/// It said that it does not lead, and that it should be asked.
+#[test]
+fn a_leader_that_closes_tells_who_asks_for_a_change_that_it_has_stopped() {
+    let mut rig = grown(1, 1);
+    rig.shutdown(0);
+    rig.turn(0);
+    let process = rig.process(0);
+    process.wake_at = 0;
+    let mut answer = process.handle.change_membership(adding(&[1]));
+    rig.turn(0);
+    let told = answer.try_take().expect("at once");
+    assert!(matches!(told, Err(MembershipError::Stopped(_))), "{told:?}");
+    rig.run_until_ended(0);
+}
+
 #[test]
 fn k6_whoever_leads_next_finishes_a_change_wherever_the_leader_dies() {
     // The moment at which the leader dies, in steps of the rig after it was asked.

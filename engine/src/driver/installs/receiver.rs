@@ -50,6 +50,8 @@ pub(super) struct Receiving<B: BlockBuf> {
     arrived_bytes: u64,
     /// Asked for in this session, without a gap.
     asked: u64,
+    /// When it was begun, or asked for, or a piece of it came.
+    heard_at_ns: u64,
 }
 
 /// The file that it goes to.
@@ -76,6 +78,17 @@ impl<B: BlockBuf> Receiving<B> {
         let OfferMessage { last, bytes, .. } = self.offer;
         let bytes_done = self.written;
         Some(InstallStatus { peer: self.from?, incoming: true, last: last.index, bytes_done, bytes })
+    }
+
+    /// Where what is still to come begins.
+    fn next(&self) -> u64 {
+        self.written + self.writing + self.arrived_bytes
+    }
+
+    /// Whether nothing has come for so long although something is to come.
+    fn waits_for(&self, span_ns: u64, now_ns: u64) -> bool {
+        let all = self.next() >= self.offer.bytes;
+        self.is_open && !all && now_ns >= self.heard_at_ns.saturating_add(span_ns)
     }
 
     /// Ends it, and removes the file.
@@ -130,6 +143,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         }
         let held = self.snapshots.files.iter().find(|file| offer_of(file) == offer).cloned();
         let restoring = self.snapshots.restoring.is_some();
+        let now = self.now.monotonic_ns;
         let installs = &mut self.snapshots.installs;
         if offer.last.index <= reached {
             installs.answer(from, &offer, Requested::Installed, 0);
@@ -141,7 +155,6 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         }
         if restoring {
             // One at a time; it is offered again.
-            installs.answer(from, &offer, Requested::Refused, 0);
             return Ok(());
         }
         if let Some(file) = held {
@@ -157,13 +170,14 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                     receiving.give_up(tools, FileFailure::Other);
                 }
             }
-            Some(receiving) if receiving.from == Some(from) => {}
+            // The sender may have forgotten what it was asked for; pieces that come show that it has not.
+            Some(receiving)
+                if receiving.from == Some(from) && !receiving.waits_for(installs.patience_ns, now) => {}
             Some(receiving) => {
                 tracing::info!(node = %self.config.node, %from, at = receiving.written, "a snapshot's transfer goes on");
                 receiving.from = Some(from);
-                receiving.arrived.clear();
-                receiving.arrived_bytes = 0;
-                receiving.asked = receiving.written + receiving.writing;
+                receiving.asked = receiving.next();
+                receiving.heard_at_ns = now;
                 installs.ask_on();
             }
             None => self.receive(from, offer),
@@ -199,6 +213,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             arrived: VecDeque::new(),
             arrived_bytes: 0,
             asked: 0,
+            heard_at_ns: self.now.monotonic_ns,
         });
     }
 
@@ -217,7 +232,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         }
         let Some(receiving) = &mut self.snapshots.installs.receiving else { return Ok(()) };
         let OfferMessage { last, digest, bytes: all, .. } = receiving.offer;
-        let next = receiving.written + receiving.writing + receiving.arrived_bytes;
+        let next = receiving.next();
         let expected = receiving.from == Some(from) && (last, digest) == (piece.last, piece.digest);
         // What was asked for in a session before, or by a transfer before.
         if !expected || !receiving.is_open || piece.offset != next {
@@ -237,6 +252,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let Some(receiving) = &mut self.snapshots.installs.receiving else { return Ok(()) };
         receiving.arrived.push_back((Rc::new(own), bytes));
         receiving.arrived_bytes += bytes as u64;
+        receiving.heard_at_ns = self.now.monotonic_ns;
         Ok(())
     }
 
@@ -304,7 +320,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             PartStep::Pending => Ok(()),
             PartStep::Ready => {
                 receiving.written += std::mem::take(&mut receiving.writing);
-                receiving.is_open = true;
+                if !std::mem::replace(&mut receiving.is_open, true) {
+                    receiving.heard_at_ns = self.now.monotonic_ns;
+                }
                 installs.ask_on();
                 Ok(())
             }
@@ -335,6 +353,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 Ok(())
             }
             PartStep::Published(file) => {
+                let file = file.without_sessions();
                 let from = receiving.from;
                 installs.receiving = None;
                 self.published(file.clone())?;
@@ -362,6 +381,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// A snapshot of another member is durable here: it becomes the state, if it tells more than this node has.
     fn install_file(&mut self, from: Option<NodeId>, file: SnapshotFile) -> Result<(), StopError> {
         let SnapshotMeta { last, chain, configuration_index, .. } = file.meta;
+        if self.snapshots.restoring.is_some() {
+            // One at a time; it is offered again, and is here then.
+            return Ok(());
+        }
         self.snapshots.installs.installing = from;
         let Some(raft) = self.raft() else { return Ok(()) };
         if last.index <= self.reached() {
@@ -375,7 +398,12 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 };
             };
             // Figure 13 of the Raft paper is the core's; `install` is called if it comes to that.
-            return self.step(Event::SnapshotReceived { last, configuration, configuration_index });
+            let outcome = self.step(Event::SnapshotReceived { last, configuration, configuration_index });
+            if self.snapshots.restoring.is_none() {
+                // It leads, and needs none. Whoever offers it again is heard.
+                self.snapshots.installs.installing = None;
+            }
+            return outcome;
         }
         // Known to be committed, and not applied: what lies before cannot be read here.
         let own = self.wal.chain_at(last.index);
@@ -429,18 +457,28 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let now = self.now.monotonic_ns;
         let Some(raft) = self.raft() else { return };
         let stuck = self.wal.first_damaged() == Some(self.applier.applied().next());
-        let busy = self.snapshots.installs.receiving.is_some() || self.snapshots.restoring.is_some();
         let lost = raft.restraint().state_lost;
-        let Some(leader) = raft.leader().filter(|leader| *leader != raft.id()) else { return };
-        if busy || !(lost || stuck) || now < self.snapshots.installs.ask_at_ns {
+        let leader = raft.leader().filter(|leader| *leader != raft.id());
+        let restoring = self.snapshots.restoring.is_some();
+        let installs = &mut self.snapshots.installs;
+        let stuck_since_ns = *installs.stuck_since_ns.get_or_insert(now);
+        if !stuck {
+            installs.stuck_since_ns = None;
+        }
+        let Some(leader) = leader.filter(|_| lost || stuck) else { return };
+        let patience_ns = 2 * installs.patience_ns;
+        // One whose sender has stopped is not waited for: whoever is asked goes on with it, or offers another.
+        let comes = |receiving: &Receiving<D::Buf>| {
+            receiving.from.is_some() && !receiving.waits_for(patience_ns, now)
+        };
+        if restoring || installs.receiving.as_ref().is_some_and(comes) || now < installs.ask_at_ns {
             return;
         }
-        let first = self.snapshots.installs.ask_at_ns == 0;
-        self.snapshots.installs.ask_at_ns = now.saturating_add(2 * self.snapshots.installs.patience_ns);
-        if stuck && !lost && first {
+        if !lost && now < stuck_since_ns.saturating_add(patience_ns) {
             // The others may still hold the batch: that is tried first.
             return;
         }
+        installs.ask_at_ns = now.saturating_add(patience_ns);
         let last = LogId { index: self.reached(), ..LogId::default() };
         let any = OfferMessage { last, ..OfferMessage::default() };
         self.snapshots.installs.answer(leader, &any, Requested::Any, 0);
