@@ -78,7 +78,9 @@ impl Configurations {
     /// Whether all of them are known, and `holds` of each.
     pub(super) fn all(&self, holds: impl Fn(&Configuration) -> bool) -> bool {
         let later = |configuration: &Option<Configuration>| configuration.as_ref().is_some_and(&holds);
-        !self.guessed && holds(&self.base.1) && self.later.iter().all(|(_, configuration)| later(configuration))
+        !self.guessed
+            && holds(&self.base.1)
+            && self.later.iter().all(|(_, configuration)| later(configuration))
     }
 
     /// The places of those behind the first, readable or not.
