@@ -5,6 +5,8 @@
 mod membership;
 #[path = "driver/reads.rs"]
 mod reads;
+#[path = "driver/slow_disk.rs"]
+mod slow_disk;
 
 use bytes::Bytes;
 use ringraft::config::{Config, MemberConfig};
