@@ -17,12 +17,13 @@
 //!   2. it is durable through all that the leader of its present term held at some moment after this start: what it
 //!      ever acknowledged to that leader is in that, and an older leader can commit nothing more without its
 //!      being there ([`Event::LeaderHolds`](super::Event::LeaderHolds));
-//!   3. every voter has been asked ([`Inquiry`]), and of fewer than a quorum it is in doubt where their logs ended:
-//!      then it votes as if its log ended at the highest end that any of them reported, and is free when it does. A
-//!      batch behind that end would be in the log of no voter that is sure of its own, and so of no quorum: it is not
-//!      committed. What is, up to there, lies intact at one of them (the contract's bound), so whoever reaches that
-//!      end holds it (Raft, section 5.4.1: the later log is the more complete one). If a quorum is in doubt, all
-//!      copies of one more batch may be gone, and there is nothing to be done but to wait, and to say so.
+//!   3. every voter has been asked ([`Inquiry`]): then it votes as if its log ended at the highest end that any of
+//!      them reported, and is free when it does. What is committed lies intact at one of them (the contract's bound),
+//!      so whoever reaches that end holds it (Raft, section 5.4.1: the later log is the more complete one). That end is
+//!      believed when a voter reaches it that is sure of its own log, or when fewer than a quorum are in doubt about
+//!      theirs: a batch behind it would then be in the logs of no quorum. Otherwise the highest end is that of voters
+//!      which may have had more: all copies of one more batch may be gone, against the bound, and there is nothing to be
+//!      done but to wait, and to say so.
 //! - Either: every voter has been asked and none holds any batch behind the end of this log: what was there has been
 //!   lost everywhere, or was never acknowledged ([`Event::NothingBehind`](super::Event::NothingBehind)).
 //!
@@ -336,7 +337,7 @@ pub enum Verdict {
     /// Batches that may be others lie behind the position, or too many cannot tell whether they had one.
     Unproved {
         /// The highest end that any voter reported, in its log or kept aside; none when a quorum of them may have had more
-        /// than they can show.
+        /// than they can show, and nobody else reaches it.
         highest: Option<LogId>,
     },
 }
@@ -370,6 +371,8 @@ pub struct Inquiry {
     /// Of whom it is in doubt, by their last answers, where their logs ended.
     in_doubt: BTreeSet<NodeId>,
     highest: LogId,
+    /// The same of those that are sure of their logs.
+    sure: LogId,
 }
 
 impl Inquiry {
@@ -381,7 +384,8 @@ impl Inquiry {
         let (had, unclear, other) = ([own].into(), BTreeSet::new(), BTreeSet::new());
         let in_doubt = reach.in_doubt.then_some(own).into_iter().collect();
         let highest = reach.highest;
-        Self { open: voters.clone(), voters, second: false, had, unclear, other, in_doubt, highest }
+        let sure = if reach.in_doubt { LogId::default() } else { highest };
+        Self { open: voters.clone(), voters, second: false, had, unclear, other, in_doubt, highest, sure }
     }
 
     /// Who has to be asked now, in a round of this number.
@@ -411,6 +415,7 @@ impl Inquiry {
         } else {
             // In the meantime it may have been settled.
             self.in_doubt.remove(&voter);
+            self.sure = self.sure.max(reach.highest);
         }
         match answer {
             Answer::Other => drop(self.other.insert(voter)),
@@ -434,7 +439,8 @@ impl Inquiry {
         }
         let highest = self.highest;
         let lost_more = quorum.reached(|id| self.in_doubt.contains(&id));
-        let unproved = Verdict::Unproved { highest: (!lost_more).then_some(highest) };
+        let believed = !lost_more || self.sure >= highest;
+        let unproved = Verdict::Unproved { highest: believed.then_some(highest) };
         Some(match self.other.is_empty() {
             false => unproved,
             true if quorum.reached(|id| self.had.contains(&id)) => Verdict::AllCopiesGone,
@@ -539,6 +545,7 @@ mod tests {
         assert_eq!(ask(doubted(1, 4), two, two), reached(None));
         assert_eq!(ask(sure(1, 4), two, two), reached(Some(end(1, 9))), "a known batch is missing here");
         assert_eq!(ask(doubted(1, 4), two, one), reached(Some(end(1, 9))), "settled in between");
-        assert_eq!(ask(doubted(1, 4), one, two), reached(None), "damage was found in between");
+        let all_but_one = [sure(1, 9), doubted(1, 7)];
+        assert_eq!(ask(doubted(1, 4), all_but_one, all_but_one), reached(Some(end(1, 9))), "one is sure");
     }
 }

@@ -471,6 +471,9 @@ pub trait Cluster {
     /// The nodes.
     type Node: SimNode;
 
+    /// Whether the members can be changed.
+    const CHANGES: bool = true;
+
     /// Starts a process.
     fn boot(&self, boot: Boot) -> Self::Node;
 

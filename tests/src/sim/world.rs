@@ -366,7 +366,10 @@ impl<'a, C: Cluster> World<'a, C> {
         let allowed = Allowed::draw(&mut rng.fork(4), founders, options.disk_faults, options.late_writes);
         // Where disks fail, too, nobody could say whether what is left may still decide.
         let mut changing = rng.fork(8);
-        let changes = changing.chance(350_000) && !allowed.failing_disks && allowed.rotting_disk.is_none();
+        let changes = C::CHANGES
+            && changing.chance(350_000)
+            && !allowed.failing_disks
+            && allowed.rotting_disk.is_none();
         let nodes = if changes { founders + 1 + changing.index(2) } else { founders };
         let tuning = Tuning::draw(&mut rng.fork(1));
         let fabric = Fabric::new(&context, nodes, rng.fork(2), LinkConfig::default());
@@ -892,7 +895,9 @@ impl<'a, C: Cluster> World<'a, C> {
         let equal = |machine: &Machine<C::Node>| {
             let Some(process) = &machine.process else { return false };
             let view = machine.view;
+            // One of a later term unseats the leader as soon as that hears of it.
             [view.applied, view.commit, view.last, view.durable] == [index; 4]
+                && view.term == first.view.term
                 && process.chain_at(index) == chain
         };
         self.history.borrow().all_answered()

@@ -586,7 +586,7 @@ fn run(seed: u64, actions: usize) -> Result<Coverage, String> {
 #[test]
 fn random_clients_on_random_failures_get_each_command_applied_at_most_once_and_as_they_were_told() {
     let mut all = Coverage::default();
-    for seed in 0..16 {
+    for seed in 0..30 {
         let coverage = run(seed, 300).unwrap_or_else(|broken| panic!("seed {seed}: {broken}"));
         all.duplicates += coverage.duplicates;
         all.fenced += coverage.fenced;

@@ -870,6 +870,8 @@ fn a_machine_whose_state_is_being_replaced_is_asked_nothing_however_old_the_answ
     rig.snapshot(leader);
     rig.fabric.borrow_mut().heal_all();
     // Not while it connects: a query after the other lets no time pass.
+    rig.run_for(SECOND);
+    eprintln!("{:#?} {:#?} {:?}", rig.status(leader), rig.status(away), rig.counter(away).restored);
     rig.run_until("it is on its way", |rig| rig.receives(away).is_some());
     let mut stale = Asking::new(ANY_AGE);
     while rig.counter(away).restored == 0 {

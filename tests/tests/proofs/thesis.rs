@@ -358,6 +358,7 @@ pub(super) const RULES: &[Entry] = &[
         "a lease counts from when a round was sent, within bounds of the clocks, and ends with a transfer",
         &[
             "engine/tests/scripts/read_lease.txt",
+            "engine/tests/scripts/read_lease_last_voter.txt",
             "engine/src/raft/members.rs: a_lease_ends_before_the_fastest_clock_has_waited_for_the_minimum",
             "engine/src/raft/simulation/reads.rs: known_bugs_of_reads_are_caught_when_they_are_put_back",
         ],

@@ -370,7 +370,11 @@ impl Simulation {
                 }
                 match highest {
                     Some(highest) => self.feed(at, Event::AllAsked { highest }),
-                    None => Ok(()),
+                    None => {
+                        self.cover.mark("all asked, and a quorum in doubt");
+                        self.waiting.insert(id);
+                        Ok(())
+                    }
                 }
             }
             Some(Verdict::Unproved { .. }) => {

@@ -244,6 +244,7 @@ impl SimNode for Scribe {
 
 impl Cluster for Scribes {
     type Node = Scribe;
+    const CHANGES: bool = false;
 
     fn boot(&self, boot: Boot) -> Scribe {
         Scribe {
