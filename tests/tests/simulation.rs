@@ -63,11 +63,11 @@ fn failing_disks_and_late_writes_lose_nothing_that_was_acknowledged() {
 
 #[test]
 fn a_failing_run_is_shrunk_to_a_few_troubles_and_calls_that_fail_in_the_same_way() {
-    mutants::set(Some(Mutant::AckBeforeDurable));
+    mutants::set(Some(Mutant::ConflictKept));
     let options = Options::default();
     let cluster = Engine;
     let report = (0..200).map(|seed| run(&cluster, seed, &options)).find(|report| report.failure.is_some());
-    let report = report.expect("something acknowledged is lost");
+    let report = report.expect("logs that differ");
     let shrunk = shrink(&cluster, &options, &report, 120).expect("it failed");
     let again = run(&cluster, report.seed, &shrunk.options);
     mutants::set(None);
