@@ -287,6 +287,8 @@ impl<C: Cluster> World<'_, C> {
                 self.context.cover(Mark::BelowFloor);
                 self.next_stage(id.client, Stage::Begin);
             }
+            // The second answer, when the late command was sent again: nothing else of this client is under way.
+            (Stage::Begin, SessionRefusal::BelowFloor) => {}
             (Stage::Late | Stage::Acknowledging, SessionRefusal::Expired) => {
                 self.next_stage(id.client, Stage::Begin);
             }
