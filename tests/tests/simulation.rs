@@ -82,3 +82,13 @@ fn a_failing_run_is_shrunk_to_a_few_troubles_and_calls_that_fail_in_the_same_way
     assert!(shrunk.report.struck.len() <= report.struck.len());
     assert!(shrunk.describe().contains("--troubles"), "{}", shrunk.describe());
 }
+
+/// The crash comes after a snapshot was published and before the term that it brought was durable: the next start begins a
+/// log behind it that is of a later term than the hard state.
+#[test]
+fn a_log_that_is_started_anew_behind_a_snapshot_brings_its_term() {
+    let report = run(&Engine, 760, &Options::default());
+    if report.failure.is_some() {
+        panic!("{}", describe(&report));
+    }
+}

@@ -241,7 +241,12 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     ) -> Result<(), StopError> {
         let log_start = self.wal.log_start();
         let start = LogId { term: log_start.term, index: log_start.index };
-        let (term, vote) = self.wal.hard_state().map_or((start.term, None), |state| (state.term, state.vote));
+        let (saved, vote) =
+            self.wal.hard_state().map_or((start.term, None), |state| (state.term, state.vote));
+        // A log that was started anew behind a snapshot may be of a term whose save a crash has prevented. An entry of a term
+        // is proof of the term, though not of a vote in it.
+        let term = saved.max(self.wal.log_end().term);
+        let vote = vote.filter(|_| term == saved);
         let runs: Vec<BatchRun> = self.wal.batches().map(|info| run_of(&info)).collect();
         let boot = Boot {
             term,
