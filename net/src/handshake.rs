@@ -33,8 +33,8 @@ pub enum HandshakeKind {
     Welcome,
     /// The acceptor refuses.
     Reject(RejectReason),
-    /// The dialer asks whom to turn to.
-    Ask,
+    /// The dialer asks whom to turn to, and says where it listens itself, if it wants to be met there.
+    Ask(Option<SocketAddr>),
     /// Whom to turn to, if the acceptor knows.
     Referral(Option<Referral>),
 }
@@ -54,7 +54,7 @@ impl HandshakeKind {
             Self::Hello => HELLO,
             Self::Welcome => WELCOME,
             Self::Reject(_) => REJECT,
-            Self::Ask => ASK,
+            Self::Ask(_) => ASK,
             Self::Referral(_) => REFERRAL,
         }
     }
@@ -103,6 +103,7 @@ pub struct Handshake {
 
 /// The layout. All bytes are accounted for. A referral, which announces no abilities, has the node in `features`, its
 /// address, as one of IPv6, in the detail, and the port where a reject has its reason; all of them are 0 if there is none.
+/// A question has the address of the one that asks in the same places.
 const LAYOUT: [(&str, Range<usize>); 17] = [
     ("magic", F_MAGIC),
     ("kind", F_KIND),
@@ -162,7 +163,11 @@ impl Handshake {
     #[must_use]
     pub fn encode(&self) -> [u8; HANDSHAKE_BYTES] {
         let (reason, detail, features) = match self.kind {
-            HandshakeKind::Hello | HandshakeKind::Welcome | HandshakeKind::Ask => (0, 0, self.features),
+            HandshakeKind::Hello | HandshakeKind::Welcome | HandshakeKind::Ask(None) => (0, 0, self.features),
+            HandshakeKind::Ask(Some(address)) => {
+                let (port, ip) = encode_address(address);
+                (port, ip, self.features)
+            }
             HandshakeKind::Reject(reason) => {
                 let (reason, detail) = encode_reason(reason);
                 (reason, detail, self.features)
@@ -207,7 +212,7 @@ impl Handshake {
             HELLO => HandshakeKind::Hello,
             WELCOME => HandshakeKind::Welcome,
             REJECT => HandshakeKind::Reject(decode_reason(reason, detail)),
-            ASK => HandshakeKind::Ask,
+            ASK => HandshakeKind::Ask(decode_address(reason, detail)),
             REFERRAL => {
                 HandshakeKind::Referral(decode_referral(reason, detail, std::mem::take(&mut features)))
             }
@@ -238,16 +243,26 @@ pub(crate) fn check_start(bytes: &[u8]) -> Result<(), HandshakeError> {
 
 fn encode_referral(to: Option<Referral>) -> (u16, u128, u64) {
     let Some(Referral { node, address }) = to else { return (0, 0, 0) };
+    let (port, ip) = encode_address(address);
+    (port, ip, node.0)
+}
+
+fn decode_referral(port: u16, ip: u128, node: u64) -> Option<Referral> {
+    let address = decode_address(port, ip).filter(|_| node != 0)?;
+    Some(Referral { node: NodeId(node), address })
+}
+
+fn encode_address(address: SocketAddr) -> (u16, u128) {
     let ip = match address.ip() {
         IpAddr::V4(ip) => ip.to_ipv6_mapped(),
         IpAddr::V6(ip) => ip,
     };
-    (address.port(), ip.to_bits(), node.0)
+    (address.port(), ip.to_bits())
 }
 
-fn decode_referral(port: u16, ip: u128, node: u64) -> Option<Referral> {
-    let address = SocketAddr::new(Ipv6Addr::from_bits(ip).to_canonical(), port);
-    (node != 0 && port != 0).then_some(Referral { node: NodeId(node), address })
+/// An address with a port, or none.
+fn decode_address(port: u16, ip: u128) -> Option<SocketAddr> {
+    (port != 0).then(|| SocketAddr::new(Ipv6Addr::from_bits(ip).to_canonical(), port))
 }
 
 fn encode_reason(reason: RejectReason) -> (u16, u128) {
@@ -331,9 +346,9 @@ impl Identity {
         Handshake { kind: HandshakeKind::Welcome, version_min: version, version_max: version, ..welcome }
     }
 
-    /// Asks `of` whom to turn to. `session` only names the question.
-    pub(crate) fn ask(&self, of: NodeId, session: Session) -> Handshake {
-        Handshake { kind: HandshakeKind::Ask, ..self.hello(of, None, session) }
+    /// Asks `of` whom to turn to, and says where to meet this node. `session` only names the question.
+    pub(crate) fn ask(&self, of: NodeId, session: Session, own: Option<SocketAddr>) -> Handshake {
+        Handshake { kind: HandshakeKind::Ask(own), ..self.hello(of, None, session) }
     }
 
     /// The answer to `ask`, which has been judged.
@@ -497,7 +512,8 @@ mod tests {
             RejectReason::Other(999),
         ];
         let kinds = reasons.into_iter().map(HandshakeKind::Reject);
-        for kind in kinds.chain([HandshakeKind::Hello, HandshakeKind::Welcome, HandshakeKind::Ask]) {
+        let kinds = kinds.chain([HandshakeKind::Hello, HandshakeKind::Welcome, HandshakeKind::Ask(None)]);
+        for kind in kinds {
             let message = Handshake { kind, ..hello() };
             assert_eq!(Handshake::decode(&message.encode()), Ok(message));
         }
@@ -505,19 +521,21 @@ mod tests {
             ["10.1.2.3:7000", "[fd00::7]:65535", "[::1]:1"].map(|address| address.parse().unwrap());
         let referrals = addresses.map(|address| Some(Referral { node: NodeId(u64::MAX), address }));
         for to in referrals.into_iter().chain([None]) {
-            let message = ACCEPTOR.refer(&DIALER.ask(NodeId(1), Session(7)), to);
+            let ask = DIALER.ask(NodeId(1), Session(7), to.map(|to| to.address));
+            let message = ACCEPTOR.refer(&ask, to);
             assert_eq!(message.kind, HandshakeKind::Referral(to));
             assert_eq!(Handshake::decode(&message.encode()), Ok(message));
+            assert_eq!(Handshake::decode(&ask.encode()), Ok(ask));
         }
     }
 
     #[test]
     fn whoever_asks_must_belong_to_the_cluster_and_mean_this_node() {
-        let ask = DIALER.ask(NodeId(1), Session(7));
+        let ask = DIALER.ask(NodeId(1), Session(7), None);
         assert_eq!(ACCEPTOR.judge_ask(&ask), Ok(()));
         // The lower id may ask as well, and one with another format, which is told so when it becomes a peer.
         let lower = Identity { node: NodeId(0), format_fingerprint: 9, ..DIALER };
-        assert_eq!(ACCEPTOR.judge_ask(&lower.ask(NodeId(1), Session(7))), Ok(()));
+        assert_eq!(ACCEPTOR.judge_ask(&lower.ask(NodeId(1), Session(7), None)), Ok(()));
         let foreign = Handshake { cluster: ClusterId(2), ..ask };
         assert_eq!(ACCEPTOR.judge_ask(&foreign), Err(RejectReason::WrongCluster));
         let other = Handshake { to: NodeId(9), ..ask };

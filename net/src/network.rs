@@ -83,6 +83,13 @@ pub enum NetEvent<B: BlockBuf> {
         /// Whom to turn to, if it knew. Only the peer's word: what it is worth is the engine's business.
         to: Option<Referral>,
     },
+    /// Another node, which may be a stranger, has asked this one whom to turn to ([`Network::ask`]), and said where it listens.
+    Asked {
+        /// Who asked.
+        by: NodeId,
+        /// Where it can be met. Only its own word, as in [`NetEvent::Referred`].
+        address: SocketAddr,
+    },
     /// A connection became no session. For logs; only so many a second are reported, all are counted.
     Rejected {
         /// The other end.
@@ -105,6 +112,7 @@ impl<B: BlockBuf> fmt::Debug for NetEvent<B> {
             }
             Self::Frame { peer, session, frame } => write!(f, "Frame({peer}, {session}, {frame:?})"),
             Self::Referred { by, to } => write!(f, "Referred({by}, {to:?})"),
+            Self::Asked { by, address } => write!(f, "Asked({by}, {address})"),
             Self::Rejected { remote, reason } => write!(f, "Rejected({remote}, {reason})"),
         }
     }
@@ -177,6 +185,8 @@ pub struct Network<L: Link> {
     rejections: RateLimit,
     /// Whom those are referred to who ask.
     referral: Option<Referral>,
+    /// Where this node listens, as those are told whom it asks.
+    own_address: Option<SocketAddr>,
     stats: NetStats,
     closing: bool,
     /// The time of the last call that was told one.
@@ -221,6 +231,7 @@ impl<L: Link> Network<L> {
             rejections: RateLimit { per_second: limits.rejections_per_second, second: 0, used: 0 },
             limits,
             referral: None,
+            own_address: None,
             stats: NetStats::default(),
             closing: false,
             now: 0,
@@ -422,6 +433,11 @@ impl<L: Link> Network<L> {
     /// Whom those are referred to, from now on, who ask this node.
     pub fn refer_to(&mut self, to: Option<Referral>) {
         self.referral = to;
+    }
+
+    /// Where this node is to be met, as it tells those whom it asks from now on.
+    pub fn introduce_at(&mut self, address: Option<SocketAddr>) {
+        self.own_address = address;
     }
 
     /// Asks the node at an address, which need not be a peer, and to which this node need not be one, whom to turn to; the answer
@@ -672,7 +688,7 @@ impl<L: Link> Network<L> {
         connection.phase = Phase::Greeting { deadline_ns, filled: 0, proposed: Some(session) };
         let pinned = self.peers.get(&to).and_then(|peer| peer.pinned);
         let first = match asks {
-            true => self.identity.ask(to, session),
+            true => self.identity.ask(to, session, self.own_address),
             false => self.identity.hello(to, pinned, session),
         };
         self.send_handshake(slot, &first, link);
@@ -729,15 +745,16 @@ impl<L: Link> Network<L> {
         link: &mut L,
         events: &mut Events<L::Buf>,
     ) -> Result<Judged, HandshakeError> {
-        if !matches!(hello.kind, HandshakeKind::Hello | HandshakeKind::Ask) {
+        if !matches!(hello.kind, HandshakeKind::Hello | HandshakeKind::Ask(_)) {
             return Err(HandshakeError::Kind(hello.kind.code()));
         }
         if hello.from == NodeId(0) || hello.incarnation == Incarnation(0) || hello.session == Session(0) {
             return Err(HandshakeError::Identity);
         }
-        if hello.kind == HandshakeKind::Ask {
+        if let HandshakeKind::Ask(address) = hello.kind {
             match self.identity.judge_ask(hello) {
                 Ok(()) => {
+                    events.extend(address.map(|address| NetEvent::Asked { by: hello.from, address }));
                     self.stats.referrals += 1;
                     let answer = self.identity.refer(hello, self.referral);
                     self.send_last(slot, &answer, link);
@@ -796,7 +813,7 @@ impl<L: Link> Network<L> {
                 });
             }
             _ if asked.is_some() => return Err(HandshakeError::Kind(answer.kind.code())),
-            HandshakeKind::Hello | HandshakeKind::Ask | HandshakeKind::Referral(_) => {
+            HandshakeKind::Hello | HandshakeKind::Ask(_) | HandshakeKind::Referral(_) => {
                 return Err(HandshakeError::Kind(answer.kind.code()));
             }
             HandshakeKind::Welcome if answer.incarnation == Incarnation(0) => {

@@ -459,8 +459,14 @@ fn whoever_asks_is_referred_in_both_directions_and_nothing_changes() {
     }
     assert_eq!((world.node(1).session(2), world.node(2).session(1)), sessions);
     assert_eq!((world.node(1).causes(), world.node(2).net.stats().dials_failed), (vec![], 0));
+    // It is told where the one that asks listens, if that wants it.
+    let Node { net, link, .. } = world.node(1);
+    net.introduce_at(Some("10.0.0.1:7001".parse().unwrap()));
+    assert!(net.ask(NodeId(2), address(2), link));
+    world.run(10);
+    assert_eq!(world.node(2).seen.pop(), Some(Seen::Asked(1, "10.0.0.1:7001".parse().unwrap())));
     // It can be asked again, and one that is no peer of anybody here may ask.
-    let asked = Handshake { kind: HandshakeKind::Ask, ..hello(77, 1, 9) };
+    let asked = Handshake { kind: HandshakeKind::Ask(None), ..hello(77, 1, 9) };
     let raw = world.hub.connect(address(1), "127.0.0.1:50001");
     raw.write(&asked.encode());
     world.run(5);
@@ -494,7 +500,7 @@ fn an_answer_that_is_none_ends_the_question_and_a_silent_node_does_not_block_the
         world.run(5);
         let raw = world.hub.accept(address(2)).expect("a dial");
         let asked = raw.read_handshake().expect("a question");
-        assert_eq!((asked.kind, asked.from, asked.to), (HandshakeKind::Ask, NodeId(1), NodeId(2)));
+        assert_eq!((asked.kind, asked.from, asked.to), (HandshakeKind::Ask(None), NodeId(1), NodeId(2)));
         let kind = HandshakeKind::Referral(None);
         let mut answer = Handshake { kind, features: 0, ..hello(2, 1, asked.session.0) };
         change(&mut answer);

@@ -2,8 +2,10 @@
 //! with the one in force, and brings what handles ask for to the core.
 //!
 //! **Whom a node has sessions with.** Every member of any configuration that is not yet overtaken by a committed one, with the
-//! addresses given there, whom a leader still sends to, and the leader that it follows. A node that is in no configuration (one that joins) keeps to
-//! the addresses that it was started with, and to the leader that these refer it to (`referrals`). Who is being added is met before it is a member, to learn its incarnation.
+//! addresses given there, whom a leader still sends to, and the leader that it follows. A member that hears no leader takes up
+//! with those, too, that it is referred to and that introduce themselves. A node that is in no configuration (one that
+//! joins) keeps to the addresses that it was started with, and to the leader that these refer it to (`referrals`). Who is being
+//! added is met before it is a member, to learn its incarnation.
 //!
 //! **Incarnations.** Members are pinned to the incarnation of the configuration in force. A node that hears no leader for a
 //! while may go by an old configuration, in which the present leader has another directory: then it lets anybody of
@@ -102,6 +104,11 @@ impl Members {
     /// Where all of them are, as far as a configuration says so.
     pub(super) fn addresses(&self) -> impl Iterator<Item = (NodeId, SocketAddr)> + '_ {
         self.addresses.iter().map(|(id, address)| (*id, *address))
+    }
+
+    /// Whether this node insists on the members and incarnations of its own log: not while it hears no leader of them.
+    pub(super) fn pins(&self) -> bool {
+        self.pins
     }
 
     pub(super) fn changed(&mut self) {
@@ -360,6 +367,15 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         {
             wanted.insert(leader, (*address, None));
             addresses.insert(leader, *address);
+        }
+        // An old configuration may lack the present leader, and the candidate that needs this node's vote, or have an address
+        // where they are no more.
+        let leader = raft.leader();
+        let named = |id, address| addresses.get(&id) == Some(&address);
+        self.referrals.forget(|id, address| named(id, address) || self.members.pins && leader != Some(id));
+        for (id, address) in self.referrals.acquaintances() {
+            wanted.insert(id, (address, None));
+            addresses.insert(id, address);
         }
         // Whoever refers this node to the leader knows better where that is than a list from long ago.
         if let Some((id, address)) = self.referrals.told().filter(|_| !is_member) {

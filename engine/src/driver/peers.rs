@@ -75,6 +75,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 self.step(Event::PeerDisconnected { peer })
             }
             NetEvent::Referred { by, to } => self.referred(by, to),
+            NetEvent::Asked { by, address } => {
+                self.introduced(by, address);
+                Ok(())
+            }
             NetEvent::Rejected { remote, reason } => {
                 tracing::warn!(node = %self.config.node, ?remote, %reason, "connection rejected");
                 let Rejection::RefusedByPeer { reason: RejectReason::WrongIncarnation { known }, .. } =

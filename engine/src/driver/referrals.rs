@@ -1,13 +1,22 @@
-//! How a node that joins finds the leader.
+//! How a node finds a leader that its own configuration does not name.
 //!
+//! **A node that joins.**
 //! The leader has sessions with the members and with those whom it is adding. Of two nodes the one with the higher id dials, so
 //! that the two meet only if each of them knows the other: the leader is told of the newcomer by whoever asks for the change,
 //! the newcomer need only know some member. It asks one after the other whom to turn to, whichever id is the higher: that
 //! takes no session, and changes nothing there (`ringraft_net::Network::ask`). A member refers it to the leader that it
 //! follows; from then on the newcomer dials the leader, or lets it in when it dials.
 //!
-//! Nothing depends on the answer being true: it is one more place to look for the cluster, until a configuration names this
-//! node.
+//! **A member that was away for long.** All whom its configuration names may have left meanwhile, or do not lead, and the
+//! leader may be one that it has never heard of. It asks around as one that joins does.
+//!
+//! There may be no leader because this member's vote is wanted by a candidate that it does not know. So a member that hears no
+//! leader asks all whom it knows, and says with the question where it listens itself; one that is asked and hears no leader
+//! either takes up with it. (Votes are given to candidates outside the own configuration: Raft, section 4.1 of Ongaro's
+//! thesis.)
+//!
+//! Nothing depends on the answer, or on the introduction, being true: it is one more place to look for the cluster, until a
+//! configuration names this node or a leader is heard.
 
 use super::{Driver, Life, Peer};
 use crate::error::StopError;
@@ -24,6 +33,9 @@ use std::ops::Bound;
 /// A member is asked so often.
 const ASK_INTERVAL_NS: u64 = 500_000_000;
 
+/// So many are remembered that are in no configuration here; the lowest ids are forgotten for new ones.
+const ACQUAINTANCES_MAX: usize = 32;
+
 #[derive(Default)]
 pub(super) struct Referrals {
     ask_at_ns: u64,
@@ -33,12 +45,34 @@ pub(super) struct Referrals {
     told: Option<Referral>,
     /// Whom it refers others to.
     given: Option<Referral>,
+    /// Of a member that hears no leader: whom it was referred to, and who introduced themselves.
+    acquaintances: BTreeMap<NodeId, SocketAddr>,
 }
 
 impl Referrals {
     /// Whom to look for the cluster at, besides those known otherwise.
     pub(super) fn told(&self) -> Option<(NodeId, SocketAddr)> {
         self.told.map(|to| (to.node, to.address))
+    }
+
+    /// Who may be members of a configuration that is not known here.
+    pub(super) fn acquaintances(&self) -> impl Iterator<Item = (NodeId, SocketAddr)> + '_ {
+        self.acquaintances.iter().map(|(id, address)| (*id, *address))
+    }
+
+    /// Has no more to do with acquaintances that `which` is true of.
+    pub(super) fn forget(&mut self, which: impl Fn(NodeId, SocketAddr) -> bool) {
+        self.acquaintances.retain(|id, address| !which(*id, *address));
+    }
+
+    /// Whether that is news.
+    fn meet(&mut self, id: NodeId, address: SocketAddr) -> bool {
+        let news = self.acquaintances.insert(id, address) != Some(address);
+        while self.acquaintances.len() > ACQUAINTANCES_MAX {
+            let first = self.acquaintances.keys().find(|known| **known != id).copied();
+            self.acquaintances.retain(|known, _| Some(*known) != first);
+        }
+        news
     }
 }
 
@@ -48,6 +82,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let leader = self.leader_hint().map(|hint| Referral { node: hint.id, address: hint.address });
         let due = self.referrals_deadline() <= self.now.monotonic_ns;
         let next = if due { self.whom_to_ask() } else { None };
+        let own = self.config.node;
+        let configured =
+            self.config.members.iter().find(|member| member.id == own).map(|member| member.address);
+        let own_address = self.members.address_of(own).or(configured);
         let Some(network) = &mut self.network else { return };
         if self.referrals.given != leader {
             self.referrals.given = leader;
@@ -55,6 +93,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         }
         if due {
             self.referrals.ask_at_ns = self.now.monotonic_ns.saturating_add(ASK_INTERVAL_NS);
+        }
+        if next.is_some() {
+            network.introduce_at(own_address);
         }
         if let Some((node, address)) = next
             && network.ask(node, address, &mut self.link)
@@ -72,7 +113,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 let met = leader
                     .and_then(|leader| self.peers.get(&leader))
                     .is_some_and(|peer| peer.session.is_some());
-                !self.members.view().is_member && !met && raft.leader() != Some(self.config.node)
+                let strange = !self.members.view().is_member || !self.members.pins();
+                strange && !met && raft.leader() != Some(self.config.node)
             }
             _ => false,
         };
@@ -99,6 +141,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let before = self.referrals.told.replace(to);
         if !matches!(self.life, Life::Forming(_)) {
             // The peers are those of the configuration, and this one.
+            self.referrals.meet(to.node, to.address);
             self.members.changed();
             return Ok(());
         }
@@ -115,5 +158,19 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         }
         network.set_address(to.node, to.address);
         Ok(())
+    }
+
+    /// Another node has asked this one, and said where it listens. To a member that hears no leader it may be the candidate that
+    /// lacks this vote.
+    pub(super) fn introduced(&mut self, by: NodeId, address: SocketAddr) {
+        let leaderless = self.raft().is_some_and(|raft| raft.leader().is_none()) && !self.members.pins();
+        if !leaderless || self.closing || by == self.config.node {
+            return;
+        }
+        let known = self.members.address_of(by) == Some(address);
+        if !known && self.referrals.meet(by, address) {
+            tracing::info!(node = %self.config.node, peer = %by, %address, "not the address that the configuration has");
+            self.members.changed();
+        }
     }
 }

@@ -574,6 +574,7 @@ pub enum Seen {
     Frame { peer: u64, session: u64, kind: u16, body: Vec<u8>, attachment: Vec<u8> },
     Rejected(Rejection),
     Referred(u64, Option<Referral>),
+    Asked(u64, SocketAddr),
 }
 
 pub struct Blocks {
@@ -704,6 +705,7 @@ fn see(event: NetEvent<AlignedBuf>) -> Seen {
         }
         NetEvent::Rejected { reason, .. } => Seen::Rejected(reason),
         NetEvent::Referred { by, to } => Seen::Referred(by.get(), to),
+        NetEvent::Asked { by, address } => Seen::Asked(by.get(), address),
     }
 }
 

@@ -654,6 +654,84 @@ fn a_member_with_an_old_configuration_follows_a_leader_that_it_knows_by_another_
     }
 }
 
+/// A member that was away while all others were replaced knows none of those who are there now, but for one that only follows:
+/// that refers it to the leader. Once with a leader that dials it, and once with one that it must dial.
+#[test]
+fn a_member_that_was_away_for_long_finds_a_leader_that_its_configuration_does_not_name() {
+    for (sleeper, staying, leaving, coming) in [(0, 1, 2, 3), (3, 1, 2, 0)] {
+        let mut rig = Rig::new(4);
+        let first = [sleeper, staying, leaving];
+        founded_by(&mut rig, &first);
+        let leader = rig.run_until_led();
+        let index = rig.commit(leader, 100);
+        rig.run_until_all_apply(&first, index);
+        rig.kill(sleeper);
+        let leader = rig.run_until_led();
+        rig.boot(joining(coming, &[staying, leaving]));
+        rig.change(leader, adding(&[coming])).expect("added");
+        if leader != coming {
+            drop(rig.transfer(leader, Some(coming)));
+        }
+        rig.run_until("it leads", |rig| rig.leader() == Some(coming));
+        rig.change(coming, removing(&[leaving])).expect("removed");
+        let index = rig.commit(coming, 10);
+        rig.run_until_all_apply(&[coming, staying], index);
+        rig.kill(leaving);
+        rig.boot(founder(sleeper, &first));
+        rig.run_until_all_apply(&[sleeper], index);
+        assert_eq!((rig.leader(), rig.members(sleeper)), (Some(coming), rig.members(coming)));
+    }
+}
+
+/// The vote that a candidate lacks is that of a member which has never heard of it, and nobody is left who could refer them to
+/// each other. Once with a candidate that dials, and once with one that must be dialed.
+#[test]
+fn a_candidate_gets_the_vote_of_a_member_whose_configuration_does_not_name_it() {
+    for (sleeper, leaving, coming) in [(0, [1, 2], [3, 4]), (4, [1, 2], [0, 3])] {
+        let mut rig = Rig::new(5);
+        let first = [sleeper, leaving[0], leaving[1]];
+        founded_by(&mut rig, &first);
+        let leader = rig.run_until_led();
+        let index = rig.commit(leader, 100);
+        rig.run_until_all_apply(&first, index);
+        rig.kill(sleeper);
+        let leader = rig.run_until_led();
+        for node in coming {
+            rig.boot(joining(node, &leaving));
+        }
+        rig.change(leader, adding(&coming)).expect("added");
+        rig.change(leader, removing(&leaving)).expect("removed");
+        leaving.into_iter().for_each(|node| rig.kill(node));
+        rig.run_for(2 * SECOND);
+        let leader = rig.run_until_led();
+        let index = rig.commit(leader, 10);
+        rig.run_until_all_apply(&coming, index);
+        // Of the three who are left one falls out, and the one that stays needs the sleeper.
+        rig.kill(coming[1]);
+        rig.boot(founder(sleeper, &first));
+        rig.run_until("it is led", |rig| {
+            rig.status(sleeper).leader.is_some_and(|leader| leader.id == id(coming[0]))
+        });
+        let index = rig.commit(coming[0], 10);
+        rig.run_until_all_apply(&[sleeper], index);
+        assert_eq!(rig.members(sleeper), rig.members(coming[0]));
+    }
+}
+
+/// One of those who found a cluster.
+fn founder(node: usize, all: &[usize]) -> Config {
+    Config {
+        join: false,
+        ..joining(node, &all.iter().copied().filter(|other| *other != node).collect::<Vec<_>>())
+    }
+}
+
+fn founded_by(rig: &mut Rig, all: &[usize]) {
+    for node in all {
+        rig.boot(founder(*node, all));
+    }
+}
+
 /// Flips a bit in the newest configuration of a node that is down.
 fn rot_newest_configuration(rig: &Rig, node: usize, address: &str) {
     let mut disk = rig.machines[node].disk.borrow_mut();
