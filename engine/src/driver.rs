@@ -377,6 +377,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 Ok(())
             }
             Action::SealEmpty => self.seal_empty(),
+            // The log that closes takes no further saves: the next start finds the claim, and that nothing is missing.
+            Action::ReleaseClaim if self.closing => Ok(()),
             Action::ReleaseClaim => {
                 tracing::info!(node = %self.config.node, "the log lacks nothing any more that this node may have acknowledged");
                 self.wal.release_claim(&mut self.disk);
