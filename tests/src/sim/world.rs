@@ -772,11 +772,7 @@ impl<'a, C: Cluster> World<'a, C> {
             }
             Phase::Calm | Phase::Quiet if late => {
                 let phase = self.phase;
-                let mut told = String::new();
-                for (node, machine) in self.machines.iter().enumerate() {
-                    let state = machine.process.as_ref().map_or_else(|| "down".to_owned(), SimNode::describe);
-                    told += &format!("\n  node {node}: {:?}\n    {state}", machine.view);
-                }
+                let mut told = self.describe_nodes();
                 for (number, client) in self.clients.iter().enumerate() {
                     told += &format!(
                         "\n  client {number}: answered {} {}, {:?}, in flight {}, at node {}",
@@ -799,6 +795,16 @@ impl<'a, C: Cluster> World<'a, C> {
             }
             _ => {}
         }
+    }
+
+    /// What the nodes say of themselves, for the report of a failure.
+    fn describe_nodes(&self) -> String {
+        let mut told = String::new();
+        for (node, machine) in self.machines.iter().enumerate() {
+            let state = machine.process.as_ref().map_or_else(|| "down".to_owned(), SimNode::describe);
+            told += &format!("\n  node {node}: {:?}\n    {state}", machine.view);
+        }
+        told
     }
 
     /// 100 election time-outs, and far more steps than they should take.

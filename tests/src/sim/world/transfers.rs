@@ -149,9 +149,10 @@ impl<C: Cluster> World<'_, C> {
                 self.context.cover(Mark::TransferFailed);
                 if parts {
                     let why = why.clone();
-                    self.history
-                        .borrow_mut()
-                        .fail(|| format!("node {node}, left alone, does not hand over to {to:?}: {why}"));
+                    let nodes = self.describe_nodes();
+                    self.history.borrow_mut().fail(|| {
+                        format!("node {node}, left alone, does not hand over to {to:?}: {why}{nodes}")
+                    });
                 }
             }
         }
