@@ -147,6 +147,44 @@ fn what_waits_for_a_slow_disk_is_not_said_of_a_log_that_is_gone_meanwhile() {
     assert!(outlives_its_log());
 }
 
+/// A follower knows of committed batches that wait in memory for a disk that is slow. In its next session it is offered a
+/// snapshot that ends among them: the log has not taken that batch, and is of the same history all the same.
+#[test]
+fn a_snapshot_that_ends_in_what_waits_for_a_slow_disk_is_restored_and_the_log_goes_on() {
+    let (mut rig, leader) = Rig::with_ballast(3, 1_000, 8);
+    let late = (leader + 1) % 3;
+    let end = rig.commit_some(leader, 5);
+    rig.run_until_equal(end);
+    rig.run_until("all of it is durable", |rig| rig.status(late).durable >= end);
+    let stall = Scheduled { on: On::Write, skip: 0, fault: Fault::Stall(10 * SECOND) };
+    rig.machines[late].disk.borrow_mut().faults_mut().scheduled.push(stall);
+    // More than the log has under way at a time.
+    let waiting = config(late, 3).writes_in_flight_max + 2;
+    let last = rig.commit_some(leader, waiting);
+    rig.run_until("it knows that all is committed", |rig| rig.status(late).commit == last);
+    let (applied, durable) = (rig.status(late).applied, rig.status(late).durable);
+    assert!(applied < last && durable == end, "{applied} applied, {durable} durable");
+    for (from, to) in [(leader, late), (late, leader)] {
+        rig.fabric.borrow_mut().cut(from, to);
+    }
+    rig.run_until("the session ends", |rig| {
+        rig.status(leader).peers.iter().any(|peer| peer.id == NodeId(late as u64 + 1) && !peer.connected)
+    });
+    assert_eq!(rig.snapshot(leader), last);
+    rig.fabric.borrow_mut().heal_all();
+    rig.run_until("it has applied all", |rig| rig.status(late).applied >= last);
+    assert_eq!((rig.counter(late).restored, rig.log_start(late)), (1, LogIndex(0)));
+    assert_eq!(rig.status(late).durable, end, "the disk is still slow");
+    // The log takes what waited, behind the state.
+    rig.run_until("the disk is as fast as before", |rig| rig.status(late).durable >= last);
+    let leader = rig.run_until_led();
+    let end = rig.commit_some(leader, 3);
+    rig.run_until_equal(end);
+    rig.crash(late, Crash::PowerCut);
+    rig.boot(config(late, 3));
+    rig.run_until_equal(end);
+}
+
 #[test]
 fn a_machine_that_makes_no_snapshots_says_so_and_keeps_its_log() {
     let mut rig = Rig::new(1);

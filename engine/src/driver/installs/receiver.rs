@@ -405,8 +405,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             }
             return outcome;
         }
-        // Known to be committed, and not applied: what lies before cannot be read here.
-        let own = self.wal.chain_at(last.index);
+        // Known to be committed, and not applied: what lies before cannot be read here, or the disk is slow to take it. What
+        // the core has accepted counts, also what still waits for room in the log.
+        let own = self.chain_at(last.index);
         invariant(own == Some(chain), || {
             format!("the snapshot that ends at {last:?} and this log differ there: {chain:?}, here {own:?}")
         })?;
