@@ -927,6 +927,25 @@ fn repaired_batches_are_whole_again_in_an_ordinary_segment() {
 }
 
 #[test]
+fn a_repair_behind_a_purged_front_leaves_every_other_batch_as_it_was() {
+    let whole = Whole::new();
+    let (mut harness, _) = whole.rotten(&[40]).opens();
+    assert_eq!(harness.wal.purge_through(&mut harness.disk, LogIndex(10)), LogIndex(10));
+    harness.settle();
+    whole.repair(&mut harness, 40);
+    harness.settle();
+    assert_eq!(told(&mut harness), [(true, 40)]);
+    for batch in &whole.batches[10..] {
+        let first = batch.info.first;
+        assert_eq!(harness.wal.batch_starting_at(first).unwrap(), batch.info);
+        harness.wal.read(&mut harness.disk, 1, first, 1);
+        harness.settle();
+        assert_eq!(harness.take_read().unwrap()[0].image(), &batch.bytes[ENVELOPE_BYTES..], "{first}");
+    }
+    assert_eq!(harness.wal.first_damaged(), None);
+}
+
+#[test]
 fn an_image_that_is_not_the_batchs_is_refused() {
     let whole = Whole::new();
     let (mut harness, _) = whole.rotten(&[20, 22]).opens();

@@ -836,6 +836,8 @@ impl<'a, C: Cluster> World<'a, C> {
             let machine = &mut self.machines[node];
             machine.paused_until = 0;
             machine.doomed = None;
+            // Also of what is in flight: a write that hangs far into the calm makes a leader give up its office, and rightly.
+            machine.disk.borrow_mut().end_stalls();
             self.mend_disk(node);
             let drift = self.machines[node].rng.between(0, 2_000) as i64 - 1_000;
             self.drift(node, drift);

@@ -5,6 +5,7 @@ use crate::sim::buffer::SimBuf;
 use crate::sim::context::Time;
 use crate::sim::coverage::Mark;
 use ringraft_wal::disk::{DiskError, DiskErrorKind, DiskOutput};
+use std::cmp::Reverse;
 
 /// What a disk does wrong. All off by default.
 #[derive(Clone, Debug)]
@@ -129,6 +130,18 @@ impl On {
 }
 
 impl DiskState {
+    /// What was to take longer takes no longer than it would have without: a stalled operation in flight is due when it
+    /// would have been, or at once. The switches of [`DiskFaults`] cannot take that back.
+    pub fn end_stalls(&mut self) {
+        let queue = std::mem::take(&mut self.queue).into_iter().map(|Reverse((due, sequence, slot))| {
+            let entry = self.in_flight[slot as usize].as_mut();
+            let stall = entry.and_then(|entry| entry.fault.take_if(|fault| matches!(fault, Fault::Stall(_))));
+            let due = if let Some(Fault::Stall(time)) = stall { due - time } else { due };
+            Reverse((due, sequence, slot))
+        });
+        self.queue = queue.collect();
+    }
+
     /// How many operations a fault has struck, those that only took longer included.
     #[must_use]
     pub fn faults_struck(&self) -> u64 {

@@ -476,6 +476,31 @@ fn a_stalled_operation_is_overtaken_by_those_after_it() {
 }
 
 #[test]
+fn a_stall_that_is_ended_leaves_an_operation_its_own_time() {
+    let (mut machine, file) = Machine::numbered(1);
+    machine.schedule(On::Write, 0, Fault::Stall(1_000_000_000));
+    machine.schedule(On::Write, 1, Fault::Io);
+    let start = machine.context.now();
+    let ops = [machine.write(file, 0, 1, 8), machine.write(file, 1, 1, 8)];
+    let ids = ops.map(|op| machine.submit(op));
+    machine.state.borrow_mut().end_stalls();
+    let done = machine.settle();
+    assert!(machine.context.now() < start + 10_000_000);
+    let outcome = |id| done.iter().find(|done| done.id == id).map(|done| done.result.is_ok());
+    assert_eq!(ids.map(outcome), [Some(true), Some(false)], "other faults stay");
+
+    // One that has waited longer than it would have taken by itself is due at once.
+    machine.schedule(On::Write, 0, Fault::Stall(1_000_000_000));
+    let op = machine.write(file, 0, 1, 8);
+    let id = machine.submit(op);
+    machine.context.advance_to(machine.context.now() + 500_000_000);
+    let ended = machine.context.now();
+    machine.state.borrow_mut().end_stalls();
+    let done: Vec<_> = machine.settle().into_iter().map(|done| done.id).collect();
+    assert_eq!((done, machine.context.now()), (vec![id], ended));
+}
+
+#[test]
 fn rot_changes_what_it_names_and_survives_every_crash() {
     let (mut machine, _) = Machine::numbered(1);
     let before = machine.state.borrow().content("a").unwrap();

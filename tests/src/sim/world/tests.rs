@@ -3,6 +3,7 @@
 
 use super::*;
 use crate::sim::buffer::SimBuf;
+use crate::sim::disk::{Fault, On, Scheduled};
 use crate::sim::node::{ImageLog, RefusedAtOnce, StopReason, Turned};
 use ringraft_block::{BLOCK_BYTES, Block, Pool, crc32c, round_up_to_block};
 use ringraft_wal::disk::{Access, Disk, DiskDone, DiskErrorKind, DiskOp, DiskOpId, DiskOutput, FileId};
@@ -364,6 +365,28 @@ fn a_node_that_stops_before_its_writes_have_ended_is_caught() {
 fn a_node_that_skips_a_command_is_caught() {
     let message = first_failure(Wrong::Skip, &options(0)).unwrap();
     assert!(message.contains("acknowledged") || message.contains("applied"), "{message}");
+}
+
+/// Seed 1231: a write had hung since before the calm, the node led a cluster that had converged meanwhile, and gave up its
+/// office when the write had taken an election time-out.
+#[test]
+fn an_operation_that_hangs_in_the_trouble_does_not_hang_in_the_calm() {
+    buffer::begin_run();
+    let context = Context::new(Trace::new(false));
+    let options = options(0);
+    let mut world =
+        World::new(&Scribes(Wrong::Nothing), 1, &options, Rc::clone(&context), Rc::new(Progress::default()));
+    let disk = Rc::clone(&world.machines[0].disk);
+    let stall = Scheduled { on: On::Any, skip: 0, fault: Fault::Stall(SECOND) };
+    disk.borrow_mut().faults_mut().scheduled.push(stall);
+    world.boot(0);
+    while disk.borrow().faults_struck() == 0 {
+        world.step();
+    }
+    let takes = || disk.borrow().next_due().expect("in flight") - context.now();
+    assert!(takes() >= SECOND);
+    world.begin_calm();
+    assert!(takes() < 10 * MILLISECOND);
 }
 
 #[test]
