@@ -92,3 +92,15 @@ fn a_log_that_is_started_anew_behind_a_snapshot_brings_its_term() {
         panic!("{}", describe(&report));
     }
 }
+
+/// A leader whose disk stalls hands over to a node that hears nobody else; the only voter of three machines reads what is
+/// fresh, and hears no other. Both are right, and were taken for wrong.
+#[test]
+fn a_node_that_is_told_to_campaign_and_an_only_voter_need_not_hear_others() {
+    for seed in [1054, 1821] {
+        let report = run(&Engine, seed, &Options::default());
+        if report.failure.is_some() {
+            panic!("{}", describe(&report));
+        }
+    }
+}

@@ -88,6 +88,13 @@ impl Raft {
         }
     }
 
+    /// Whether this node campaigns because the leader of the term before told it to. It has asked nobody first whether it
+    /// could succeed.
+    #[must_use]
+    pub fn was_told_to_campaign(&self) -> bool {
+        matches!(self.role, RoleState::Candidate { transfer: true, .. })
+    }
+
     /// Leadership is to be handed to `to`, or to the most caught-up voter that is heard.
     pub(super) fn transfer(&mut self, to: Option<NodeId>, actions: &mut Vec<Action>) {
         let deadline = self.now.plus(self.config.election_timeout);

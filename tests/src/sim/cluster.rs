@@ -326,6 +326,14 @@ impl SimNode for EngineNode {
         }
     }
 
+    fn was_told_to_campaign(&self) -> bool {
+        self.driver.raft().is_some_and(Raft::was_told_to_campaign)
+    }
+
+    fn hands_over(&self) -> bool {
+        self.driver.raft().is_some_and(|raft| raft.role() == Role::Leader && !raft.may_lease())
+    }
+
     fn matched(&self, peer: usize) -> Option<u64> {
         Some(self.driver.raft()?.progress(id_of(peer))?.matched.get())
     }

@@ -317,6 +317,16 @@ pub trait SimNode {
     /// What the node is and knows.
     fn view(&self) -> View;
 
+    /// Whether it campaigns because the leader of the term before told it to.
+    fn was_told_to_campaign(&self) -> bool {
+        false
+    }
+
+    /// Whether, as a leader, it has told somebody to campaign in its term, or is about to.
+    fn hands_over(&self) -> bool {
+        false
+    }
+
     /// How far another node's log is known to this leader to be durable and equal to its own.
     fn matched(&self, peer: usize) -> Option<u64>;
 

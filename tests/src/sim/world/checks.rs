@@ -26,12 +26,7 @@ impl<C: Cluster> World<'_, C> {
             self.voted_trouble(node);
         }
         if after.role >= CANDIDATE && before.role < CANDIDATE {
-            // A pre-vote needs a quorum's answers, and lasts one and a half election time-outs, by a clock that may be slow.
-            if !self.has_heard_quorum(node, self.tuning.election_timeout_ms * MILLISECOND * 5 / 2) {
-                self.history
-                    .borrow_mut()
-                    .fail(|| format!("node {node} campaigns without a quorum's pre-votes"));
-            }
+            self.check_campaign(node, after.term);
         }
         if after.role == LEADER && before.role != LEADER {
             let Some(process) = &self.machines[node].process else { return };
@@ -64,14 +59,49 @@ impl<C: Cluster> World<'_, C> {
         }
     }
 
-    /// Whether a quorum could be heard within the last `time`, the node itself among them. What was said before a node woke
-    /// or was started may have been waiting for it.
+    /// Who campaigns in `term` has the pre-votes of a quorum, or was told to.
+    pub(super) fn check_campaign(&self, node: usize, term: u64) {
+        // A pre-vote needs a quorum's answers, and lasts one and a half election time-outs, by a clock that may be slow.
+        let time = self.tuning.election_timeout_ms * MILLISECOND * 5 / 2;
+        if !self.has_heard_quorum(node, time) && !self.was_told_to_campaign(node, term, time) {
+            self.history.borrow_mut().fail(|| format!("node {node} campaigns without a quorum's pre-votes"));
+        }
+    }
+
+    /// Whether a node says that the leader of the term before `term` told it to campaign in that, and may say so.
+    ///
+    /// Such a campaign begins without pre-votes (thesis, section 3.10): the one message suffices, and the node need not
+    /// have heard anybody else for long. A leader whose disk has stopped answering chooses by what *it* hears, and cannot
+    /// know what the other hears. Whether the candidate wins is decided by votes. So what must hold is that there was such
+    /// a leader, that it could be heard, and that it has left its office since, or is handing it over.
+    fn was_told_to_campaign(&self, node: usize, term: u64, time: Time) -> bool {
+        let told = self.machines[node].process.as_ref().is_some_and(SimNode::was_told_to_campaign);
+        let Some(before) = term.checked_sub(1).filter(|_| told) else { return false };
+        let by = self.history.borrow().leader_of(before).filter(|by| *by != node);
+        by.is_some_and(|by| {
+            let leader = &self.machines[by];
+            let leads_on = (leader.view.role, leader.view.term) == (LEADER, before);
+            let hands_over = leader.process.as_ref().is_some_and(SimNode::hands_over);
+            (hands_over || !leads_on) && self.could_hear(node, by, time)
+        })
+    }
+
+    /// Whether a quorum could be heard within the last `time`, the node itself among them.
     fn has_heard_quorum(&self, node: usize, time: Time) -> bool {
-        let asked = self.context.now().saturating_sub(time);
-        let fabric = self.fabric.borrow();
-        let woke_at = self.machines[node].woke_at;
-        let hears = |other| other == node || fabric.audible_until(other, node).max(woke_at) >= asked;
-        self.members_of(node).reached(hears)
+        self.could_hear_quorum(node, self.members_of(node), time)
+    }
+
+    /// The same, where the voters are those of `members`.
+    pub(super) fn could_hear_quorum(&self, node: usize, members: Members, time: Time) -> bool {
+        members.reached(|other| other == node || self.could_hear(node, other, time))
+    }
+
+    /// Whether another node could be heard within the last `time`. What was said before a node woke or was started may have
+    /// been waiting for it.
+    pub(super) fn could_hear(&self, node: usize, other: usize, time: Time) -> bool {
+        let since = self.context.now().saturating_sub(time);
+        let audible_until = self.fabric.borrow().audible_until(other, node);
+        audible_until.max(self.machines[node].woke_at) >= since
     }
 
     /// Check-quorum (thesis, section 6.2): a leader that has heard no quorum for an election time-out steps down. Twice that,

@@ -16,7 +16,7 @@ impl<C: Cluster> World<'_, C> {
         let leads = self.machines[node].view.role == LEADER;
         let Some(ask) = ask else { return };
         match ask {
-            Ask::Stale { age_ms, .. } => self.check_age(node, age_ms),
+            Ask::Stale { age_ms, .. } => self.check_age(node, age_ms, leads),
             Ask::Linearizable if leads && self.tuning.lease_drift_ppm.is_some() => {
                 self.context.cover(Mark::LeaderReadWithLeases);
             }
@@ -31,20 +31,27 @@ impl<C: Cluster> World<'_, C> {
         }
     }
 
-    /// A read that may be so old was answered by a node that could hear another one so long ago, and a little more: what was
-    /// said may have been under way, or waiting for the node to wake.
-    fn check_age(&self, node: usize, age_ms: u64) {
+    /// A read that may be so old was answered by a node that could hear another one so long ago, or a quorum if it leads,
+    /// and a little more: what was said may have been under way, or waiting for the node to wake.
+    ///
+    /// A leader knows that it led when a quorum followed it, itself among that: the only voter leads for as long as it says
+    /// so, whatever other machines there are, since nobody else can be elected without it. The members may have changed in
+    /// the turn of the answer.
+    pub(super) fn check_age(&self, node: usize, age_ms: u64, leads: bool) {
         let patience = self.tuning.election_timeout_ms * MILLISECOND * 2;
-        let since = self.context.now().saturating_sub(age_ms * MILLISECOND * 5 / 4 + patience);
-        let woke_at = self.machines[node].woke_at;
-        let fabric = self.fabric.borrow();
-        let mut others = (0..self.machines.len()).filter(|other| *other != node);
-        let alone = self.machines.len() == 1;
-        let heard = others.any(|other| fabric.audible_until(other, node).max(woke_at) >= since);
-        if !alone && !heard {
+        let time = age_ms * MILLISECOND * 5 / 4 + patience;
+        let heard = if leads {
+            let (now, before) = (self.members_of(node), self.machines[node].members_before);
+            self.could_hear_quorum(node, now, time)
+                || self.changes && before != Members::default() && self.could_hear_quorum(node, before, time)
+        } else {
+            (0..self.machines.len()).any(|other| other != node && self.could_hear(node, other, time))
+        };
+        let whom = if leads { "no quorum" } else { "nobody" };
+        if !heard {
             self.history
                 .borrow_mut()
-                .fail(|| format!("node {node} reads what is at most {age_ms} ms old, and hears nobody"));
+                .fail(|| format!("node {node} reads what is at most {age_ms} ms old, and hears {whom}"));
         }
     }
 

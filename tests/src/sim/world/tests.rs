@@ -40,6 +40,8 @@ struct Scribe {
     applied: u64,
     writing: bool,
     closing: bool,
+    /// Says that it was told to campaign, and that it has told somebody.
+    told: bool,
     waiting: Vec<(u64, Vec<u8>)>,
     answers: Vec<(u64, Answer)>,
     done: Vec<DiskDone<SimBuf>>,
@@ -218,6 +220,14 @@ impl SimNode for Scribe {
         }
     }
 
+    fn was_told_to_campaign(&self) -> bool {
+        self.told
+    }
+
+    fn hands_over(&self) -> bool {
+        self.told
+    }
+
     fn matched(&self, _peer: usize) -> Option<u64> {
         None
     }
@@ -260,6 +270,7 @@ impl Cluster for Scribes {
             applied: 0,
             writing: false,
             closing: false,
+            told: false,
             waiting: Vec::new(),
             answers: Vec::new(),
             done: Vec::new(),
@@ -403,4 +414,79 @@ fn a_panic_in_a_node_is_a_failure_of_its_run() {
     }
     let failure = run(&Panics, 1, &options(0)).failure.unwrap();
     assert!(failure.message.contains("cannot boot"));
+}
+
+/// What the checks say of a world in which nothing has happened for long but what `make` does. The last link to node 0 that
+/// is cut was cut long ago.
+fn judged(nodes: usize, make: impl FnOnce(&mut World<'_, Scribes>)) -> Option<String> {
+    let options = Options { nodes: Some(nodes), ..options(0) };
+    let context = Context::new(Trace::new(false));
+    let mut world = World::new(&Scribes(Wrong::Nothing), 1, &options, Rc::clone(&context), Rc::default());
+    (0..nodes).for_each(|node| world.boot(node));
+    context.advance_to(SECOND);
+    make(&mut world);
+    world.history.borrow().failure().map(str::to_owned)
+}
+
+fn cut_off(world: &World<'_, Scribes>, from: impl IntoIterator<Item = usize>) {
+    from.into_iter().for_each(|from| world.fabric.borrow_mut().cut(from, 0));
+    world.context.advance_to(10 * SECOND);
+}
+
+/// A leader that hears a quorum told a node to campaign that hears nobody but it, and was taken for one that had skipped
+/// its pre-votes.
+#[test]
+fn a_campaign_needs_a_quorums_pre_votes_or_the_word_of_the_leader_of_the_term_before() {
+    let leader = View { role: LEADER, term: 6, ..View::default() };
+    // Whether node 0 says that it was told, what node 3 is, whether it has told, and whom node 0 cannot hear.
+    let campaign = |told: bool, led: bool, view: View, hands_over: bool, silent: &[usize]| {
+        judged(5, |world| {
+            if led {
+                world.history.borrow_mut().see(3, &View::default(), &leader);
+            }
+            world.machines[3].view = view;
+            for (node, told) in [(0, told), (3, hands_over)] {
+                world.machines[node].process.as_mut().unwrap().told = told;
+            }
+            cut_off(world, silent.iter().copied());
+            world.check_campaign(0, 7);
+        })
+    };
+    let left = View { role: 0, ..leader };
+    assert_eq!(campaign(true, true, left, false, &[1, 2, 4]), None, "it has left its office");
+    assert_eq!(campaign(true, true, leader, true, &[1, 2, 4]), None, "it hands over");
+    assert_eq!(campaign(false, true, leader, false, &[1, 2]), None, "a quorum is heard");
+    for (why, failure) in [
+        ("it was not told", campaign(false, true, left, false, &[1, 2, 4])),
+        ("the leader has told nobody", campaign(true, true, leader, false, &[1, 2, 4])),
+        ("the leader was not heard", campaign(true, true, left, false, &[1, 2, 3])),
+        ("nobody led", campaign(true, false, left, false, &[1, 2, 4])),
+    ] {
+        let failure = failure.unwrap_or_else(|| panic!("{why}"));
+        assert!(failure.contains("without a quorum's pre-votes"), "{failure}");
+    }
+}
+
+/// The only voter of several machines was to hear another one for what it read to be fresh.
+#[test]
+fn a_read_of_bounded_age_needs_a_quorum_where_the_node_leads_and_a_neighbour_where_it_does_not() {
+    let read = |members: u32, before: u32, leads: bool, silent: &[usize]| {
+        judged(3, |world| {
+            world.changes = true;
+            let of = |index, incoming| Members { index, incoming, ..Members::default() };
+            world.machines[0].members = of(2, members);
+            world.machines[0].members_before = if before == 0 { Members::default() } else { of(1, before) };
+            cut_off(world, silent.iter().copied());
+            world.check_age(0, 300, leads);
+        })
+    };
+    assert_eq!(read(0b001, 0, true, &[1, 2]), None, "the only voter");
+    assert_eq!(read(0b011, 0b001, true, &[1, 2]), None, "it was, when it read");
+    assert_eq!(read(0b011, 0, true, &[2]), None, "a quorum");
+    assert_eq!(read(0b011, 0, false, &[2]), None, "a neighbour");
+    let message = |failure: Option<String>| failure.unwrap_or_default();
+    assert!(message(read(0b011, 0, true, &[1, 2])).contains("hears no quorum"));
+    assert!(message(read(0b011, 0, true, &[1])).contains("hears no quorum"), "a learner is no quorum");
+    assert!(message(read(0b011, 0b111, true, &[1, 2])).contains("hears no quorum"));
+    assert!(message(read(0b110, 0, false, &[1, 2])).contains("hears nobody"));
 }
