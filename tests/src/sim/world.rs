@@ -230,6 +230,8 @@ struct Machine<N> {
     /// Who counts, by its log, where members change; and at the turn before.
     members: Members,
     members_before: Members,
+    /// The members before the present ones, and when those gave way.
+    members_changed: (Members, Time),
     /// It joins, if it starts with an empty disk.
     joins: bool,
     /// It has lost its disk in this run, after it had left the cluster.
@@ -407,6 +409,7 @@ impl<'a, C: Cluster> World<'a, C> {
                 rotten: false,
                 members: Members::default(),
                 members_before: Members::default(),
+                members_changed: (Members::default(), 0),
                 joins: node >= founders,
                 wiped: false,
                 suspect: 0,

@@ -105,10 +105,13 @@ impl<C: Cluster> World<'_, C> {
     }
 
     /// Check-quorum (thesis, section 6.2): a leader that has heard no quorum for an election time-out steps down. Twice that,
-    /// because what was under way when a link was cut may have been read later, and clocks drift.
+    /// because what was under way when a link was cut may have been read later, and clocks drift. Members that it has just been
+    /// given have as long to be heard; until then those count that they took the place of.
     pub(super) fn check_leader_is_heard(&self, node: usize) {
         let time = 2 * self.tuning.election_timeout_ms * MILLISECOND + 50 * MILLISECOND;
-        if !self.has_heard_quorum(node, time) {
+        let (before, changed_at) = self.machines[node].members_changed;
+        let changed = self.changes && changed_at >= self.context.now().saturating_sub(time);
+        if !self.has_heard_quorum(node, time) && !(changed && self.could_hear_quorum(node, before, time)) {
             self.history
                 .borrow_mut()
                 .fail(|| format!("node {node} leads, and has not heard a quorum for long"));

@@ -38,6 +38,9 @@ impl<C: Cluster> World<'_, C> {
         let Some(process) = self.machines[node].process.as_ref().filter(|_| self.changes) else { return };
         let (was, now) = (self.machines[node].members, process.members());
         self.machines[node].members_before = was;
+        if now != was {
+            self.machines[node].members_changed = (was, self.context.now());
+        }
         self.machines[node].members = now;
         if now == was && before.commit == after.commit {
             return;

@@ -467,6 +467,32 @@ fn a_campaign_needs_a_quorums_pre_votes_or_the_word_of_the_leader_of_the_term_be
     }
 }
 
+/// A leader that had just taken up members of whom it hears no quorum was to have heard them for long.
+#[test]
+fn a_leader_has_as_long_to_hear_the_members_that_it_was_just_given_as_those_before() {
+    let of = |index, incoming| Members { index, incoming, ..Members::default() };
+    // What gave way how long ago to nodes 0, 1 and 2, of whom nodes 1 and 2 are not heard.
+    let leads = |before: Members, ago: Time, silent: &[usize]| {
+        judged(4, |world| {
+            world.changes = true;
+            cut_off(world, silent.iter().copied());
+            world.machines[0].members = of(2, 0b0111);
+            world.machines[0].members_changed = (before, world.context.now() - ago);
+            world.check_leader_is_heard(0);
+        })
+    };
+    assert_eq!(leads(of(1, 0b1001), MILLISECOND, &[1, 2]), None, "node 3 was heard");
+    assert_eq!(leads(of(1, 0b1001), 5 * SECOND, &[2]), None, "a quorum is heard");
+    for (why, failure) in [
+        ("it was long ago", leads(of(1, 0b1001), 5 * SECOND, &[1, 2])),
+        ("node 3 was not heard either", leads(of(1, 0b1001), MILLISECOND, &[1, 2, 3])),
+        ("no one was there before", leads(Members::default(), 5 * SECOND, &[1, 2])),
+    ] {
+        let failure = failure.unwrap_or_else(|| panic!("{why}"));
+        assert!(failure.contains("has not heard a quorum"), "{failure}");
+    }
+}
+
 /// The only voter of several machines was to hear another one for what it read to be fresh.
 #[test]
 fn a_read_of_bounded_age_needs_a_quorum_where_the_node_leads_and_a_neighbour_where_it_does_not() {
