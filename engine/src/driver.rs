@@ -268,6 +268,12 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         LocalHandle { ingress, wakeup, shared: Arc::clone(&self.shared) }
     }
 
+    /// Whether it was asked to stop, has drained, and only waits for the log and the connections to close: it takes nothing
+    /// up any more, its core no tick.
+    pub fn is_closing(&self) -> bool {
+        self.closing
+    }
+
     /// The core, once the cluster is formed.
     pub fn raft(&self) -> Option<&Raft> {
         match &self.life {

@@ -330,6 +330,10 @@ impl SimNode for EngineNode {
         self.driver.raft().is_some_and(Raft::was_told_to_campaign)
     }
 
+    fn is_closing(&self) -> bool {
+        self.driver.is_closing()
+    }
+
     fn hands_over(&self) -> bool {
         self.driver.raft().is_some_and(|raft| raft.role() == Role::Leader && !raft.may_lease())
     }

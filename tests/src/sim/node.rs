@@ -322,6 +322,11 @@ pub trait SimNode {
         false
     }
 
+    /// Whether it takes nothing up any more and only waits for what it has begun to end.
+    fn is_closing(&self) -> bool {
+        false
+    }
+
     /// Whether, as a leader, it has told somebody to campaign in its term, or is about to.
     fn hands_over(&self) -> bool {
         false

@@ -224,6 +224,10 @@ impl SimNode for Scribe {
         self.told
     }
 
+    fn is_closing(&self) -> bool {
+        self.closing
+    }
+
     fn hands_over(&self) -> bool {
         self.told
     }
@@ -483,6 +487,12 @@ fn a_leader_has_as_long_to_hear_the_members_that_it_was_just_given_as_those_befo
     };
     assert_eq!(leads(of(1, 0b1001), MILLISECOND, &[1, 2]), None, "node 3 was heard");
     assert_eq!(leads(of(1, 0b1001), 5 * SECOND, &[2]), None, "a quorum is heard");
+    let stops = judged(4, |world| {
+        cut_off(world, [1, 2, 3]);
+        world.machines[0].process.as_mut().expect("it runs").closing = true;
+        world.check_leader_is_heard(0);
+    });
+    assert_eq!(stops, None, "it only waits for its disk");
     for (why, failure) in [
         ("it was long ago", leads(of(1, 0b1001), 5 * SECOND, &[1, 2])),
         ("node 3 was not heard either", leads(of(1, 0b1001), MILLISECOND, &[1, 2, 3])),
