@@ -349,7 +349,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                     continue;
                 };
                 addresses.insert(member.id, address);
-                let pin = self.members.pins.then_some(member.incarnation);
+                // An overtaken configuration does not know who they are now.
+                let in_force = raft.configuration().member(member.id);
+                let pin = in_force.filter(|_| self.members.pins).map(|member| member.incarnation);
                 wanted.insert(member.id, (address, pin));
             }
         }

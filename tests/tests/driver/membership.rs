@@ -683,6 +683,39 @@ fn a_member_that_was_away_for_long_finds_a_leader_that_its_configuration_does_no
     }
 }
 
+/// After a start nothing is known to be committed, so all configurations of the log count. One that is overtaken names the
+/// present leader by a directory that was wiped since, and the newest, which is without it, has nothing to say about that: it
+/// was taken for a stranger as soon as it was heard, again and again.
+#[test]
+fn a_member_follows_a_leader_that_an_overtaken_configuration_knows_by_another_directory() {
+    for (sleeper, replaced) in [(0, 3), (3, 0)] {
+        let mut rig = Rig::new(4);
+        (0..4).for_each(|node| rig.boot(config(node, 4)));
+        let leader = rig.run_until_led();
+        if leader == replaced {
+            drop(rig.transfer(leader, Some(1)));
+        }
+        let index = rig.commit(rig.leader().expect("one leads"), 100);
+        rig.run_until_all_apply(&[0, 1, 2, 3], index);
+        let leader = rig.run_until_led();
+        rig.change(leader, removing(&[replaced])).expect("removed");
+        let leader = rig.run_until_led();
+        let index = rig.commit(leader, 100);
+        rig.run_until_all_apply(&[sleeper], index);
+        rig.kill(sleeper);
+        rig.wipe(replaced);
+        rig.boot(joining(replaced, &[1, 2]));
+        let leader = rig.run_until_led();
+        rig.change(leader, adding(&[replaced])).expect("the new directory is a voter");
+        drop(rig.transfer(leader, Some(replaced)));
+        rig.run_until("it leads", |rig| rig.leader() == Some(replaced));
+        let index = rig.commit(replaced, 10);
+        rig.boot(config(sleeper, 4));
+        rig.run_until_all_apply(&[sleeper], index);
+        assert_eq!(rig.members(sleeper), rig.members(replaced));
+    }
+}
+
 /// The vote that a candidate lacks is that of a member which has never heard of it, and nobody is left who could refer them to
 /// each other. Once with a candidate that dials, and once with one that must be dialed.
 #[test]
