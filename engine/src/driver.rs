@@ -274,6 +274,11 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.closing
     }
 
+    /// Whether there is a session with `peer`.
+    pub fn has_session_with(&self, peer: NodeId) -> bool {
+        self.peers.get(&peer).is_some_and(|peer| peer.session.is_some())
+    }
+
     /// The core, once the cluster is formed.
     pub fn raft(&self) -> Option<&Raft> {
         match &self.life {

@@ -330,6 +330,10 @@ impl SimNode for EngineNode {
         self.driver.raft().is_some_and(Raft::was_told_to_campaign)
     }
 
+    fn has_session_with(&self, other: usize) -> bool {
+        self.driver.has_session_with(id_of(other))
+    }
+
     fn is_closing(&self) -> bool {
         self.driver.is_closing()
     }

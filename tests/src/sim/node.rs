@@ -322,6 +322,11 @@ pub trait SimNode {
         false
     }
 
+    /// Whether it has a session with another node.
+    fn has_session_with(&self, _other: usize) -> bool {
+        true
+    }
+
     /// Whether it takes nothing up any more and only waits for what it has begun to end.
     fn is_closing(&self) -> bool {
         false
