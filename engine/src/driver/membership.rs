@@ -357,9 +357,14 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         }
         // Until they know that they have left, they are sent to where they were.
         for id in raft.replicated_to().filter(|id| !wanted.contains_key(id)).collect::<Vec<_>>() {
-            if let Some(address) = self.members.addresses.get(&id) {
-                wanted.insert(id, (*address, None));
-                addresses.insert(id, *address);
+            let of_log = || {
+                let member =
+                    raft.configurations().rev().find_map(|(_, configuration)| configuration.member(id));
+                member.and_then(|member| member.address.parse().ok())
+            };
+            if let Some(address) = self.members.addresses.get(&id).copied().or_else(of_log) {
+                wanted.insert(id, (address, None));
+                addresses.insert(id, address);
             }
         }
         // A log that is caught up may pass a configuration without the very leader that sends it, which was added later.

@@ -45,6 +45,11 @@ pub(super) struct Changing {
 }
 
 impl Changing {
+    /// Of a leader that begins, where `left` are not members any more since the configuration at `index`.
+    pub(super) fn begun_with(left: Vec<NodeId>, index: LogIndex) -> Self {
+        Self { leaving: left.into_iter().map(|id| (id, index, None)).collect(), ..Self::default() }
+    }
+
     pub(super) fn is_leaving(&self, id: NodeId) -> bool {
         self.leaving.iter().any(|(leaving, ..)| *leaving == id)
     }
@@ -354,6 +359,14 @@ impl Raft {
         }
         self.hand_over_now(actions);
         self.become_follower(self.hard.term(), None, actions);
+    }
+
+    /// Members of the configuration before the newest, and not of that, without this node.
+    pub(super) fn left_last(&self) -> Vec<NodeId> {
+        let before = self.configurations.previous().map(Configuration::members).unwrap_or_default();
+        let left =
+            before.iter().map(|member| member.id).filter(|id| self.configuration().member(*id).is_none());
+        left.filter(|id| *id != self.config.id).collect()
     }
 
     /// Stops sending to those who have left, once they know it, or have had time to learn it.

@@ -716,6 +716,21 @@ fn a_member_follows_a_leader_that_an_overtaken_configuration_knows_by_another_di
     }
 }
 
+/// The leader and a follower are removed in one change: the follower learns that this is committed, though the leader that has
+/// committed it is gone and the next one does not count it.
+#[test]
+fn a_follower_that_is_removed_together_with_its_leader_learns_that_it_is_committed() {
+    for removed in [1, 3] {
+        let mut rig = grown(4, 4);
+        let index = rig.commit(0, 100);
+        rig.run_until_all_apply(&[0, 1, 2, 3], index);
+        let changed = rig.change(0, removing(&[0, removed])).expect("removed");
+        rig.run_until("another leads", |rig| rig.leader().is_some_and(|leader| leader != 0));
+        rig.run_until("it knows", |rig| rig.status(removed).commit >= changed.index);
+        assert!(!rig.status(removed).membership.is_member);
+    }
+}
+
 /// The vote that a candidate lacks is that of a member which has never heard of it, and nobody is left who could refer them to
 /// each other. Once with a candidate that dials, and once with one that must be dialed.
 #[test]
