@@ -82,10 +82,6 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let leader = self.leader_hint().map(|hint| Referral { node: hint.id, address: hint.address });
         let due = self.referrals_deadline() <= self.now.monotonic_ns;
         let next = if due { self.whom_to_ask() } else { None };
-        let own = self.config.node;
-        let configured =
-            self.config.members.iter().find(|member| member.id == own).map(|member| member.address);
-        let own_address = self.members.address_of(own).or(configured);
         let Some(network) = &mut self.network else { return };
         if self.referrals.given != leader {
             self.referrals.given = leader;
@@ -94,12 +90,12 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         if due {
             self.referrals.ask_at_ns = self.now.monotonic_ns.saturating_add(ASK_INTERVAL_NS);
         }
-        if next.is_some() {
-            network.introduce_at(own_address);
-        }
-        if let Some((node, address)) = next
-            && network.ask(node, address, &mut self.link)
-        {
+        let Some((node, address)) = next else { return };
+        let own = self.config.node;
+        let configured =
+            self.config.members.iter().find(|member| member.id == own).map(|member| member.address);
+        network.introduce_at(self.members.address_of(own).or(configured));
+        if network.ask(node, address, &mut self.link) {
             self.referrals.asked = node;
         }
     }

@@ -140,7 +140,7 @@ fn config(node: usize, founders: usize, tuning: &Tuning) -> Config {
         snapshot_log_bytes: 0,
         snapshot_log_entries: tuning.snapshot_log_entries,
         log_retention_bytes: tuning.log_retention_bytes,
-        // The queue is allocated whole at every start.
+        // The queue is allocated whole by the first read of a life.
         reads_max: 256,
         lease_drift_ppm: tuning.lease_drift_ppm,
         session_timeout: Duration::from_millis(tuning.session_timeout_ms),
@@ -322,7 +322,7 @@ impl SimNode for EngineNode {
             commit: raft.commit().get(),
             applied: self.driver.applied().0.get(),
             epoch: raft.epoch().0,
-            rollovers: self.driver.wal().stats().rollovers,
+            rollovers: self.driver.wal().rollovers(),
         }
     }
 

@@ -12,8 +12,12 @@ impl Members {
     /// Whether those who hold are a quorum: in a transition of the old voters and of the new ones.
     pub(super) fn reached(self, holds: impl Fn(usize) -> bool) -> bool {
         [self.incoming, self.outgoing].into_iter().filter(|voters| *voters != 0).all(|voters| {
-            let held = (0..32).filter(|node| voters >> node & 1 == 1 && holds(*node)).count();
-            held * 2 > voters.count_ones() as usize
+            let (mut left, mut held) = (voters, 0);
+            while left != 0 {
+                held += u32::from(holds(left.trailing_zeros() as usize));
+                left &= left - 1;
+            }
+            held * 2 > voters.count_ones()
         })
     }
 
