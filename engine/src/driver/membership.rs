@@ -356,14 +356,14 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             }
         }
         // Until they know that they have left, they are sent to where they were.
-        for id in raft.replicated_to().filter(|id| !wanted.contains_key(id)).collect::<Vec<_>>() {
-            let of_log = || {
-                let member =
-                    raft.configurations().rev().find_map(|(_, configuration)| configuration.member(id));
-                member.and_then(|member| member.address.parse().ok())
-            };
-            if let Some(address) = self.members.addresses.get(&id).copied().or_else(of_log) {
-                wanted.insert(id, (address, None));
+        // (Who is being added again is met where the change says.)
+        let leaving = raft.replicated_to().filter(|id| !self.members.guests.contains_key(id));
+        for id in leaving.filter(|id| !wanted.contains_key(id)).collect::<Vec<_>>() {
+            let member = raft.configurations().rev().find_map(|(_, configuration)| configuration.member(id));
+            let of_log = member.and_then(|member| member.address.parse().ok());
+            if let Some(address) = self.members.addresses.get(&id).copied().or(of_log) {
+                let pin = member.filter(|_| self.members.pins).map(|member| member.incarnation);
+                wanted.insert(id, (address, pin));
                 addresses.insert(id, address);
             }
         }
@@ -375,11 +375,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             wanted.insert(leader, (*address, None));
             addresses.insert(leader, *address);
         }
-        // An old configuration may lack the present leader, and the candidate that needs this node's vote, or have an address
-        // where they are no more.
+        // An old configuration may lack the present leader, and the candidate that needs this node's vote. What a configuration
+        // says of somebody, no stranger can replace.
         let leader = raft.leader();
-        let named = |id, address| addresses.get(&id) == Some(&address);
-        self.referrals.forget(|id, address| named(id, address) || self.members.pins && leader != Some(id));
+        self.referrals.forget(|id| addresses.contains_key(&id) || leader.is_some_and(|leader| leader != id));
         for (id, address) in self.referrals.acquaintances() {
             wanted.insert(id, (address, None));
             addresses.insert(id, address);
@@ -422,6 +421,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         wanted: BTreeMap<NodeId, (SocketAddr, Option<Incarnation>)>,
     ) -> Result<(), StopError> {
         let gone: Vec<NodeId> = self.peers.keys().filter(|id| !wanted.contains_key(id)).copied().collect();
+        if !gone.is_empty() {
+            // Among what they are still to be told may be that they have left.
+            self.send_queued();
+        }
         for id in gone {
             self.forget_peer(id)?;
         }

@@ -25,15 +25,15 @@ use ringraft_block::NodeId;
 use ringraft_net::link::Link;
 use ringraft_net::{PeerConfig, Referral};
 use ringraft_wal::disk::Disk;
-use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
 use std::ops::Bound;
 
 /// A member is asked so often.
 const ASK_INTERVAL_NS: u64 = 500_000_000;
 
-/// So many are remembered that are in no configuration here; the lowest ids are forgotten for new ones.
+/// So many are remembered that are in no configuration here; the oldest is forgotten for a new one.
 const ACQUAINTANCES_MAX: usize = 32;
 
 #[derive(Default)]
@@ -46,7 +46,7 @@ pub(super) struct Referrals {
     /// Whom it refers others to.
     given: Option<Referral>,
     /// Of a member that hears no leader: whom it was referred to, and who introduced themselves.
-    acquaintances: BTreeMap<NodeId, SocketAddr>,
+    acquaintances: VecDeque<(NodeId, SocketAddr)>,
 }
 
 impl Referrals {
@@ -57,22 +57,29 @@ impl Referrals {
 
     /// Who may be members of a configuration that is not known here.
     pub(super) fn acquaintances(&self) -> impl Iterator<Item = (NodeId, SocketAddr)> + '_ {
-        self.acquaintances.iter().map(|(id, address)| (*id, *address))
+        self.acquaintances.iter().copied()
     }
 
     /// Has no more to do with acquaintances that `which` is true of.
-    pub(super) fn forget(&mut self, which: impl Fn(NodeId, SocketAddr) -> bool) {
-        self.acquaintances.retain(|id, address| !which(*id, *address));
+    pub(super) fn forget(&mut self, which: impl Fn(NodeId) -> bool) {
+        self.acquaintances.retain(|(id, _)| !which(*id));
+    }
+
+    fn has_met(&self, id: NodeId) -> bool {
+        self.acquaintances.iter().any(|(known, _)| *known == id)
     }
 
     /// Whether that is news.
     fn meet(&mut self, id: NodeId, address: SocketAddr) -> bool {
-        let news = self.acquaintances.insert(id, address) != Some(address);
-        while self.acquaintances.len() > ACQUAINTANCES_MAX {
-            let first = self.acquaintances.keys().find(|known| **known != id).copied();
-            self.acquaintances.retain(|known, _| Some(*known) != first);
+        if self.acquaintances.contains(&(id, address)) {
+            return false;
         }
-        news
+        self.acquaintances.retain(|(known, _)| *known != id);
+        if self.acquaintances.len() == ACQUAINTANCES_MAX {
+            self.acquaintances.pop_front();
+        }
+        self.acquaintances.push_back((id, address));
+        true
     }
 }
 
@@ -94,7 +101,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let own = self.config.node;
         let configured =
             self.config.members.iter().find(|member| member.id == own).map(|member| member.address);
-        network.introduce_at(self.members.address_of(own).or(configured));
+        // What an operator says of this node is newer than what an old log does.
+        network.introduce_at(configured.or_else(|| self.members.address_of(own)));
         if network.ask(node, address, &mut self.link) {
             self.referrals.asked = node;
         }
@@ -131,13 +139,18 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
 
     /// A member has answered.
     pub(super) fn referred(&mut self, by: NodeId, to: Option<Referral>) -> Result<(), StopError> {
-        let to = to.filter(|to| to.node != self.config.node && self.referrals.told != Some(*to));
-        let Some(to) = to.filter(|_| self.referrals_deadline() < u64::MAX) else { return Ok(()) };
+        let Some(to) = to.filter(|to| to.node != self.config.node) else { return Ok(()) };
+        if self.referrals_deadline() == u64::MAX {
+            return Ok(());
+        }
+        let met = !matches!(self.life, Life::Forming(_)) && self.take_up_with(to.node, to.address);
+        if self.referrals.told == Some(to) && !met {
+            return Ok(());
+        }
         tracing::info!(node = %self.config.node, %by, leader = %to.node, address = %to.address, "the leader is looked for there");
         let before = self.referrals.told.replace(to);
         if !matches!(self.life, Life::Forming(_)) {
             // The peers are those of the configuration, and this one.
-            self.referrals.meet(to.node, to.address);
             self.members.changed();
             return Ok(());
         }
@@ -163,10 +176,16 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         if !leaderless || self.closing || by == self.config.node {
             return;
         }
-        let known = self.members.address_of(by) == Some(address);
-        if !known && self.referrals.meet(by, address) {
-            tracing::info!(node = %self.config.node, peer = %by, %address, "not the address that the configuration has");
+        if self.take_up_with(by, address) {
+            tracing::info!(node = %self.config.node, peer = %by, %address, "met, though in no configuration here");
             self.members.changed();
         }
+    }
+
+    /// Remembers one that no configuration names; false if one does, or there is nothing new. What a configuration says of somebody
+    /// is not replaced by hearsay.
+    fn take_up_with(&mut self, id: NodeId, address: SocketAddr) -> bool {
+        let named = self.members.address_of(id).is_some() && !self.referrals.has_met(id);
+        !named && self.referrals.meet(id, address)
     }
 }
