@@ -5,8 +5,8 @@ use super::check::Recorder;
 use super::disk::SimDisk;
 use super::link::{SimLink, address_of};
 use super::node::{
-    Answer, Ask, Boot, CANDIDATE, Cluster, ImageLog, LEADER, Members, Outcome, RefusedAtOnce, SessionAsk,
-    SimNode, StopReason, Tuning, Turned, View, Wish, is_remote,
+    Answer, Ask, Boot, CANDIDATE, Cluster, ImageLog, LEADER, Lack, Members, Outcome, RefusedAtOnce,
+    SessionAsk, SimNode, StopReason, Tuning, Turned, View, Wish, is_remote,
 };
 use bytes::Bytes;
 use ringraft::config::{Config, MemberConfig};
@@ -371,6 +371,17 @@ impl SimNode for EngineNode {
             let restraint = raft.restraint();
             restraint.damaged_from.is_none() && restraint.claim.is_none() && !restraint.state_lost
         })
+    }
+
+    fn lack(&self) -> Lack {
+        let Some(raft) = self.driver.raft() else { return Lack::default() };
+        let state = invariants::State::of(raft);
+        Lack {
+            term: state.term.get(),
+            acked: state.acked.get(),
+            unread: state.damaged.iter().map(|first| first.get()).collect(),
+            claim: state.restraint.claim.filter(|claim| !claim.certain).map(|claim| claim.term.get()),
+        }
     }
 
     fn check(&self) -> Result<(), String> {
