@@ -15,6 +15,9 @@
 //! either takes up with it. (Votes are given to candidates outside the own configuration: Raft, section 4.1 of Ongaro's
 //! thesis.)
 //!
+//! A leader, too, asks members that it has no session with, for them to learn of it: such a member may have slept through all
+//! that made it the leader, and nobody be left who follows it and could refer the member to it.
+//!
 //! Nothing depends on the answer, or on the introduction, being true: it is one more place to look for the cluster, until a
 //! configuration names this node or a leader is heard.
 
@@ -112,26 +115,39 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     pub(super) fn referrals_deadline(&self) -> u64 {
         let seeks = match &self.life {
             Life::Forming(_) => self.config.join,
+            Life::Running(raft) if raft.leader() == Some(self.config.node) => self.unmet().next().is_some(),
             Life::Running(raft) => {
-                let leader = raft.leader().filter(|leader| *leader != self.config.node);
-                let met = leader
-                    .and_then(|leader| self.peers.get(&leader))
-                    .is_some_and(|peer| peer.session.is_some());
+                let met = raft.leader().is_some_and(|leader| self.has_session_with(leader));
                 let strange = !self.members.view().is_member || !self.members.pins();
-                strange && !met && raft.leader() != Some(self.config.node)
+                strange && !met
             }
             _ => false,
         };
         if seeks && !self.closing && self.network.is_some() { self.referrals.ask_at_ns } else { u64::MAX }
     }
 
-    /// The next one in the order of ids, of all who are known.
+    /// Members of the configuration in force that there is no session with.
+    fn unmet(&self) -> impl Iterator<Item = NodeId> + '_ {
+        let members = self.raft().map(|raft| raft.configuration().members()).unwrap_or_default();
+        let others = members.iter().map(|member| member.id).filter(|id| *id != self.config.node);
+        others.filter(|id| !self.has_session_with(*id))
+    }
+
+    fn leads_now(&self) -> bool {
+        self.raft().is_some_and(|raft| raft.leader() == Some(self.config.node))
+    }
+
+    /// The next one in the order of ids, of all who are known; of a leader, of those whom it misses.
     fn whom_to_ask(&self) -> Option<(NodeId, SocketAddr)> {
         let mut known: BTreeMap<NodeId, SocketAddr> =
             self.config.members.iter().map(|member| (member.id, member.address)).collect();
         known.extend(self.members.addresses());
         known.extend(self.referrals.told());
         known.remove(&self.config.node);
+        if self.leads_now() {
+            let unmet: Vec<NodeId> = self.unmet().collect();
+            known.retain(|id, _| unmet.contains(id));
+        }
         let behind = (Bound::Excluded(self.referrals.asked), Bound::Unbounded);
         let next = known.range(behind).next().or_else(|| known.first_key_value());
         next.map(|(node, address)| (*node, *address))
@@ -140,7 +156,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// A member has answered.
     pub(super) fn referred(&mut self, by: NodeId, to: Option<Referral>) -> Result<(), StopError> {
         let Some(to) = to.filter(|to| to.node != self.config.node) else { return Ok(()) };
-        if self.referrals_deadline() == u64::MAX {
+        if self.referrals_deadline() == u64::MAX || self.leads_now() {
             return Ok(());
         }
         let met = !matches!(self.life, Life::Forming(_)) && self.take_up_with(to.node, to.address);

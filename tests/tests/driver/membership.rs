@@ -716,6 +716,33 @@ fn a_member_follows_a_leader_that_an_overtaken_configuration_knows_by_another_di
     }
 }
 
+/// Nobody is left but the leader and a learner that has never heard of it: no one follows the leader who could refer the learner
+/// to it. Once with a leader that dials the learner, and once with one that it must dial.
+#[test]
+fn a_leader_makes_itself_known_to_a_member_whose_configuration_does_not_name_it() {
+    for (sleeper, leaving, coming) in [(0, [1, 2], 3), (3, [1, 2], 0)] {
+        let mut rig = Rig::new(4);
+        let first = [sleeper, leaving[0], leaving[1]];
+        founded_by(&mut rig, &first);
+        let leader = rig.run_until_led();
+        let index = rig.commit(leader, 100);
+        rig.run_until_all_apply(&first, index);
+        rig.kill(sleeper);
+        let leader = rig.run_until_led();
+        rig.boot(joining(coming, &leaving));
+        rig.change(leader, adding(&[coming])).expect("added");
+        let demote = MembershipChange { demote: vec![id(sleeper)], ..MembershipChange::default() };
+        rig.change(leader, demote).expect("a learner now");
+        rig.change(leader, removing(&leaving)).expect("removed");
+        rig.run_until("it leads", |rig| rig.leader() == Some(coming));
+        leaving.into_iter().for_each(|node| rig.kill(node));
+        let index = rig.commit(coming, 10);
+        rig.boot(founder(sleeper, &first));
+        rig.run_until_all_apply(&[sleeper], index);
+        assert_eq!(rig.members(sleeper), rig.members(coming));
+    }
+}
+
 /// The leader and a follower are removed in one change: the follower learns that this is committed, though the leader that has
 /// committed it is gone and the next one does not count it.
 #[test]
