@@ -30,6 +30,17 @@ pub(super) struct DryRun {
     pub(super) epoch: u64,
 }
 
+impl DryRun {
+    /// Whether a file that had been listed was not there any more.
+    pub(super) fn has_lost_a_file(&self) -> bool {
+        let error = match &self.outcome {
+            Err(WalError::Disk { error, .. }) => error,
+            _ => return false,
+        };
+        error.kind == DiskErrorKind::NotFound
+    }
+}
+
 /// Lets the engine's recovery look at `dir` as the node that `identity` names.
 pub(super) fn dry_run(
     dir: &Path,

@@ -117,6 +117,9 @@ struct Finding {
     what: String,
 }
 
+/// A directory that a node uses is looked at so many times more when a file that was there is gone.
+const LIVE_LOOKS_MAX: usize = 20;
+
 /// Runs the command.
 pub(crate) fn run(args: &WalArgs) -> anyhow::Result<()> {
     match &args.command {
@@ -144,7 +147,17 @@ impl Look {
         let mut survey = Survey::take(directory, on_batch)?;
         let (mut recovery, mut refused) = (None, None);
         match survey.hard_state() {
-            Some(identity) => recovery = Some(dry_run(directory, identity, survey.segment_bytes)?),
+            Some(identity) => {
+                let mut run = dry_run(directory, identity, survey.segment_bytes)?;
+                // A node that runs makes and renames segments while they are looked at.
+                for _ in 0..LIVE_LOOKS_MAX {
+                    if survey.held_by.is_none() || !run.has_lost_a_file() {
+                        break;
+                    }
+                    run = dry_run(directory, identity, survey.segment_bytes)?;
+                }
+                recovery = Some(run);
+            }
             None if survey.segments.is_empty()
                 && survey.copies.iter().all(|copy| copy.state == "missing") =>
             {
