@@ -15,6 +15,9 @@
 //! [`Generator`] decides and keeps the ledger; it neither waits nor reads a clock unless told. The two `run`
 //! functions below it wait.
 
+mod alarm;
+
+use self::alarm::Alarm;
 use crate::bench::control::Plan;
 use crate::bench::ledger::{Ending, Figure, Ledger, Phase};
 use bytes::{Bytes, BytesMut};
@@ -421,11 +424,16 @@ impl Channel for FromThread {
     }
 }
 
-/// Generates load from the calling thread until the plan is over; returns after the ledger says so.
-pub(crate) fn run_on_thread(handle: &Handle, job: Job) {
-    // The open loop's sleeps must end when they should; by default the kernel may add 50 µs to each.
+/// Lets the sleeps of the calling thread, as those of the open loop, end when they should: by default the kernel may add 50 µs
+/// to each.
+fn sleep_precisely() {
     // SAFETY: sets an attribute of the calling thread, no memory is passed.
     unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1_000_u64, 0_u64, 0_u64, 0_u64) };
+}
+
+/// Generates load from the calling thread until the plan is over; returns after the ledger says so.
+pub(crate) fn run_on_thread(handle: &Handle, job: Job) {
+    sleep_precisely();
     let filler = filler(job.plan.payload_bytes);
     let mut channel = FromThread { pipeline: handle.pipeline(), filler, chunk: BytesMut::new() };
     let mut generator = Generator::new(job);
@@ -458,11 +466,19 @@ impl Channel for OnCore {
     }
 }
 
-/// Generates load from a task on the core. Closed loop only: a task beside the core has no timer.
+/// Generates load from a task on the core. For the open loop a thread wakes it when a command is due, unless a completion
+/// does before.
 async fn run_on_core(handle: &LocalHandle, job: Job) {
     let mut command = vec![0; COMMAND_BYTES_MIN];
     command.extend(filler(job.plan.payload_bytes));
     let mut channel = OnCore { pipeline: handle.pipeline(), command };
+    let alarm = match job.plan.rate.map(|_| Alarm::new()).transpose() {
+        Ok(alarm) => alarm,
+        Err(error) => {
+            tracing::error!(%error, "no thread for the open loop's clock");
+            return job.ledger.end(Ending::Refused);
+        }
+    };
     let mut generator = Generator::new(job);
     let mut completions = Vec::new();
     let mut now_ns = self::now_ns();
@@ -472,11 +488,24 @@ async fn run_on_core(handle: &LocalHandle, job: Job) {
         if let Some(ending) = generator.ended(now_ns) {
             break ending;
         }
-        if generator.outstanding == 0 {
-            // Refused although nothing is in flight: let the core have its turn.
-            yield_now().await;
-        } else {
-            poll_fn(|context| channel.pipeline.poll_completions(context, &mut completions)).await;
+        match &alarm {
+            None if generator.outstanding == 0 => {
+                // Refused although nothing is in flight: let the core have its turn.
+                yield_now().await;
+            }
+            None => poll_fn(|context| channel.pipeline.poll_completions(context, &mut completions)).await,
+            Some(alarm) => {
+                let wake_ns = generator.wake_ns(now_ns);
+                poll_fn(|context| {
+                    let done = channel.pipeline.poll_completions(context, &mut completions);
+                    if done.is_ready() || self::now_ns() >= wake_ns {
+                        return Poll::Ready(());
+                    }
+                    alarm.set(wake_ns, context.waker());
+                    Poll::Pending
+                })
+                .await;
+            }
         }
         now_ns = self::now_ns();
         generator.settle(now_ns, &mut completions);

@@ -274,6 +274,11 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.closing
     }
 
+    /// Whether there is a session with `peer`.
+    pub fn has_session_with(&self, peer: NodeId) -> bool {
+        self.peers.get(&peer).is_some_and(|peer| peer.session.is_some())
+    }
+
     /// The core, once the cluster is formed.
     pub fn raft(&self) -> Option<&Raft> {
         match &self.life {
@@ -504,7 +509,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     fn publish(&self) {
         let Some(raft) = self.raft() else { return };
         // Of a state that cannot be read nothing is applied, wherever the log begins.
-        let lost = raft.restraint().state_lost;
+        let lost = raft.is_state_lost();
         let (applied, chain) = if lost { (LogIndex(0), Chain::default()) } else { self.applied() };
         let leader = self.leader_hint();
         let damage = self.damage_status(raft);

@@ -127,9 +127,10 @@ impl Ingress {
         Ok(())
     }
 
-    /// The next command. It counts as queued until [`Ingress::taken`].
+    /// The next command. It counts as queued until [`Ingress::taken`]. Costs two loads when there is none: an empty queue's own
+    /// `pop` is a fence, and whoever needs one, because it is about to park or stop, has its own.
     pub(crate) fn pop(&self) -> Option<Submission> {
-        self.queue.pop()
+        if self.queue.is_empty() { None } else { self.queue.pop() }
     }
 
     /// Commands that cost so much have been popped: told once for all of a turn.

@@ -11,7 +11,7 @@ use crate::handle::{Handle, LocalHandle, Shared};
 use bytes::Bytes;
 use crossbeam_queue::ArrayQueue;
 use ringraft_block::LogIndex;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 /// How current a read is.
@@ -135,26 +135,33 @@ impl ReadTicket {
 }
 
 /// Reads between any thread and the core.
-pub(crate) struct ReadQueue(ArrayQueue<ReadRequest>);
+pub(crate) struct ReadQueue {
+    capacity: usize,
+    /// Made by the first read, since it may take megabytes, and many a node is never asked to read.
+    queue: OnceLock<ArrayQueue<ReadRequest>>,
+}
 
 impl ReadQueue {
     pub(crate) fn new(capacity: usize) -> Self {
-        Self(ArrayQueue::new(capacity))
+        Self { capacity, queue: OnceLock::new() }
     }
 
     /// Queues a read, or refuses it. `stopped` is looked at after it is in the queue: see [`Ingress`](crate::ingress::Ingress).
     pub(crate) fn push(&self, request: ReadRequest) {
-        if let Err(ReadRequest { ticket, .. }) = self.0.push(request) {
+        let queue = self.queue.get_or_init(|| ArrayQueue::new(self.capacity));
+        if let Err(ReadRequest { ticket, .. }) = queue.push(request) {
             ticket.refuse(ReadError::Busy);
         }
     }
 
+    /// The next read. As with commands, nothing is fenced when there is none.
     pub(crate) fn pop(&self) -> Option<ReadRequest> {
-        self.0.pop()
+        self.queue.get().filter(|queue| !queue.is_empty())?.pop()
     }
 
     pub(crate) fn refuse_all(&self, cause: &StopCause) {
-        while let Some(request) = self.pop() {
+        let Some(queue) = self.queue.get() else { return };
+        while let Some(request) = queue.pop() {
             request.ticket.refuse(ReadError::Stopped(cause.clone()));
         }
     }

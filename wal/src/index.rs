@@ -235,6 +235,11 @@ impl Index {
         if index > self.last {
             return None;
         }
+        // Most ask for the last batch.
+        let newest = self.len().checked_sub(1)?;
+        if self.row(newest)?.first <= index {
+            return self.at(newest);
+        }
         let after = self.partition(|row| row.first <= index);
         self.at(after.checked_sub(1)?)
     }

@@ -482,6 +482,12 @@ impl<D: Disk> Wal<D> {
         }
     }
 
+    /// [`WalStats::rollovers`] alone.
+    #[must_use]
+    pub fn rollovers(&self) -> u64 {
+        self.stats.rollovers
+    }
+
     /// Names the oldest operation in flight that the service waits for (an append, a save of the hard state, or a step in the
     /// making of the segment that is appended to next), so that its age can be taken: the number stays the same until
     /// that operation ends, and no later operation has it.

@@ -148,9 +148,6 @@ impl BenchArgs {
         if self.rate.is_some_and(|rate| !(rate.is_finite() && rate > 0.0)) {
             return Err(usage("--rate must be more than 0".to_owned()));
         }
-        if self.rate.is_some() && self.load == LoadFrom::Core {
-            return Err(usage("--rate needs --load thread: a task beside the core has no timer".to_owned()));
-        }
         if self.duration.is_zero() {
             return Err(usage("--duration must be more than 0".to_owned()));
         }

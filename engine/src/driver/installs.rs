@@ -174,6 +174,9 @@ impl<B: BlockBuf> Installs<B> {
 
     /// Moves what waits to the network, as far as that has room.
     pub(super) fn send<L: Link<Buf = B>>(&mut self, network: &mut Network<L>, encoder: &mut Encoder) {
+        if self.outgoing.is_empty() {
+            return;
+        }
         let mut full = BTreeSet::new();
         let mut kept = VecDeque::new();
         while let Some((to, message)) = self.outgoing.pop_front() {

@@ -349,15 +349,22 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                     continue;
                 };
                 addresses.insert(member.id, address);
-                let pin = self.members.pins.then_some(member.incarnation);
+                // An overtaken configuration does not know who they are now.
+                let in_force = raft.configuration().member(member.id);
+                let pin = in_force.filter(|_| self.members.pins).map(|member| member.incarnation);
                 wanted.insert(member.id, (address, pin));
             }
         }
         // Until they know that they have left, they are sent to where they were.
-        for id in raft.replicated_to().filter(|id| !wanted.contains_key(id)).collect::<Vec<_>>() {
-            if let Some(address) = self.members.addresses.get(&id) {
-                wanted.insert(id, (*address, None));
-                addresses.insert(id, *address);
+        // (Who is being added again is met where the change says.)
+        let leaving = raft.replicated_to().filter(|id| !self.members.guests.contains_key(id));
+        for id in leaving.filter(|id| !wanted.contains_key(id)).collect::<Vec<_>>() {
+            let member = raft.configurations().rev().find_map(|(_, configuration)| configuration.member(id));
+            let of_log = member.and_then(|member| member.address.parse().ok());
+            if let Some(address) = self.members.addresses.get(&id).copied().or(of_log) {
+                let pin = member.filter(|_| self.members.pins).map(|member| member.incarnation);
+                wanted.insert(id, (address, pin));
+                addresses.insert(id, address);
             }
         }
         // A log that is caught up may pass a configuration without the very leader that sends it, which was added later.
@@ -368,11 +375,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             wanted.insert(leader, (*address, None));
             addresses.insert(leader, *address);
         }
-        // An old configuration may lack the present leader, and the candidate that needs this node's vote, or have an address
-        // where they are no more.
+        // An old configuration may lack the present leader, and the candidate that needs this node's vote. What a configuration
+        // says of somebody, no stranger can replace.
         let leader = raft.leader();
-        let named = |id, address| addresses.get(&id) == Some(&address);
-        self.referrals.forget(|id, address| named(id, address) || self.members.pins && leader != Some(id));
+        self.referrals.forget(|id| addresses.contains_key(&id) || leader.is_some_and(|leader| leader != id));
         for (id, address) in self.referrals.acquaintances() {
             wanted.insert(id, (address, None));
             addresses.insert(id, address);
@@ -415,6 +421,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         wanted: BTreeMap<NodeId, (SocketAddr, Option<Incarnation>)>,
     ) -> Result<(), StopError> {
         let gone: Vec<NodeId> = self.peers.keys().filter(|id| !wanted.contains_key(id)).copied().collect();
+        if !gone.is_empty() {
+            // Among what they are still to be told may be that they have left.
+            self.send_queued();
+        }
         for id in gone {
             self.forget_peer(id)?;
         }

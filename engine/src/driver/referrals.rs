@@ -15,6 +15,9 @@
 //! either takes up with it. (Votes are given to candidates outside the own configuration: Raft, section 4.1 of Ongaro's
 //! thesis.)
 //!
+//! A leader, too, asks members that it has no session with, for them to learn of it: such a member may have slept through all
+//! that made it the leader, and nobody be left who follows it and could refer the member to it.
+//!
 //! Nothing depends on the answer, or on the introduction, being true: it is one more place to look for the cluster, until a
 //! configuration names this node or a leader is heard.
 
@@ -25,15 +28,15 @@ use ringraft_block::NodeId;
 use ringraft_net::link::Link;
 use ringraft_net::{PeerConfig, Referral};
 use ringraft_wal::disk::Disk;
-use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
 use std::ops::Bound;
 
 /// A member is asked so often.
 const ASK_INTERVAL_NS: u64 = 500_000_000;
 
-/// So many are remembered that are in no configuration here; the lowest ids are forgotten for new ones.
+/// So many are remembered that are in no configuration here; the oldest is forgotten for a new one.
 const ACQUAINTANCES_MAX: usize = 32;
 
 #[derive(Default)]
@@ -46,7 +49,7 @@ pub(super) struct Referrals {
     /// Whom it refers others to.
     given: Option<Referral>,
     /// Of a member that hears no leader: whom it was referred to, and who introduced themselves.
-    acquaintances: BTreeMap<NodeId, SocketAddr>,
+    acquaintances: VecDeque<(NodeId, SocketAddr)>,
 }
 
 impl Referrals {
@@ -57,22 +60,29 @@ impl Referrals {
 
     /// Who may be members of a configuration that is not known here.
     pub(super) fn acquaintances(&self) -> impl Iterator<Item = (NodeId, SocketAddr)> + '_ {
-        self.acquaintances.iter().map(|(id, address)| (*id, *address))
+        self.acquaintances.iter().copied()
     }
 
     /// Has no more to do with acquaintances that `which` is true of.
-    pub(super) fn forget(&mut self, which: impl Fn(NodeId, SocketAddr) -> bool) {
-        self.acquaintances.retain(|id, address| !which(*id, *address));
+    pub(super) fn forget(&mut self, which: impl Fn(NodeId) -> bool) {
+        self.acquaintances.retain(|(id, _)| !which(*id));
+    }
+
+    fn has_met(&self, id: NodeId) -> bool {
+        self.acquaintances.iter().any(|(known, _)| *known == id)
     }
 
     /// Whether that is news.
     fn meet(&mut self, id: NodeId, address: SocketAddr) -> bool {
-        let news = self.acquaintances.insert(id, address) != Some(address);
-        while self.acquaintances.len() > ACQUAINTANCES_MAX {
-            let first = self.acquaintances.keys().find(|known| **known != id).copied();
-            self.acquaintances.retain(|known, _| Some(*known) != first);
+        if self.acquaintances.contains(&(id, address)) {
+            return false;
         }
-        news
+        self.acquaintances.retain(|(known, _)| *known != id);
+        if self.acquaintances.len() == ACQUAINTANCES_MAX {
+            self.acquaintances.pop_front();
+        }
+        self.acquaintances.push_back((id, address));
+        true
     }
 }
 
@@ -82,10 +92,6 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let leader = self.leader_hint().map(|hint| Referral { node: hint.id, address: hint.address });
         let due = self.referrals_deadline() <= self.now.monotonic_ns;
         let next = if due { self.whom_to_ask() } else { None };
-        let own = self.config.node;
-        let configured =
-            self.config.members.iter().find(|member| member.id == own).map(|member| member.address);
-        let own_address = self.members.address_of(own).or(configured);
         let Some(network) = &mut self.network else { return };
         if self.referrals.given != leader {
             self.referrals.given = leader;
@@ -94,12 +100,13 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         if due {
             self.referrals.ask_at_ns = self.now.monotonic_ns.saturating_add(ASK_INTERVAL_NS);
         }
-        if next.is_some() {
-            network.introduce_at(own_address);
-        }
-        if let Some((node, address)) = next
-            && network.ask(node, address, &mut self.link)
-        {
+        let Some((node, address)) = next else { return };
+        let own = self.config.node;
+        let configured =
+            self.config.members.iter().find(|member| member.id == own).map(|member| member.address);
+        // What an operator says of this node is newer than what an old log does.
+        network.introduce_at(configured.or_else(|| self.members.address_of(own)));
+        if network.ask(node, address, &mut self.link) {
             self.referrals.asked = node;
         }
     }
@@ -108,26 +115,39 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     pub(super) fn referrals_deadline(&self) -> u64 {
         let seeks = match &self.life {
             Life::Forming(_) => self.config.join,
+            Life::Running(raft) if raft.leader() == Some(self.config.node) => self.unmet().next().is_some(),
             Life::Running(raft) => {
-                let leader = raft.leader().filter(|leader| *leader != self.config.node);
-                let met = leader
-                    .and_then(|leader| self.peers.get(&leader))
-                    .is_some_and(|peer| peer.session.is_some());
+                let met = raft.leader().is_some_and(|leader| self.has_session_with(leader));
                 let strange = !self.members.view().is_member || !self.members.pins();
-                strange && !met && raft.leader() != Some(self.config.node)
+                strange && !met
             }
             _ => false,
         };
         if seeks && !self.closing && self.network.is_some() { self.referrals.ask_at_ns } else { u64::MAX }
     }
 
-    /// The next one in the order of ids, of all who are known.
+    /// Members of the configuration in force that there is no session with.
+    fn unmet(&self) -> impl Iterator<Item = NodeId> + '_ {
+        let members = self.raft().map(|raft| raft.configuration().members()).unwrap_or_default();
+        let others = members.iter().map(|member| member.id).filter(|id| *id != self.config.node);
+        others.filter(|id| !self.has_session_with(*id))
+    }
+
+    fn leads_now(&self) -> bool {
+        self.raft().is_some_and(|raft| raft.leader() == Some(self.config.node))
+    }
+
+    /// The next one in the order of ids, of all who are known; of a leader, of those whom it misses.
     fn whom_to_ask(&self) -> Option<(NodeId, SocketAddr)> {
         let mut known: BTreeMap<NodeId, SocketAddr> =
             self.config.members.iter().map(|member| (member.id, member.address)).collect();
         known.extend(self.members.addresses());
         known.extend(self.referrals.told());
         known.remove(&self.config.node);
+        if self.leads_now() {
+            let unmet: Vec<NodeId> = self.unmet().collect();
+            known.retain(|id, _| unmet.contains(id));
+        }
         let behind = (Bound::Excluded(self.referrals.asked), Bound::Unbounded);
         let next = known.range(behind).next().or_else(|| known.first_key_value());
         next.map(|(node, address)| (*node, *address))
@@ -135,13 +155,18 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
 
     /// A member has answered.
     pub(super) fn referred(&mut self, by: NodeId, to: Option<Referral>) -> Result<(), StopError> {
-        let to = to.filter(|to| to.node != self.config.node && self.referrals.told != Some(*to));
-        let Some(to) = to.filter(|_| self.referrals_deadline() < u64::MAX) else { return Ok(()) };
+        let Some(to) = to.filter(|to| to.node != self.config.node) else { return Ok(()) };
+        if self.referrals_deadline() == u64::MAX || self.leads_now() {
+            return Ok(());
+        }
+        let met = !matches!(self.life, Life::Forming(_)) && self.take_up_with(to.node, to.address);
+        if self.referrals.told == Some(to) && !met {
+            return Ok(());
+        }
         tracing::info!(node = %self.config.node, %by, leader = %to.node, address = %to.address, "the leader is looked for there");
         let before = self.referrals.told.replace(to);
         if !matches!(self.life, Life::Forming(_)) {
             // The peers are those of the configuration, and this one.
-            self.referrals.meet(to.node, to.address);
             self.members.changed();
             return Ok(());
         }
@@ -167,10 +192,16 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         if !leaderless || self.closing || by == self.config.node {
             return;
         }
-        let known = self.members.address_of(by) == Some(address);
-        if !known && self.referrals.meet(by, address) {
-            tracing::info!(node = %self.config.node, peer = %by, %address, "not the address that the configuration has");
+        if self.take_up_with(by, address) {
+            tracing::info!(node = %self.config.node, peer = %by, %address, "met, though in no configuration here");
             self.members.changed();
         }
+    }
+
+    /// Remembers one that no configuration names; false if one does, or there is nothing new. What a configuration says of somebody
+    /// is not replaced by hearsay.
+    fn take_up_with(&mut self, id: NodeId, address: SocketAddr) -> bool {
+        let named = self.members.address_of(id).is_some() && !self.referrals.has_met(id);
+        !named && self.referrals.meet(id, address)
     }
 }

@@ -236,6 +236,9 @@ impl<B: BlockBuf> Repairer<B> {
 
     /// Moves questions and answers to the network, as far as that has room.
     pub(super) fn send<L: Link<Buf = B>>(&mut self, network: &mut Network<L>, encoder: &mut Encoder) {
+        if self.outgoing.is_empty() {
+            return;
+        }
         let mut kept = VecDeque::new();
         while let Some((to, message)) = self.outgoing.pop_front() {
             let (kind, body, attachment) = match &message {
@@ -324,7 +327,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         crate::handle::DamageStatus {
             batches: self.wal.damaged_firsts().count(),
             first: self.wal.first_damaged(),
-            claim: raft.restraint().claim,
+            claim: raft.claim(),
             waiting_for: self.repair.waiting_for.clone(),
             repaired: self.repair.repaired,
             disk_stalled_ms: self.stall.stalled_ms(self.now.monotonic_ns),

@@ -68,6 +68,7 @@ impl Raft {
             let round = leader.rounds.stamp(self.now);
             progress.sent(batch.as_ref());
             progress.told(reply_now, self.now);
+            leader.changing.told(progress.id(), self.commit);
             let (term, commit, configuration) = (self.hard.term(), self.commit, None);
             let append = Append { term, previous, batch, commit, round, reply_now, configuration };
             outbox.send(progress.id(), Message::Append(append));
@@ -106,6 +107,7 @@ impl Raft {
         });
         let round = leader.rounds.stamp(self.now);
         progress.told(heartbeat, self.now);
+        leader.changing.told(progress.id(), self.commit);
         let append = Append {
             term: self.hard.term(),
             previous,
@@ -232,6 +234,7 @@ impl Raft {
                 let Some(at) = leader.position(peer) else { return };
                 if let Some(progress) = leader.peers.get_mut(at) {
                     progress.new_session(connected);
+                    leader.changing.untold(peer);
                 }
                 self.transfer_lost(peer, actions);
                 self.replicate_to(at, actions);

@@ -156,6 +156,10 @@ impl LogIds {
         if index < self.start.index {
             return None;
         }
+        // Most ask for the end of the log.
+        if let Some(newest) = self.batches.back().filter(|newest| newest.last <= index) {
+            return Some(newest.last);
+        }
         let after = self.batches.partition_point(|slot| slot.last <= index);
         Some(
             after

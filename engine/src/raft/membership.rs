@@ -40,13 +40,49 @@ pub(super) struct Changing {
     sealing: Option<Configuration>,
     /// To be given to it at the end of the event.
     to_seal: bool,
-    /// Who has left the configuration, since which index, and until when it is sent to at the latest, once that is committed.
-    leaving: Vec<(NodeId, LogIndex, Option<Nanos>)>,
+    leaving: Vec<Leaving>,
+}
+
+/// Who has left the configuration.
+#[derive(Clone, Copy, Debug)]
+struct Leaving {
+    id: NodeId,
+    /// Where the configuration without it stands.
+    index: LogIndex,
+    /// It was told in this session that this is committed.
+    told: bool,
+    /// Until when it is sent to at the latest, once that is committed.
+    until: Option<Nanos>,
+}
+
+impl Leaving {
+    fn new(id: NodeId, index: LogIndex) -> Self {
+        Self { id, index, told: false, until: None }
+    }
 }
 
 impl Changing {
+    /// Of a leader that begins, where `left` are not members any more since the configuration at `index`.
+    pub(super) fn begun_with(left: Vec<NodeId>, index: LogIndex) -> Self {
+        Self { leaving: left.into_iter().map(|id| Leaving::new(id, index)).collect(), ..Self::default() }
+    }
+
     pub(super) fn is_leaving(&self, id: NodeId) -> bool {
-        self.leaving.iter().any(|(leaving, ..)| *leaving == id)
+        self.leaving.iter().any(|leaving| leaving.id == id)
+    }
+
+    /// An append with the commit index `commit` leaves for `peer`.
+    pub(super) fn told(&mut self, peer: NodeId, commit: LogIndex) {
+        for leaving in self.leaving.iter_mut().filter(|leaving| leaving.id == peer) {
+            leaving.told |= leaving.index <= commit;
+        }
+    }
+
+    /// A session with `peer` began or ended: what it was told may be lost.
+    pub(super) fn untold(&mut self, peer: NodeId) {
+        for leaving in self.leaving.iter_mut().filter(|leaving| leaving.id == peer) {
+            leaving.told = false;
+        }
     }
 
     /// What makes two of them behave alike, times aside.
@@ -60,7 +96,9 @@ impl Changing {
             (id, number, target, matched, done).hash(into);
         }
         leaving.len().hash(into);
-        leaving.iter().for_each(|(id, index, until)| (id, index, until.is_some()).hash(into));
+        for Leaving { id, index, told, until } in leaving {
+            (id, index, told, until.is_some()).hash(into);
+        }
     }
 }
 
@@ -356,22 +394,31 @@ impl Raft {
         self.become_follower(self.hard.term(), None, actions);
     }
 
+    /// Members of the configuration before the newest, and not of that, without this node.
+    pub(super) fn left_last(&self) -> Vec<NodeId> {
+        let before = self.configurations.previous().map(Configuration::members).unwrap_or_default();
+        let left =
+            before.iter().map(|member| member.id).filter(|id| self.configuration().member(*id).is_none());
+        left.filter(|id| *id != self.config.id).collect()
+    }
+
     /// Stops sending to those who have left, once they know it, or have had time to learn it.
     fn forget_the_removed(&mut self, actions: &mut Vec<Action>) {
         let (commit, now, timeout) = (self.commit, self.now, self.config.election_timeout);
         let RoleState::Leader(leader) = &mut self.role else { return };
         let peers = &leader.peers;
         let mut gone = Vec::new();
-        leader.changing.leaving.retain_mut(|(id, index, until)| {
-            if *index > commit {
+        leader.changing.leaving.retain_mut(|leaving| {
+            if leaving.index > commit {
                 return true;
             }
-            let until = *until.get_or_insert(now.plus(timeout));
-            let peer = peers.iter().find(|peer| peer.id() == *id);
-            let knows = peer.is_none_or(|peer| peer.matched() >= *index && peer.notice_due().is_none());
+            let until = *leaving.until.get_or_insert(now.plus(timeout));
+            let peer = peers.iter().find(|peer| peer.id() == leaving.id);
+            // What it has matched it commits as far as it was told, whichever it hears first.
+            let knows = peer.is_none_or(|peer| peer.matched() >= leaving.index && leaving.told);
             let stays = !knows && now < until;
             if !stays {
-                gone.push(*id);
+                gone.push(leaving.id);
             }
             stays
         });
@@ -406,11 +453,11 @@ impl Raft {
                     }
                     Ok(_) => {}
                 }
-                changing.leaving.retain(|(leaving, ..)| *leaving != member.id);
+                changing.leaving.retain(|leaving| leaving.id != member.id);
             }
             for peer in peers.iter().filter(|peer| configuration.member(peer.id()).is_none()) {
                 if !changing.is_leaving(peer.id()) {
-                    changing.leaving.push((peer.id(), index, None));
+                    changing.leaving.push(Leaving::new(peer.id(), index));
                 }
             }
         }

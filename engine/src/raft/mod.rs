@@ -585,6 +585,16 @@ impl Raft {
         }
     }
 
+    /// [`Restraint::claim`] alone.
+    pub(crate) fn claim(&self) -> Option<Claim> {
+        self.repair.claim()
+    }
+
+    /// [`Restraint::state_lost`] alone.
+    pub(crate) fn is_state_lost(&self) -> bool {
+        self.repair.is_state_lost()
+    }
+
     /// Why this node has stopped, if it has.
     #[must_use]
     pub fn violation(&self) -> Option<Violation> {

@@ -5,8 +5,8 @@ use ringraft_block::NodeId;
 
 /// The voters that must agree: a majority of `incoming`, and during a transition also one of `outgoing`.
 ///
-/// Nothing is allocated to count: sets of voters have a handful of members, so the quadratic scan below is the
-/// fastest way too.
+/// Nothing is allocated to count: sets of voters have a handful of members, which are sorted in place. A larger set is
+/// scanned once for each of its members.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Quorum {
     incoming: Vec<NodeId>,
@@ -60,9 +60,21 @@ impl Quorum {
     }
 }
 
+/// Sets of no more voters than this are sorted to count them.
+const SORTED_MAX: usize = 9;
+
 /// The highest value that more than half of `voters` have reached.
 fn majority<T: Ord + Copy>(voters: &[NodeId], value: &impl Fn(NodeId) -> T) -> Option<T> {
     let needed = voters.len() / 2 + 1;
+    let mut reached = [None; SORTED_MAX];
+    if let Some(reached) = reached.get_mut(..voters.len()) {
+        for (place, id) in reached.iter_mut().zip(voters) {
+            *place = Some(value(*id));
+        }
+        reached.sort_unstable();
+        // As many as are needed have reached this, or more.
+        return reached.get(voters.len().checked_sub(needed)?).copied().flatten();
+    }
     let reached_by_majority =
         |candidate: &T| voters.iter().filter(|id| value(**id) >= *candidate).count() >= needed;
     voters.iter().map(|id| value(*id)).filter(reached_by_majority).max()
@@ -96,6 +108,19 @@ mod tests {
         let reached = |id: NodeId| id.get() * 10;
         for (voters, agreed) in [(1, 10), (2, 10), (3, 20), (4, 20), (5, 30)] {
             let ids: Vec<u64> = (1..=voters).collect();
+            assert_eq!(quorum(&ids, &[]).agreed(reached), agreed, "{voters} voters");
+        }
+    }
+
+    #[test]
+    fn a_majority_is_counted_alike_in_sets_that_are_sorted_and_in_larger_ones() {
+        for voters in 1..=SORTED_MAX as u64 + 3 {
+            let ids: Vec<u64> = (1..=voters).collect();
+            // In no order, and some of them equal.
+            let reached = |id: NodeId| id.get() * 7 % 5;
+            let mut sorted: Vec<u64> = ids.iter().map(|id| reached(NodeId(*id))).collect();
+            sorted.sort_unstable_by(|one, other| other.cmp(one));
+            let agreed = sorted[ids.len() / 2];
             assert_eq!(quorum(&ids, &[]).agreed(reached), agreed, "{voters} voters");
         }
     }

@@ -200,8 +200,10 @@ impl Raft {
 
     /// Answers the reads that are ready, and asks for a round when others need one and none is under way.
     pub(super) fn serve_reads(&mut self, actions: &mut Vec<Action>) {
-        for origin in std::mem::take(&mut self.reads.void) {
-            self.answer_read(origin, None, actions);
+        if !self.reads.void.is_empty() {
+            for origin in std::mem::take(&mut self.reads.void) {
+                self.answer_read(origin, None, actions);
+            }
         }
         while !self.reads.waiting.is_empty() {
             let returned = self.quorum_round().unwrap_or_default();

@@ -102,14 +102,23 @@ impl Raft {
     pub(super) fn become_leader(&mut self, actions: &mut Vec<Action>) {
         let last = self.log.last().index;
         let id = self.config.id;
-        let others = self.configuration().members().iter().filter(|member| member.id != id);
+        let others = self.configuration().members().iter().map(|member| member.id);
+        // Who has left with the newest configuration may know only the leader before this one, and not that it is committed.
+        let left = self.left_last();
+        let mut others: Vec<NodeId> =
+            others.chain(left.iter().copied()).filter(|other| *other != id).collect();
+        others.sort_unstable();
+        if !left.is_empty() {
+            actions.push(Action::MembersChanged);
+        }
+        let changing = Changing::begun_with(left, self.configurations.index());
         self.role = RoleState::Leader(Leader {
-            peers: others.map(|member| Progress::new(member.id, last, self.now)).collect(),
+            peers: others.into_iter().map(|id| Progress::new(id, last, self.now)).collect(),
             rounds: Rounds::new(self.config.election_timeout),
             first_own: None,
             transfer: None,
             told_to_campaign: false,
-            changing: Box::default(),
+            changing: Box::new(changing),
         });
         self.leader = Some(id);
         self.announce(actions);

@@ -42,6 +42,9 @@ struct Arguments {
     /// Whether writes of killed processes may arrive late, instead of what the seed decides
     #[arg(long)]
     late_writes: Option<bool>,
+    /// Whether members join and leave, where disks do not fail, instead of what the seed decides
+    #[arg(long)]
+    changes: Option<bool>,
     /// Of the troubles, only those of these numbers, as a shrunk run names them: 3,17 or none
     #[arg(long, requires = "seed", value_parser = parse_troubles)]
     troubles: Option<BTreeSet<u64>>,
@@ -51,14 +54,15 @@ struct Arguments {
     /// Threads
     #[arg(long, default_value_t = 2)]
     threads: usize,
-    /// Put a known bug back, and report the seed that notices: succeeds if one does
+    /// Put a known bug back, and report the seed that notices: succeeds if one does. A bug of the membership, or of what becomes
+    /// of damaged logs, is looked for where members change, or disks fail, unless it was decided otherwise
     #[arg(long)]
     mutant: Option<String>,
     /// Put each known bug back, one at a time, and tell how many seeds it takes to notice: succeeds if all are noticed
     #[arg(long, conflicts_with_all = ["mutant", "seed"])]
     mutants: bool,
     /// Seeds to run with a known bug before it counts as not noticed
-    #[arg(long, default_value_t = 2_000)]
+    #[arg(long, default_value_t = 4_000)]
     mutant_seeds_max: u64,
     /// Runs to spend on making a failing run smaller; by default 200, and none for a bug that was put back
     #[arg(long)]
@@ -104,6 +108,7 @@ fn main() -> anyhow::Result<ExitCode> {
         image_check_every: arguments.image_check_every,
         disk_faults: arguments.disk_faults,
         late_writes: arguments.late_writes,
+        changes: arguments.changes,
         keep: Keep { troubles: arguments.troubles.clone(), calls: arguments.calls.clone() },
         list_calls: false,
     };
@@ -133,6 +138,7 @@ fn run_seeds(arguments: &Arguments, options: &Options) -> anyhow::Result<ExitCod
         },
         None => None,
     };
+    let options = &bug.map_or_else(|| options.clone(), |bug| bug.options(options));
     let seeds = match (arguments.seed, arguments.seeds.clone()) {
         (Some(seed), _) => seed..seed.checked_add(1).context("the last seed there is cannot be run")?,
         (None, Some(seeds)) => seeds,

@@ -8,7 +8,7 @@ use super::context::Context;
 use super::coverage::Mark;
 use super::kv::{Command, CommandId, HEAD_BYTES, KEYS, Operation, Register, Store};
 use super::linearizable::{self, Call, Verdict};
-use super::node::{Ask, LEADER, View};
+use super::node::{Ask, LEADER, Members, View};
 use super::trace::What;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -102,11 +102,14 @@ pub struct History {
     leaders: BTreeMap<u64, usize>,
     last_leader: Option<usize>,
     known: Known,
+    /// Configurations that are committed, by their places, each with the end of what is known to hold no other one.
+    configurations: BTreeMap<u64, (Members, u64)>,
     /// Each key's values, by the index from which on they were there.
     values: [Vec<(u64, u64)>; KEYS],
     failure: Option<String>,
 }
 
+mod members;
 mod reads;
 
 impl History {
@@ -122,6 +125,7 @@ impl History {
             leaders: BTreeMap::new(),
             last_leader: None,
             known: Known::default(),
+            configurations: BTreeMap::new(),
             values: Default::default(),
             failure: None,
         }))

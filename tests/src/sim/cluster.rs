@@ -5,8 +5,8 @@ use super::check::Recorder;
 use super::disk::SimDisk;
 use super::link::{SimLink, address_of};
 use super::node::{
-    Answer, Ask, Boot, CANDIDATE, Cluster, ImageLog, LEADER, Members, Outcome, RefusedAtOnce, SessionAsk,
-    SimNode, StopReason, Tuning, Turned, View, Wish, is_remote,
+    Answer, Ask, Boot, CANDIDATE, Cluster, ImageLog, LEADER, Lack, Members, Outcome, RefusedAtOnce,
+    SessionAsk, SimNode, StopReason, Tuning, Turned, View, Wish, is_remote,
 };
 use bytes::Bytes;
 use ringraft::config::{Config, MemberConfig};
@@ -140,7 +140,7 @@ fn config(node: usize, founders: usize, tuning: &Tuning) -> Config {
         snapshot_log_bytes: 0,
         snapshot_log_entries: tuning.snapshot_log_entries,
         log_retention_bytes: tuning.log_retention_bytes,
-        // The queue is allocated whole at every start.
+        // The queue is allocated whole by the first read of a life.
         reads_max: 256,
         lease_drift_ppm: tuning.lease_drift_ppm,
         session_timeout: Duration::from_millis(tuning.session_timeout_ms),
@@ -322,12 +322,16 @@ impl SimNode for EngineNode {
             commit: raft.commit().get(),
             applied: self.driver.applied().0.get(),
             epoch: raft.epoch().0,
-            rollovers: self.driver.wal().stats().rollovers,
+            rollovers: self.driver.wal().rollovers(),
         }
     }
 
     fn was_told_to_campaign(&self) -> bool {
         self.driver.raft().is_some_and(Raft::was_told_to_campaign)
+    }
+
+    fn has_session_with(&self, other: usize) -> bool {
+        self.driver.has_session_with(id_of(other))
     }
 
     fn is_closing(&self) -> bool {
@@ -368,6 +372,17 @@ impl SimNode for EngineNode {
             let restraint = raft.restraint();
             restraint.damaged_from.is_none() && restraint.claim.is_none() && !restraint.state_lost
         })
+    }
+
+    fn lack(&self) -> Lack {
+        let Some(raft) = self.driver.raft() else { return Lack::default() };
+        let state = invariants::State::of(raft);
+        Lack {
+            term: state.term.get(),
+            acked: state.acked.get(),
+            unread: state.damaged.iter().map(|first| first.get()).collect(),
+            claim: state.restraint.claim.filter(|claim| !claim.certain).map(|claim| claim.term.get()),
+        }
     }
 
     fn check(&self) -> Result<(), String> {

@@ -129,6 +129,8 @@ pub struct DiskState {
     /// Numbers completed writes and directory operations.
     completed: u64,
     late: Vec<Late>,
+    /// The last write behind the first page of a file that was not of zeros.
+    last_write: Option<(usize, u64)>,
     /// Operations that a fault has struck.
     struck: u64,
     first_struck: Option<String>,
@@ -236,6 +238,7 @@ impl DiskState {
             unsynced: Vec::new(),
             completed: 0,
             late: Vec::new(),
+            last_write: None,
             struck: 0,
             first_struck: None,
             life: 0,
@@ -293,6 +296,12 @@ impl DiskState {
             open.in_flight += 1;
             Some(open.inode)
         });
+        if let (DiskOp::Write { offset, block, .. }, Some(inode)) = (&op, inode)
+            && *offset >= BLOCK_BYTES as u64
+            && block.iter().take(8).any(|byte| *byte != 0)
+        {
+            self.last_write = Some((inode, *offset));
+        }
         let fault = self.fault_of(&op);
 
         let base = match kind {

@@ -51,6 +51,27 @@ impl Bug {
         Self::all().into_iter().find(|bug| plain(&bug.to_string()) == plain(name))
     }
 
+    /// The options with which it is looked for: what only some runs have, and it needs, all of them have, where that was not
+    /// decided.
+    #[must_use]
+    pub fn options(self, options: &Options) -> Options {
+        let mut options = options.clone();
+        let decided = options.changes.is_some() || options.disk_faults.is_some();
+        match self {
+            Self::Engine(mutant) if EngineMutant::MEMBERSHIP.contains(&mutant) && !decided => {
+                (options.changes, options.disk_faults) = (Some(true), Some(false));
+            }
+            Self::Engine(mutant) if EngineMutant::REPAIR.contains(&mutant) && !decided => {
+                options.disk_faults = Some(true);
+            }
+            Self::Engine(EngineMutant::LastVoterElectsItselfWithinLease) if !decided => {
+                (options.changes, options.disk_faults) = (Some(true), Some(false));
+            }
+            _ => {}
+        }
+        options
+    }
+
     /// Puts one bug back for this thread, or none.
     pub fn set(bug: Option<Self>) {
         engine::set(match bug {
@@ -104,9 +125,14 @@ pub fn hunt<C: Cluster>(
         let cluster = make();
         while let Some(bug) = bugs.get(next.fetch_add(1, Ordering::Relaxed)) {
             Bug::set(Some(*bug));
+            let options = &bug.options(options);
             let by = (0..seeds_max).find_map(|seed| {
                 let failure = run(&cluster, seed, options).failure?;
-                Some((seed + 1, failure.message.lines().next().unwrap_or_default().to_owned()))
+                // A seed that fails without the bug has not noticed it.
+                Bug::set(None);
+                let noticed = run(&cluster, seed, options).failure.is_none();
+                Bug::set(Some(*bug));
+                noticed.then(|| (seed + 1, failure.message.lines().next().unwrap_or_default().to_owned()))
             });
             Bug::set(None);
             let caught = Caught { bug: *bug, by };

@@ -51,12 +51,27 @@ pub enum Trouble {
     LateVote,
     /// A voter is started anew while another node cannot hear the leader.
     ForgetfulVoter,
+    /// What a leader answered a follower is long under way when another node leads.
+    StaleAnswer,
+    /// A write of a leader that is cut off is under way for so long that what another leader puts in its place is written first.
+    CutOffWrite,
     /// One write takes far longer than the others.
     StallWrite,
     /// A disk stands still right after its node has entered a term. Not in the table: it comes with the term.
     StallVoter,
     /// The leader is asked for a change of the members.
     ChangeMembers,
+    /// A leader that has just been elected, or has just gone on to other members, is. Not in the table: it comes with that.
+    ChangeAtOnce,
+    /// A leader that has just gone on to other members loses all its links, before anybody else hears of it. Not in the table: it
+    /// comes with that.
+    CutOffAtStep,
+    /// The nodes fall into two groups, one of which has a quorum of the old or of the new voters of a transition. Not in the
+    /// table: it comes with the transition.
+    DivideJoint,
+    /// Whoever is the only voter now is started anew, and whoever made it so does not hear of it. Not in the table: it comes
+    /// with that.
+    LastVoterRestarts,
     /// The core of one process stands still between reading its clock and taking its turn; other threads go on.
     StopCore,
     /// The leader's core does.
@@ -153,6 +168,10 @@ pub const TROUBLES: &[Entry] = &[
     entry(Trouble::Rot, 4, Needs::RottingDisk),
 ];
 
+/// Kinds that are drawn apart from the others.
+pub const SCHEMES: &[Entry] =
+    &[entry(Trouble::StaleAnswer, 6, Needs::Nothing), entry(Trouble::CutOffWrite, 6, Needs::Nothing)];
+
 /// What a run allows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Allowed {
@@ -201,6 +220,8 @@ pub struct Nemesis {
     regicide_ppm: u32,
     /// How often, in a million, a node loses power that has just entered a term.
     perjury_ppm: u32,
+    /// How often, in a million, trouble comes with a step of a change of the members.
+    unrest_ppm: u32,
 }
 
 impl Nemesis {
@@ -220,7 +241,15 @@ impl Nemesis {
         }
         let regicide_ppm = [0, 0, 0, 500_000, 900_000][rng.index(5)];
         let perjury_ppm = [0, 0, 0, 300_000][rng.index(4)];
-        Self { seed: rng.bits(), rng, weights, pause, length, regicide_ppm, perjury_ppm }
+        let seed = rng.bits();
+        let mut apart = Rng::new(!seed);
+        for entry in SCHEMES.iter().filter(|entry| allowed.has(entry.needs, changes)) {
+            if apart.chance(250_000) {
+                weights.push((entry.trouble, entry.weight * apart.between(1, 4)));
+            }
+        }
+        let unrest_ppm = [0, 150_000, 500_000][apart.index(3)];
+        Self { seed, rng, weights, pause, length, regicide_ppm, perjury_ppm, unrest_ppm }
     }
 
     /// From now on, until the next call, luck is that of the trouble of this number: one that is left out takes nothing from
@@ -254,6 +283,11 @@ impl Nemesis {
         let struck = self.rng.chance(self.perjury_ppm);
         let means = [Trouble::KillVoter, Trouble::KillVoter, Trouble::StallVoter];
         struck.then(|| means[self.rng.index(3)])
+    }
+
+    /// Whether trouble comes with a step of a change of the members, in some runs.
+    pub fn unrest(&mut self) -> bool {
+        self.rng.chance(self.unrest_ppm)
     }
 
     /// How long until the next one.

@@ -47,6 +47,19 @@ pub struct View {
     pub rollovers: u64,
 }
 
+/// What a node whose disk has lost something knows of that.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Lack {
+    /// The term of the node.
+    pub term: u64,
+    /// Up to here its log was acknowledged to the leader of the term in this session, or is counted by the node itself.
+    pub acked: u64,
+    /// Where the batches begin that it cannot read.
+    pub unread: Vec<u64>,
+    /// It had more, nobody knows how much: up to this term.
+    pub claim: Option<u64>,
+}
+
 /// The role of a node that asks whether it could win in [`View::role`].
 pub const PRE_CANDIDATE: u8 = 1;
 
@@ -324,6 +337,11 @@ pub trait SimNode {
         false
     }
 
+    /// Whether it has a session with another node.
+    fn has_session_with(&self, _other: usize) -> bool {
+        true
+    }
+
     /// Whether it takes nothing up any more and only waits for what it has begun to end.
     fn is_closing(&self) -> bool {
         false
@@ -352,6 +370,11 @@ pub trait SimNode {
     /// Whether its log lacks nothing, and nothing is in doubt about it.
     fn is_whole(&self) -> bool {
         true
+    }
+
+    /// What it knows to lack of its log.
+    fn lack(&self) -> Lack {
+        Lack::default()
     }
 
     /// Checks what must hold of its state.

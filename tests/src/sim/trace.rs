@@ -147,9 +147,9 @@ pub struct Trace {
     hasher: Xxh3,
     /// Lines are hashed some hundred at a time.
     unhashed: Vec<u8>,
-    /// A ring; the oldest is at `lines % TAIL_EVENTS` once it is full.
+    /// A ring; the oldest is at `oldest` once it is full.
     tail: Vec<TraceEvent>,
-    lines: usize,
+    oldest: usize,
     events: u64,
     print: bool,
 }
@@ -165,7 +165,7 @@ impl Trace {
             hasher: Xxh3::new(),
             unhashed: Vec::with_capacity(UNHASHED_BYTES),
             tail: Vec::with_capacity(TAIL_EVENTS),
-            lines: 0,
+            oldest: 0,
             events: 0,
             print,
         }
@@ -184,12 +184,12 @@ impl Trace {
             self.hasher.update(&self.unhashed);
             self.unhashed.clear();
         }
-        let at = self.lines % TAIL_EVENTS;
-        match self.tail.get_mut(at) {
-            Some(place) => *place = event,
-            None => self.tail.push(event),
+        if self.tail.len() < TAIL_EVENTS {
+            self.tail.push(event);
+        } else {
+            self.tail[self.oldest] = event;
+            self.oldest = if self.oldest + 1 == TAIL_EVENTS { 0 } else { self.oldest + 1 };
         }
-        self.lines += 1;
         self.events += u64::from(event.what.counts(event.a));
         if self.print {
             println!("{event}");
@@ -220,7 +220,7 @@ impl Trace {
     /// The last lines.
     #[must_use]
     pub fn tail(&self) -> String {
-        let (new, old) = self.tail.split_at((self.lines % TAIL_EVENTS).min(self.tail.len()));
+        let (new, old) = self.tail.split_at(self.oldest);
         old.iter().chain(new).map(|event| format!("{event}\n")).collect()
     }
 }

@@ -13,7 +13,7 @@ use super::disk::{Crash, DiskConfig, DiskFaults, DiskState, SimDisk};
 use super::kv::{Command, CommandId, KEYS};
 use super::link::{Fabric, LinkConfig, SimLink};
 use super::nemesis::{Allowed, Nemesis, Trouble};
-use super::node::{Answer, Boot, CANDIDATE, Cluster, LEADER, Members, SimNode, Tuning, View};
+use super::node::{Answer, Boot, CANDIDATE, Cluster, LEADER, Lack, Members, SimNode, Tuning, View};
 use super::rng::Rng;
 use super::trace::{Trace, What};
 use clients::Client;
@@ -42,6 +42,8 @@ pub struct Options {
     pub disk_faults: Option<bool>,
     /// Whether writes of a killed process may arrive when the next one is running; without it the seed decides.
     pub late_writes: Option<bool>,
+    /// Whether members join and leave, where disks do not fail; without it the seed decides.
+    pub changes: Option<bool>,
     /// What of the run is left out.
     pub keep: Keep,
     /// Whether clients' calls are listed in the report.
@@ -66,6 +68,7 @@ impl Default for Options {
             image_check_every: 256,
             disk_faults: None,
             late_writes: None,
+            changes: None,
             keep: Keep::default(),
             list_calls: false,
         }
@@ -227,6 +230,10 @@ struct Machine<N> {
     known: View,
     /// Its disk has lost content by rot in this run.
     rotten: bool,
+    /// What it knew of that at its last turn.
+    lack: Lack,
+    /// What was committed when it was started.
+    committed_at_boot: u64,
     /// Who counts, by its log, where members change; and at the turn before.
     members: Members,
     members_before: Members,
@@ -368,8 +375,9 @@ impl<'a, C: Cluster> World<'a, C> {
         let allowed = Allowed::draw(&mut rng.fork(4), founders, options.disk_faults, options.late_writes);
         // Where disks fail, too, nobody could say whether what is left may still decide.
         let mut changing = rng.fork(8);
+        let drawn = changing.chance(350_000);
         let changes = C::CHANGES
-            && changing.chance(350_000)
+            && options.changes.unwrap_or(drawn)
             && !allowed.failing_disks
             && allowed.rotting_disk.is_none();
         let nodes = if changes { founders + 1 + changing.index(2) } else { founders };
@@ -407,6 +415,8 @@ impl<'a, C: Cluster> World<'a, C> {
                 down_since: 0,
                 known: View::default(),
                 rotten: false,
+                lack: Lack::default(),
+                committed_at_boot: 0,
                 members: Members::default(),
                 members_before: Members::default(),
                 members_changed: (Members::default(), 0),
@@ -607,6 +617,8 @@ impl<'a, C: Cluster> World<'a, C> {
         machine.closing = false;
         machine.doomed = None;
         machine.woke_at = now;
+        machine.lack = Lack::default();
+        machine.committed_at_boot = self.history.borrow().committed_end();
     }
 
     fn turn(&mut self, node: usize) {
@@ -676,6 +688,7 @@ impl<'a, C: Cluster> World<'a, C> {
         if before != after {
             self.changed(node, &before, &after);
         }
+        self.check_lack(node);
         if after.role == LEADER {
             self.check_leader_is_heard(node);
         }

@@ -683,6 +683,81 @@ fn a_member_that_was_away_for_long_finds_a_leader_that_its_configuration_does_no
     }
 }
 
+/// After a start nothing is known to be committed, so all configurations of the log count. One that is overtaken names the
+/// present leader by a directory that was wiped since, and the newest, which is without it, has nothing to say about that: it
+/// was taken for a stranger as soon as it was heard, again and again.
+#[test]
+fn a_member_follows_a_leader_that_an_overtaken_configuration_knows_by_another_directory() {
+    for (sleeper, replaced) in [(0, 3), (3, 0)] {
+        let mut rig = Rig::new(4);
+        (0..4).for_each(|node| rig.boot(config(node, 4)));
+        let leader = rig.run_until_led();
+        if leader == replaced {
+            drop(rig.transfer(leader, Some(1)));
+        }
+        let index = rig.commit(rig.leader().expect("one leads"), 100);
+        rig.run_until_all_apply(&[0, 1, 2, 3], index);
+        let leader = rig.run_until_led();
+        rig.change(leader, removing(&[replaced])).expect("removed");
+        let leader = rig.run_until_led();
+        let index = rig.commit(leader, 100);
+        rig.run_until_all_apply(&[sleeper], index);
+        rig.kill(sleeper);
+        rig.wipe(replaced);
+        rig.boot(joining(replaced, &[1, 2]));
+        let leader = rig.run_until_led();
+        rig.change(leader, adding(&[replaced])).expect("the new directory is a voter");
+        drop(rig.transfer(leader, Some(replaced)));
+        rig.run_until("it leads", |rig| rig.leader() == Some(replaced));
+        let index = rig.commit(replaced, 10);
+        rig.boot(config(sleeper, 4));
+        rig.run_until_all_apply(&[sleeper], index);
+        assert_eq!(rig.members(sleeper), rig.members(replaced));
+    }
+}
+
+/// Nobody is left but the leader and a learner that has never heard of it: no one follows the leader who could refer the learner
+/// to it. Once with a leader that dials the learner, and once with one that it must dial.
+#[test]
+fn a_leader_makes_itself_known_to_a_member_whose_configuration_does_not_name_it() {
+    for (sleeper, leaving, coming) in [(0, [1, 2], 3), (3, [1, 2], 0)] {
+        let mut rig = Rig::new(4);
+        let first = [sleeper, leaving[0], leaving[1]];
+        founded_by(&mut rig, &first);
+        let leader = rig.run_until_led();
+        let index = rig.commit(leader, 100);
+        rig.run_until_all_apply(&first, index);
+        rig.kill(sleeper);
+        let leader = rig.run_until_led();
+        rig.boot(joining(coming, &leaving));
+        rig.change(leader, adding(&[coming])).expect("added");
+        let demote = MembershipChange { demote: vec![id(sleeper)], ..MembershipChange::default() };
+        rig.change(leader, demote).expect("a learner now");
+        rig.change(leader, removing(&leaving)).expect("removed");
+        rig.run_until("it leads", |rig| rig.leader() == Some(coming));
+        leaving.into_iter().for_each(|node| rig.kill(node));
+        let index = rig.commit(coming, 10);
+        rig.boot(founder(sleeper, &first));
+        rig.run_until_all_apply(&[sleeper], index);
+        assert_eq!(rig.members(sleeper), rig.members(coming));
+    }
+}
+
+/// The leader and a follower are removed in one change: the follower learns that this is committed, though the leader that has
+/// committed it is gone and the next one does not count it.
+#[test]
+fn a_follower_that_is_removed_together_with_its_leader_learns_that_it_is_committed() {
+    for removed in [1, 3] {
+        let mut rig = grown(4, 4);
+        let index = rig.commit(0, 100);
+        rig.run_until_all_apply(&[0, 1, 2, 3], index);
+        let changed = rig.change(0, removing(&[0, removed])).expect("removed");
+        rig.run_until("another leads", |rig| rig.leader().is_some_and(|leader| leader != 0));
+        rig.run_until("it knows", |rig| rig.status(removed).commit >= changed.index);
+        assert!(!rig.status(removed).membership.is_member);
+    }
+}
+
 /// The vote that a candidate lacks is that of a member which has never heard of it, and nobody is left who could refer them to
 /// each other. Once with a candidate that dials, and once with one that must be dialed.
 #[test]

@@ -122,7 +122,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// What this node needs more than.
     fn reached(&self) -> LogIndex {
         match self.raft() {
-            Some(raft) if raft.restraint().state_lost => raft.log_start().index.previous(),
+            Some(raft) if raft.is_state_lost() => raft.log_start().index.previous(),
             _ => self.applier.applied(),
         }
     }
@@ -458,7 +458,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let now = self.now.monotonic_ns;
         let Some(raft) = self.raft() else { return };
         let stuck = self.wal.first_damaged() == Some(self.applier.applied().next());
-        let lost = raft.restraint().state_lost;
+        let lost = raft.is_state_lost();
         let leader = raft.leader().filter(|leader| *leader != raft.id());
         let restoring = self.snapshots.restoring.is_some();
         let installs = &mut self.snapshots.installs;

@@ -331,6 +331,14 @@ impl DiskState {
         Some((name.clone(), page as u64 * BLOCK_BYTES as u64 + sector * SECTOR_BYTES as u64))
     }
 
+    /// Where the last write to the log began that was not of zeros: a file and a sector in it.
+    #[must_use]
+    pub fn last_place_in_log(&self) -> Option<(String, u64)> {
+        let (inode, offset) = self.last_write?;
+        let (name, _) = self.names.iter().find(|(name, of)| **of == inode && !name.starts_with("hard"))?;
+        Some((name.clone(), offset))
+    }
+
     /// Flips one bit of a file: rot.
     ///
     /// # Panics

@@ -11,12 +11,16 @@ impl<C: Cluster> World<'_, C> {
         if before.role != after.role {
             self.plot_role(node, after.role);
         }
+        if before.leader != after.leader {
+            self.plot_leader(node, after.leader);
+        }
         let leads = (before.role, before.term) == (LEADER, after.term) && after.role == LEADER;
         if leads && before.commit != after.commit {
             // By counting: something of its own term.
             self.history.borrow_mut().committed_in(after.term);
         }
         self.check_members(node, before, after);
+        self.members_trouble(node, before, after);
         self.check_after_truncation(node, before, after);
         if let Some(Err(broken)) = self.machines[node].process.as_ref().map(SimNode::check) {
             self.history.borrow_mut().fail(|| format!("node {node}: {broken}"));
@@ -56,6 +60,35 @@ impl<C: Cluster> World<'_, C> {
                     self.check_images(node, after.commit, chain);
                 }
             }
+        }
+    }
+
+    /// What a node does about what its disk has lost: it acknowledges nothing anew that it cannot read, and is sure of its log
+    /// again only when that holds whatever the node may have acknowledged and forgotten.
+    pub(super) fn check_lack(&mut self, node: usize) {
+        let machine = &mut self.machines[node];
+        let Some(process) = machine.process.as_ref().filter(|_| machine.rotten) else { return };
+        let now = process.lack();
+        let was = std::mem::replace(&mut machine.lack, now.clone());
+        let counted = if now.term > was.term { 0 } else { was.acked.min(now.acked) };
+        let mut both = now.unread.iter().filter(|first| was.unread.contains(first));
+        if let Some(first) = both.find(|first| (counted + 1..=now.acked).contains(first)) {
+            self.history.borrow_mut().fail(|| {
+                format!("node {node} acknowledges {}, and cannot read what begins at {first}", now.acked)
+            });
+        }
+        let Some(term) = was.claim.filter(|_| now.claim.is_none()) else { return };
+        // A leader of a later term holds what was committed before it, and so do all logs that any voter has.
+        let lost = self.history.borrow().committed_up_to(machine.committed_at_boot, term);
+        let Some((index, chain)) = lost else { return };
+        let holds = process.log_start() >= index || process.chain_at(index) == Some(chain);
+        if !holds {
+            let last = process.view().last;
+            self.history.borrow_mut().fail(|| {
+                format!(
+                    "node {node} is sure of its log up to {last} again, and lacks index {index}, which it may have acknowledged"
+                )
+            });
         }
     }
 

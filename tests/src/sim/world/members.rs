@@ -12,8 +12,12 @@ impl Members {
     /// Whether those who hold are a quorum: in a transition of the old voters and of the new ones.
     pub(super) fn reached(self, holds: impl Fn(usize) -> bool) -> bool {
         [self.incoming, self.outgoing].into_iter().filter(|voters| *voters != 0).all(|voters| {
-            let held = (0..32).filter(|node| voters >> node & 1 == 1 && holds(*node)).count();
-            held * 2 > voters.count_ones() as usize
+            let (mut left, mut held) = (voters, 0);
+            while left != 0 {
+                held += u32::from(holds(left.trailing_zeros() as usize));
+                left &= left - 1;
+            }
+            held * 2 > voters.count_ones()
         })
     }
 
@@ -42,6 +46,7 @@ impl<C: Cluster> World<'_, C> {
             self.machines[node].members_changed = (was, self.context.now());
         }
         self.machines[node].members = now;
+        self.history.borrow_mut().goes_by(node, now, after.commit);
         if now == was && before.commit == after.commit {
             return;
         }
@@ -77,11 +82,67 @@ impl<C: Cluster> World<'_, C> {
         }
     }
 
+    /// What comes with a step of a change of the members.
+    pub(super) fn members_trouble(&mut self, node: usize, before: &View, after: &View) {
+        if !self.changes || self.phase != Phase::Trouble || self.plot.is_some() {
+            return;
+        }
+        let (was, now) = (self.machines[node].members_before, self.machines[node].members);
+        let leads = after.role == LEADER;
+        let elected = leads && before.role != LEADER;
+        let steps = now.index != was.index && was != Members::default();
+        let saved = after.durable >= now.index && (steps || before.durable < now.index);
+        let alone = now.settled && now.incoming == 1 << node && saved && after.commit < now.index;
+        let means: &[Trouble] = if elected {
+            &[Trouble::ChangeAtOnce]
+        } else if leads && steps {
+            // Those of before may never hear of it, and somebody else has to go on from there, or does not know it.
+            &[Trouble::ChangeAtOnce, Trouble::CutOffAtStep, Trouble::IsolateLeader, Trouble::KillLeader]
+        } else if !leads && alone {
+            &[Trouble::LastVoterRestarts]
+        } else if !leads && steps && now.outgoing != 0 {
+            &[Trouble::DivideJoint]
+        } else {
+            return;
+        };
+        let number = self.number(1);
+        if self.nemesis.unrest() {
+            let trouble = means[self.nemesis.rng().index(means.len())];
+            self.strike(number, trouble, node, node);
+        }
+    }
+
+    /// The nodes fall into two groups, and one of them has a quorum of the old or of the new voters, and not of both.
+    pub(super) fn divide_joint(&mut self, node: usize) {
+        let Members { incoming, outgoing, .. } = self.machines[node].members;
+        let led = |machine: &Machine<C::Node>| machine.view.role == LEADER;
+        let leader = self.machines.iter().position(led);
+        let quorum = |of: u32, side: u32| (of & side).count_ones() * 2 > of.count_ones();
+        let sides: Vec<u32> = (1..1 << self.machines.len())
+            .filter(|side| side >> node & 1 == 1 && leader.is_none_or(|leader| side >> leader & 1 == 0))
+            .filter(|side| quorum(incoming, *side) != quorum(outgoing, *side))
+            .collect();
+        if sides.is_empty() {
+            return;
+        }
+        let rng = self.nemesis.rng();
+        let (side, timeouts) = (sides[rng.index(sides.len())], rng.between(2, 6));
+        let length = timeouts * self.tuning.election_timeout_ms * MILLISECOND;
+        self.cut_where(length, |from, to| side >> from & 1 != side >> to & 1);
+    }
+
     /// Asks the leader for some change of the members.
     pub(super) fn change_members(&mut self, node: usize) {
+        if !self.operator.waits_for_change() {
+            self.change_at_once(node);
+        }
+    }
+
+    /// Asks a node for some change of the members, whatever it was asked for before.
+    pub(super) fn change_at_once(&mut self, node: usize) {
         let nodes = self.machines.len();
         let Some(process) = &self.machines[node].process else { return };
-        if !self.changes || self.operator.waits_for_change() {
+        if !self.changes {
             return;
         }
         let members = process.members();
@@ -93,7 +154,9 @@ impl<C: Cluster> World<'_, C> {
         let (other, voter, learner) = (pick(&others), pick(&voters), pick(&learners));
         let none = Wish::default();
         let bit = |node: Option<usize>| node.map_or(0, |node| 1 << node);
-        let wish = match self.nemesis.rng().index(9) {
+        let all = |of: &[usize]| of.iter().fold(0, |all, node| all | 1 << node);
+        let but_one = all(&voters) & !bit(voter);
+        let wish = match self.nemesis.rng().index(11) {
             0 => Wish { learn: bit(other), ..none },
             1 | 2 => Wish { vote: bit(other), ..none },
             3 => Wish { promote: bit(learner), ..none },
@@ -101,6 +164,9 @@ impl<C: Cluster> World<'_, C> {
             5 => Wish { remove: bit(voter), ..none },
             6 => Wish { remove: bit(learner), ..none },
             7 => Wish { remove: bit(Some(node)), ..none },
+            // All others for all but one.
+            8 => Wish { vote: all(&others), remove: but_one, ..none },
+            9 => Wish { remove: but_one, ..none },
             _ => Wish { vote: bit(other), remove: bit(voter), ..none },
         };
         if wish != none {

@@ -24,6 +24,14 @@ pub(super) enum Plot {
     SecondCandidacy { candidate: usize, others: [usize; 2] },
     /// What followers answer the leader is slow; then the leader is not heard any more.
     SlowAnswers { leader: usize },
+    /// What the leader answers one node is slow; then it hands over, and its successor is not heard by that node any more.
+    StaleAnswer { leader: usize, reader: usize, next: usize },
+    /// The leader hands over, and hears nobody from when its successor campaigns.
+    SuccessorTold { leader: usize },
+    /// A leader is cut off while a write of it hangs; then it follows another one.
+    CutOffWrite { leader: usize },
+    /// It has cut that write off. Once what takes its place is under way, the write hangs no more.
+    CutOffWriteLands { node: usize },
 }
 
 impl<C: Cluster> World<'_, C> {
@@ -100,6 +108,77 @@ impl<C: Cluster> World<'_, C> {
         self.watch(leader, 6);
     }
 
+    /// An answer of a leader is under way to a follower that asks its successor meanwhile.
+    pub(super) fn plot_stale_answer(&mut self, leader: usize) {
+        let nodes = self.machines.len();
+        let leads = self.machines[leader].view.role == LEADER;
+        if self.plot.is_some() || nodes < 3 || self.changes || !leads {
+            return;
+        }
+        self.context.cover(Mark::PlotBegun);
+        self.fabric.borrow_mut().heal_all();
+        let first = self.nemesis.rng().index(nodes - 1);
+        let second = (first + 1 + self.nemesis.rng().index(nodes - 2)) % (nodes - 1);
+        let [reader, next] = [first, second].map(|at| (leader + 1 + at) % nodes);
+        self.begin_plot(Plot::StaleAnswer { leader, reader, next }, 3);
+        let election = self.tuning.election_timeout_ms * MILLISECOND;
+        let by = election / 100 * self.nemesis.rng().between(50, 75);
+        self.fabric.borrow_mut().slow_down(leader, reader, by);
+        self.watch(reader, 3);
+        let number = self.plots;
+        self.plan(by / 2, Plan::CutOff { number });
+    }
+
+    /// A node has come to know another leader, or none.
+    pub(super) fn plot_leader(&mut self, node: usize, leader: Option<usize>) {
+        if let Some(Plot::StaleAnswer { reader, next, .. }) = self.plot
+            && (node, leader) == (reader, Some(next))
+        {
+            self.sever(|from, to| (from, to) == (next, reader));
+        }
+    }
+
+    /// A leader that is handing over is cut off as soon as its successor campaigns. False if that is not to be.
+    pub(super) fn plot_successor_told(&mut self, leader: usize) -> bool {
+        let leads = self.machines[leader].view.role == LEADER;
+        if self.plot.is_some() || self.machines.len() < 3 || !leads || self.nemesis.rng().chance(300_000) {
+            return false;
+        }
+        self.context.cover(Mark::PlotBegun);
+        self.begin_plot(Plot::SuccessorTold { leader }, 4);
+        true
+    }
+
+    /// A write that is cut off lands when what took its place is under way.
+    pub(super) fn plot_cut_off_write(&mut self, leader: usize) {
+        let leads = self.machines[leader].view.role == LEADER;
+        if self.plot.is_some() || self.founders < 3 || self.changes || !leads {
+            return;
+        }
+        self.context.cover(Mark::PlotBegun);
+        self.fabric.borrow_mut().heal_all();
+        self.begin_plot(Plot::CutOffWrite { leader }, 10);
+        self.sever(|from, to| (from == leader) != (to == leader));
+        let length = 12 * self.tuning.election_timeout_ms * MILLISECOND;
+        let stall = Scheduled { on: On::Write, skip: 0, fault: Fault::Stall(length) };
+        self.machines[leader].disk.borrow_mut().faults_mut().scheduled.push(stall);
+        self.context.cover(Mark::StalledWrite);
+    }
+
+    /// The only voter that there is now is started anew. Whoever led it hears nobody.
+    pub(super) fn plot_last_voter(&mut self, voter: usize) {
+        let led = |machine: &Machine<C::Node>| machine.view.role == LEADER;
+        let Some(leader) = self.machines.iter().position(led) else { return };
+        if self.plot.is_some() || leader == voter {
+            return;
+        }
+        self.context.cover(Mark::PlotBegun);
+        self.begin_plot(Plot::VoterRestarts { voter }, 3);
+        self.sever(|from, to| (from == voter) != (to == voter));
+        self.watch(leader, 3);
+        self.plan(0, Plan::RestartNow { node: voter });
+    }
+
     /// The next part of a plot that goes by time.
     pub(super) fn cut_off(&mut self, number: u64) {
         match self.plot {
@@ -110,6 +189,9 @@ impl<C: Cluster> World<'_, C> {
             // The voter has voted, and hears of no other term.
             Some(Plot::VoteUnderWay { candidate, voter, .. }) if number == self.plots => {
                 self.sever(|from, to| (from, to) == (candidate, voter));
+            }
+            Some(Plot::StaleAnswer { leader, next, .. }) if number == self.plots => {
+                self.transfer(leader, Some(next));
             }
             _ => {}
         }
@@ -132,6 +214,10 @@ impl<C: Cluster> World<'_, C> {
         self.strand(node, role);
         let election = self.tuning.election_timeout_ms * MILLISECOND;
         match self.plot {
+            Some(Plot::SuccessorTold { leader }) if role == CANDIDATE && node != leader => {
+                self.sever(|from, to| (from == leader) != (to == leader));
+                self.watch(leader, 3);
+            }
             Some(Plot::CandidateAwaited { leader }) if role == CANDIDATE && node != leader => {
                 let mut rest = (0..5).filter(|other| ![leader, node].contains(other));
                 let (Some(voter), Some(one), Some(two)) = (rest.next(), rest.next(), rest.next()) else {
@@ -214,6 +300,7 @@ impl<C: Cluster> World<'_, C> {
                 self.machines[first].doomed = Some((turns, Doom::One(Crash::Kill)));
                 self.context.cover(Mark::Figure8);
             }
+            Some(Plot::CutOffWrite { leader }) if node != leader => self.fabric.borrow_mut().heal_all(),
             Some(_) => {}
             None => return false,
         }
@@ -240,8 +327,22 @@ impl<C: Cluster> World<'_, C> {
 
     /// After a truncation the first few durabilities are compared with what a recovery would find.
     pub(super) fn check_after_truncation(&mut self, node: usize, before: &View, after: &View) {
+        let cut = before.formed && after.epoch != before.epoch;
+        match self.plot {
+            Some(Plot::CutOffWrite { leader }) if cut && leader == node => {
+                self.plot = Some(Plot::CutOffWriteLands { node });
+                self.truncation_checks += 1;
+            }
+            Some(Plot::CutOffWriteLands { node: cutter })
+                if cutter == node && after.written > before.written =>
+            {
+                self.plot = None;
+                self.machines[node].disk.borrow_mut().end_stalls();
+            }
+            _ => {}
+        }
         let machine = &mut self.machines[node];
-        if before.formed && after.epoch != before.epoch && self.truncation_checks > 0 && !machine.rotten {
+        if cut && self.truncation_checks > 0 && !machine.rotten {
             self.truncation_checks -= 1;
             machine.suspect = 4;
         }

@@ -42,6 +42,7 @@ struct Scribe {
     closing: bool,
     /// Says that it was told to campaign, and that it has told somebody.
     told: bool,
+    lack: Lack,
     waiting: Vec<(u64, Vec<u8>)>,
     answers: Vec<(u64, Answer)>,
     done: Vec<DiskDone<SimBuf>>,
@@ -232,6 +233,10 @@ impl SimNode for Scribe {
         self.told
     }
 
+    fn lack(&self) -> Lack {
+        self.lack.clone()
+    }
+
     fn matched(&self, _peer: usize) -> Option<u64> {
         None
     }
@@ -280,6 +285,7 @@ impl Cluster for Scribes {
             writing: false,
             closing: false,
             told: false,
+            lack: Lack::default(),
             waiting: Vec::new(),
             answers: Vec::new(),
             done: Vec::new(),
@@ -530,4 +536,33 @@ fn a_read_of_bounded_age_needs_a_quorum_where_the_node_leads_and_a_neighbour_whe
     assert!(message(read(0b011, 0, true, &[1])).contains("hears no quorum"), "a learner is no quorum");
     assert!(message(read(0b011, 0b111, true, &[1, 2])).contains("hears no quorum"));
     assert!(message(read(0b110, 0, false, &[1, 2])).contains("hears nobody"));
+}
+
+/// A batch that is lost counts again only for whom it was acknowledged to before; and a log of which an unknown part was lost is
+/// whole again when it holds what was committed before the start.
+#[test]
+fn what_a_disk_has_lost_is_not_acknowledged_anew_and_not_forgotten() {
+    let lack = |term, acked, unread: &[u64], claim| Lack { term, acked, unread: unread.to_vec(), claim };
+    let after = |was: Lack, now: Lack| {
+        judged(1, |world| {
+            world.machines[0].rotten = true;
+            world.machines[0].lack = was;
+            world.machines[0].process.as_mut().expect("it runs").lack = now;
+            // Of another log than the node's.
+            world.history.borrow_mut().committed(0, 1, 5, Some([9; 16]));
+            world.machines[0].committed_at_boot = 5;
+            world.check_lack(0);
+        })
+    };
+    assert_eq!(after(lack(1, 9, &[7], None), lack(1, 10, &[7], None)), None, "it had been acknowledged");
+    assert_eq!(after(lack(1, 0, &[7], None), lack(1, 6, &[7], None)), None, "it is not acknowledged");
+    assert_eq!(after(lack(1, 0, &[7], None), lack(1, 9, &[], None)), None, "it can be read again");
+    assert_eq!(after(lack(2, 0, &[], Some(0)), lack(2, 0, &[], None)), None, "committed in a later term");
+    let told = |was, now| after(was, now).unwrap_or_default();
+    assert!(told(lack(1, 0, &[7], None), lack(1, 7, &[7], None)).contains("cannot read"));
+    assert!(
+        told(lack(1, 9, &[7], None), lack(2, 9, &[7], None)).contains("cannot read"),
+        "to another leader"
+    );
+    assert!(told(lack(2, 0, &[], Some(1)), lack(2, 0, &[], None)).contains("sure of its log"));
 }

@@ -166,6 +166,9 @@ impl<C: Cluster> World<'_, C> {
             None => {}
         }
         let leader = self.machines.iter().position(|machine| machine.view.role == LEADER);
+        if leader.is_some_and(|leader| !self.have_met(self.members_of(leader).incoming)) {
+            return false;
+        }
         let nodes = self.machines.len();
         let mut to = self.rng.index(nodes);
         if let Some(leader) = leader {
@@ -190,6 +193,18 @@ impl<C: Cluster> World<'_, C> {
             None => Parting::Done,
         });
         asked.is_none()
+    }
+
+    /// Whether each of these nodes has a session with each other one. A leader knows its own sessions only: where others have
+    /// not met again after the trouble, whom it chooses may not reach a quorum.
+    fn have_met(&self, nodes: u32) -> bool {
+        let nodes: Vec<usize> = (0..self.machines.len()).filter(|node| nodes >> node & 1 == 1).collect();
+        nodes.iter().all(|node| {
+            let process = self.machines[*node].process.as_ref();
+            process.is_some_and(|process| {
+                nodes.iter().all(|other| other == node || process.has_session_with(*other))
+            })
+        })
     }
 
     /// A node that was asked to take over from a leader of a cluster left alone campaigns, and nobody hears it any more. When

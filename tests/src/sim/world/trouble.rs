@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::sim::disk::Rot;
+use ringraft_block::SECTOR_BYTES;
 
 impl<C: Cluster> World<'_, C> {
     /// Lets the next trouble of the schedule happen, and plans the one after it.
@@ -48,14 +49,14 @@ impl<C: Cluster> World<'_, C> {
         }
     }
 
-    fn number(&mut self, series: usize) -> u64 {
+    pub(super) fn number(&mut self, series: usize) -> u64 {
         let number = self.next_trouble[series];
         self.next_trouble[series] += 1;
         self.nemesis.begin(number);
         number
     }
 
-    fn strike(&mut self, number: u64, trouble: Trouble, node: usize, leader: usize) {
+    pub(super) fn strike(&mut self, number: u64, trouble: Trouble, node: usize, leader: usize) {
         if self.options.keep.troubles.as_ref().is_some_and(|kept| !kept.contains(&number)) {
             return;
         }
@@ -72,6 +73,8 @@ impl<C: Cluster> World<'_, C> {
                 | Trouble::ForgetfulVoter
                 | Trouble::SlowAnswers
                 | Trouble::LateVote
+                | Trouble::StaleAnswer
+                | Trouble::CutOffWrite
         );
         let befell = if of_leader { leader } else { node };
         let time = self.context.now();
@@ -121,11 +124,15 @@ impl<C: Cluster> World<'_, C> {
             Trouble::TransferAnywhere => self.hand_over(node),
             Trouble::TransferAndCut => {
                 self.hand_over(leader);
-                self.doom(leader, Doom::Isolated);
-                self.watch(leader, 3);
+                if !self.plot_successor_told(leader) {
+                    self.doom(leader, Doom::Isolated);
+                    self.watch(leader, 3);
+                }
             }
             Trouble::LateVote => self.plot_late_vote(leader),
             Trouble::SlowAnswers => self.plot_slow_answers(leader),
+            Trouble::StaleAnswer => self.plot_stale_answer(leader),
+            Trouble::CutOffWrite => self.plot_cut_off_write(leader),
             Trouble::Figure8 => self.plot_figure_8(leader),
             Trouble::ForgetfulVoter => self.plot_forgetful_voter(leader),
             Trouble::StallWrite => self.stall_write(node, length),
@@ -135,6 +142,14 @@ impl<C: Cluster> World<'_, C> {
                 self.machines[node].disk.borrow_mut().faults_mut().stalled_until = now + length;
             }
             Trouble::ChangeMembers => self.change_members(leader),
+            Trouble::ChangeAtOnce => self.change_at_once(node),
+            Trouble::CutOffAtStep => {
+                let timeouts = self.nemesis.rng().between(2, 5);
+                let length = timeouts * self.tuning.election_timeout_ms * MILLISECOND;
+                self.cut_where(length, |from, to| (from == node) != (to == node));
+            }
+            Trouble::DivideJoint => self.divide_joint(node),
+            Trouble::LastVoterRestarts => self.plot_last_voter(node),
             Trouble::StopCore => self.stop_core(node, now + length),
             Trouble::StopLeadersCore => self.stop_leaders_core(leader),
             Trouble::ClockJump => {
@@ -243,13 +258,26 @@ impl<C: Cluster> World<'_, C> {
         if copy && (disk.writes_in_flight() > 0 || !machine.known.formed) {
             return;
         }
-        let place = if copy { Some(("hard-a".to_owned(), 0)) } else { disk.place_in_log(self.nemesis.rng()) };
+        // Of what was written last the first sector, so that nothing says what it was, or the next one.
+        let tail = !copy && self.nemesis.rng().chance(400_000);
+        let place = match (copy, tail) {
+            (true, _) => Some(("hard-a".to_owned(), 0)),
+            (_, true) => {
+                let sector = self.nemesis.rng().below(2) * SECTOR_BYTES as u64;
+                disk.last_place_in_log().map(|(name, offset)| (name, offset + sector))
+            }
+            _ => disk.place_in_log(self.nemesis.rng()),
+        };
         if let Some((name, offset)) = place.filter(|(name, _)| disk.has_file(name)) {
             let bytes = self.nemesis.rng().between(1, 600);
             disk.damage(&name, offset, bytes as usize, &rot);
             drop(disk);
             self.context.record(node, What::Rot, offset, bytes);
             machine.rotten = true;
+            // A start finds it before the log has gone on.
+            if tail {
+                machine.doomed = Some((0, Doom::One(Crash::Kill)));
+            }
         }
     }
 
