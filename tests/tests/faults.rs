@@ -66,3 +66,16 @@ fn damaged_disks_are_healed_or_stop_the_cluster_loudly() {
     assert_eq!(report.tally.cases, 160);
     assert!(report.gone > 5, "some patterns leave no copy: {}", report.gone);
 }
+
+/// A machine had died between the cut of its start and the first segment of the new epoch; then an envelope rotted far before that
+/// cut. Nothing on its disk says that no batch was acknowledged in that epoch, and the only other node that could tell had lost
+/// the next batch: two of three may have had it, and to wait is right. It was counted as a failure to heal.
+#[test]
+fn a_quorum_in_doubt_waits_also_when_the_newest_epoch_has_left_no_segment() {
+    for seed in [9467, 9474] {
+        let options = damage::Options { seeds: seed..seed + 1, trace: false, threads: 1 };
+        let report = damage::run(&options, |_| {});
+        assert_clean(&report.tally);
+        assert_eq!((report.tally.cases, report.undecided), (1, 1), "seed {seed}");
+    }
+}

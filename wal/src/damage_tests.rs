@@ -1375,6 +1375,156 @@ fn the_scrubber_finds_all_damage_once_within_its_budget() {
     harness.shut_down();
 }
 
+/// Lets the scrubber read until it has completed so many more passes.
+fn scrub(harness: &mut Harness, passes: u64) {
+    let wanted = harness.wal.scrub_status().passes + passes;
+    for _ in 0..10_000 {
+        if harness.wal.scrub_status().passes >= wanted {
+            return;
+        }
+        harness.wal.scrub_step(&mut harness.disk, 1 << 20);
+        harness.settle();
+    }
+    panic!("the scrubber is stuck: {:?}", harness.wal.scrub_status());
+}
+
+/// The device failed to open one segment, and the scrubber asked for that one for ever: the rest of the log rotted unseen.
+#[test]
+fn the_scrubber_goes_on_behind_a_segment_that_cannot_be_opened_and_comes_back_to_it() {
+    let whole = Whole::new();
+    let mut harness = Harness::start(whole.device.clone());
+    harness.open();
+    let (closed, behind) = (whole.batch(1).name.clone(), whole.batch(60));
+    assert_ne!(closed, behind.name);
+    for first in [1, 60] {
+        let batch = whole.batch(first);
+        harness.disk.device.corrupt(&batch.name, batch.at + 700, |bytes| bytes[0] ^= 1, 1);
+    }
+    harness.disk.unopenable.push((closed, 2));
+    scrub(&mut harness, 1);
+    assert_eq!(told(&mut harness), [(false, 60)], "what lies behind is looked at");
+    assert_eq!(harness.wal.scrub_status().segments_skipped, 1);
+    scrub(&mut harness, 1);
+    assert_eq!((told(&mut harness), harness.wal.scrub_status().segments_skipped), (Vec::new(), 2));
+    scrub(&mut harness, 1);
+    assert_eq!(told(&mut harness), [(false, 1)], "it can be opened again");
+    harness.shut_down();
+}
+
+/// Nothing reads a segment's header but a start, and a start that finds it rotten has to cut the log there.
+#[test]
+fn the_scrubber_finds_a_rotten_header_and_has_its_segment_rebuilt() {
+    let whole = Whole::new();
+    for unreadable in [false, true] {
+        let mut harness = Harness::start(whole.device.clone());
+        harness.open();
+        let name = whole.batch(33).name.clone();
+        let header = harness.disk.device.content(&name)[..SECTOR_BYTES].to_vec();
+        harness.disk.device.corrupt(&name, 9, |bytes| bytes[0] ^= 1, 1);
+        if unreadable {
+            harness.disk.unreadable.push((name.clone(), 0));
+        }
+        scrub(&mut harness, 1);
+        harness.settle();
+        assert_eq!(harness.wal.scrub_status().headers_found, 1);
+        assert_eq!(harness.disk.device.content(&name)[..SECTOR_BYTES], header);
+        // The device has put the new file elsewhere.
+        harness.disk.unreadable.clear();
+        scrub(&mut harness, 2);
+        assert_eq!(harness.wal.scrub_status().headers_found, 1, "it is right again");
+        assert_eq!(told(&mut harness), []);
+        whole.reads_back(&mut harness, &[]);
+        let mut harness = Harness::start(harness.crash(|| false));
+        let recovered = harness.open();
+        assert_eq!((recovered.report.damage, recovered.claim), (Vec::new(), None));
+    }
+}
+
+/// A copy of the hard state that rots while the process runs was noticed by the next start only, when the other may be gone as
+/// well. The rotten copy is written first: power may fail at any moment of it, and the intact one must still be there.
+#[test]
+fn the_scrubber_writes_a_rotten_copy_of_the_hard_state_anew_before_it_touches_the_other() {
+    for (rotten, intact) in [("hard-a", "hard-b"), ("hard-b", "hard-a")] {
+        let mut harness = Harness::fresh();
+        harness.append_durably(3, 1, 400, 1);
+        harness.settle();
+        let before = harness.disk.device.content(intact).to_vec();
+        harness.disk.device.corrupt(rotten, 40, |bytes| bytes[0] ^= 1, 1);
+        harness.wal.scrub_step(&mut harness.disk, crate::scrub::HARD_STATE_EVERY_BYTES);
+        while read_hard_state(harness.disk.device.content(rotten)).is_err() {
+            assert_eq!(harness.disk.device.content(intact), before, "{rotten} first");
+            assert!(harness.step(), "{rotten} is written anew");
+        }
+        harness.settle();
+        assert_eq!(harness.wal.scrub_status().hard_states_found, 1);
+        let copies = ["hard-a", "hard-b"].map(|name| read_hard_state(harness.disk.device.content(name)));
+        assert_eq!(copies[0], copies[1]);
+        assert_eq!(copies[0].as_ref(), Ok(harness.wal.hard_state().unwrap()));
+        harness.wal.scrub_step(&mut harness.disk, crate::scrub::HARD_STATE_EVERY_BYTES);
+        harness.settle();
+        assert_eq!(harness.wal.scrub_status().hard_states_found, 1);
+        harness.shut_down();
+    }
+}
+
+/// A start was refused when the device failed to open one segment, though the others held their batches, and peers those of this one.
+#[test]
+fn a_segment_that_cannot_be_opened_at_a_start_is_as_good_as_one_that_cannot_be_read() {
+    let (device, names) = sixty_batches();
+    let open = |name: &str, times: usize| {
+        let mut harness = Harness::start(device.clone());
+        harness.disk.unopenable.push((name.to_owned(), times));
+        let recovered = harness.open();
+        (harness, recovered)
+    };
+    for (ordinal, name) in names.iter().enumerate() {
+        // Asked again, the device does it.
+        let (harness, recovered) = open(name, 1);
+        assert_eq!((harness.chains().len(), recovered.report.damage), (60, Vec::new()));
+        let whole = device.content(name).to_vec();
+        let held: Vec<u64> = (slots_start(whole.len() as u64) as usize..whole.len())
+            .step_by(BLOCK_BYTES)
+            .filter_map(|at| read_envelope(&whole[at..]).ok())
+            .map(|envelope| envelope.first.get())
+            .collect();
+        // From the beginning, or from when its header had been read.
+        for times in [usize::MAX, 0] {
+            let (mut harness, recovered) = if times == 0 {
+                let mut harness = Harness::start(device.clone());
+                let opening = format!("open {name}");
+                harness.turn();
+                while !harness.disk.trace.contains(&opening) {
+                    assert!(harness.step());
+                }
+                assert!(harness.step(), "for its header");
+                harness.disk.unopenable.push((name.clone(), usize::MAX));
+                let recovered = harness.open();
+                (harness, recovered)
+            } else {
+                open(name, times)
+            };
+            assert_eq!(harness.chains().len() as u64, held[0] - 1, "segment {ordinal}");
+            assert!(!recovered.report.damage.is_empty());
+            let claim = recovered.claim.expect("the log is not whole");
+            assert!(claim.last >= LogIndex(held[0] - 1));
+            let salvage: Vec<u64> = harness.wal.salvage().map(|info| info.first.get()).collect();
+            assert_eq!(salvage, (held[0]..=60).filter(|first| !held.contains(first)).collect::<Vec<_>>());
+            // The file stays: it may be opened another time.
+            harness.settle();
+            assert_eq!(harness.disk.device.content(name), whole);
+            harness.append_durably(9, 1, 400, 1);
+            harness.shut_down();
+        }
+    }
+    // One that was never used is left alone.
+    let unused = device.names().into_iter().find(|name| name.ends_with(".free"));
+    if let Some(unused) = unused {
+        let (harness, recovered) = open(&unused, usize::MAX);
+        assert_eq!((harness.chains().len(), recovered.report.damage), (60, Vec::new()));
+        assert_eq!(recovered.claim, None);
+    }
+}
+
 #[test]
 fn a_claim_and_what_is_kept_under_it_last_until_its_release_is_durable() {
     let (device, names) = sixty_batches();

@@ -1,7 +1,8 @@
 //! Two copies of what must survive besides the log, in `hard-a` and `hard-b`.
 //!
 //! The happy path of a save: encode, write `hard-a` durably, write `hard-b` durably, report. Nothing may act on a value
-//! before both hold it. Saves that are asked for while one is under way are coalesced into the next.
+//! before both hold it. Saves that are asked for while one is under way are coalesced into the next. When one copy is known to be
+//! rotten, it is the first to be written: a write may be torn, and the other is all there is.
 //!
 //! The first save of every start makes both files anew (under a temporary name, renamed into place), first the one, then
 //! the other. So formatting, repairing a damaged copy and starting are one procedure; a file under its final name was
@@ -15,6 +16,7 @@ use crate::error::WalError;
 use crate::format::{HARD_STATE_FILE_BYTES, HardState, write_hard_state};
 use crate::mutants::{self, Mutant};
 use crate::ops::{Ops, Owner, take};
+use crate::scrub::AtRest;
 use ringraft_block::{BlockBuf, Pool, SharedBlock};
 use std::rc::Rc;
 
@@ -45,6 +47,8 @@ struct Save<B: BlockBuf> {
     sequence: u64,
     /// 0 for `hard-a`, 1 for `hard-b`.
     copy: usize,
+    /// The other one comes behind it.
+    is_first: bool,
     /// The copy is being made anew.
     anew: bool,
 }
@@ -55,6 +59,8 @@ pub(crate) struct HardStateStore<B: BlockBuf> {
     pub(crate) state: HardState,
     durable_sequence: u64,
     files: [Option<FileId>; 2],
+    /// The copy that the next save writes first.
+    first: usize,
     phase: Phase<B>,
 }
 
@@ -62,13 +68,27 @@ impl<B: BlockBuf> HardStateStore<B> {
     /// A store whose copies on disk hold `state` at most; both are made anew by the first save.
     pub(crate) fn new(state: HardState) -> Self {
         let durable_sequence = state.sequence;
-        Self { state, durable_sequence, files: [None, None], phase: Phase::Idle }
+        Self { state, durable_sequence, files: [None, None], first: 0, phase: Phase::Idle }
     }
 
     /// Asks for the present state to be saved; it is durable once [`Self::durable_sequence`] has reached the number.
     pub(crate) fn request(&mut self) -> u64 {
         self.state.sequence += 1;
         self.state.sequence
+    }
+
+    /// As [`Self::request`], with this copy first: it is rotten, and the other one is to stay as it is until it is not.
+    pub(crate) fn request_from(&mut self, copy: usize) {
+        self.first = copy;
+        self.request();
+    }
+
+    /// What both files hold, while nothing is being saved.
+    pub(crate) fn at_rest(&self) -> Option<AtRest<'_>> {
+        match self.files {
+            [Some(a), Some(b)] if self.is_quiet() => Some(AtRest { state: &self.state, files: [a, b] }),
+            _ => None,
+        }
     }
 
     pub(crate) fn durable_sequence(&self) -> u64 {
@@ -112,7 +132,9 @@ impl<B: BlockBuf> HardStateStore<B> {
             take(pool, disk, HARD_STATE_FILE_BYTES).map_err(|error| WalError::Disk { what: WHAT, error })?;
         let bytes = write_hard_state(&mut block, &self.state);
         let sequence = self.state.sequence;
-        self.begin_copy(disk, ops, Save { block: Rc::new(block), bytes, sequence, copy: 0, anew: false });
+        let copy = std::mem::take(&mut self.first);
+        let save = Save { block: Rc::new(block), bytes, sequence, copy, is_first: true, anew: false };
+        self.begin_copy(disk, ops, save);
         Ok(())
     }
 
@@ -188,8 +210,8 @@ impl<B: BlockBuf> HardStateStore<B> {
     }
 
     fn end_copy<D: Disk<Buf = B>>(&mut self, disk: &mut D, ops: &mut Ops, save: Save<B>) {
-        if save.copy == 0 && !mutants::active(Mutant::HardStateInOneCopy) {
-            self.begin_copy(disk, ops, Save { copy: 1, anew: false, ..save });
+        if save.is_first && !mutants::active(Mutant::HardStateInOneCopy) {
+            self.begin_copy(disk, ops, Save { copy: 1 - save.copy, is_first: false, anew: false, ..save });
         } else {
             self.durable_sequence = save.sequence;
         }

@@ -526,7 +526,11 @@ impl<D: Disk> Wal<D> {
         self.index.damage_of(first).is_some()
     }
 
-    fn with_scrub(&mut self, disk: &mut D, work: impl FnOnce(&mut Scrub<D::Buf>, &mut scrub::Tools<'_, D>)) {
+    fn with_scrub<T>(
+        &mut self,
+        disk: &mut D,
+        work: impl FnOnce(&mut Scrub<D::Buf>, &mut scrub::Tools<'_, D>) -> T,
+    ) -> T {
         let mut tools = scrub::Tools {
             disk,
             ops: &mut self.ops,
@@ -535,8 +539,9 @@ impl<D: Disk> Wal<D> {
             segments: &mut self.segments,
             active: self.active.map(|active| active.generation),
             durable_through: self.window.durable_through(),
+            hard_state: self.hard_state.as_ref().and_then(HardStateStore::at_rest),
         };
-        work(&mut self.scrub, &mut tools);
+        work(&mut self.scrub, &mut tools)
     }
 
     /// Begins to rebuild the next segment that has repaired batches waiting. One that is still appended to is left first: the log goes
@@ -554,7 +559,10 @@ impl<D: Disk> Wal<D> {
         if self.window.writes_to(generation) {
             return;
         }
-        let Some(segment) = self.segments.get_mut(generation) else { return };
+        let Some(segment) = self.segments.get_mut(generation) else {
+            self.repairs.forget_segment(generation);
+            return;
+        };
         // Held, so that the file is not removed while a new one takes its place.
         segment.operations += 1;
         let mut tools = repair::Tools {
@@ -621,6 +629,29 @@ impl<D: Disk> Wal<D> {
             events.push_back(WalEvent::DamageFound(batch));
         }
         is_new
+    }
+
+    /// The scrubber has looked at something that is no batch.
+    fn checked(&mut self, disk: &mut D, done: DiskDone<D::Buf>) -> Result<(), WalError> {
+        let generation = self.scrub.checks(done.id);
+        let found = self.with_scrub(disk, |scrub, tools| scrub.checked(tools, done));
+        if let Some(generation) = generation {
+            self.release(generation);
+        }
+        if self.stage != Stage::Open {
+            return Ok(());
+        }
+        match found {
+            scrub::Found::Nothing => {}
+            scrub::Found::Header(generation) => self.repairs.rebuild(generation),
+            scrub::Found::HardState(copy) => {
+                if let Some(store) = self.hard_state.as_mut() {
+                    store.request_from(copy);
+                }
+                self.advance_hard_state(disk)?;
+            }
+        }
+        Ok(())
     }
 
     fn damaged_batch(&self, first: LogIndex, cause: DamageCause) -> Option<DamagedBatch> {
@@ -1030,6 +1061,7 @@ impl<D: Disk> Wal<D> {
             Owner::Repair => self.repair_done(disk, done, events)?,
             Owner::Removal => self.removal_done(done)?,
             Owner::Recycle => self.recycle_done(disk, done)?,
+            Owner::Scrub => self.checked(disk, done)?,
         }
         Ok(())
     }

@@ -25,11 +25,13 @@ pub(crate) enum Owner {
     Repair = 9,
     /// Making segments that have left service ready again.
     Recycle = 10,
+    /// Looking at what is no batch: headers, and the hard state.
+    Scrub = 11,
 }
 
 impl Owner {
     fn of(id: DiskOpId) -> Option<Self> {
-        const ALL: [Owner; 10] = [
+        const ALL: [Owner; 11] = [
             Owner::Recovery,
             Owner::HardState,
             Owner::Maker,
@@ -40,6 +42,7 @@ impl Owner {
             Owner::Removal,
             Owner::Repair,
             Owner::Recycle,
+            Owner::Scrub,
         ];
         ALL.into_iter().find(|owner| *owner as u64 == id.0 >> 48 & 0xff)
     }

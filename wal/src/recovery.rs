@@ -7,7 +7,8 @@
 //! so far have reached only the device's cache; hand over.
 //!
 //! Failures: a directory of another node, a hard state of which no copy is usable, or one older than the log, stop the
-//! start with an error that names the cure. A sector that cannot be read is evidence, not an error. Damage is part of the
+//! start with an error that names the cure. A sector that cannot be read is evidence, not an error, and so is a segment that
+//! the device cannot even open, twice in a row: it counts as one of which no sector can be read. Damage is part of the
 //! result: batches that are known but for their bytes, and a claim where more than that is lost. No file that may hold
 //! a batch is removed here.
 
@@ -130,6 +131,8 @@ pub(crate) struct Recovery<B: BlockBuf> {
     /// Position in `headed`.
     next_scan: usize,
     buffer: Option<AlignedBuf>,
+    /// The device has failed to open the segment that is to be opened.
+    open_failed: bool,
     next_serial: u32,
     report: RecoveryReport,
 }
@@ -155,7 +158,8 @@ enum Phase {
 
 /// A segment on its way into memory.
 struct Reading {
-    file: FileId,
+    /// None when it could not be opened.
+    file: Option<FileId>,
     length: usize,
     /// Ranges yet to be asked for, in order.
     wanted: VecDeque<Range<usize>>,
@@ -197,6 +201,7 @@ impl<B: BlockBuf> Recovery<B> {
             outcome: None,
             next_scan: 0,
             buffer: None,
+            open_failed: false,
             next_serial: 0,
             report: RecoveryReport::default(),
         }
@@ -251,7 +256,20 @@ impl<B: BlockBuf> Recovery<B> {
             }
             (Phase::CloseCopy(copy), Ok(DiskOutput::Done)) => self.next_copy(disk, ops, random, copy)?,
 
+            (Phase::OpenHeader(name, length), Err(error)) if is_evidence(&error) => {
+                if self.tries_again() {
+                    self.open_header(disk, ops, name, length);
+                    return Ok(None);
+                }
+                tracing::warn!(segment = %name, %error, "a segment cannot be opened");
+                // What is in service is renamed, durably, before it gets a header: whatever this one holds, the log does not need it.
+                if !matches!(name.stage, Stage::Free | Stage::Used) {
+                    self.take_header(name, length, None)?;
+                }
+                self.next_header(disk, ops)?;
+            }
             (Phase::OpenHeader(name, length), Ok(DiskOutput::Opened { file, .. })) => {
+                self.open_failed = false;
                 let block = self.block(disk, BLOCK_BYTES)?;
                 self.submit(disk, ops, DiskOp::Read { file, offset: 0, block, bytes: BLOCK_BYTES });
                 self.phase = Phase::ReadHeader(name, length, file);
@@ -270,8 +288,20 @@ impl<B: BlockBuf> Recovery<B> {
             (Phase::CloseHeader, Ok(DiskOutput::Done)) => self.next_header(disk, ops)?,
 
             (Phase::OpenSegment, Ok(DiskOutput::Opened { file, bytes })) => {
-                let length = usize::try_from(bytes).unwrap_or(usize::MAX);
-                self.begin_reading(disk, ops, file, length)?;
+                self.open_failed = false;
+                self.begin_reading(disk, ops, Some(file), bytes)?;
+            }
+            (Phase::OpenSegment, Err(error)) if is_evidence(&error) => {
+                let suspect =
+                    self.suspects.get(self.next_suspect).map(|suspect| (suspect.name, suspect.length));
+                let headed = self.headed.get(self.next_scan).map(|(segment, length)| (segment.name, *length));
+                match suspect.or(headed) {
+                    Some((name, length)) if !self.tries_again() => {
+                        tracing::warn!(segment = %name, %error, "a segment cannot be opened");
+                        self.begin_reading(disk, ops, None, length)?;
+                    }
+                    _ => self.next_segment(disk, ops)?,
+                }
             }
             (Phase::ReadSegment(reading), result) => {
                 let reading = self.take_piece(done.id, reading, result)?;
@@ -281,16 +311,7 @@ impl<B: BlockBuf> Recovery<B> {
                 self.submit(disk, ops, DiskOp::Close { file });
                 self.phase = Phase::CloseSegment;
             }
-            (Phase::CloseSegment, Ok(DiskOutput::Done)) => {
-                if let Some((segment, length)) = self.doubted.take() {
-                    self.doubt_header(segment, length);
-                } else if self.next_suspect < self.suspects.len() {
-                    self.next_suspect += 1;
-                } else {
-                    self.next_scan += 1;
-                }
-                self.next_segment(disk, ops)?;
-            }
+            (Phase::CloseSegment, Ok(DiskOutput::Done)) => self.end_segment(disk, ops)?,
 
             (Phase::Remove(at), result) => {
                 match result {
@@ -434,12 +455,22 @@ impl<B: BlockBuf> Recovery<B> {
 
     fn next_header<D: Disk<Buf = B>>(&mut self, disk: &mut D, ops: &mut Ops) -> Result<(), WalError> {
         if let Some((name, length)) = self.unread.pop_front() {
-            self.submit(disk, ops, DiskOp::Open { name: name.to_string(), access: Access::Read });
-            self.phase = Phase::OpenHeader(name, length);
+            self.open_header(disk, ops, name, length);
             return Ok(());
         }
         self.suspect_twins();
         self.next_segment(disk, ops)
+    }
+
+    fn open_header<D: Disk<Buf = B>>(&mut self, disk: &mut D, ops: &mut Ops, name: SegmentName, length: u64) {
+        self.submit(disk, ops, DiskOp::Open { name: name.to_string(), access: Access::Read });
+        self.phase = Phase::OpenHeader(name, length);
+    }
+
+    /// The device could not open a segment. As a piece that could not be read is asked for again, so is this, once.
+    fn tries_again(&mut self) -> bool {
+        self.open_failed = !self.open_failed;
+        self.open_failed
     }
 
     /// Two files with one generation: a header was written over another's. Their envelopes say whose it is.
@@ -558,13 +589,15 @@ impl<B: BlockBuf> Recovery<B> {
         Ok(())
     }
 
+    /// Reads a segment whose file has so many bytes. Without a `file`, none of them can be read.
     fn begin_reading<D: Disk<Buf = B>>(
         &mut self,
         disk: &mut D,
         ops: &mut Ops,
-        file: FileId,
-        length: usize,
+        file: Option<FileId>,
+        length: u64,
     ) -> Result<(), WalError> {
+        let length = usize::try_from(length).unwrap_or(usize::MAX);
         let headed = self.headed.get(self.next_scan).filter(|_| self.next_suspect == self.suspects.len());
         let in_file = length - length % BLOCK_BYTES;
         let length = match headed {
@@ -577,7 +610,7 @@ impl<B: BlockBuf> Recovery<B> {
             self.buffer = Some(AlignedBuf::zeroed(length));
         }
         // What a file that was cut short should hold behind its end cannot be read.
-        let in_file = in_file.min(length);
+        let in_file = if file.is_some() { in_file.min(length) } else { 0 };
         let wanted = (0..in_file).step_by(READ_BYTES).map(|at| at..(at + READ_BYTES).min(in_file)).collect();
         let (in_flight, mut unreadable) = (Vec::new(), Vec::new());
         let mut arrival =
@@ -639,10 +672,11 @@ impl<B: BlockBuf> Recovery<B> {
         mut reading: Reading,
     ) -> Result<(), WalError> {
         while reading.in_flight.len() < READS_IN_FLIGHT {
+            let Some(file) = reading.file else { break };
             let Some(range) = reading.wanted.pop_front() else { break };
             let block = self.block(disk, range.len())?;
             let offset = range.start as u64;
-            let op = DiskOp::Read { file: reading.file, offset, block, bytes: range.len() };
+            let op = DiskOp::Read { file, offset, block, bytes: range.len() };
             let id = ops.submit(disk, Owner::Recovery, op);
             reading.in_flight.push((id, range));
         }
@@ -654,8 +688,8 @@ impl<B: BlockBuf> Recovery<B> {
             self.phase = Phase::ReadSegment(reading);
             return Ok(());
         }
-        let file = reading.file;
         self.scan_segment(&reading);
+        let Some(file) = reading.file else { return self.end_segment(disk, ops) };
         let newest = self.newest_epoch();
         let scanned = self.headed.get(self.next_scan).filter(|_| self.next_suspect == self.suspects.len());
         if scanned.is_some_and(|(segment, _)| segment.header.epoch == newest) {
@@ -666,6 +700,18 @@ impl<B: BlockBuf> Recovery<B> {
             self.phase = Phase::CloseSegment;
         }
         Ok(())
+    }
+
+    /// A segment has been read, and is closed.
+    fn end_segment<D: Disk<Buf = B>>(&mut self, disk: &mut D, ops: &mut Ops) -> Result<(), WalError> {
+        if let Some((segment, length)) = self.doubted.take() {
+            self.doubt_header(segment, length);
+        } else if self.next_suspect < self.suspects.len() {
+            self.next_suspect += 1;
+        } else {
+            self.next_scan += 1;
+        }
+        self.next_segment(disk, ops)
     }
 
     fn scan_segment(&mut self, reading: &Reading) {

@@ -77,6 +77,8 @@ pub(crate) struct Repairs<B: BlockBuf> {
     blocked: bool,
     /// Batches without which a segment is not rebuilt, since they could not be read: its generation, and their first index.
     missing: BTreeSet<(u32, LogIndex)>,
+    /// Segments that are to be rebuilt for their header, whether a batch waits for it or not. One attempt for each.
+    headless: BTreeSet<u32>,
     /// More have come than may wait: what is here is written first.
     is_full: bool,
     /// So many copies in a row were not what they were made from.
@@ -162,6 +164,7 @@ impl<B: BlockBuf> Repairs<B> {
             work: None,
             blocked: false,
             missing: BTreeSet::new(),
+            headless: BTreeSet::new(),
             is_full: false,
             failed_copies: 0,
         }
@@ -242,7 +245,18 @@ impl<B: BlockBuf> Repairs<B> {
             let missing = (*generation, LogIndex(0))..=(*generation, LogIndex(u64::MAX));
             !self.is_full && self.missing.range(missing).next().is_some()
         };
-        self.fixes.values().map(|fix| fix.place.generation).filter(|generation| !waits(generation)).min()
+        let fixes = self.fixes.values().map(|fix| fix.place.generation);
+        fixes.chain(self.headless.iter().copied()).filter(|generation| !waits(generation)).min()
+    }
+
+    /// A segment's header is rotten: a rebuild writes the right one.
+    pub(crate) fn rebuild(&mut self, generation: u32) {
+        self.headless.insert(generation);
+    }
+
+    /// The segment has left the log.
+    pub(crate) fn forget_segment(&mut self, generation: u32) {
+        self.headless.remove(&generation);
     }
 
     /// The descriptors, to be closed at the end.
@@ -272,6 +286,7 @@ impl<B: BlockBuf> Repairs<B> {
     pub(crate) fn begin<D: Disk<Buf = B>>(&mut self, tools: &mut Tools<'_, D>, segment: &Segment) {
         debug_assert!(self.work.is_none());
         let generation = segment.generation();
+        self.headless.remove(&generation);
         let fixes = self.fixes.values().filter(|fix| fix.place.generation == generation);
         let bytes = segment.header.segment_bytes;
         // In order from the end, to be taken from there.

@@ -195,6 +195,8 @@ pub(crate) struct TestDisk {
     pub(crate) space: Option<u64>,
     /// Blocks that cannot be read: file name and offset.
     pub(crate) unreadable: Vec<(String, u64)>,
+    /// Files that the device fails to open, so many times.
+    pub(crate) unopenable: Vec<(String, usize)>,
     /// The next so many reads of that place of a file bring bytes from elsewhere.
     pub(crate) misread: Vec<(String, u64, usize)>,
 }
@@ -210,6 +212,7 @@ impl TestDisk {
             trace: Vec::new(),
             space: None,
             unreadable: Vec::new(),
+            unopenable: Vec::new(),
             misread: Vec::new(),
         }
     }
@@ -307,6 +310,15 @@ impl TestDisk {
                     return error(DiskErrorKind::NoSpace, "create");
                 }
                 Ok(self.opened(inode, access))
+            }
+            DiskOp::Open { name, .. }
+                if self.unopenable.iter_mut().any(|(bad, times)| {
+                    let fails = *bad == name && *times > 0;
+                    *times -= usize::from(fails);
+                    fails
+                }) =>
+            {
+                error(DiskErrorKind::Io, "open")
             }
             DiskOp::Open { name, access } => match device.names.get(&name).copied() {
                 Some(inode) => Ok(self.opened(inode, access)),

@@ -19,7 +19,7 @@ use ringraft::runtime::{LocalWakeup, Now, Turn, Wakeup};
 use ringraft::state_machine::{CommittedBatch, Replies, Restore, SnapshotReader, StateMachine};
 use ringraft_block::{ClusterId, LogIndex, NodeId, Pool};
 use ringraft_wal::disk::Disk;
-use ringraft_wal::{Wal, WalEvent};
+use ringraft_wal::{CopyState, ReadError, Wal, WalError, WalEvent};
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -363,7 +363,8 @@ impl SimNode for EngineNode {
     fn stop_reason(&self) -> Option<StopReason> {
         let cause = self.handle.status().stopped?;
         let copies_gone = matches!(cause.error(), StopError::CopiesGone { .. });
-        Some(StopReason { text: cause.to_string(), orderly: cause.is_orderly(), copies_gone })
+        let disk = is_of_disk(cause.error());
+        Some(StopReason { text: cause.to_string(), orderly: cause.is_orderly(), copies_gone, disk })
     }
 
     fn is_whole(&self) -> bool {
@@ -396,5 +397,54 @@ fn leader_in(refusal: &Refusal) -> Option<usize> {
     match refusal {
         Refusal::NotLeader { leader: Some(LeaderHint { id, .. }) } => Some(node_of(*id)),
         _ => None,
+    }
+}
+
+/// Whether a disk that fails operations, or leaves them unanswered, may make a node stop for this reason. Everything else that
+/// stops one is a defect, whatever its disk does.
+fn is_of_disk(error: &StopError) -> bool {
+    match error {
+        StopError::Log(error) => match error {
+            WalError::Disk { .. } | WalError::ShortWrite { .. } => true,
+            WalError::HardStateLost { a, b } => {
+                [a, b].iter().any(|copy| matches!(copy, CopyState::Unreadable(_)))
+            }
+            _ => false,
+        },
+        StopError::Read(error) => matches!(error, ReadError::Disk(_) | ReadError::Damaged { .. }),
+        StopError::CopiesGone { .. } | StopError::DiskStalled { .. } | StopError::Restore { .. } => true,
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ringraft_wal::disk::{DiskError, DiskErrorKind};
+
+    #[test]
+    fn a_failing_disk_excuses_only_what_a_disk_can_do() {
+        let io = || DiskError { kind: DiskErrorKind::Io, operation: "write", os_error: None };
+        let what = "writing a batch";
+        let lost = |a| StopError::Log(WalError::HardStateLost { a, b: CopyState::Missing });
+        for error in [
+            StopError::Log(WalError::Disk { what, error: io() }),
+            StopError::Log(WalError::ShortWrite { what, asked: 2, written: 1 }),
+            lost(CopyState::Unreadable(io())),
+            StopError::Read(ReadError::Disk(io())),
+            StopError::DiskStalled { millis: 9 },
+        ] {
+            assert!(is_of_disk(&error), "{error}");
+        }
+        for error in [
+            StopError::Requested,
+            StopError::Log(WalError::Protocol { what }),
+            StopError::Log(WalError::HardStateBehind { log_epoch: 2, hard_state_epoch: 1 }),
+            lost(CopyState::Missing),
+            StopError::Read(ReadError::Busy),
+            StopError::Invariant(String::new()),
+        ] {
+            assert!(!is_of_disk(&error), "{error}");
+        }
     }
 }

@@ -270,6 +270,8 @@ pub struct StopReason {
     pub orderly: bool,
     /// No copy of a part of its log is left that anybody can read.
     pub copies_gone: bool,
+    /// A disk that fails, or has failed, may be the cause.
+    pub disk: bool,
 }
 
 /// One process.

@@ -668,7 +668,7 @@ impl<'a, C: Cluster> World<'a, C> {
             self.answers = answers;
             if orderly {
                 self.closed(node);
-            } else if self.allowed.failing_disks {
+            } else if self.allowed.failing_disks && reason.as_ref().is_some_and(|reason| reason.disk) {
                 // Whoever runs it mends the disk and starts it again.
                 self.crash(node, Crash::Kill);
                 self.mend_disk(node);

@@ -181,7 +181,16 @@ impl Survey {
 
 impl Survey {
     /// Whether after `places` this disk may have held a batch behind the committed ones, as far as it can tell: it lost one that it
-    /// had, or its last, or something lies where the next one would.
+    /// had, or its last, or something lies where the next one would; or it cannot tell where a damaged log ended, since the
+    /// newest epoch has left no segment.
+    ///
+    /// That last one: a start records its cut and goes on in a new segment, and this machine died in between. The same
+    /// disk, to the bit, is left by one that lived on, acknowledged a batch in the new segment, and lost that file with its name.
+    /// While nothing else is wrong the log takes it for the former, since otherwise every such start would end in doubt; that
+    /// is the residual of its contract. Where it is damaged elsewhere, so that it was cut before what the newest cut kept, it has no
+    /// reason to trust in the names of its files more than in their bytes, and says that its end is not certain (the log's own test:
+    /// `a_claim_is_not_certain_when_more_was_vouched_for_or_the_newest_epoch_left_no_segment`). A log that is not cut, since
+    /// every envelope is there, is in no such doubt.
     #[must_use]
     pub fn end_in_doubt(&self, after: &Self, places: &[&Place], committed: &[(u64, [u8; 16])]) -> bool {
         let is_committed = |slot: &Slot| committed.iter().any(|(_, chain)| *chain == slot.chain);
@@ -190,6 +199,14 @@ impl Survey {
         };
         let lost = |slot: &Slot| !after.holds(&slot.chain);
         if lost(last) || self.slots.iter().any(|slot| slot.intact && !is_committed(slot) && lost(slot)) {
+            return true;
+        }
+        let is_cut = || {
+            let is_there = |slot: &Slot| after.slots.iter().any(|other| other.chain == slot.chain);
+            self.slots.iter().any(|slot| !is_there(slot))
+        };
+        let epoch = after.hard_states.iter().map(|state| state.epoch).max();
+        if epoch > after.headers.iter().map(|header| header.epoch).max() && is_cut() {
             return true;
         }
         let (end, newest) = (last.offset + last.bytes as u64, last.file.as_str());

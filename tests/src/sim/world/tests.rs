@@ -254,7 +254,12 @@ impl SimNode for Scribe {
     }
 
     fn stop_reason(&self) -> Option<StopReason> {
-        self.closing.then(|| StopReason { text: String::new(), orderly: true, copies_gone: false })
+        self.closing.then(|| StopReason {
+            text: String::new(),
+            orderly: true,
+            copies_gone: false,
+            disk: false,
+        })
     }
 
     fn check(&self) -> Result<(), String> {
