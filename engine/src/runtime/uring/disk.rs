@@ -310,3 +310,123 @@ fn open_again(found: &OwnedFd, access: Access) -> Result<OwnedFd, rustix::io::Er
     };
     rustix::fs::open(directory::again(found), how | OFlags::DIRECT | OFlags::CLOEXEC, Mode::empty())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::operation::reap;
+    use super::super::ring::Ring;
+    use super::*;
+    use ringraft_block::Pool;
+    use ringraft_wal::disk::DiskErrorKind;
+    use std::time::Duration;
+
+    struct Rig {
+        _directory: tempfile::TempDir,
+        io: Rc<Io>,
+        disk: UringDisk,
+        pool: Pool<AlignedBuf>,
+    }
+
+    impl Rig {
+        fn new() -> Self {
+            let directory = tempfile::tempdir_in(std::env::current_dir().unwrap()).unwrap();
+            let wakeup = Arc::new(Wakeup::new());
+            let ring = Ring::new(8, wakeup.connect_event().unwrap()).unwrap();
+            let io = Rc::new(RefCell::new(ring));
+            let local = LocalWakeup::default();
+            let disk = UringDisk::open(directory.path(), Rc::clone(&io), local, wakeup, None).unwrap();
+            Self { _directory: directory, io, disk, pool: Pool::new(1 << 20) }
+        }
+
+        fn block(&self, blocks: usize, fill: u8) -> Block<AlignedBuf> {
+            let new = |bytes| Ok::<_, std::convert::Infallible>(AlignedBuf::zeroed(bytes));
+            let mut block = self.pool.take(blocks * BLOCK_BYTES, new).unwrap();
+            block.fill(fill);
+            block
+        }
+
+        fn next(&mut self) -> Result<DiskOutput<AlignedBuf>, DiskError> {
+            let mut done = Vec::new();
+            loop {
+                reap(&self.io);
+                self.disk.shared.collect();
+                self.disk.poll(&mut done);
+                if let Some(done) = done.pop() {
+                    return done.result;
+                }
+                self.io.borrow_mut().wait(Some(Duration::from_millis(1))).unwrap();
+            }
+        }
+
+        /// A file of so many blocks, all of them 0x11.
+        fn file(&mut self, blocks: usize) -> Rc<OpenFile> {
+            let bytes = blocks * BLOCK_BYTES;
+            let access = Access::DurableWrite;
+            self.disk.submit(DiskOpId(0), DiskOp::Create { name: "log".into(), bytes: bytes as u64, access });
+            let Ok(DiskOutput::Opened { file, .. }) = self.next() else { panic!("created") };
+            let block = Rc::new(self.block(blocks, 0x11));
+            self.disk.submit(DiskOpId(0), DiskOp::Write { file, offset: 0, block, bytes });
+            self.next().unwrap();
+            self.disk.file(file, "open").unwrap()
+        }
+
+        /// As if the kernel had returned `result` for the operation.
+        fn returned(&self, file: &Rc<OpenFile>, tries: u8, kind: Kind, result: i32) {
+            let operation = DiskOperation { id: DiskOpId(1), file: Rc::clone(file), tries, kind };
+            self.disk.shared.completed(operation, result);
+        }
+    }
+
+    const BYTES: u32 = 4 * BLOCK_BYTES as u32;
+
+    #[test]
+    fn a_read_that_comes_short_within_the_file_goes_on_where_it_stopped() {
+        let mut rig = Rig::new();
+        let file = rig.file(4);
+        let kind = Kind::Read { offset: 0, block: rig.block(4, 0x77), bytes: BYTES, filled: 0 };
+        rig.returned(&file, 0, kind, BLOCK_BYTES as i32);
+        let Ok(DiskOutput::Read { block, bytes }) = rig.next() else { panic!("read") };
+        assert_eq!(bytes, BYTES as usize);
+        assert!(block[..BLOCK_BYTES].iter().all(|byte| *byte == 0x77), "taken as it was");
+        assert!(block[BLOCK_BYTES..].iter().all(|byte| *byte == 0x11), "read");
+    }
+
+    #[test]
+    fn a_read_that_comes_short_at_the_end_of_the_file_is_short() {
+        let mut rig = Rig::new();
+        let file = rig.file(4);
+        let offset = 2 * BLOCK_BYTES as u64;
+        let kind = Kind::Read { offset, block: rig.block(4, 0), bytes: BYTES, filled: 0 };
+        rig.returned(&file, 0, kind, 2 * BLOCK_BYTES as i32);
+        assert_eq!(rig.io.borrow().in_flight(), 0);
+        assert!(matches!(rig.next(), Ok(DiskOutput::Read { bytes, .. }) if bytes == 2 * BLOCK_BYTES));
+    }
+
+    #[test]
+    fn an_interrupted_write_is_done_again_and_a_short_one_is_told() {
+        let mut rig = Rig::new();
+        let file = rig.file(4);
+        for errno in [libc::EINTR, libc::EAGAIN] {
+            let block = Rc::new(rig.block(4, 0x22));
+            rig.returned(&file, 0, Kind::Write { offset: 0, block: Rc::clone(&block), bytes: BYTES }, -errno);
+            assert!(matches!(rig.next(), Ok(DiskOutput::Written { bytes }) if bytes == BYTES as usize));
+            assert_eq!(Rc::strong_count(&block), 1);
+        }
+        let written = std::fs::read(rig._directory.path().join("log")).unwrap();
+        assert!(written.iter().all(|byte| *byte == 0x22));
+        let block = Rc::new(rig.block(4, 0x33));
+        rig.returned(&file, 0, Kind::Write { offset: 0, block, bytes: BYTES }, 512);
+        assert!(matches!(rig.next(), Ok(DiskOutput::Written { bytes: 512 })));
+    }
+
+    #[test]
+    fn an_operation_that_never_gets_its_turn_fails_in_the_end() {
+        let mut rig = Rig::new();
+        let file = rig.file(1);
+        rig.returned(&file, TRIES_MAX, Kind::Flush, -libc::EAGAIN);
+        let error = rig.next().err().unwrap();
+        assert_eq!((error.kind, error.operation), (DiskErrorKind::Io, "flush"));
+        rig.returned(&file, 0, Kind::Flush, -libc::EIO);
+        assert_eq!(rig.next().err().unwrap().os_error, Some(libc::EIO), "no other error is tried again");
+    }
+}

@@ -396,3 +396,96 @@ fn owned(accepted: RawFd) -> OwnedFd {
     // SAFETY: the kernel has just made this descriptor for us, and told it to nobody else.
     unsafe { OwnedFd::from_raw_fd(accepted) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::operation::reap;
+    use super::super::ring::Ring;
+    use super::*;
+    use crate::runtime::Wakeup;
+    use std::io::Write;
+    use std::net::{Ipv4Addr, TcpListener, TcpStream};
+
+    struct Rig {
+        io: Rc<Io>,
+        link: UringLink,
+    }
+
+    impl Rig {
+        fn new() -> Self {
+            let ring = Ring::new(8, Wakeup::new().connect_event().unwrap()).unwrap();
+            let io = Rc::new(RefCell::new(ring));
+            let link = UringLink::new(LinkOptions::default(), Rc::clone(&io), LocalWakeup::default());
+            Self { io, link }
+        }
+
+        fn next(&mut self) -> LinkDone<AlignedBuf> {
+            let mut done = Vec::new();
+            loop {
+                reap(&self.io);
+                self.link.poll(&mut done);
+                if !done.is_empty() {
+                    return done.remove(0);
+                }
+                self.io.borrow_mut().wait(None).unwrap();
+            }
+        }
+
+        /// A connection, and its other end.
+        fn connection(&mut self) -> (ConnectionId, TcpStream) {
+            let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+            self.link.submit(LinkOpId(0), LinkOp::Dial { address: listener.local_addr().unwrap() });
+            let Ok(LinkOutput::Dialed { connection }) = self.next().result else { panic!("dialed") };
+            (connection, listener.accept().unwrap().0)
+        }
+    }
+
+    fn into() -> RecvInto<AlignedBuf> {
+        RecvInto::Bytes { bytes: vec![0; 8].into(), range: 0..8 }
+    }
+
+    #[test]
+    fn an_interrupted_receive_and_an_accept_whose_peer_is_gone_are_started_again() {
+        let mut rig = Rig::new();
+        let (id, mut theirs) = rig.connection();
+        let shared = Rc::clone(&rig.link.shared);
+        let connection = shared.connection(id).unwrap();
+        for errno in [libc::EINTR, libc::EAGAIN] {
+            let id = LinkOpId(7);
+            let recv =
+                LinkOperation::Recv { id, connection: Rc::clone(&connection), into: into(), drained: false };
+            shared.completed(recv, -errno);
+            theirs.write_all(b"x").unwrap();
+            let done = rig.next();
+            assert!(done.id == id && matches!(done.result, Ok(LinkOutput::Received { bytes: 1, .. })));
+        }
+        rig.link.submit(LinkOpId(1), LinkOp::Listen { address: (Ipv4Addr::LOCALHOST, 0).into() });
+        let Ok(LinkOutput::Listening { listener, address }) = rig.next().result else { panic!("listening") };
+        let listener = Rc::clone(&shared.listeners.borrow()[&listener]);
+        for errno in [libc::ECONNABORTED, libc::EINTR] {
+            let id = LinkOpId(8);
+            listener.accepting.set(true);
+            shared.completed(LinkOperation::Accept { id, listener: Rc::clone(&listener) }, -errno);
+            let _theirs = TcpStream::connect(address).unwrap();
+            let done = rig.next();
+            assert!(done.id == id && matches!(done.result, Ok(LinkOutput::Accepted { .. })));
+        }
+    }
+
+    /// The kernel has the receive's memory until it says otherwise.
+    #[test]
+    fn a_close_completes_when_the_kernel_has_given_the_receive_back() {
+        let mut rig = Rig::new();
+        let (connection, _theirs) = rig.connection();
+        rig.link.submit(LinkOpId(1), LinkOp::Recv { connection, into: into() });
+        rig.io.borrow_mut().flush().unwrap();
+        rig.link.submit(LinkOpId(2), LinkOp::Close { connection });
+        let mut done = Vec::new();
+        rig.link.poll(&mut done);
+        assert!(done.is_empty() && rig.io.borrow().in_flight() == 1);
+        rig.link.submit(LinkOpId(3), LinkOp::Recv { connection, into: into() });
+        let ids: Vec<u64> = (0..3).map(|_| rig.next().id.0).collect();
+        assert_eq!(ids, [3, 1, 2], "the late receive is refused, the first one ends, then the close");
+        assert_eq!(rig.io.borrow().in_flight(), 0);
+    }
+}

@@ -3,9 +3,10 @@
 //! # A pass
 //!
 //! The loop takes the completions at hand to the disk and the link, reads the clocks, runs a turn, and lets the kernel have
-//! what the turn has started. A turn that made progress is followed by another one at once; the kernel is entered between
-//! them only when something was started or when it says that it has put work off. After a turn without progress the core
-//! parks: the same system call that hands over operations then waits for a completion, for the bell, or until the deadline.
+//! what the turn has started. A turn that made progress is followed by another one, which usually finds nothing; the kernel
+//! is entered between them for what the disk is to do, not for what waits for another machine. After a turn without progress
+//! the core parks: the same system call that hands over operations then waits for a completion, for the bell, or until
+//! the deadline.
 //!
 //! # What blocks
 //!
@@ -61,6 +62,9 @@ impl Default for UringOptions {
         Self { core: None, idle: IdlePolicy::default(), ring_depth: 256, name: "ringraft".to_owned() }
     }
 }
+
+/// Turns that made progress before the kernel must have what they started, urgent or not, and has its say.
+const TURNS_PER_FLUSH: u32 = 2;
 
 /// Memory of a ring's entry and its completions, which old kernels count as locked: rounded up.
 const LOCKED_BYTES_PER_ENTRY: u64 = 256;
@@ -172,6 +176,7 @@ impl CoreContext {
     fn drive(&self, idle: IdlePolicy, turn: &mut impl Turn) -> Result<(), RuntimeError> {
         let CoreInner { io, wakeup, local, tasks, .. } = &*self.inner;
         let mut progress_ns = 0;
+        let mut turns_since_flush = 0;
         let mut armed = false;
         loop {
             self.take_completed();
@@ -188,7 +193,12 @@ impl CoreContext {
                     wakeup.disarm();
                 }
                 progress_ns = now.monotonic_ns;
-                io.borrow_mut().flush().map_err(RuntimeError::Ring)?;
+                turns_since_flush += 1;
+                let mut ring = io.borrow_mut();
+                if ring.is_urgent() || turns_since_flush >= TURNS_PER_FLUSH {
+                    turns_since_flush = 0;
+                    ring.flush().map_err(RuntimeError::Ring)?;
+                }
                 continue;
             }
             let spinning = match idle {
@@ -209,6 +219,7 @@ impl CoreContext {
                 io.borrow_mut().wait(timeout).map_err(RuntimeError::Ring)?;
                 wakeup.disarm();
                 armed = false;
+                turns_since_flush = 0;
             } else {
                 // Whoever signals from here on rings; what came before is found by one more turn.
                 wakeup.arm();

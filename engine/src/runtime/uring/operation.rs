@@ -23,6 +23,10 @@ unsafe impl Owner for Operation {
             Self::Link(_, operation) => operation.entry(),
         }
     }
+
+    fn is_urgent(&self) -> bool {
+        matches!(self, Self::Disk(..))
+    }
 }
 
 /// Takes the completions at hand to the disks and links. Says whether there were any.

@@ -33,6 +33,9 @@ const COMPLETIONS_PER_ENTRY: u32 = 4;
 pub(super) unsafe trait Owner {
     /// The operation. Its descriptor stays open until the owner is dropped.
     fn entry(&mut self) -> squeue::Entry;
+
+    /// Whether the kernel should have it at once. What has to wait for another machine anyway may go with the next entry.
+    fn is_urgent(&self) -> bool;
 }
 
 /// Names an operation in flight.
@@ -54,6 +57,8 @@ pub(super) struct Ring<T: Owner> {
     backlog: VecDeque<squeue::Entry>,
     bell: Arc<OwnedFd>,
     bell_watched: bool,
+    /// Something urgent was started since the kernel was last entered.
+    urgent: bool,
 }
 
 impl<T: Owner> Ring<T> {
@@ -68,11 +73,12 @@ impl<T: Owner> Ring<T> {
             .setup_cqsize(entries.saturating_mul(COMPLETIONS_PER_ENTRY))
             .build(entries)?;
         let slots = Slots { slots: Vec::new(), free: Vec::new(), in_flight: 0 };
-        Ok(Self { uring, slots, backlog: VecDeque::new(), bell, bell_watched: false })
+        Ok(Self { uring, slots, backlog: VecDeque::new(), bell, bell_watched: false, urgent: false })
     }
 
     /// Starts the operation of `owner`, with the next entry into the kernel.
     pub(super) fn start(&mut self, owner: T) -> Token {
+        self.urgent |= owner.is_urgent();
         let (token, owner) = self.slots.insert(owner);
         let entry = owner.entry().user_data(token.0);
         // SAFETY: what the entry names belongs to the owner, by the contract of `Owner`. The owner is in its slot until
@@ -93,6 +99,11 @@ impl<T: Owner> Ring<T> {
         for token in self.slots.tokens(such) {
             self.cancel(token);
         }
+    }
+
+    /// Whether something urgent was started that the kernel does not have yet.
+    pub(super) fn is_urgent(&self) -> bool {
+        self.urgent
     }
 
     /// Operations started whose completion has not been taken.
@@ -170,6 +181,7 @@ impl<T: Owner> Ring<T> {
     }
 
     fn enter(&mut self, want: usize, timeout: Option<Duration>) -> io::Result<()> {
+        self.urgent = false;
         let submitter = self.uring.submitter();
         let entered = match timeout {
             Some(timeout) => {
@@ -272,6 +284,10 @@ mod tests {
             } else {
                 opcode::Recv::new(fd, self.bytes.as_mut_ptr(), len).build()
             }
+        }
+
+        fn is_urgent(&self) -> bool {
+            self.sends
         }
     }
 
