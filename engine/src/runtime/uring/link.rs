@@ -409,6 +409,7 @@ mod tests {
     struct Rig {
         io: Rc<Io>,
         link: UringLink,
+        done: Vec<LinkDone<AlignedBuf>>,
     }
 
     impl Rig {
@@ -416,16 +417,15 @@ mod tests {
             let ring = Ring::new(8, Wakeup::new().connect_event().unwrap()).unwrap();
             let io = Rc::new(RefCell::new(ring));
             let link = UringLink::new(LinkOptions::default(), Rc::clone(&io), LocalWakeup::default());
-            Self { io, link }
+            Self { io, link, done: Vec::new() }
         }
 
         fn next(&mut self) -> LinkDone<AlignedBuf> {
-            let mut done = Vec::new();
             loop {
                 reap(&self.io);
-                self.link.poll(&mut done);
-                if !done.is_empty() {
-                    return done.remove(0);
+                self.link.poll(&mut self.done);
+                if !self.done.is_empty() {
+                    return self.done.remove(0);
                 }
                 self.io.borrow_mut().wait(None).unwrap();
             }
