@@ -98,9 +98,9 @@ impl Wakeup {
         fence(Ordering::SeqCst);
     }
 
-    /// Turns are being run again. Says whether a ring has come meanwhile: it stays in the bell and costs one idle turn.
-    pub(super) fn disarm(&self) -> bool {
-        self.state.swap(RUNNING, Ordering::Relaxed) == SIGNALLED
+    /// Turns are being run again. A ring that has come meanwhile stays in the bell and costs one idle turn.
+    pub(super) fn disarm(&self) {
+        self.state.store(RUNNING, Ordering::Relaxed);
     }
 }
 

@@ -6,8 +6,7 @@
 //! what the turn has started. A turn that made progress is followed by another one, which usually finds nothing; the kernel
 //! is entered between them for what the disk is to do, not for what waits for another machine. After a turn without progress
 //! the core parks: the same system call that hands over operations then waits for a completion, for the bell, or until
-//! the deadline. Before it parks it must have run a turn within which signals ring; the first turns after a park are such
-//! turns already, so that a wake-up that brings little costs two turns, not three.
+//! the deadline.
 //!
 //! # What blocks
 //!
@@ -66,10 +65,6 @@ impl Default for UringOptions {
 
 /// Turns that made progress before the kernel must have what they started, urgent or not, and has its say.
 const TURNS_PER_FLUSH: u32 = 2;
-
-/// So many turns after a park that made progress are followed by one within which signals ring. In more of them the core
-/// is busy, and signals should cost nothing.
-const TURNS_AHEAD: u32 = 2;
 
 /// Memory of a ring's entry and its completions, which old kernels count as locked: rounded up.
 const LOCKED_BYTES_PER_ENTRY: u64 = 256;
@@ -181,8 +176,8 @@ impl CoreContext {
     fn drive(&self, idle: IdlePolicy, turn: &mut impl Turn) -> Result<(), RuntimeError> {
         let CoreInner { io, wakeup, local, tasks, .. } = &*self.inner;
         let mut progress_ns = 0;
-        let (mut turns_since_flush, mut turns_since_park) = (0, 0);
-        let (mut armed, mut rung) = (false, false);
+        let mut turns_since_flush = 0;
+        let mut armed = false;
         loop {
             self.take_completed();
             // After what completed: see `Turn::turn`.
@@ -195,15 +190,10 @@ impl CoreContext {
             let ran = tasks.run();
             if progressed || ran || local.is_pending() {
                 if std::mem::take(&mut armed) {
-                    rung |= wakeup.disarm();
+                    wakeup.disarm();
                 }
                 progress_ns = now.monotonic_ns;
                 turns_since_flush += 1;
-                turns_since_park = u32::saturating_add(turns_since_park, 1);
-                if idle == IdlePolicy::Park && turns_since_park <= TURNS_AHEAD && !rung {
-                    wakeup.arm();
-                    armed = true;
-                }
                 let mut ring = io.borrow_mut();
                 if ring.is_urgent() || turns_since_flush >= TURNS_PER_FLUSH {
                     turns_since_flush = 0;
@@ -228,8 +218,8 @@ impl CoreContext {
                 };
                 io.borrow_mut().wait(timeout).map_err(RuntimeError::Ring)?;
                 wakeup.disarm();
-                (armed, rung) = (false, false);
-                (turns_since_flush, turns_since_park) = (0, 0);
+                armed = false;
+                turns_since_flush = 0;
             } else {
                 // Whoever signals from here on rings; what came before is found by one more turn.
                 wakeup.arm();
