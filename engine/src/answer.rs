@@ -20,6 +20,9 @@ impl<T> Answer<T> {
     }
 
     /// Blocks until it is there.
+    ///
+    /// # Panics
+    /// When it was polled before and was ready: the answer was given then.
     #[must_use]
     pub fn wait(self) -> T {
         let mut state = lock(&self.slot.state);
@@ -27,9 +30,18 @@ impl<T> Answer<T> {
             if let Some(value) = state.value.take() {
                 return value;
             }
+            assert!(!state.taken, "an answer is not waited for after it was ready");
             state.blocked = true;
             state = self.slot.done.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// The answer, if it is there: once. Never blocks.
+    pub fn try_take(&mut self) -> Option<T> {
+        let mut state = lock(&self.slot.state);
+        let value = state.value.take();
+        state.taken |= value.is_some();
+        value
     }
 }
 
@@ -37,7 +49,7 @@ impl<T> Future for Answer<T> {
     type Output = T;
 
     /// # Panics
-    /// When polled again after it was ready.
+    /// When polled again after it was ready, or taken.
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<T> {
         let mut state = lock(&self.slot.state);
         if let Some(value) = state.value.take() {
@@ -108,5 +120,24 @@ mod tests {
         assert_eq!(answer.as_mut().poll(&mut context), Poll::Pending);
         slot.complete(3);
         assert_eq!(answer.as_mut().poll(&mut context), Poll::Ready(3));
+
+        let (mut answer, slot) = Answer::new();
+        assert_eq!(answer.try_take(), None);
+        slot.complete(4);
+        slot.complete(5);
+        assert_eq!((answer.try_take(), answer.try_take()), (Some(4), None));
+        slot.complete(6);
+        assert_eq!(answer.try_take(), None);
+    }
+
+    /// It would block for ever.
+    #[test]
+    #[should_panic(expected = "not waited for after it was ready")]
+    fn an_answer_that_was_given_is_not_waited_for() {
+        let (mut answer, slot) = Answer::new();
+        slot.complete(1);
+        let polled = Pin::new(&mut answer).poll(&mut Context::from_waker(Waker::noop()));
+        assert_eq!(polled, Poll::Ready(1));
+        let _ = answer.wait();
     }
 }

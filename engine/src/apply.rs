@@ -30,7 +30,7 @@ pub(crate) struct Applier<S, B: BlockBuf> {
     suspended: bool,
     /// What was applied since this was last taken, in bytes of log.
     log_bytes: u64,
-    /// The log's time at `applied`.
+    /// The log's time at `applied`, or where the state ends that is being restored.
     time_ms: u64,
 }
 
@@ -102,6 +102,13 @@ impl<S: StateMachine, B: BlockBuf> Applier<S, B> {
     pub(crate) fn suspend(&mut self) {
         self.suspended = true;
         self.fetched.clear();
+    }
+
+    /// As [`Self::suspend`], until there is a state at whose end the log's time is this: that of a log that begins there,
+    /// and may go on before the state is there.
+    pub(crate) fn suspend_until(&mut self, time_ms: u64) {
+        self.suspend();
+        self.time_ms = time_ms;
     }
 
     pub(crate) fn is_suspended(&self) -> bool {

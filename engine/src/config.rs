@@ -36,8 +36,8 @@ pub struct Config {
     /// All initial members, this node included. The cluster forms when all of them have met once.
     pub members: Vec<MemberConfig>,
     /// This node is to be added to a cluster that exists ([`Handle::change_membership`](crate::Handle::change_membership)):
-    /// `members` are then this node and those of the cluster by which it finds that, the leader among them. A blank
-    /// directory waits until it is added, and has no say before. Stays true for the life of the directory. Default: false.
+    /// `members` are then this node and those of the cluster by which it finds that: any one will do, since a member refers
+    /// it to the leader. A blank directory waits until it is added, and has no say before. Stays true for the life of the directory. Default: false.
     ///
     /// Once members have been changed, the configuration in the log says who they are and where; `members` no longer
     /// counts, but as where a node that is in no configuration yet looks for the others.
@@ -86,10 +86,12 @@ pub struct Config {
     pub window_batches: usize,
     /// Bytes of appends in flight to one follower. Default: 8 MiB: 16 ms at 500 MB/s.
     pub window_bytes: usize,
-    /// Payload bytes that are proposed and not yet committed; beyond it [`Busy`](crate::error::Refusal::Busy).
-    /// Default: 64 MiB.
+    /// Bytes of commands that the core has taken and not yet applied, each with 64 B for what is kept of it beside; and as
+    /// many again in the queue between other threads and the core. Beyond it [`Busy`](crate::error::Refusal::Busy). One
+    /// command is always admitted. Default: 64 MiB.
     pub uncommitted_bytes_max: usize,
-    /// Proposals in the queue between other threads and the core. Default: 65,536.
+    /// Proposals in the queue between other threads and the core; their bytes are bounded by `uncommitted_bytes_max`.
+    /// Default: 65,536.
     pub ingress_capacity: usize,
     /// Bytes of recent batches kept in memory for apply and for followers that are a little behind. Default: 32 MiB.
     pub recent_bytes_max: usize,
@@ -147,7 +149,8 @@ pub struct Config {
     /// What all sessions together may take in memory, by their limits, on each member; a session that does not fit is
     /// refused. One takes at most 256 bytes, 40 for each sequence of its window, and its replies:
     /// [`SessionLimits::bytes`](crate::sessions::SessionLimits::bytes). Default: 64 MiB, about 2,490 sessions of the
-    /// defaults.
+    /// defaults. What is in use of it is in memory once more, encoded, until a snapshot that is being taken has it written,
+    /// and while any snapshot is read, to be verified or restored: with all at once, four times.
     pub session_table_bytes_max: u64,
 
     /// Seed of the timing of this node (election times, backoff), mixed with its id. Default: none, the system's

@@ -4,15 +4,18 @@
 //! core, the log and the network meet; each of them is a machine of its own that knows nothing of the others.
 //!
 //! The life of a command here: `take_proposals` copies it into the open batch; `seal` seals that at the core's
-//! position; the core answers with one persist and one append per follower, which are under way together; `on_disk` and `on_network` bring the durabilities back; the core moves the commit index;
-//! `apply` runs the state machine and delivers the outcome.
+//! position; the core answers with one persist and one append per follower, which are under way together; `on_disk` and
+//! `on_network` bring the durabilities back; the core moves the commit index; `apply` runs the state machine and delivers the
+//! outcome.
 
+mod clock;
 mod installs;
 mod log;
 mod membership;
 mod peers;
 mod proposing;
 mod reads;
+mod referrals;
 mod repair;
 mod snapshots;
 mod stages;
@@ -23,20 +26,23 @@ use crate::apply::Applier;
 use crate::config::{BATCH_BYTES_CAP, Config, ConfigError};
 use crate::error::{Refusal, StopCause, StopError, TransferError, UnknownOutcome};
 use crate::formation::Formation;
-use crate::handle::{Handle, LocalHandle, PeerStatus, Shared};
-use crate::ingress::{Deliveries, Request};
+use crate::handle::{Handle, LocalHandle, PeerStatus, Shared, SnapshotError};
+use crate::ingress::Deliveries;
 use crate::membership::MembershipError;
 use crate::mutants::{self, Mutant};
-use crate::outbox::Outbox;
+use crate::outbox::{Outbox, Outgoing};
 use crate::proposals::{LocalIngress, ProposalLimits, Proposals};
-use crate::raft::{Action, BatchRun, Configuration, Epoch, Event, Message, Nanos, Raft, Role};
+use crate::raft::{Action, BatchRun, Configuration, Epoch, Event, Nanos, Raft, Role};
 use crate::recent::Recent;
+use crate::requests::Request;
 use crate::runtime::{LocalWakeup, Now, Turn, TurnOutcome, Wakeup};
 use crate::sessions::SessionTable;
 use crate::state_machine::StateMachine;
 use crate::wire::{AckStages, Encoder};
 pub(crate) use installs::PIECE_BYTES;
-use ringraft_block::{Block, BlockBuf, GroupId, Incarnation, LogIndex, NodeId, Pool, round_up_to_block};
+use ringraft_block::{
+    Block, BlockBuf, GroupId, Incarnation, LogIndex, NodeId, Pool, Term, round_up_to_block,
+};
 use ringraft_net::link::Link;
 use ringraft_net::{BlockSource, NetEvent, Network, Session};
 use ringraft_wal::disk::Disk;
@@ -47,7 +53,6 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
-pub(crate) use transfer::TransferSlot;
 pub use transfer::Transferred;
 
 /// The only group of this version.
@@ -95,16 +100,18 @@ pub struct Driver<D: Disk, L: Link<Buf = D::Buf>, S> {
     /// Saves that the core asked for and the log's number for each, until they are durable.
     saves: VecDeque<(u64, u64)>,
     /// Messages that must not leave before a save is durable.
-    deferred: VecDeque<(u64, NodeId, Message)>,
+    deferred: VecDeque<Deferred>,
     no_space: bool,
     space_retry_at_ns: u64,
     witness_at_ns: u64,
+    clock: clock::LogClock,
     repair: repair::Repairer<D::Buf>,
     stall: stall::StallWatch,
     handover: transfer::Handover,
     reads: reads::Reads,
     snapshots: snapshots::Snapshots<D::Buf>,
     members: membership::Members,
+    referrals: referrals::Referrals,
     closing: bool,
     /// The log has closed; what is under way with snapshots has not.
     closed: bool,
@@ -115,6 +122,14 @@ pub struct Driver<D: Disk, L: Link<Buf = D::Buf>, S> {
     link_done: Vec<ringraft_net::link::LinkDone<D::Buf>>,
     wal_events: VecDeque<WalEvent<D::Buf>>,
     net_events: VecDeque<NetEvent<D::Buf>>,
+}
+
+/// A message that must not leave before a save of the hard state is durable.
+struct Deferred {
+    sequence: u64,
+    to: NodeId,
+    term: Term,
+    message: Outgoing,
 }
 
 /// How far a node has come.
@@ -227,12 +242,14 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             no_space: false,
             space_retry_at_ns: u64::MAX,
             witness_at_ns: u64::MAX,
+            clock: clock::LogClock::default(),
             repair: repair::Repairer::new(&config),
             stall: stall::StallWatch::default(),
             handover: transfer::Handover::default(),
             reads: reads::Reads::new(),
             snapshots: snapshots::Snapshots::new(&config),
             members: membership::Members::default(),
+            referrals: referrals::Referrals::default(),
             closing: false,
             closed: false,
             encoder: Encoder::default(),
@@ -249,6 +266,12 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     pub fn local_handle(&self, wakeup: LocalWakeup) -> LocalHandle {
         let ingress: Rc<dyn LocalIngress> = Rc::new(Rc::clone(&self.proposals));
         LocalHandle { ingress, wakeup, shared: Arc::clone(&self.shared) }
+    }
+
+    /// Whether it was asked to stop, has drained, and only waits for the log and the connections to close: it takes nothing
+    /// up any more, its core no tick.
+    pub fn is_closing(&self) -> bool {
+        self.closing
     }
 
     /// The core, once the cluster is formed.
@@ -269,7 +292,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.applier.machine()
     }
 
-    /// The end of what was applied, and the chain there.
+    /// The end of what was applied, and the chain there; of a state that was lost, where the log that is left begins.
     pub fn applied(&self) -> (LogIndex, Chain) {
         (self.applier.applied(), self.applier.chain())
     }
@@ -282,12 +305,14 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     fn run_turn(&mut self) -> Result<bool, StopError> {
         let mut progressed = self.on_disk()?;
         progressed |= self.on_network()?;
+        progressed |= self.take_requests();
         self.watch_disk()?;
         self.mend()?;
         self.mind_snapshots()?;
         self.keep_members()?;
+        self.ask_around();
         progressed |= self.take_proposals();
-        progressed |= self.take_requests()?;
+        self.begin_transfers()?;
         progressed |= self.take_reads()?;
         self.step(Event::Tick)?;
         self.write_pending();
@@ -295,7 +320,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.advance_handover()?;
         progressed |= self.seal_barrier()?;
         progressed |= self.apply()?;
-        progressed |= self.serve_reads();
+        progressed |= self.serve_reads()?;
         self.send_queued();
         self.deliveries.flush();
         self.keep_log();
@@ -343,7 +368,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             }
             Action::SendNow { to, message } => self.send(to, message),
             Action::SendAfterSave { sequence, to, message } => {
-                self.deferred.push_back((sequence, to, message));
+                let term = message.term();
+                let message = self.complete(message)?;
+                self.deferred.push_back(Deferred { sequence, to, term, message });
                 Ok(())
             }
             // `apply` reads the commit index from the core.
@@ -356,6 +383,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 Ok(())
             }
             Action::SealEmpty => self.seal_empty(),
+            // The log that closes takes no further saves: the next start finds the claim, and that nothing is missing.
+            Action::ReleaseClaim if self.closing => Ok(()),
             Action::ReleaseClaim => {
                 tracing::info!(node = %self.config.node, "the log lacks nothing any more that this node may have acknowledged");
                 self.wal.release_claim(&mut self.disk);
@@ -401,7 +430,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             self.proposals.borrow_mut().abandon(certain, unknown, &refusal, &mut self.deliveries);
             self.reads_lose_leadership();
             for peer in self.peers.values_mut() {
-                peer.outbox.clear_appends();
+                peer.outbox.clear_batches();
             }
             self.snapshots.installs.deposed();
         }
@@ -409,16 +438,18 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.set_gate();
     }
 
-    /// Takes what handles ask besides commands.
-    fn take_requests(&mut self) -> Result<bool, StopError> {
+    /// Takes what handles ask besides commands and reads to whoever sees to it later in the turn.
+    fn take_requests(&mut self) -> bool {
         let requests = self.shared.ingress.take_requests();
         let any = !requests.is_empty();
         for request in requests {
             match request {
-                Request::Transfer { to, slot } => self.transfer_asked(to, slot)?,
+                Request::Transfer { to, slot } => self.handover.ask(to, slot),
+                Request::Snapshot { slot } => self.snapshots.ask(slot),
+                Request::Members(request) => self.members.ask(request),
             }
         }
-        Ok(any)
+        any
     }
 
     // ---- The end
@@ -456,9 +487,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.handover.stopped(|| TransferError::Stopped(cause.clone()));
         self.stop_reads(&cause);
         self.shared.ingress.stop(cause.clone());
-        self.shared.snapshots.stop(&cause);
-        self.snapshots.refuse_all(&crate::snapshots::requests::SnapshotError::Stopped(cause.clone()));
-        self.shared.membership.stop(&cause);
+        self.snapshots.refuse_all(&SnapshotError::Stopped(cause.clone()));
         self.members.stop(&MembershipError::Stopped(cause.clone()));
         if let Some(network) = &mut self.network {
             network.close(&mut self.link);
@@ -474,10 +503,12 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
 
     fn publish(&self) {
         let Some(raft) = self.raft() else { return };
-        let (applied, chain) = self.applied();
+        // Of a state that cannot be read nothing is applied, wherever the log begins.
+        let lost = raft.restraint().state_lost;
+        let (applied, chain) = if lost { (LogIndex(0), Chain::default()) } else { self.applied() };
         let leader = self.leader_hint();
         let damage = self.damage_status(raft);
-        let snapshot = self.snapshots.status(raft.restraint().state_lost);
+        let snapshot = self.snapshots.status(lost);
         let peers = self.peers.iter().filter_map(|(id, peer)| {
             let matched = raft.progress(*id)?.matched;
             let Peer { stages, no_space, .. } = *peer;
@@ -518,7 +549,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Turn for Driver<D, L, S> {
                 let log = self.witness_at_ns.min(self.space_retry_at_ns);
                 let repair = if self.closing { u64::MAX } else { self.repair.next_deadline() };
                 let members = self.members.next_deadline(self.pin_patience_ns());
-                let log = log.min(repair).min(self.stall_deadline()).min(members);
+                let log =
+                    log.min(repair).min(self.stall_deadline()).min(members).min(self.referrals_deadline());
                 let log = log.min(self.handover.next_deadline()).min(self.reads_deadline());
                 let snapshots = self.snapshots.next_deadline(now.monotonic_ns);
                 let log = log.min(if self.closing { u64::MAX } else { snapshots });

@@ -100,6 +100,9 @@ pub enum TransferError {
         /// In which term.
         term: Term,
     },
+    /// Too many requests wait; nothing has begun.
+    #[error("too many requests wait already: try again")]
+    Busy,
     /// The node has stopped.
     #[error("the node has stopped: {0}")]
     Stopped(StopCause),
@@ -231,6 +234,10 @@ pub enum ReadError {
         /// Entries known to be committed and not applied.
         lag: u64,
     },
+    /// The state is missing here, or being replaced by a snapshot's: there is nothing to read, however old it may be. Ask
+    /// another node, or this one in a moment.
+    #[error("the state is being restored here: ask another node, or this one in a moment")]
+    Restoring,
     /// As many reads wait as may: wait for some to be answered.
     #[error("busy: the bound on reads that wait is reached")]
     Busy,

@@ -11,14 +11,14 @@ use crate::answer::Answer;
 use crate::config::Config;
 pub use crate::driver::Transferred;
 use crate::error::{LeaderHint, ProposeError, Refusal, Refused, StopCause, TransferError};
-use crate::ingress::{Ingress, Request, Submission, Ticket};
-use crate::membership::{self, Membership};
+use crate::ingress::{Ingress, Submission, Ticket};
+use crate::membership::Membership;
 use crate::proposals::LocalIngress;
 use crate::raft::{Claim, Role};
+use crate::requests::Request;
 use crate::runtime::{LocalWakeup, Wakeup};
 use crate::sessions::{Control, SessionLimits};
-use crate::snapshots::requests::Requests;
-pub use crate::snapshots::requests::{SnapshotError, SnapshotRequest, SnapshotTaken};
+pub use crate::snapshots::requests::{SnapshotError, SnapshotTaken};
 pub use crate::wire::AckStages;
 use bytes::Bytes;
 use ringraft_block::{LogIndex, NodeId, Term};
@@ -63,7 +63,7 @@ pub struct Status {
     pub durable: LogIndex,
     /// How far the log is known to be committed.
     pub commit: LogIndex,
-    /// How far it has been applied here.
+    /// How far it has been applied here; 0 while the state is lost ([`SnapshotStatus::state_lost`]).
     pub applied: LogIndex,
     /// The chain of the log at `applied`.
     pub applied_chain: [u8; 16],
@@ -112,7 +112,7 @@ pub struct SnapshotStatus {
     /// One is being read into the state machine, which applies nothing meanwhile.
     pub restoring: bool,
     /// What was applied before the log's start cannot be read here, and is fetched from the leader: meanwhile nothing is
-    /// applied, and the node does not lead.
+    /// applied, reads wait or are refused, and the node does not lead.
     pub state_lost: bool,
     /// Snapshots on their way to other members, or from one.
     pub installs: Vec<InstallStatus>,
@@ -179,20 +179,16 @@ pub(crate) struct Shared {
     pub(crate) status: StatusCell,
     pub(crate) command_bytes_max: usize,
     pub(crate) session_limits: SessionLimits,
-    pub(crate) snapshots: Requests,
-    pub(crate) membership: membership::Requests,
 }
 
 impl Shared {
     pub(crate) fn new(config: &Config, wakeup: Arc<Wakeup>) -> Self {
         Self {
-            ingress: Ingress::new(config.ingress_capacity, config.reads_max),
+            ingress: Ingress::new(config.ingress_capacity, config.uncommitted_bytes_max, config.reads_max),
             wakeup,
             status: StatusCell::new(Status::unstarted(config.node)),
             command_bytes_max: config.command_bytes_max,
             session_limits: config.session_limits(),
-            snapshots: Requests::default(),
-            membership: membership::Requests::default(),
         }
     }
 }
@@ -345,10 +341,14 @@ impl Handle {
 
     /// Asks for a snapshot that covers all that this node has applied by now, at the least. The future resolves when it is
     /// durable; dropping it takes nothing back. The log's start follows by itself.
-    pub fn snapshot(&self) -> SnapshotRequest {
-        let request = self.shared.snapshots.ask();
+    ///
+    /// # Errors
+    /// The answer is an error when the state machine makes none, or when the disk or the machine failed.
+    pub fn snapshot(&self) -> Answer<Result<SnapshotTaken, SnapshotError>> {
+        let (answer, slot) = Answer::new();
+        self.shared.ingress.push_request(Request::Snapshot { slot });
         self.shared.wakeup.signal();
-        request
+        answer
     }
 
     /// Hands leadership to `to`, or to the voter that holds the most of the log. Meanwhile commands are refused with
@@ -429,6 +429,10 @@ pub struct Completion {
 }
 
 /// Commands in flight from one thread, completions in batches. See [`Handle::pipeline`].
+///
+/// Dropping it abandons completions that were not collected, not the commands: those in flight may yet be committed and
+/// applied, and nobody is told. Completions that are not collected stay in memory; how many are in flight and how many
+/// uncollected is up to its user, who counts them by tags.
 pub struct Pipeline {
     handle: Handle,
     shared: Arc<PipelineShared>,
@@ -525,6 +529,9 @@ impl Proposal {
     ///
     /// # Errors
     /// Those of the proposal.
+    ///
+    /// # Panics
+    /// When it was polled before and was ready: the outcome was told then.
     pub fn wait(mut self) -> Outcome {
         self.wait_blocking()
     }
@@ -535,6 +542,7 @@ impl Proposal {
             if let Some(outcome) = state.outcome.take() {
                 return outcome;
             }
+            assert!(!state.taken, "a proposal is not waited for after it was ready");
             state.blocked = true;
             state = self.slot.done.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
@@ -576,7 +584,9 @@ impl Future for Proposal {
     }
 }
 
-/// The outcomes of [`Handle::propose_batch`], one per command, in order.
+/// The outcomes of [`Handle::propose_batch`], one per command, in order. Cancel safe: dropping it abandons the answers, not the
+/// commands. Outcomes are told all together: after it was ready there are none left, and waited for or polled again, it gives
+/// an empty list at once.
 #[must_use = "the outcomes of proposals are worth knowing"]
 pub struct ProposalBatch {
     slot: Arc<BatchSlot>,

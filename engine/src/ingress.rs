@@ -1,17 +1,20 @@
 //! The way into the core: a bounded queue that any thread may push to and the core polls every turn.
 //!
+//! It is bounded by number and by bytes, since nothing is taken from it while the core holds as much as it may.
+//!
 //! A push wakes nobody unless the core is parked; then it signals once (`runtime::Wakeup`). The queue carries
 //! commands and the address that the outcome goes to; it knows nothing of the log.
 
-use crate::driver::TransferSlot;
-use crate::error::{ProposeError, StopCause, TransferError};
-use crate::handle::{BatchSlot, Outcome, PipelineShared, ProposalSlot, lock};
+use crate::error::{ProposeError, StopCause};
+use crate::handle::{BatchSlot, Outcome, PipelineShared, ProposalSlot};
+use crate::proposals::COMMAND_OVERHEAD_BYTES;
 use crate::reads::{ReadQueue, ReadRequest};
+use crate::requests::{Request, Requests};
 use bytes::Bytes;
 use crossbeam_queue::ArrayQueue;
-use ringraft_block::NodeId;
-use std::sync::atomic::{AtomicBool, Ordering, fence};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
+use std::sync::{Arc, OnceLock};
 
 /// A command on its way into the core.
 pub(crate) struct Submission {
@@ -71,48 +74,50 @@ impl Deliveries {
     }
 }
 
-/// What handles and the core share.
-pub(crate) struct Ingress {
-    queue: ArrayQueue<Submission>,
-    /// Set when the core takes no more: whoever pushed in the meantime is answered by `drain_stopped`.
-    stopped: OnceLock<StopCause>,
-    shutdown: AtomicBool,
-    /// What is asked besides commands: rare, so a lock will do.
-    requests: Mutex<Vec<Request>>,
-    has_requests: AtomicBool,
-    reads: ReadQueue,
-}
-
-/// What is asked of the core besides commands.
-pub(crate) enum Request {
-    /// Hand leadership over.
-    Transfer { to: Option<NodeId>, slot: TransferSlot },
-}
-
-impl Request {
-    /// The core has stopped.
-    fn refuse(self, cause: &StopCause) {
-        match self {
-            Self::Transfer { slot, .. } => slot.complete(Err(TransferError::Stopped(cause.clone()))),
-        }
+impl Submission {
+    /// What it counts for against bounds in bytes.
+    pub(crate) fn cost(&self) -> usize {
+        self.command.len() + COMMAND_OVERHEAD_BYTES
     }
 }
 
+/// What handles and the core share.
+pub(crate) struct Ingress {
+    queue: ArrayQueue<Submission>,
+    /// What is in the queue, or about to be.
+    queued_bytes: AtomicUsize,
+    queued_bytes_max: usize,
+    /// Set when the core takes no more: whoever pushed in the meantime is answered by `drain_stopped`.
+    stopped: OnceLock<StopCause>,
+    shutdown: AtomicBool,
+    requests: Requests,
+    reads: ReadQueue,
+}
+
 impl Ingress {
-    pub(crate) fn new(capacity: usize, reads_max: usize) -> Self {
+    pub(crate) fn new(capacity: usize, queued_bytes_max: usize, reads_max: usize) -> Self {
         Self {
             queue: ArrayQueue::new(capacity),
+            queued_bytes: AtomicUsize::new(0),
+            queued_bytes_max,
             stopped: OnceLock::new(),
             shutdown: AtomicBool::new(false),
-            requests: Mutex::new(Vec::new()),
-            has_requests: AtomicBool::new(false),
+            requests: Requests::default(),
             reads: ReadQueue::new(reads_max),
         }
     }
 
-    /// Queues `submission`; hands it back when the queue is full.
+    /// Queues `submission`; hands it back when the queue is full, by number or by bytes. One is always queued, however large.
     pub(crate) fn push(&self, submission: Submission) -> Result<(), Submission> {
-        self.queue.push(submission)?;
+        let cost = submission.cost();
+        // Counted before it is there, so that it is never taken before it is counted.
+        let before = self.queued_bytes.fetch_add(cost, Ordering::Relaxed);
+        let fits = before == 0 || before.saturating_add(cost) <= self.queued_bytes_max;
+        let pushed = if fits { self.queue.push(submission) } else { Err(submission) };
+        if let Err(submission) = pushed {
+            self.queued_bytes.fetch_sub(cost, Ordering::Relaxed);
+            return Err(submission);
+        }
         // A core that stopped between the caller's check and the push never looks again. The fence, with the one in
         // `stop`, lets at least one of the two see the other.
         fence(Ordering::SeqCst);
@@ -122,8 +127,16 @@ impl Ingress {
         Ok(())
     }
 
+    /// The next command. It counts as queued until [`Ingress::taken`].
     pub(crate) fn pop(&self) -> Option<Submission> {
         self.queue.pop()
+    }
+
+    /// Commands that cost so much have been popped: told once for all of a turn.
+    pub(crate) fn taken(&self, cost: usize) {
+        if cost > 0 {
+            self.queued_bytes.fetch_sub(cost, Ordering::Relaxed);
+        }
     }
 
     pub(crate) fn stop_cause(&self) -> Option<&StopCause> {
@@ -137,29 +150,25 @@ impl Ingress {
         self.drain_stopped(cause);
     }
 
-    /// Queues what is asked besides commands.
+    /// Queues what is asked besides commands and reads; answers it with a refusal when too many wait or the core has stopped.
     pub(crate) fn push_request(&self, request: Request) {
-        lock(&self.requests).push(request);
-        self.has_requests.store(true, Ordering::Release);
+        self.requests.push(request);
         fence(Ordering::SeqCst);
         if let Some(cause) = self.stopped.get() {
             self.drain_stopped(cause);
         }
     }
 
-    pub(crate) fn take_requests(&self) -> Vec<Request> {
-        if !self.has_requests.swap(false, Ordering::AcqRel) {
-            return Vec::new();
-        }
-        std::mem::take(&mut lock(&self.requests))
+    pub(crate) fn take_requests(&self) -> VecDeque<Request> {
+        self.requests.take()
     }
 
     fn drain_stopped(&self, cause: &StopCause) {
-        // Whoever is answered may ask again at once: not under the lock.
-        let requests = std::mem::take(&mut *lock(&self.requests));
-        requests.into_iter().for_each(|request| request.refuse(cause));
+        self.requests.refuse_all(cause);
         self.reads.refuse_all(cause);
-        while let Some(Submission { command, ticket, .. }) = self.queue.pop() {
+        while let Some(submission) = self.queue.pop() {
+            self.queued_bytes.fetch_sub(submission.cost(), Ordering::Relaxed);
+            let Submission { command, ticket, .. } = submission;
             let reason = crate::error::Refusal::Stopped(cause.clone());
             ticket.deliver(Err(ProposeError::Refused(crate::error::Refused { reason, command })));
         }

@@ -83,6 +83,7 @@ mod proposals;
 pub mod raft;
 pub mod reads;
 mod recent;
+mod requests;
 pub mod runtime;
 pub mod sessions;
 pub mod snapshots;

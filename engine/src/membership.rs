@@ -4,20 +4,13 @@
 //! consensus, or not at all. Whoever is to vote is caught up first, without a vote. A leader that falls meanwhile leaves the
 //! change to the next one.
 
+use crate::answer::Answer;
 use crate::error::{LeaderHint, StopCause};
-use crate::handle::{Handle, LocalHandle, lock};
+use crate::handle::{Handle, LocalHandle};
 pub use crate::raft::{ChangeError, Changed, Configuration, Member, MemberRole, Plan};
+use crate::requests::{MembersRequest, Request};
 use ringraft_block::{Incarnation, LogIndex, NodeId};
-use std::collections::VecDeque;
-use std::future::Future;
 use std::net::SocketAddr;
-use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::task::{Context, Poll, Waker};
-
-/// Requests that wait for the core. More are refused as [`MembershipError::Busy`].
-const REQUESTS_MAX: usize = 64;
 
 /// A change of the members. Start from [`MembershipChange::default`], which changes nothing.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -68,8 +61,8 @@ impl NewMember {
 /// Who is in the cluster, as far as a node knows: part of its [`Status`](crate::handle::Status).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Membership {
-    /// Where the configuration in force stands in the log; 0, or where the log starts, for that of the formation. It is
-    /// committed when the status' `commit` is as high.
+    /// Where the configuration in force stands in the log, which may start behind it by now; 0 for that of the formation. It
+    /// is committed when the status' `commit` is as high.
     pub index: LogIndex,
     /// The configuration.
     pub configuration: Configuration,
@@ -88,7 +81,7 @@ pub enum MembershipError {
     },
     /// A new member does not answer.
     #[error(
-        "node {id} does not answer at {address}: start it there with `join` and the address of this leader among its members, \
+        "node {id} does not answer at {address}: start it there with `join` and the address of any member among its members, \
          then try again"
     )]
     Unreachable {
@@ -108,232 +101,70 @@ pub enum MembershipError {
     Stopped(StopCause),
 }
 
-/// An answer that is still to come. Cancel safe: dropping it abandons the answer, not what was asked for.
-#[must_use = "what has become of a request is worth knowing"]
-pub struct Answer<T> {
-    slot: Arc<AnswerSlot<T>>,
-}
-
-struct AnswerSlot<T> {
-    state: Mutex<AnswerState<T>>,
-    done: Condvar,
-}
-
-struct AnswerState<T> {
-    value: Option<Result<T, MembershipError>>,
-    waker: Option<Waker>,
-}
-
-/// Where the core puts an answer.
-pub(crate) struct Reply<T>(Arc<AnswerSlot<T>>);
-
-fn answer<T>() -> (Reply<T>, Answer<T>) {
-    let state = Mutex::new(AnswerState { value: None, waker: None });
-    let slot = Arc::new(AnswerSlot { state, done: Condvar::new() });
-    (Reply(Arc::clone(&slot)), Answer { slot })
-}
-
-impl<T> Reply<T> {
-    pub(crate) fn send(self, value: Result<T, MembershipError>) {
-        let waker = {
-            let mut state = lock(&self.0.state);
-            state.value = Some(value);
-            state.waker.take()
-        };
-        self.0.done.notify_all();
-        if let Some(waker) = waker {
-            waker.wake();
-        }
-    }
-}
-
-impl<T> Answer<T> {
-    /// Blocks until the answer is there.
-    ///
-    /// # Errors
-    /// Those of the request.
-    pub fn wait(self) -> Result<T, MembershipError> {
-        let mut state = lock(&self.slot.state);
-        loop {
-            if let Some(value) = state.value.take() {
-                return value;
-            }
-            state = self.slot.done.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
-    }
-
-    /// The answer, if it is there. Never blocks.
-    pub fn try_take(&mut self) -> Option<Result<T, MembershipError>> {
-        lock(&self.slot.state).value.take()
-    }
-}
-
-impl<T> Future for Answer<T> {
-    type Output = Result<T, MembershipError>;
-
-    /// Pending for ever once the answer has been taken.
-    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        let mut state = lock(&self.slot.state);
-        match state.value.take() {
-            Some(value) => Poll::Ready(value),
-            None => {
-                state.waker = Some(context.waker().clone());
-                Poll::Pending
-            }
-        }
-    }
-}
-
-/// What the core is asked.
-pub(crate) enum Request {
-    Change { change: MembershipChange, reply: Reply<Changed> },
-    Plan { change: MembershipChange, reply: Reply<Plan> },
-    ReserveId { reply: Reply<NodeId> },
-}
-
-impl Request {
-    pub(crate) fn refuse(self, error: MembershipError) {
-        match self {
-            Self::Change { reply, .. } => reply.send(Err(error)),
-            Self::Plan { reply, .. } => reply.send(Err(error)),
-            Self::ReserveId { reply } => reply.send(Err(error)),
-        }
-    }
-}
-
-/// The way of requests into the core.
-#[derive(Default)]
-pub(crate) struct Requests {
-    waiting: AtomicBool,
-    queue: Mutex<(VecDeque<Request>, Option<StopCause>)>,
-}
-
-impl Requests {
-    fn push(&self, request: Request) {
-        let mut queue = lock(&self.queue);
-        let refused = match &queue.1 {
-            Some(cause) => MembershipError::Stopped(cause.clone()),
-            None if queue.0.len() >= REQUESTS_MAX => MembershipError::Busy,
-            None => {
-                queue.0.push_back(request);
-                self.waiting.store(true, Ordering::Release);
-                return;
-            }
-        };
-        drop(queue);
-        request.refuse(refused);
-    }
-
-    /// The next one. Costs no lock while there is none.
-    pub(crate) fn pop(&self) -> Option<Request> {
-        if !self.waiting.load(Ordering::Acquire) {
-            return None;
-        }
-        let mut queue = lock(&self.queue);
-        let request = queue.0.pop_front();
-        self.waiting.store(!queue.0.is_empty(), Ordering::Release);
-        request
-    }
-
-    /// Refuses all that wait and all that come later.
-    pub(crate) fn stop(&self, cause: &StopCause) {
-        let waiting = {
-            let mut queue = lock(&self.queue);
-            queue.1.get_or_insert_with(|| cause.clone());
-            std::mem::take(&mut queue.0)
-        };
-        for request in waiting {
-            request.refuse(MembershipError::Stopped(cause.clone()));
-        }
-    }
-}
-
 impl Handle {
     /// Changes the members; only on the leader. Resolves when the new configuration is committed, however many steps it
-    /// takes, with its index; future voters are caught up before they count.
-    pub fn change_membership(&self, change: MembershipChange) -> Answer<Changed> {
-        let (reply, answer) = answer();
-        self.request(Request::Change { change, reply });
+    /// takes, with its index; future voters are caught up before they count. Dropping the answer takes nothing back.
+    ///
+    /// # Errors
+    /// The answer is an error when the change was refused, or came to nothing; each says what to do.
+    pub fn change_membership(&self, change: MembershipChange) -> Answer<Result<Changed, MembershipError>> {
+        let (answer, slot) = Answer::new();
+        self.request(MembersRequest::Change { change, slot });
         answer
     }
 
     /// What a change would do, and why it would be refused, if it would; only on the leader. Changes nothing. Print it to
     /// read it in words.
-    pub fn plan_membership(&self, change: MembershipChange) -> Answer<Plan> {
-        let (reply, answer) = answer();
-        self.request(Request::Plan { change, reply });
+    ///
+    /// # Errors
+    /// The answer is an error when this node does not lead, or cannot tell.
+    pub fn plan_membership(&self, change: MembershipChange) -> Answer<Result<Plan, MembershipError>> {
+        let (answer, slot) = Answer::new();
+        self.request(MembersRequest::Plan { change, slot });
         answer
     }
 
     /// Reserves an id that was never used, for a node that is to join; only on the leader. It is unique in the cluster for
     /// ever, also if the node never comes.
-    pub fn reserve_node_id(&self) -> Answer<NodeId> {
-        let (reply, answer) = answer();
-        self.request(Request::ReserveId { reply });
+    ///
+    /// # Errors
+    /// The answer is an error when no id was reserved.
+    pub fn reserve_node_id(&self) -> Answer<Result<NodeId, MembershipError>> {
+        let (answer, slot) = Answer::new();
+        self.request(MembersRequest::ReserveId { slot });
         answer
     }
 
-    fn request(&self, request: Request) {
-        self.shared.membership.push(request);
+    fn request(&self, request: MembersRequest) {
+        self.shared.ingress.push_request(Request::Members(request));
         self.shared.wakeup.signal();
     }
 }
 
 impl LocalHandle {
     /// As [`Handle::change_membership`].
-    pub fn change_membership(&self, change: MembershipChange) -> Answer<Changed> {
-        let (reply, answer) = answer();
-        self.request(Request::Change { change, reply });
+    pub fn change_membership(&self, change: MembershipChange) -> Answer<Result<Changed, MembershipError>> {
+        let (answer, slot) = Answer::new();
+        self.request(MembersRequest::Change { change, slot });
         answer
     }
 
     /// As [`Handle::plan_membership`].
-    pub fn plan_membership(&self, change: MembershipChange) -> Answer<Plan> {
-        let (reply, answer) = answer();
-        self.request(Request::Plan { change, reply });
+    pub fn plan_membership(&self, change: MembershipChange) -> Answer<Result<Plan, MembershipError>> {
+        let (answer, slot) = Answer::new();
+        self.request(MembersRequest::Plan { change, slot });
         answer
     }
 
     /// As [`Handle::reserve_node_id`].
-    pub fn reserve_node_id(&self) -> Answer<NodeId> {
-        let (reply, answer) = answer();
-        self.request(Request::ReserveId { reply });
+    pub fn reserve_node_id(&self) -> Answer<Result<NodeId, MembershipError>> {
+        let (answer, slot) = Answer::new();
+        self.request(MembersRequest::ReserveId { slot });
         answer
     }
 
-    fn request(&self, request: Request) {
-        self.shared.membership.push(request);
+    fn request(&self, request: MembersRequest) {
+        self.shared.ingress.push_request(Request::Members(request));
         self.wakeup.wake();
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::error::StopError;
-
-    #[test]
-    fn requests_are_bounded_and_all_are_answered_when_the_node_stops() {
-        let requests = Requests::default();
-        let mut answers = Vec::new();
-        for _ in 0..=REQUESTS_MAX {
-            let (reply, answer) = answer();
-            requests.push(Request::ReserveId { reply });
-            answers.push(answer);
-        }
-        let refused = answers.pop().and_then(|mut answer| answer.try_take());
-        assert_eq!(refused, Some(Err(MembershipError::Busy)));
-        let first = requests.pop().expect("one waits");
-        let Request::ReserveId { reply } = first else { panic!("another request") };
-        reply.send(Ok(NodeId(7)));
-        let cause = StopCause::from(StopError::Requested);
-        requests.stop(&cause);
-        assert!(requests.pop().is_none());
-        let (reply, late) = answer();
-        requests.push(Request::ReserveId { reply });
-        assert_eq!(answers.remove(0).wait(), Ok(NodeId(7)));
-        for answer in answers.into_iter().chain([late]) {
-            assert_eq!(answer.wait(), Err(MembershipError::Stopped(cause.clone())));
-        }
     }
 }

@@ -48,6 +48,8 @@ pub enum Mutant {
     LeaseKeptThroughTransfer,
     /// A node forgets over a restart that it promised a leader to elect nobody else.
     RestartedVoterVotesWithinLease,
+    /// A node that restarts as the only voter elects itself although it may have promised a leader to elect nobody else.
+    LastVoterElectsItselfWithinLease,
     /// A read is answered before everything up to its index is applied.
     FollowerReadWithoutApply,
     /// A snapshot that covers less than what is committed here is installed.
@@ -120,7 +122,7 @@ impl Mutant {
         [Self::SessionFloorIgnored, Self::DedupeByLocalClock, Self::ReplyNotCached, Self::FenceNotRemembered];
 
     /// Those that only reads show, and of them the last only a state machine.
-    pub const READS: [Self; 8] = [
+    pub const READS: [Self; 9] = [
         Self::ReadIndexBeforeOwnTermCommit,
         Self::ReadContextReused,
         Self::ReadRoundFromBeforeRequest,
@@ -128,11 +130,16 @@ impl Mutant {
         Self::LeaseKeptThroughPause,
         Self::LeaseKeptThroughTransfer,
         Self::RestartedVoterVotesWithinLease,
+        Self::LastVoterElectsItselfWithinLease,
         Self::FollowerReadWithoutApply,
     ];
 
     /// Those of snapshots in the core.
     pub const SNAPSHOT: [Self; 2] = [Self::SnapshotInstallRegressesApplied, Self::InstallKeepsConflictingLog];
+
+    /// Those of snapshots in the driver.
+    pub const SNAPSHOT_DRIVER: [Self; 3] =
+        [Self::SnapshotForgetsConfiguration, Self::SnapshotForgetsSessions, Self::PurgeBeforeSnapshotDurable];
 
     /// Those that only changes of the members show.
     pub const MEMBERSHIP: [Self; 7] = [

@@ -132,8 +132,6 @@ fn run_core<S: StateMachine>(
         Ok(()) => StopError::ThreadLost,
     });
     shared.ingress.stop(cause.clone());
-    shared.snapshots.stop(&cause);
-    shared.membership.stop(&cause);
     shared.status.publish(|status| {
         status.stopped.get_or_insert(cause);
     });

@@ -43,7 +43,7 @@ impl<B: BlockBuf> LocalIngress for Rc<RefCell<Proposals<B>>> {
 
 /// What a command costs beyond its own bytes while it waits: ticket and table entries. Counted so that a flood of
 /// empty commands is bounded too.
-const COMMAND_OVERHEAD_BYTES: usize = 64;
+pub(crate) const COMMAND_OVERHEAD_BYTES: usize = 64;
 
 /// The limits that proposals are admitted by.
 #[derive(Clone, Copy, Debug)]
@@ -355,9 +355,9 @@ impl<B: BlockBuf> Proposals<B> {
         self.uncommitted_bytes = self.sealed.iter().map(|sealed| sealed.cost).sum();
     }
 
-    /// Whether commands were admitted that are in no batch of the log yet.
+    /// Whether commands, or requests about sessions, were admitted that are in no batch of the log yet.
     pub(crate) fn has_unsealed(&self) -> bool {
-        !self.open.is_empty() || !self.overflow.is_empty()
+        !self.open.is_empty() || !self.overflow.is_empty() || !self.control.is_empty()
     }
 
     /// Nothing is open, queued or waiting.
@@ -449,6 +449,29 @@ mod tests {
 
     fn outcome(slot: &ProposalSlot) -> Option<Outcome> {
         slot.take_outcome()
+    }
+
+    /// A transfer waits for them as for commands.
+    #[test]
+    fn requests_about_sessions_count_as_unsealed_until_they_are_sealed() {
+        let mut rig = Rig::leading();
+        assert!(!rig.proposals.has_unsealed());
+        let ticket = Ticket::Control(Arc::new(ProposalSlot::default()));
+        let submission = Submission { command: Bytes::from_static(b"open"), session: None, ticket };
+        rig.proposals.take(submission, &mut rig.deliveries);
+        assert!(rig.proposals.has_unsealed());
+        let bytes = rig.proposals.control_slot_bytes().expect("it can be sealed");
+        let block = rig.pool.take(bytes, |bytes| Ok::<_, Infallible>(AlignedBuf::zeroed(bytes))).unwrap();
+        let seal = Seal {
+            group: GroupId(0),
+            term: Term(3),
+            first: LogIndex(1),
+            kind: BatchKind::SessionControl,
+            time_ms: 5,
+            previous_chain: Chain::default(),
+        };
+        rig.proposals.seal_control(block, seal);
+        assert!(!rig.proposals.has_unsealed());
     }
 
     #[test]

@@ -30,7 +30,7 @@ pub enum Consistency {
     Log,
     /// Whatever is applied here, if this node heard of a leader at most `age_max` ago, and knows of at most `lag_max` entries
     /// that are committed and not applied here. It asks nobody. What the leader did while its last message
-    /// was on its way is not seen.
+    /// was on its way is not seen. Refused with [`ReadError::Restoring`] while a snapshot replaces the state.
     Stale {
         /// The longest time since the leader was heard; on the leader, since a majority certainly followed it.
         age_max: Duration,

@@ -27,7 +27,7 @@ use xxhash_rust::xxh3::Xxh3;
 const MAGIC_HEADER: u32 = u32::from_le_bytes(*b"RRsn");
 const MAGIC_SLOT: u32 = u32::from_le_bytes(*b"RRsl");
 const MAGIC_TRAILER: u32 = u32::from_le_bytes(*b"RRst");
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// What a slot takes in the file, but for the last one.
 pub(crate) const SLOT_BYTES: usize = 64 << 10;
@@ -40,7 +40,7 @@ pub(crate) const SLOT_READ_BYTES: usize = SLOT_BYTES + BLOCK_BYTES;
 const PREFIX_BYTES_MAX: u64 = 256 << 20;
 
 /// Fields of the header by offset and width: the one place that knows them. `crc` covers all before it.
-const HEADER: [(&str, Range<usize>); 13] = [
+const HEADER: [(&str, Range<usize>); 14] = [
     ("magic", 0..4),
     ("version", 4..8),
     ("cluster", 8..24),
@@ -52,7 +52,8 @@ const HEADER: [(&str, Range<usize>); 13] = [
     ("sessions_bytes", 72..80),
     ("slot_bytes", 80..84),
     ("group", 84..88),
-    ("reserved", 88..124),
+    ("configuration_index", 88..96),
+    ("reserved", 96..124),
     ("crc", 124..128),
 ];
 const HEADER_BYTES: usize = 128;
@@ -88,6 +89,8 @@ pub struct SnapshotMeta {
     pub time_ms: u64,
     /// The members as of that entry, encoded; during a transition, both sets.
     pub configuration: Vec<u8>,
+    /// Where that stands in the log, there or before; 0 if the cluster was formed with it.
+    pub configuration_index: LogIndex,
     /// The client sessions as of that entry, encoded. Empty: there are none.
     pub sessions: Vec<u8>,
 }
@@ -103,6 +106,14 @@ pub struct SnapshotFile {
     pub file_bytes: u64,
     /// Over all of it.
     pub digest: [u8; 16],
+}
+
+impl SnapshotFile {
+    /// To be kept: the sessions, which may be many megabytes, are read again when they are wanted.
+    pub(crate) fn without_sessions(mut self) -> Self {
+        self.meta.sessions = Vec::new();
+        self
+    }
 }
 
 /// Why a snapshot file cannot be used.
@@ -129,8 +140,8 @@ pub enum SnapshotDamage {
     /// The trailer is damaged, or contradicts the slots.
     #[error("its trailer is damaged")]
     Trailer,
-    /// What precedes the state makes no sense: no members.
-    #[error("it names no members")]
+    /// What precedes the state makes no sense: no members, or members of a later entry.
+    #[error("it names no members that were in force at its last entry")]
     Configuration,
 }
 
@@ -145,6 +156,19 @@ pub fn parse_name(name: &str) -> Option<LogIndex> {
     let index = name.strip_prefix("snapshot-")?.strip_suffix(".snap")?;
     let last = LogIndex(u64::from_str_radix(index, 16).ok()?);
     (name_of(last) == name).then_some(last)
+}
+
+/// The name of what has arrived of the snapshot that ends at `last` and has that digest.
+pub(crate) fn partial_name_of(last: LogIndex, digest: [u8; 16]) -> String {
+    format!("snapshot-{:016x}-{:032x}.part", last.get(), u128::from_be_bytes(digest))
+}
+
+/// What a file of this name would be a part of.
+pub(crate) fn parse_partial_name(name: &str) -> Option<(LogIndex, [u8; 16])> {
+    let (last, digest) = name.strip_prefix("snapshot-")?.strip_suffix(".part")?.split_once('-')?;
+    let last = LogIndex(u64::from_str_radix(last, 16).ok()?);
+    let digest = u128::from_str_radix(digest, 16).ok()?.to_be_bytes();
+    (partial_name_of(last, digest) == name).then_some((last, digest))
 }
 
 /// An upper bound of the file for a stream of so many bytes.
@@ -188,6 +212,7 @@ impl Encoder {
         put(&HEADER, "configuration_bytes", head, &(meta.configuration.len() as u64).to_le_bytes());
         put(&HEADER, "sessions_bytes", head, &(meta.sessions.len() as u64).to_le_bytes());
         put(&HEADER, "slot_bytes", head, &(SLOT_BYTES as u32).to_le_bytes());
+        put(&HEADER, "configuration_index", head, &meta.configuration_index.get().to_le_bytes());
         let seed = crc32c_append(0, &head[..HEADER_BYTES - 4]);
         put(&HEADER, "crc", head, &seed.to_le_bytes());
         let mut digest = Box::new(Xxh3::new());
@@ -198,6 +223,11 @@ impl Encoder {
     /// Where the stream's bytes go in a slot.
     pub(crate) fn payload(slot: &mut [u8]) -> &mut [u8] {
         &mut slot[SLOT_HEAD_BYTES..SLOT_BYTES]
+    }
+
+    /// Over all that has been written, as the trailer will have it.
+    pub(crate) fn digest(&self) -> [u8; 16] {
+        self.digest.digest128().to_le_bytes()
     }
 
     /// Completes a slot that holds so many bytes of the stream; all but the last are full. Returns what it takes in the file.
@@ -225,7 +255,7 @@ impl Encoder {
         put(&TRAILER, "magic", block, &MAGIC_TRAILER.to_le_bytes());
         put(&TRAILER, "slots", block, &self.ordinal.to_le_bytes());
         put(&TRAILER, "stream_bytes", block, &self.stream_bytes.to_le_bytes());
-        put(&TRAILER, "digest", block, &self.digest.digest128().to_le_bytes());
+        put(&TRAILER, "digest", block, &self.digest());
         let crc = crc32c_append(self.seed, &block[..40]);
         put(&TRAILER, "crc", block, &crc.to_le_bytes());
     }
@@ -275,7 +305,8 @@ impl Decoder {
         if configuration.checked_add(sessions).is_none_or(|bytes| bytes > PREFIX_BYTES_MAX) {
             return Err(SnapshotDamage::Header);
         }
-        if configuration == 0 {
+        let (last_index, configuration_index) = (number("last_index"), number("configuration_index"));
+        if configuration == 0 || configuration_index > last_index {
             return Err(SnapshotDamage::Configuration);
         }
         let mut digest = Box::new(Xxh3::new());
@@ -283,10 +314,11 @@ impl Decoder {
         Ok(Self {
             seed,
             meta: SnapshotMeta {
-                last: LogId { term: Term(number("last_term")), index: LogIndex(number("last_index")) },
+                last: LogId { term: Term(number("last_term")), index: LogIndex(last_index) },
                 chain: Chain(get(&HEADER, "chain", head)),
                 time_ms: number("time_ms"),
                 configuration: Vec::new(),
+                configuration_index: LogIndex(configuration_index),
                 sessions: Vec::new(),
             },
             configuration_bytes: configuration as usize,
@@ -298,7 +330,12 @@ impl Decoder {
         })
     }
 
-    /// Where the next slot is in the file.
+    /// The last entry that it covers, and the chain there.
+    pub(crate) fn position(&self) -> (LogId, Chain) {
+        (self.meta.last, self.meta.chain)
+    }
+
+    /// Where the next slot is in the file: everything before is right.
     pub(crate) fn offset(&self) -> u64 {
         self.file_bytes
     }
@@ -352,7 +389,7 @@ impl Decoder {
         }
         self.file_bytes += (trailer_at + BLOCK_BYTES) as u64;
         let end = SnapshotFile {
-            meta: self.meta.clone(),
+            meta: std::mem::take(&mut self.meta),
             state_bytes: self.stream_bytes - prefix,
             file_bytes: self.file_bytes,
             digest,
@@ -374,6 +411,7 @@ mod tests {
             chain: Chain([0xc4; 16]),
             time_ms: 1_700_000_000_000,
             configuration: vec![0xcf; 50],
+            configuration_index: LogIndex(0x1230),
             sessions: vec![0x5e; 20],
         }
     }
@@ -468,9 +506,11 @@ mod tests {
     }
 
     #[test]
-    fn a_snapshot_that_names_no_members_is_none() {
+    fn a_snapshot_that_names_no_members_or_such_of_a_later_entry_is_none() {
         let file = encode(&SnapshotMeta { configuration: Vec::new(), ..meta() }, b"state");
         assert_eq!(decode(&file), Err(SnapshotDamage::Configuration));
+        let later = SnapshotMeta { configuration_index: LogIndex(0x1235), ..meta() };
+        assert_eq!(decode(&encode(&later, b"state")), Err(SnapshotDamage::Configuration));
     }
 
     #[test]
@@ -480,6 +520,18 @@ mod tests {
         for other in ["snapshot-2a.snap", "snapshot-000000000000002A.snap", "snapshot-taking.part", "hard-a"]
         {
             assert_eq!(parse_name(other), None, "{other}");
+        }
+        let digest = [7; 16];
+        let partial = partial_name_of(LogIndex(42), digest);
+        assert_eq!(partial, "snapshot-000000000000002a-07070707070707070707070707070707.part");
+        assert_eq!(
+            (parse_partial_name(&partial), parse_name(&partial)),
+            (Some((LogIndex(42), digest)), None)
+        );
+        for other in
+            ["snapshot-taking.part", "snapshot-000000000000002a.snap", &partial[..40], "snapshot-2a-7.part"]
+        {
+            assert_eq!(parse_partial_name(other), None, "{other}");
         }
     }
 

@@ -8,8 +8,8 @@
 //! while commits go on, and behind which it lets go of the log. A machine that is started, or that has fallen far behind the
 //! others, is given such a picture back ([`StateMachine::restore`]).
 //!
-//! A panic in `apply` aborts the process: to go on after half an apply would be to serve a state that no other
-//! member has.
+//! A panic in any of its methods, or of its [`SnapshotReader`]'s, aborts the process: they run on the consensus core, and to
+//! go on after half an apply would be to serve a state that no other member has.
 
 use bytes::Bytes;
 use ringraft_block::{LogIndex, Term};
@@ -110,8 +110,9 @@ pub struct Command<'a> {
     pub index: LogIndex,
     /// The term of the leader that sealed it.
     pub term: Term,
-    /// That leader's clock when it sealed the batch, in milliseconds since 1970, never decreasing along the log:
-    /// the only clock that a state machine may use.
+    /// That leader's clock when it sealed the batch, in milliseconds since 1970, never decreasing along the log: behind a
+    /// batch of a later time it goes on from there, more slowly, until that clock has caught up. The only clock that a
+    /// state machine may use.
     pub time_ms: u64,
     /// The client session and the sequence in it, where the command was proposed with them.
     pub session: Option<(u64, u64)>,

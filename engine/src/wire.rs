@@ -6,7 +6,7 @@
 //! apart.
 
 use crate::raft::{
-    Append, AppendAck, AppendOutcome, BatchRun, LogId, ReadIndex, ReadIndexReply, ReadKind, Round,
+    Append, AppendAck, AppendOutcome, BatchRun, LogId, Reach, ReadIndex, ReadIndexReply, ReadKind, Round,
     TimeoutNow, Vote, VoteReply,
 };
 use ringraft_block::{Incarnation, LogIndex, NodeId, Term};
@@ -197,6 +197,7 @@ const FETCHED_UNCLEAR: u32 = 6;
 
 const FETCHED_PROVES: u32 = 1;
 const FETCHED_LEADS: u32 = 2;
+const FETCHED_IN_DOUBT: u32 = 4;
 
 /// A follower's question where it can read.
 #[derive(Archive, Serialize)]
@@ -325,8 +326,8 @@ pub(crate) struct FetchReplyMessage {
     pub(crate) term: Term,
     /// Whether it leads that term.
     pub(crate) leads: bool,
-    /// The end of all that it holds; of a leader, the end of its log.
-    pub(crate) end: LogId,
+    /// How far all that it holds reaches; of a leader, its log.
+    pub(crate) reach: Reach,
 }
 
 /// What a member holds behind the position.
@@ -522,16 +523,17 @@ impl Encoder {
         };
         let proves = if message.proves { FETCHED_PROVES } else { 0 };
         let leads = if message.leads { FETCHED_LEADS } else { 0 };
+        let in_doubt = if message.reach.in_doubt { FETCHED_IN_DOUBT } else { 0 };
         self.encode(&FetchReplyBody {
             chain: chain.0,
             token: message.token.into(),
             term: message.term.get().into(),
-            end_term: message.end.term.get().into(),
-            end_index: message.end.index.get().into(),
+            end_term: message.reach.highest.term.get().into(),
+            end_index: message.reach.highest.index.get().into(),
             batch_last: end.index.get().into(),
             batch_term: end.term.get().into(),
             outcome: outcome.into(),
-            flags: (proves | leads).into(),
+            flags: (proves | leads | in_doubt).into(),
         })
     }
 
@@ -808,8 +810,8 @@ fn decode_fetch(body: &ArchivedFetchBody) -> Option<FetchMessage> {
 
 fn decode_fetch_reply(body: &ArchivedFetchReplyBody) -> Option<FetchReplyMessage> {
     let flags = body.flags.to_native();
-    let end = log_id(body.end_term, body.end_index);
-    if flags & !(FETCHED_PROVES | FETCHED_LEADS) != 0 {
+    let highest = log_id(body.end_term, body.end_index);
+    if flags & !(FETCHED_PROVES | FETCHED_LEADS | FETCHED_IN_DOUBT) != 0 {
         return None;
     }
     let outcome = match body.outcome.to_native() {
@@ -829,7 +831,7 @@ fn decode_fetch_reply(body: &ArchivedFetchReplyBody) -> Option<FetchReplyMessage
         proves: flags & FETCHED_PROVES != 0,
         term: Term(body.term.to_native()),
         leads: flags & FETCHED_LEADS != 0,
-        end,
+        reach: Reach { highest, in_doubt: flags & FETCHED_IN_DOUBT != 0 },
     })
 }
 
@@ -1046,7 +1048,8 @@ mod tests {
             Fetched::Busy,
         ] {
             let (proves, leads) = (outcome == Fetched::NotSent, outcome == Fetched::None);
-            let reply = FetchReplyMessage { token: 9, outcome, proves, term: Term(8), leads, end };
+            let reach = Reach { highest: end, in_doubt: outcome == Fetched::Unclear };
+            let reply = FetchReplyMessage { token: 9, outcome, proves, term: Term(8), leads, reach };
             assert_eq!(round_trip(kind::FETCH_REPLY, encoder.fetch_reply(&reply)), Body::FetchReply(reply));
         }
         for (kind, index) in [(ReadKind::Lease, None), (ReadKind::Quorum, Some(LogIndex(12)))] {

@@ -2,7 +2,8 @@
 //! every event and every action of every node.
 //!
 //! A block is comment lines (`#`), commands, `----`, and the trace, up to an empty line. `UPDATE_SCRIPTS=1` rewrites
-//! the traces; read the difference before believing it.
+//! the traces; read the difference before believing it. Which rule each of them proves is in `tests/tests/proofs/` of the
+//! workspace, by section of Raft's thesis and by feature.
 //!
 //! Notation: `4@2` is index 4 of term 2; `[4..5@2 200B]` a batch. A node is its number.
 //!
@@ -28,6 +29,7 @@
 //! | `stall 1`, `unstall 1` | the disk of node 1 does not answer, or answers again |
 //! | `transfer 1 [to=2]` | leadership is to be handed over |
 //! | `read 1 [as=lease] [id=1]` | a read at node 1: `quorum` (the default), `lease`, `round` |
+//! | `abandon 1 3 4` | nobody waits any more at node 1 for the reads #3 and #4 |
 //! | `disconnect 1 2`, `connect 1 2` | the session ends, what is under way is lost; a session begins |
 //! | `change 1 [add=4,5] [learn=6] [remove=2] [promote=6] [demote=3] [reserve] [expected=7] [force]` | somebody asks node 1 for other members |
 //! | `plan 1 add=4` | what that would do, in words |
@@ -126,8 +128,8 @@ struct Disk {
     claim: Option<Claim>,
     start: LogId,
     snapshot: LogId,
-    /// As of the snapshot.
-    members: Option<Configuration>,
+    /// As of the snapshot, and where they stand.
+    members: Option<(LogIndex, Configuration)>,
 }
 
 struct Life {
@@ -270,7 +272,8 @@ impl Cluster {
                 let at = index(&words, "at").unwrap_or(raft.commit().min(raft.durable()));
                 match raft.log().batch_end_at(at).filter(|_| at <= raft.commit() && at <= raft.durable()) {
                     Some(last) => {
-                        let members = raft.configuration_at(at).map(|(_, members)| members.clone());
+                        let members =
+                            raft.configuration_at(at).map(|(index, members)| (index, members.clone()));
                         let disk = &mut self.node(id(node)).disk;
                         (disk.snapshot, disk.members) = (last, members);
                     }
@@ -290,10 +293,12 @@ impl Cluster {
                 let Disk { snapshot: last, members, .. } = &self.node(id(from)).disk;
                 let (last, members) = (*last, members.clone());
                 if *what == "install" {
-                    let configuration = members.clone().unwrap_or_else(|| self.configuration.clone());
+                    let formed = || (LogIndex(0), self.configuration.clone());
+                    let (configuration_index, configuration) = members.clone().unwrap_or_else(formed);
                     let disk = &mut self.node(id(to)).disk;
                     (disk.snapshot, disk.members) = (last, members);
-                    self.feed(id(to), Event::SnapshotReceived { last, configuration });
+                    let received = Event::SnapshotReceived { last, configuration, configuration_index };
+                    self.feed(id(to), received);
                 }
                 let installed = (*what == "install").then_some(last);
                 self.feed(id(from), Event::SnapshotEnded { to: id(to), installed });
@@ -316,6 +321,10 @@ impl Cluster {
                     _ => ReadKind::Quorum,
                 };
                 self.feed(id(node), Event::Read { id: self.reads, kind });
+            }
+            ["abandon", node, ids @ ..] => {
+                let ids = ids.iter().map(|id| number(id)).collect();
+                self.feed(id(node), Event::ReadsAbandoned { ids });
             }
             ["change", node, ..] => {
                 self.tickets += 1;
@@ -467,8 +476,11 @@ impl Cluster {
         let Disk { log, commit, snapshot, members, .. } = &self.node(id).disk;
         let (log, commit, members) = (log.clone(), (*commit).max(snapshot.index), members.clone());
         let upto = log.iter().rev().filter(|batch| batch.last <= commit);
-        let upto = upto.filter_map(|batch| self.sealed.get(&(batch.term, batch.first))).next();
-        let configuration = upto.or(members.as_ref()).unwrap_or(&self.configuration).clone();
+        let sealed =
+            |batch: &BatchRun| Some((batch.first, self.sealed.get(&(batch.term, batch.first))?.clone()));
+        let upto = upto.filter_map(sealed).next();
+        let formed = || (LogIndex(0), self.configuration.clone());
+        let (configuration_index, configuration) = upto.or(members).unwrap_or_else(formed);
         let changes = log.iter().filter(|batch| batch.last > commit).filter_map(|batch| {
             let sealed = self.sealed.get(&(batch.term, batch.first))?;
             Some((batch.first, Some(sealed.clone()).filter(|_| Some(batch.first) != unread)))
@@ -503,6 +515,7 @@ impl Cluster {
             commit,
             damaged_from: node.disk.damaged_from,
             claim: node.disk.claim,
+            configuration_index,
             now,
             changes,
         };
@@ -912,6 +925,7 @@ fn show_event(event: &Event) -> String {
         Event::DiskStalled { stalled } => {
             format!("the disk {}", if *stalled { "stalls" } else { "answers again" })
         }
+        Event::ReadsAbandoned { ids } => format!("reads {ids:?} abandoned"),
         Event::Read { id, kind } => format!("read #{id} {}", show_read(*kind)),
         Event::Purged { through } => format!("purged through {through}"),
         Event::SnapshotReceived { last, .. } => format!("snapshot up to {} received", show_position(*last)),

@@ -55,7 +55,7 @@ fn a_client_goes_on_with_its_session_after_a_restart_and_waits_for_the_election_
     let first = session.propose_until("first", in_seconds(60)).expect("committed");
     assert_eq!(first.reply[..], [1]);
     let position = session.position();
-    assert_eq!(position, SessionPosition { id: session.id(), window: 256, floor: 2, next: 2 });
+    assert_eq!(position, SessionPosition { id: session.id(), window: 256, floor: 2, confirmed: 1, next: 2 });
     node.handle().shutdown();
     assert!(node.join().is_orderly());
     let outcome = session.propose_until("never", in_seconds(60));
@@ -78,7 +78,7 @@ fn a_client_goes_on_with_its_session_after_a_restart_and_waits_for_the_election_
 fn a_deadline_ends_the_wait_for_an_election_that_cannot_be_won_with_a_refusal() {
     let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
     let node = start(directory.path(), &[address(), address()]);
-    let position = SessionPosition { id: 7, window: 4, floor: 1, next: 1 };
+    let position = SessionPosition { id: 7, window: 4, floor: 1, confirmed: 1, next: 1 };
     let session = node.handle().resume_session(position);
     let mut refusals = 0;
     for _ in 0..4 {

@@ -19,6 +19,8 @@ pub(crate) struct Connection<B: BlockBuf> {
     pub(crate) peer: Option<NodeId>,
     /// Dialed here, not accepted.
     pub(crate) dialed: bool,
+    /// Dialed only to ask this node whom to turn to.
+    pub(crate) asks: Option<NodeId>,
     /// To be ended at the next opportunity, and treated as ended already.
     pub(crate) condemned: Option<DisconnectCause>,
     pub(crate) phase: Phase<B>,
@@ -31,7 +33,7 @@ pub(crate) enum Phase<B: BlockBuf> {
     /// A handshake message is awaited: the hello, or, if dialed here, the answer to the hello that proposed a
     /// session.
     Greeting { deadline_ns: u64, filled: usize, proposed: Option<Session> },
-    /// The refusal is being sent.
+    /// The refusal, or the referral, is being sent.
     Rejecting { deadline_ns: u64 },
     /// A session.
     Open(Box<Open<B>>),
@@ -86,7 +88,7 @@ impl<B: BlockBuf> Connection<B> {
         id: Option<ConnectionId>,
         phase: Phase<B>,
     ) -> Self {
-        Self { id, remote, peer, dialed: id.is_none(), condemned: None, phase, in_flight: 0 }
+        Self { id, remote, peer, dialed: id.is_none(), asks: None, condemned: None, phase, in_flight: 0 }
     }
 
     pub(crate) fn is_in_flight(&self, op: Op) -> bool {

@@ -7,10 +7,15 @@
 //! before anything larger than this message has been allocated for it.
 //!
 //! A refused hello changes no state: not the newest session, not the incarnation, not the session in progress.
+//!
+//! Instead of a hello, any node may ask another one, whichever id is the higher: it need not be a peer there, and the answer is
+//! no session but a [`Referral`], whom to turn to. After that the connection is closed. This is how a node that knows one
+//! member finds the one that would take it in.
 
 use crate::error::{HandshakeError, RejectReason};
 use crate::frame::{Session, VERSIONS, field};
 use ringraft_block::{ClusterId, Incarnation, NodeId, crc32c};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::ops::Range;
 
 /// Bytes of every handshake message, in every version.
@@ -28,6 +33,19 @@ pub enum HandshakeKind {
     Welcome,
     /// The acceptor refuses.
     Reject(RejectReason),
+    /// The dialer asks whom to turn to, and says where it listens itself, if it wants to be met there.
+    Ask(Option<SocketAddr>),
+    /// Whom to turn to, if the acceptor knows.
+    Referral(Option<Referral>),
+}
+
+/// Whom to turn to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Referral {
+    /// Its id.
+    pub node: NodeId,
+    /// Where it listens. A scope of an IPv6 address is not kept: it means nothing on another machine.
+    pub address: SocketAddr,
 }
 
 impl HandshakeKind {
@@ -36,6 +54,8 @@ impl HandshakeKind {
             Self::Hello => HELLO,
             Self::Welcome => WELCOME,
             Self::Reject(_) => REJECT,
+            Self::Ask(_) => ASK,
+            Self::Referral(_) => REFERRAL,
         }
     }
 }
@@ -81,7 +101,9 @@ pub struct Handshake {
     pub features: u64,
 }
 
-/// The layout. All bytes are accounted for.
+/// The layout. All bytes are accounted for. A referral, which announces no abilities, has the node in `features`, its
+/// address, as one of IPv6, in the detail, and the port where a reject has its reason; all of them are 0 if there is none.
+/// A question has the address of the one that asks in the same places.
 const LAYOUT: [(&str, Range<usize>); 17] = [
     ("magic", F_MAGIC),
     ("kind", F_KIND),
@@ -133,14 +155,24 @@ const _: () = {
 const HELLO: u16 = 1;
 const WELCOME: u16 = 2;
 const REJECT: u16 = 3;
+const ASK: u16 = 4;
+const REFERRAL: u16 = 5;
 
 impl Handshake {
     /// The bytes on the wire.
     #[must_use]
     pub fn encode(&self) -> [u8; HANDSHAKE_BYTES] {
-        let (reason, detail) = match self.kind {
-            HandshakeKind::Hello | HandshakeKind::Welcome => (0, 0),
-            HandshakeKind::Reject(reason) => encode_reason(reason),
+        let (reason, detail, features) = match self.kind {
+            HandshakeKind::Hello | HandshakeKind::Welcome | HandshakeKind::Ask(None) => (0, 0, self.features),
+            HandshakeKind::Ask(Some(address)) => {
+                let (port, ip) = encode_address(address);
+                (port, ip, self.features)
+            }
+            HandshakeKind::Reject(reason) => {
+                let (reason, detail) = encode_reason(reason);
+                (reason, detail, self.features)
+            }
+            HandshakeKind::Referral(to) => encode_referral(to),
         };
         let mut bytes = [0; HANDSHAKE_BYTES];
         bytes[F_MAGIC].copy_from_slice(&HANDSHAKE_MAGIC);
@@ -155,7 +187,7 @@ impl Handshake {
         bytes[F_INCARNATION].copy_from_slice(&self.incarnation.0.to_le_bytes());
         bytes[F_EXPECTED].copy_from_slice(&self.incarnation_expected.0.to_le_bytes());
         bytes[F_SESSION].copy_from_slice(&self.session.0.to_le_bytes());
-        bytes[F_FEATURES].copy_from_slice(&self.features.to_le_bytes());
+        bytes[F_FEATURES].copy_from_slice(&features.to_le_bytes());
         bytes[F_DETAIL].copy_from_slice(&detail.to_le_bytes());
         bytes[F_REASON].copy_from_slice(&u32::from(reason).to_le_bytes());
         let crc = crc32c(&bytes[..F_CRC.start]);
@@ -173,13 +205,17 @@ impl Handshake {
         if u32::from_le_bytes(field(bytes, F_CRC)) != crc32c(&bytes[..F_CRC.start]) {
             return Err(HandshakeError::Checksum);
         }
+        let reason = u32::from_le_bytes(field(bytes, F_REASON)) as u16;
+        let detail = u128::from_le_bytes(field(bytes, F_DETAIL));
+        let mut features = u64::from_le_bytes(field(bytes, F_FEATURES));
         let kind = match u16::from_le_bytes(field(bytes, F_KIND)) {
             HELLO => HandshakeKind::Hello,
             WELCOME => HandshakeKind::Welcome,
-            REJECT => HandshakeKind::Reject(decode_reason(
-                u32::from_le_bytes(field(bytes, F_REASON)) as u16,
-                u128::from_le_bytes(field(bytes, F_DETAIL)),
-            )),
+            REJECT => HandshakeKind::Reject(decode_reason(reason, detail)),
+            ASK => HandshakeKind::Ask(decode_address(reason, detail)),
+            REFERRAL => {
+                HandshakeKind::Referral(decode_referral(reason, detail, std::mem::take(&mut features)))
+            }
             other => return Err(HandshakeError::Kind(other)),
         };
         Ok(Self {
@@ -194,7 +230,7 @@ impl Handshake {
             incarnation: Incarnation(u128::from_le_bytes(field(bytes, F_INCARNATION))),
             incarnation_expected: Incarnation(u128::from_le_bytes(field(bytes, F_EXPECTED))),
             session: Session(u64::from_le_bytes(field(bytes, F_SESSION))),
-            features: u64::from_le_bytes(field(bytes, F_FEATURES)),
+            features,
         })
     }
 }
@@ -203,6 +239,30 @@ impl Handshake {
 pub(crate) fn check_start(bytes: &[u8]) -> Result<(), HandshakeError> {
     let differs = bytes.iter().zip(HANDSHAKE_MAGIC).any(|(byte, magic)| *byte != magic);
     if differs { Err(HandshakeError::Magic) } else { Ok(()) }
+}
+
+fn encode_referral(to: Option<Referral>) -> (u16, u128, u64) {
+    let Some(Referral { node, address }) = to else { return (0, 0, 0) };
+    let (port, ip) = encode_address(address);
+    (port, ip, node.0)
+}
+
+fn decode_referral(port: u16, ip: u128, node: u64) -> Option<Referral> {
+    let address = decode_address(port, ip).filter(|_| node != 0)?;
+    Some(Referral { node: NodeId(node), address })
+}
+
+fn encode_address(address: SocketAddr) -> (u16, u128) {
+    let ip = match address.ip() {
+        IpAddr::V4(ip) => ip.to_ipv6_mapped(),
+        IpAddr::V6(ip) => ip,
+    };
+    (address.port(), ip.to_bits())
+}
+
+/// An address with a port, or none.
+fn decode_address(port: u16, ip: u128) -> Option<SocketAddr> {
+    (port != 0).then(|| SocketAddr::new(Ipv6Addr::from_bits(ip).to_canonical(), port))
 }
 
 fn encode_reason(reason: RejectReason) -> (u16, u128) {
@@ -284,6 +344,38 @@ impl Identity {
     pub(crate) fn welcome(&self, hello: &Handshake, known: &Known, version: u16) -> Handshake {
         let welcome = self.hello(hello.from, known.pinned, hello.session);
         Handshake { kind: HandshakeKind::Welcome, version_min: version, version_max: version, ..welcome }
+    }
+
+    /// Asks `of` whom to turn to, and says where to meet this node. `session` only names the question.
+    pub(crate) fn ask(&self, of: NodeId, session: Session, own: Option<SocketAddr>) -> Handshake {
+        Handshake { kind: HandshakeKind::Ask(own), ..self.hello(of, None, session) }
+    }
+
+    /// The answer to `ask`, which has been judged.
+    pub(crate) fn refer(&self, ask: &Handshake, to: Option<Referral>) -> Handshake {
+        Handshake {
+            kind: HandshakeKind::Referral(to),
+            features: 0,
+            ..self.hello(ask.from, None, ask.session)
+        }
+    }
+
+    /// Whether one that asks belongs to this cluster, and means this node. Anybody may ask who does: it has no peer's rights.
+    pub(crate) fn judge_ask(&self, ask: &Handshake) -> Result<(), RejectReason> {
+        self.agree(ask)?;
+        if ask.cluster != self.cluster {
+            return Err(RejectReason::WrongCluster);
+        }
+        if ask.to != self.node {
+            return Err(RejectReason::WrongDestination { node: self.node });
+        }
+        Ok(())
+    }
+
+    /// Whether this is the answer of the one that was asked, `of`.
+    pub(crate) fn judge_referral(&self, answer: &Handshake, of: NodeId) -> Result<(), RejectReason> {
+        self.judge_ask(answer)?;
+        if answer.from == of { Ok(()) } else { Err(RejectReason::WrongDestination { node: answer.from }) }
     }
 
     /// The refusal of `hello`. It tells a stranger nothing but the reason.
@@ -420,10 +512,38 @@ mod tests {
             RejectReason::Other(999),
         ];
         let kinds = reasons.into_iter().map(HandshakeKind::Reject);
-        for kind in kinds.chain([HandshakeKind::Hello, HandshakeKind::Welcome]) {
+        let kinds = kinds.chain([HandshakeKind::Hello, HandshakeKind::Welcome, HandshakeKind::Ask(None)]);
+        for kind in kinds {
             let message = Handshake { kind, ..hello() };
             assert_eq!(Handshake::decode(&message.encode()), Ok(message));
         }
+        let addresses =
+            ["10.1.2.3:7000", "[fd00::7]:65535", "[::1]:1"].map(|address| address.parse().unwrap());
+        let referrals = addresses.map(|address| Some(Referral { node: NodeId(u64::MAX), address }));
+        for to in referrals.into_iter().chain([None]) {
+            let ask = DIALER.ask(NodeId(1), Session(7), to.map(|to| to.address));
+            let message = ACCEPTOR.refer(&ask, to);
+            assert_eq!(message.kind, HandshakeKind::Referral(to));
+            assert_eq!(Handshake::decode(&message.encode()), Ok(message));
+            assert_eq!(Handshake::decode(&ask.encode()), Ok(ask));
+        }
+    }
+
+    #[test]
+    fn whoever_asks_must_belong_to_the_cluster_and_mean_this_node() {
+        let ask = DIALER.ask(NodeId(1), Session(7), None);
+        assert_eq!(ACCEPTOR.judge_ask(&ask), Ok(()));
+        // The lower id may ask as well, and one with another format, which is told so when it becomes a peer.
+        let lower = Identity { node: NodeId(0), format_fingerprint: 9, ..DIALER };
+        assert_eq!(ACCEPTOR.judge_ask(&lower.ask(NodeId(1), Session(7), None)), Ok(()));
+        let foreign = Handshake { cluster: ClusterId(2), ..ask };
+        assert_eq!(ACCEPTOR.judge_ask(&foreign), Err(RejectReason::WrongCluster));
+        let other = Handshake { to: NodeId(9), ..ask };
+        assert_eq!(ACCEPTOR.judge_ask(&other), Err(RejectReason::WrongDestination { node: NodeId(1) }));
+        let answer = ACCEPTOR.refer(&ask, None);
+        assert_eq!(DIALER.judge_referral(&answer, NodeId(1)), Ok(()));
+        let wrong = DIALER.judge_referral(&answer, NodeId(3));
+        assert_eq!(wrong, Err(RejectReason::WrongDestination { node: NodeId(1) }));
     }
 
     #[test]

@@ -18,7 +18,9 @@
 //!    received ahead of the engine (one staging buffer and one block per peer), work per turn, time for a dial, a
 //!    handshake, a frame, a silence and a send. No length from the wire is allocated before it is compared with
 //!    its cap.
-//! 5. A peer that is slow, silent, dead or hostile costs the others nothing but that bound.
+//! 5. Whoever belongs to the cluster may ask a node whom to turn to ([`Network::ask`]): a connection for one question, which
+//!    changes nothing here.
+//! 6. A peer that is slow, silent, dead or hostile costs the others nothing but that bound.
 //!
 //! # What it assumes
 //!
@@ -66,6 +68,7 @@ pub use error::{
     ConfigError, DisconnectCause, FrameError, HandshakeError, RejectReason, Rejection, SendError,
 };
 pub use frame::{ATTACHMENT_OFFSET, Attachment, Frame, Session};
+pub use handshake::Referral;
 pub use inbound::BlockSource;
 pub use network::{NetEvent, NetStats, Network, PeerStatus};
 pub use peer::PeerConfig;

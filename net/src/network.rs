@@ -12,7 +12,7 @@ use crate::error::{
     ConfigError, DisconnectCause, FrameError, HandshakeError, RejectReason, Rejection, SendError,
 };
 use crate::frame::{Frame, KIND_GOODBYE, KIND_KEEPALIVE, Session};
-use crate::handshake::{HANDSHAKE_BYTES, Handshake, HandshakeKind, Identity, Settled, check_start};
+use crate::handshake::{HANDSHAKE_BYTES, Handshake, HandshakeKind, Identity, Referral, Settled, check_start};
 use crate::inbound::{BlockSource, Inbound, Step};
 use crate::link::{
     ConnectionId, Link, LinkDone, LinkError, LinkErrorKind, LinkOp, LinkOpId, LinkOutput, ListenerId,
@@ -76,6 +76,20 @@ pub enum NetEvent<B: BlockBuf> {
         /// The frame.
         frame: Frame<B>,
     },
+    /// The answer to [`Network::ask`].
+    Referred {
+        /// Who was asked.
+        by: NodeId,
+        /// Whom to turn to, if it knew. Only the peer's word: what it is worth is the engine's business.
+        to: Option<Referral>,
+    },
+    /// Another node, which may be a stranger, has asked this one whom to turn to ([`Network::ask`]), and said where it listens.
+    Asked {
+        /// Who asked.
+        by: NodeId,
+        /// Where it can be met. Only its own word, as in [`NetEvent::Referred`].
+        address: SocketAddr,
+    },
     /// A connection became no session. For logs; only so many a second are reported, all are counted.
     Rejected {
         /// The other end.
@@ -97,6 +111,8 @@ impl<B: BlockBuf> fmt::Debug for NetEvent<B> {
                 write!(f, "PeerDisconnected({peer}, {session}, {cause})")
             }
             Self::Frame { peer, session, frame } => write!(f, "Frame({peer}, {session}, {frame:?})"),
+            Self::Referred { by, to } => write!(f, "Referred({by}, {to:?})"),
+            Self::Asked { by, address } => write!(f, "Asked({by}, {address})"),
             Self::Rejected { remote, reason } => write!(f, "Rejected({remote}, {reason})"),
         }
     }
@@ -127,6 +143,8 @@ pub struct NetStats {
     pub accepted: u64,
     /// Handshakes refused, malformed, late or crowded out.
     pub rejected: u64,
+    /// Questions answered with a referral.
+    pub referrals: u64,
     /// Frames with a wrong checksum. On a sound network there are none.
     pub checksum_errors: u64,
     /// Frames that were wrong otherwise: a bug, or a hostile member.
@@ -165,6 +183,10 @@ pub struct Network<L: Link> {
     /// Events of calls that hand none out.
     deferred: VecDeque<NetEvent<L::Buf>>,
     rejections: RateLimit,
+    /// Whom those are referred to who ask.
+    referral: Option<Referral>,
+    /// Where this node listens, as those are told whom it asks.
+    own_address: Option<SocketAddr>,
     stats: NetStats,
     closing: bool,
     /// The time of the last call that was told one.
@@ -208,6 +230,8 @@ impl<L: Link> Network<L> {
             deferred: VecDeque::new(),
             rejections: RateLimit { per_second: limits.rejections_per_second, second: 0, used: 0 },
             limits,
+            referral: None,
+            own_address: None,
             stats: NetStats::default(),
             closing: false,
             now: 0,
@@ -406,6 +430,28 @@ impl<L: Link> Network<L> {
         }
     }
 
+    /// Whom those are referred to, from now on, who ask this node.
+    pub fn refer_to(&mut self, to: Option<Referral>) {
+        self.referral = to;
+    }
+
+    /// Where this node is to be met, as it tells those whom it asks from now on.
+    pub fn introduce_at(&mut self, address: Option<SocketAddr>) {
+        self.own_address = address;
+    }
+
+    /// Asks the node at an address, which need not be a peer, and to which this node need not be one, whom to turn to; the answer
+    /// is [`NetEvent::Referred`], or none comes. One question at a time: false if one is under way, or this node is closing.
+    pub fn ask(&mut self, node: NodeId, address: SocketAddr, link: &mut L) -> bool {
+        if self.closing || self.slots.iter().any(|(_, connection)| connection.asks.is_some()) {
+            return false;
+        }
+        let mut connection = self.dialing(address, None);
+        connection.asks = Some(node);
+        self.dial(connection, address, link);
+        true
+    }
+
     /// Ends the session with `peer` at once, as one that misbehaved; it may come back.
     pub fn disconnect(&mut self, peer: NodeId, link: &mut L) {
         let Some(slot) = self.peers.get(&peer).and_then(|peer| peer.slot) else { return };
@@ -476,7 +522,9 @@ impl<L: Link> Network<L> {
 
     fn enter(&mut self, now: u64, events: &mut Events<L::Buf>) {
         self.now = self.now.max(now);
-        events.append(&mut self.deferred);
+        if !self.deferred.is_empty() {
+            events.append(&mut self.deferred);
+        }
     }
 
     fn after(&self, nanoseconds: u64) -> u64 {
@@ -600,16 +648,24 @@ impl<L: Link> Network<L> {
 
     fn dial_if_due(&mut self, link: &mut L) {
         while let Some((id, address)) = self.next_due_dial() {
-            let session = Session(self.session_next);
-            self.session_next = self.session_next.saturating_add(1);
-            let deadline_ns = self.after(self.limits.dial_timeout_ns);
-            let phase = Phase::Dialing { deadline_ns, session };
-            let mut connection = Connection::new(address, Some(id), None, phase);
-            connection.begin(Op::Dial);
-            let slot = self.slots.insert(connection);
+            let connection = self.dialing(address, Some(id));
+            let slot = self.dial(connection, address, link);
             self.peers.entry(id).and_modify(|peer| peer.slot = Some(slot));
-            link.submit(self.slots.op_id(Op::Dial, slot), LinkOp::Dial { address });
         }
+    }
+
+    fn dialing(&mut self, address: SocketAddr, peer: Option<NodeId>) -> Connection<L::Buf> {
+        let session = Session(self.session_next);
+        self.session_next = self.session_next.saturating_add(1);
+        let deadline_ns = self.after(self.limits.dial_timeout_ns);
+        Connection::new(address, peer, None, Phase::Dialing { deadline_ns, session })
+    }
+
+    fn dial(&mut self, mut connection: Connection<L::Buf>, address: SocketAddr, link: &mut L) -> usize {
+        connection.begin(Op::Dial);
+        let slot = self.slots.insert(connection);
+        link.submit(self.slots.op_id(Op::Dial, slot), LinkOp::Dial { address });
+        slot
     }
 
     fn next_due_dial(&self) -> Option<(NodeId, SocketAddr)> {
@@ -621,16 +677,21 @@ impl<L: Link> Network<L> {
     fn on_dialed(&mut self, slot: usize, id: ConnectionId, link: &mut L) {
         let Some(connection) = self.slots.get_mut(slot) else { return };
         connection.id = Some(id);
-        let (Phase::Dialing { session, .. }, Some(peer)) = (&connection.phase, connection.peer) else {
+        let (Phase::Dialing { session, .. }, Some(to)) =
+            (&connection.phase, connection.asks.or(connection.peer))
+        else {
             // Given up meanwhile.
             return self.submit_close(slot, link);
         };
-        let session = *session;
+        let (session, asks) = (*session, connection.asks.is_some());
         let deadline_ns = self.now.saturating_add(self.limits.handshake_timeout_ns);
         connection.phase = Phase::Greeting { deadline_ns, filled: 0, proposed: Some(session) };
-        let pinned = self.peers.get(&peer).and_then(|peer| peer.pinned);
-        let hello = self.identity.hello(peer, pinned, session);
-        self.send_handshake(slot, &hello, link);
+        let pinned = self.peers.get(&to).and_then(|peer| peer.pinned);
+        let first = match asks {
+            true => self.identity.ask(to, session, self.own_address),
+            false => self.identity.hello(to, pinned, session),
+        };
+        self.send_handshake(slot, &first, link);
         self.receive_greeting(slot, vec![0; HANDSHAKE_BYTES].into_boxed_slice(), 0, link);
     }
 
@@ -671,6 +732,7 @@ impl<L: Link> Network<L> {
         match judged {
             Ok(Judged::Open) => self.read(slot, link, blocks, events),
             Ok(Judged::Rejecting) => {}
+            Ok(Judged::Told) => self.end(slot, DisconnectCause::Goodbye, link, events),
             Ok(Judged::Refused(rejection)) => self.give_up_handshake(slot, rejection, link, events),
             Err(error) => self.give_up_handshake(slot, Rejection::Malformed(error), link, events),
         }
@@ -683,11 +745,23 @@ impl<L: Link> Network<L> {
         link: &mut L,
         events: &mut Events<L::Buf>,
     ) -> Result<Judged, HandshakeError> {
-        if hello.kind != HandshakeKind::Hello {
+        if !matches!(hello.kind, HandshakeKind::Hello | HandshakeKind::Ask(_)) {
             return Err(HandshakeError::Kind(hello.kind.code()));
         }
         if hello.from == NodeId(0) || hello.incarnation == Incarnation(0) || hello.session == Session(0) {
             return Err(HandshakeError::Identity);
+        }
+        if let HandshakeKind::Ask(address) = hello.kind {
+            match self.identity.judge_ask(hello) {
+                Ok(()) => {
+                    events.extend(address.map(|address| NetEvent::Asked { by: hello.from, address }));
+                    self.stats.referrals += 1;
+                    let answer = self.identity.refer(hello, self.referral);
+                    self.send_last(slot, &answer, link);
+                }
+                Err(reason) => self.refuse(slot, hello, reason, link, events),
+            }
+            return Ok(Judged::Rejecting);
         }
         let known = self.peers.get(&hello.from).map(Peer::known);
         let crowded = self.lingering(hello.from) >= self.limits.lingering_max;
@@ -718,16 +792,29 @@ impl<L: Link> Network<L> {
         proposed: Session,
         events: &mut Events<L::Buf>,
     ) -> Result<Judged, HandshakeError> {
-        let Some(peer) = self.slots.get(slot).and_then(|connection| connection.peer) else {
+        let Some(connection) = self.slots.get(slot) else { return Err(HandshakeError::Identity) };
+        let (asked, Some(peer)) = (connection.asks, connection.asks.or(connection.peer)) else {
             return Err(HandshakeError::Identity);
         };
         if answer.session != proposed {
             return Err(HandshakeError::Session);
         }
         match answer.kind {
-            HandshakeKind::Hello => return Err(HandshakeError::Kind(answer.kind.code())),
             HandshakeKind::Reject(reason) => {
                 return Ok(Judged::Refused(Rejection::RefusedByPeer { peer, reason }));
+            }
+            HandshakeKind::Referral(to) if asked.is_some() => {
+                return Ok(match self.identity.judge_referral(answer, peer) {
+                    Ok(()) => {
+                        events.push_back(NetEvent::Referred { by: peer, to });
+                        Judged::Told
+                    }
+                    Err(reason) => Judged::Refused(Rejection::Refused(reason)),
+                });
+            }
+            _ if asked.is_some() => return Err(HandshakeError::Kind(answer.kind.code())),
+            HandshakeKind::Hello | HandshakeKind::Ask(_) | HandshakeKind::Referral(_) => {
+                return Err(HandshakeError::Kind(answer.kind.code()));
             }
             HandshakeKind::Welcome if answer.incarnation == Incarnation(0) => {
                 return Err(HandshakeError::Identity);
@@ -782,13 +869,18 @@ impl<L: Link> Network<L> {
         link: &mut L,
         events: &mut Events<L::Buf>,
     ) {
-        let Some(connection) = self.slots.get_mut(slot) else { return };
-        let remote = connection.remote;
-        let Phase::Greeting { deadline_ns, .. } = connection.phase else { return };
-        connection.phase = Phase::Rejecting { deadline_ns };
+        let Some(remote) = self.slots.get(slot).map(|connection| connection.remote) else { return };
         self.report(remote, Rejection::Refused(reason), events);
         let answer = self.identity.reject(hello, reason);
-        self.send_handshake(slot, &answer, link);
+        self.send_last(slot, &answer, link);
+    }
+
+    /// Sends what the connection is closed after.
+    fn send_last(&mut self, slot: usize, message: &Handshake, link: &mut L) {
+        let Some(connection) = self.slots.get_mut(slot) else { return };
+        let Phase::Greeting { deadline_ns, .. } = connection.phase else { return };
+        connection.phase = Phase::Rejecting { deadline_ns };
+        self.send_handshake(slot, message, link);
     }
 
     fn send_handshake(&mut self, slot: usize, message: &Handshake, link: &mut L) {
@@ -1055,7 +1147,9 @@ impl<L: Link> Network<L> {
                     events.push_back(NetEvent::PeerDisconnected { peer, session: open.session, cause });
                 }
             }
-            Phase::Dialing { .. } | Phase::Greeting { .. } if connection.dialed => {
+            Phase::Dialing { .. } | Phase::Greeting { .. }
+                if connection.dialed && connection.asks.is_none() =>
+            {
                 self.stats.dials_failed += 1
             }
             _ => {}
@@ -1086,7 +1180,10 @@ impl<L: Link> Network<L> {
 /// What a handshake message led to.
 enum Judged {
     Open,
+    /// The last message is being sent.
     Rejecting,
+    /// A question was answered.
+    Told,
     Refused(Rejection),
 }
 

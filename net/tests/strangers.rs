@@ -6,7 +6,9 @@ use common::*;
 use ringraft_block::{ClusterId, Incarnation, NodeId};
 use ringraft_net::frame::KIND_KEEPALIVE;
 use ringraft_net::handshake::{HANDSHAKE_BYTES, Handshake, HandshakeKind};
-use ringraft_net::{DisconnectCause, FrameError, HandshakeError, NetLimits, RejectReason, Rejection};
+use ringraft_net::{
+    DisconnectCause, FrameError, HandshakeError, NetLimits, Referral, RejectReason, Rejection,
+};
 
 #[test]
 fn a_wrong_hello_gets_its_reason_and_changes_nothing() {
@@ -436,4 +438,80 @@ fn connections_that_do_not_end_hold_up_accepting() {
     world.hub.hold_closes(false);
     world.run(100);
     assert_eq!(world.node(1).net.stats().accepted, 30);
+}
+
+// ---- Whom to turn to
+
+#[test]
+fn whoever_asks_is_referred_in_both_directions_and_nothing_changes() {
+    let mut world = World::new(2, &NetLimits::default());
+    world.connect_all();
+    let sessions = (world.node(1).session(2), world.node(2).session(1));
+    let leader = Referral { node: NodeId(7), address: "10.0.0.7:7000".parse().unwrap() };
+    world.node(1).net.refer_to(Some(leader));
+    for (asks, of, expected) in [(2, 1, Some(leader)), (1, 2, None)] {
+        let Node { net, link, .. } = world.node(asks);
+        assert!(net.ask(NodeId(of), address(of), link));
+        assert!(!net.ask(NodeId(of), address(of), link), "one at a time");
+        world.run(10);
+        assert_eq!(world.node(asks).seen.pop(), Some(Seen::Referred(of, expected)));
+        assert_eq!(world.node(of).net.stats().referrals, 1);
+    }
+    assert_eq!((world.node(1).session(2), world.node(2).session(1)), sessions);
+    assert_eq!((world.node(1).causes(), world.node(2).net.stats().dials_failed), (vec![], 0));
+    // It is told where the one that asks listens, if that wants it.
+    let Node { net, link, .. } = world.node(1);
+    net.introduce_at(Some("10.0.0.1:7001".parse().unwrap()));
+    assert!(net.ask(NodeId(2), address(2), link));
+    world.run(10);
+    assert_eq!(world.node(2).seen.pop(), Some(Seen::Asked(1, "10.0.0.1:7001".parse().unwrap())));
+    // It can be asked again, and one that is no peer of anybody here may ask.
+    let asked = Handshake { kind: HandshakeKind::Ask(None), ..hello(77, 1, 9) };
+    let raw = world.hub.connect(address(1), "127.0.0.1:50001");
+    raw.write(&asked.encode());
+    world.run(5);
+    let answer = raw.read_handshake().expect("an answer");
+    assert_eq!((answer.kind, answer.session.0), (HandshakeKind::Referral(Some(leader)), 9));
+    assert!(raw.is_closed());
+    let foreign = Handshake { cluster: ClusterId(9), ..asked };
+    let raw = world.hub.connect(address(1), "127.0.0.1:50001");
+    raw.write(&foreign.encode());
+    world.run(5);
+    let answer = raw.read_handshake().expect("an answer");
+    assert_eq!(answer.kind, HandshakeKind::Reject(RejectReason::WrongCluster));
+    assert_eq!(answer.cluster, ClusterId(0), "a stranger learns nothing");
+}
+
+#[test]
+fn an_answer_that_is_none_ends_the_question_and_a_silent_node_does_not_block_the_next_one() {
+    type Change = fn(&mut Handshake);
+    let wrong: [Change; 5] = [
+        |answer| answer.kind = HandshakeKind::Welcome,
+        |answer| answer.kind = HandshakeKind::Reject(RejectReason::WrongCluster),
+        |answer| answer.from = NodeId(5),
+        |answer| answer.cluster = ClusterId(9),
+        |answer| answer.session.0 += 1,
+    ];
+    let mut world = World::alone(1, &NetLimits::default());
+    world.hub.listen(address(2));
+    for change in wrong {
+        let Node { net, link, .. } = world.node(1);
+        assert!(net.ask(NodeId(2), address(2), link));
+        world.run(5);
+        let raw = world.hub.accept(address(2)).expect("a dial");
+        let asked = raw.read_handshake().expect("a question");
+        assert_eq!((asked.kind, asked.from, asked.to), (HandshakeKind::Ask(None), NodeId(1), NodeId(2)));
+        let kind = HandshakeKind::Referral(None);
+        let mut answer = Handshake { kind, features: 0, ..hello(2, 1, asked.session.0) };
+        change(&mut answer);
+        raw.write(&answer.encode());
+        world.run(5);
+        assert!(raw.is_closed());
+    }
+    let Node { net, link, .. } = world.node(1);
+    assert!(net.ask(NodeId(2), address(2), link));
+    world.run_for(20 * SECOND);
+    let Node { net, link, .. } = world.node(1);
+    assert!(net.ask(NodeId(2), address(2), link), "the other one was given up");
+    assert!(!world.node(1).seen.iter().any(|seen| matches!(seen, Seen::Referred(..))));
 }

@@ -8,7 +8,8 @@ use ringraft::handle::{Handle, Pipeline, Status};
 use ringraft::raft::Role;
 use ringraft::runtime::{Now, Turn, Wakeup};
 use ringraft::state_machine::{CommittedBatch, Replies, StateMachine};
-use ringraft_block::{AlignedBuf, BLOCK_BYTES, ClusterId, LogIndex, NodeId, Pool};
+use ringraft_block::{BLOCK_BYTES, ClusterId, LogIndex, NodeId, Pool};
+use ringraft_tests::sim::buffer::SimBuf;
 use ringraft_tests::sim::context::{Context, MILLISECOND, SECOND, Time};
 use ringraft_tests::sim::disk::{Crash, DiskConfig, DiskState, SimDisk};
 use ringraft_tests::sim::link::{Fabric, LinkConfig, SimLink, address_of};
@@ -203,18 +204,24 @@ impl Lab {
     /// Proposes so many commands, one after the other, each in a batch of its own, and waits for them.
     fn commit(&mut self, count: usize) {
         for _ in 0..count {
-            self.until("a leader", |lab| lab.leader().is_some());
-            let leader = self.leader().expect("just seen");
-            let number = self.proposed.len();
-            let mut command = vec![number as u8; 700];
-            command[..8].copy_from_slice(&(number as u64).to_le_bytes());
-            let command = Bytes::from(command);
-            self.proposed.push(command.clone());
-            let process = self.processes[leader].as_mut().expect("it leads");
-            process.pipeline.submit(number as u64, command.clone()).expect("accepted");
-            process.wake_at = 0;
-            self.until("a commit", |lab| lab.journal(leader).last() == Some(&command));
+            let leader = self.propose();
+            self.until("a commit", |lab| lab.journal(leader).last() == lab.proposed.last());
         }
+    }
+
+    /// Proposes a command to the leader, which it returns.
+    fn propose(&mut self) -> usize {
+        self.until("a leader", |lab| lab.leader().is_some());
+        let leader = self.leader().expect("just seen");
+        let number = self.proposed.len();
+        let mut command = vec![number as u8; 700];
+        command[..8].copy_from_slice(&(number as u64).to_le_bytes());
+        let command = Bytes::from(command);
+        self.proposed.push(command.clone());
+        let process = self.processes[leader].as_mut().expect("it leads");
+        process.pipeline.submit(number as u64, command).expect("accepted");
+        process.wake_at = 0;
+        leader
     }
 
     /// Waits until every node that runs has applied everything, and compares.
@@ -242,7 +249,7 @@ impl Lab {
         let image = self.disks[node].borrow().durable_image(&self.context);
         let listing = image.borrow().listing();
         let mut disk = SimDisk::new(&image);
-        let pool: Pool<AlignedBuf> = Pool::new(1 << 20);
+        let pool: Pool<SimBuf> = Pool::new(1 << 20);
         let mut slots = BTreeMap::new();
         for entry in listing.iter().filter(|entry| entry.name.starts_with("segment")) {
             let mut run = |op| {
@@ -254,7 +261,7 @@ impl Lab {
             let opened = run(DiskOp::Open { name: entry.name.clone(), access: Access::Read });
             let DiskOutput::Opened { file, bytes } = opened else { panic!("not opened") };
             for offset in (0..bytes).step_by(BLOCK_BYTES) {
-                let block = pool.take(BLOCK_BYTES, |bytes| Ok::<_, Infallible>(AlignedBuf::zeroed(bytes)));
+                let block = pool.take(BLOCK_BYTES, |bytes| Ok::<_, Infallible>(SimBuf::take(bytes)));
                 let block = block.expect("infallible");
                 let DiskOutput::Read { block, .. } =
                     run(DiskOp::Read { file, offset, block, bytes: BLOCK_BYTES })
@@ -362,6 +369,53 @@ fn damage_that_hides_what_was_there_is_healed_by_the_leader_and_the_node_votes_a
         lab.until("another leader", |lab| lab.leader().is_some());
         lab.commit(1);
         lab.converge();
+    }
+}
+
+/// A follower that has lost a batch of its log, the last one or the one at 7, has met the leader again, and is sent a new one.
+fn with_a_claim(at_end: bool) -> (Lab, usize) {
+    let mut lab = prepared(3, NODES);
+    let damaged = follower(&lab);
+    lab.kill(damaged);
+    let last = *lab.slots(damaged).keys().last().expect("batches");
+    lab.rot_envelope(damaged, if at_end { last } else { 7 });
+    lab.boot(damaged);
+    lab.until("the claim", |lab| lab.status(damaged).is_some_and(|status| status.damage.claim.is_some()));
+    lab.until("it is led", |lab| lab.status(damaged).is_some_and(|status| status.leader.is_some()));
+    lab.propose();
+    (lab, damaged)
+}
+
+/// A node is told to stop while what it had lost is given back to it, at any moment in which it writes: it stops in good order,
+/// and the next start goes on with that.
+#[test]
+fn a_node_that_is_stopped_while_its_claim_is_settled_stops_in_good_order() {
+    for at_end in [false, true] {
+        let (mut lab, damaged) = with_a_claim(at_end);
+        let mut moments = Vec::new();
+        while !lab.is_healed(damaged) {
+            lab.step();
+            let writes = lab.disks[damaged].borrow().writes_in_flight() > 0;
+            moments.extend(Some(lab.context.now()).filter(|_| writes));
+        }
+        moments.dedup();
+        assert!(moments.len() > 4, "{moments:?}");
+        for moment in moments {
+            let (mut lab, damaged) = with_a_claim(at_end);
+            while lab.context.now() < moment {
+                lab.step();
+            }
+            let process = lab.processes[damaged].as_mut().expect("it runs");
+            process.handle.shutdown();
+            process.wake_at = 0;
+            lab.until("it stops", |lab| lab.processes[damaged].is_none());
+            let stopped = lab.stopped[damaged].take().and_then(|status| status.stopped).expect("a cause");
+            assert!(stopped.is_orderly(), "{stopped}");
+            lab.boot(damaged);
+            lab.commit(1);
+            lab.until("healed", |lab| lab.is_healed(damaged));
+            lab.converge();
+        }
     }
 }
 

@@ -5,6 +5,8 @@
 mod membership;
 #[path = "driver/reads.rs"]
 mod reads;
+#[path = "driver/slow_disk.rs"]
+mod slow_disk;
 
 use bytes::Bytes;
 use ringraft::config::{Config, MemberConfig};
@@ -43,12 +45,18 @@ struct Counter {
     restoring: Option<Vec<u8>>,
     /// Snapshots that it was given, to the end.
     restored: u64,
+    /// The log's clock, as far as it was seen.
+    time_ms: u64,
+    /// How often it was asked for one.
+    pictures: u64,
 }
 
 impl StateMachine for Counter {
     fn apply(&mut self, batch: &CommittedBatch<'_>, replies: &mut Replies) {
         assert!(self.restoring.is_none(), "nothing is applied while it is restored");
         for command in batch.commands() {
+            assert!(command.time_ms >= self.time_ms, "the log's clock never goes back");
+            self.time_ms = command.time_ms;
             self.count += 1;
             self.hash = xxh3_64_with_seed(command.bytes, self.hash ^ command.index.get());
             match command.session {
@@ -62,15 +70,18 @@ impl StateMachine for Counter {
     }
 
     fn query(&self, query: &[u8]) -> Bytes {
+        assert!(self.restoring.is_none(), "nothing is asked while it is restored");
         let mut answer = query.to_vec();
         answer.extend(self.count.to_le_bytes());
         answer.into()
     }
 
     fn snapshot(&mut self) -> Option<Box<dyn SnapshotReader>> {
+        assert!(self.restoring.is_none(), "no picture is taken while it is restored");
         if self.makes_none {
             return None;
         }
+        self.pictures += 1;
         let mut bytes = [self.count.to_le_bytes(), self.hash.to_le_bytes()].concat();
         bytes.extend((0..self.ballast).map(|at| (at as u64).wrapping_mul(self.hash | 1) as u8));
         Some(Box::new(Bytes::from(bytes)))
@@ -78,7 +89,10 @@ impl StateMachine for Counter {
 
     fn restore(&mut self, step: Restore<'_>) -> Result<(), String> {
         match step {
-            Restore::Begin { .. } => self.restoring = Some(Vec::new()),
+            Restore::Begin { time_ms, .. } => {
+                assert!(time_ms >= self.time_ms, "the log's clock never goes back");
+                (self.restoring, self.time_ms) = (Some(Vec::new()), time_ms);
+            }
             Restore::Piece(piece) => self.restoring.as_mut().ok_or("no begin")?.extend_from_slice(piece),
             Restore::End => {
                 let bytes = self.restoring.take().ok_or("no begin")?;
@@ -386,6 +400,47 @@ fn a_leader_sees_how_long_a_followers_disk_took_and_how_long_a_batch_waited_for_
     let told = told.expect("it has reported");
     assert!(told.durable_us > 0 && u64::from(told.durable_us) < stall / MICROSECOND, "{told:?}");
     assert_eq!(rig.status(slow).peers, [], "only a leader knows its peers");
+}
+
+// ---- Back-pressure
+
+/// A disk that stands still keeps what was taken from being applied, and with that the core from taking more: what waits
+/// in the queue was bounded by number alone, to 64 GiB of commands of 1 MiB.
+#[test]
+fn commands_that_wait_for_a_stalled_disk_are_bounded_by_their_bytes() {
+    const BOUND: usize = 4 << 20;
+    let mut rig = Rig::new(1);
+    rig.boot(Config {
+        command_bytes_max: 1 << 20,
+        uncommitted_bytes_max: BOUND,
+        segment_bytes: 32 << 20,
+        ..config(0, 1)
+    });
+    rig.run_until_led();
+    rig.run_for(SECOND);
+    for round in 0..3 {
+        rig.machines[0].disk.borrow_mut().faults_mut().stalled_until = rig.context.now() + 200 * MILLISECOND;
+        let (mut admitted, mut busy, mut answered) = (0, 0, 0);
+        for tag in 0..40 {
+            match rig.process(0).pipeline.submit(tag, vec![7; 1 << 20]) {
+                Ok(()) => admitted += 1,
+                Err(refused) => {
+                    assert_eq!((refused.reason, refused.command.len()), (Refusal::Busy, 1 << 20));
+                    busy += 1;
+                }
+            }
+            rig.process(0).wake_at = 0;
+            rig.run_for(MILLISECOND);
+            answered += rig.completed(0).len();
+        }
+        assert!(admitted - answered <= 2 * (BOUND >> 20), "round {round}: {admitted} wait, less {answered}");
+        assert!(admitted >= 6 && busy > 20, "round {round}: {admitted} admitted, {busy} not");
+        rig.run_for(SECOND);
+        let completions = rig.completed(0);
+        assert_eq!(completions.len() + answered, admitted);
+        let busy = |outcome: &_| matches!(outcome, Err(ProposeError::Refused(refused)) if refused.reason == Refusal::Busy);
+        assert!(completions.iter().all(|one| one.outcome.is_ok() || busy(&one.outcome)), "{completions:?}");
+    }
 }
 
 // ---- Elections

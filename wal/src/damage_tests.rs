@@ -11,7 +11,7 @@ use crate::format::{
 };
 use crate::testing::{Device, Fate, Harness, Rng};
 use crate::tests::{four_batches, last_segment, slot_at};
-use crate::{DamagedBatch, ReadError, Recovered, RepairError, WalEvent};
+use crate::{DamagedBatch, ReadError, Recovered, RepairError, WalError, WalEvent};
 use ringraft_block::{AlignedBuf, BLOCK_BYTES, Block, LogIndex, SECTOR_BYTES, Term};
 
 /// What a start made of a device.
@@ -328,6 +328,37 @@ fn damage_that_a_cut_has_made_void_is_no_damage() {
     assert_eq!(recovered.claim, certain(2, 4));
     let salvage: Vec<_> = harness.wal.salvage().map(|info| (info.first.get(), info.chain)).collect();
     assert_eq!(salvage, [(3, chains[2]), (4, chains[3])]);
+}
+
+#[test]
+fn a_read_that_fails_for_want_of_memory_is_no_damage() {
+    let (device, _) = sixty_batches();
+    for nth in 0.. {
+        let mut harness = Harness::start(device.clone());
+        harness.turn();
+        let mut reads = 0;
+        let mut failed = false;
+        while let Some((_, op)) = harness.disk.queue.front() {
+            reads += usize::from(matches!(op, DiskOp::Read { .. }));
+            let fails = !failed && reads == nth + 1 && matches!(op, DiskOp::Read { .. });
+            failed |= fails;
+            let fate = if fails { Fate::Fail(DiskErrorKind::OutOfMemory) } else { Fate::Happen };
+            harness.disk.complete(0, fate);
+            harness.turn();
+        }
+        if !failed {
+            assert!(nth > 8, "both copies, and headers and content of several segments are read");
+            break;
+        }
+        let stopped = harness.events.iter().any(|event| {
+            matches!(event, WalEvent::Poisoned(WalError::Disk { error, .. })
+                if error.kind == DiskErrorKind::OutOfMemory)
+        });
+        assert!(stopped, "read {nth}: {:?}", harness.events);
+        let (harness, recovered) = Sick::new(harness.crash(|| false)).opens();
+        assert_eq!((recovered.report.damage, recovered.claim), (Vec::new(), None));
+        assert_eq!(harness.chains().len(), 60);
+    }
 }
 
 #[test]
@@ -896,6 +927,25 @@ fn repaired_batches_are_whole_again_in_an_ordinary_segment() {
 }
 
 #[test]
+fn a_repair_behind_a_purged_front_leaves_every_other_batch_as_it_was() {
+    let whole = Whole::new();
+    let (mut harness, _) = whole.rotten(&[40]).opens();
+    assert_eq!(harness.wal.purge_through(&mut harness.disk, LogIndex(10)), LogIndex(10));
+    harness.settle();
+    whole.repair(&mut harness, 40);
+    harness.settle();
+    assert_eq!(told(&mut harness), [(true, 40)]);
+    for batch in &whole.batches[10..] {
+        let first = batch.info.first;
+        assert_eq!(harness.wal.batch_starting_at(first).unwrap(), batch.info);
+        harness.wal.read(&mut harness.disk, 1, first, 1);
+        harness.settle();
+        assert_eq!(harness.take_read().unwrap()[0].image(), &batch.bytes[ENVELOPE_BYTES..], "{first}");
+    }
+    assert_eq!(harness.wal.first_damaged(), None);
+}
+
+#[test]
 fn an_image_that_is_not_the_batchs_is_refused() {
     let whole = Whole::new();
     let (mut harness, _) = whole.rotten(&[20, 22]).opens();
@@ -1218,6 +1268,63 @@ fn a_rebuild_that_meets_an_unreadable_batch_waits_for_its_repair_too() {
     assert_eq!(repaired, [(true, 20), (true, 22)]);
     harness.disk.unreadable.clear();
     whole.reads_back(&mut harness, &[]);
+}
+
+/// The start of the block of a batch's slot that holds most of its image, or of its first one.
+fn block_of(batch: &Appended) -> u64 {
+    (batch.at - batch.at % BLOCK_BYTES) as u64
+}
+
+#[test]
+fn a_rebuild_whose_copy_is_not_what_was_read_leaves_the_intact_batches_where_they_are() {
+    let whole = Whole::new();
+    let other = whole.batch(22);
+    // Once: the next attempt is right. For ever: nothing is replaced.
+    for times in [1, usize::MAX] {
+        let (mut harness, _) = whole.rotten(&[20]).opens();
+        assert_eq!(other.name, whole.batch(20).name);
+        told(&mut harness);
+        // The start has read it already, the rebuild reads it next.
+        harness.disk.misread.push((other.name.clone(), block_of(other), times));
+        whole.repair(&mut harness, 20);
+        harness.settle();
+        let told = told(&mut harness);
+        if times == 1 {
+            assert_eq!(told, [(true, 20)]);
+        } else {
+            // As if it was rotten: nobody can read it.
+            assert_eq!(told, [(false, 22)]);
+            harness.disk.misread.clear();
+            whole.repair(&mut harness, 22);
+            harness.settle();
+        }
+        whole.reads_back(&mut harness, &[]);
+        let (mut harness, recovered) = Sick::new(harness.crash(|| false)).opens();
+        assert_eq!((recovered.report.damage, recovered.claim), (Vec::new(), None));
+        whole.reads_back(&mut harness, &[]);
+    }
+}
+
+#[test]
+fn a_rebuild_that_reads_another_header_writes_the_right_one() {
+    let whole = Whole::new();
+    for unreadable in [false, true] {
+        let (mut harness, _) = whole.rotten(&[20]).opens();
+        told(&mut harness);
+        let name = whole.batch(20).name.clone();
+        if unreadable {
+            harness.disk.unreadable.push((name, 0));
+        } else {
+            harness.disk.misread.push((name, 0, 1));
+        }
+        whole.repair(&mut harness, 20);
+        harness.settle();
+        assert_eq!(told(&mut harness), [(true, 20)]);
+        harness.disk.unreadable.clear();
+        let (mut harness, recovered) = Sick::new(harness.crash(|| false)).opens();
+        assert_eq!((recovered.report.damage, recovered.claim), (Vec::new(), None));
+        whole.reads_back(&mut harness, &[]);
+    }
 }
 
 #[test]

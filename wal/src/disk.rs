@@ -186,7 +186,8 @@ pub enum DiskErrorKind {
     PermissionDenied,
     /// The file system or kernel does not do this (direct I/O, allocation).
     Unsupported,
-    /// No memory, or no more of it may be locked.
+    /// No memory, no more of it may be locked, no more files may be open, or the kernel asks to try again (ENOMEM, EMFILE,
+    /// ENFILE, EAGAIN, EINTR): says nothing about what is on the device.
     OutOfMemory,
     /// An argument broke the rules of [`DiskOp`].
     InvalidInput,
@@ -236,7 +237,9 @@ impl DiskError {
             Errno::EXIST => DiskErrorKind::AlreadyExists,
             Errno::ACCESS | Errno::PERM | Errno::ROFS => DiskErrorKind::PermissionDenied,
             Errno::OPNOTSUPP | Errno::NOSYS => DiskErrorKind::Unsupported,
-            Errno::NOMEM => DiskErrorKind::OutOfMemory,
+            Errno::NOMEM | Errno::MFILE | Errno::NFILE | Errno::AGAIN | Errno::INTR => {
+                DiskErrorKind::OutOfMemory
+            }
             Errno::INVAL | Errno::BADF => DiskErrorKind::InvalidInput,
             _ => DiskErrorKind::Io,
         };

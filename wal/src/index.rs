@@ -120,8 +120,7 @@ impl Index {
     pub(crate) fn repaired(&mut self, info: &BatchInfo) {
         if self.damaged.remove(&info.first).is_some()
             && let Some(ordinal) = self.ordinal_starting_at(info.first)
-            && let Some(row) =
-                self.chunks.get_mut(ordinal / CHUNK).and_then(|rows| rows.get_mut(ordinal % CHUNK))
+            && let Some(row) = self.row_mut(ordinal)
         {
             row.kind_and_bytes = (info.kind as u32) << 24 | info.image_bytes;
             row.time_ms = info.time_ms;
@@ -278,6 +277,11 @@ impl Index {
         self.chunks.get(ordinal / CHUNK)?.get(ordinal % CHUNK)
     }
 
+    fn row_mut(&mut self, ordinal: usize) -> Option<&mut Row> {
+        let ordinal = ordinal + self.purged;
+        self.chunks.get_mut(ordinal / CHUNK)?.get_mut(ordinal % CHUNK)
+    }
+
     /// The number of batches from the front for which `before` holds; it holds for a prefix.
     fn partition(&self, before: impl Fn(&Row) -> bool) -> usize {
         let chunk = self.chunks.partition_point(|chunk| chunk.last().is_some_and(&before));
@@ -390,6 +394,28 @@ mod tests {
             index.push(&info, Place { generation: 1 << 20, offset: 8192 });
             assert_eq!(index.end().index, info.last);
             assert_eq!(index.len(), kept - dropped + 1);
+        }
+    }
+
+    /// Found by the simulator (seed 1875): a batch that was repaired behind a purged front left its length to another one, as
+    /// many rows before it as were purged. That one could not be read any more, every intact image of it was refused, and the
+    /// node stopped, since all copies seemed to be gone.
+    #[test]
+    fn what_a_repair_tells_goes_to_the_repaired_batch_wherever_the_log_starts() {
+        for dropped in [0, 1, 30, CHUNK - 1, CHUNK, CHUNK + 30] {
+            for repaired in [dropped, dropped + 1, 2 * CHUNK - 1, 2 * CHUNK + 9] {
+                let (mut index, mut model) = filled(2 * CHUNK as u64 + 10);
+                let chain = index.chain_at(LogIndex(dropped as u64 * 3)).unwrap();
+                let start = LogStart { index: LogIndex(dropped as u64 * 3), term: Term(1), chain };
+                index.start_behind(start);
+                let info = &mut model[repaired].0;
+                assert!(index.damage(info.first, DamageCause::ImageRotten));
+                (info.image_bytes, info.time_ms, info.payload_bytes) = (2000, 7, 1800);
+                index.repaired(info);
+                assert_eq!(index.damaged().count(), 0);
+                let found: Vec<_> = index.iter().collect();
+                assert!(found == model[dropped..], "{repaired} behind {dropped}");
+            }
         }
     }
 

@@ -482,8 +482,9 @@ impl<D: Disk> Wal<D> {
         }
     }
 
-    /// Names the oldest append or save of the hard state in flight, so that its age can be taken: the number stays the same
-    /// until that operation ends, and no later operation has it.
+    /// Names the oldest operation in flight that the service waits for (an append, a save of the hard state, or a step in the
+    /// making of the segment that is appended to next), so that its age can be taken: the number stays the same until
+    /// that operation ends, and no later operation has it.
     #[must_use]
     pub fn oldest_operation(&self) -> Option<u64> {
         self.ops.oldest_durable()

@@ -55,7 +55,8 @@ pub(crate) fn owner_of(id: DiskOpId) -> Option<Owner> {
 pub(crate) struct Ops {
     next: u64,
     pub(crate) in_flight: usize,
-    /// Appends and saves of the hard state in flight, oldest first.
+    /// What the service waits for, in flight, oldest first: appends, saves of the hard state, and the making of the segment
+    /// that appends go to next.
     durable: Vec<DiskOpId>,
 }
 
@@ -65,7 +66,7 @@ impl Ops {
         let id = DiskOpId(TAG << 56 | (owner as u64) << 48 | (self.next & 0xffff_ffff_ffff));
         self.next = self.next.wrapping_add(1);
         self.in_flight += 1;
-        if matches!(owner, Owner::Append | Owner::HardState) {
+        if matches!(owner, Owner::Append | Owner::HardState | Owner::Standby) {
             self.durable.push(id);
         }
         disk.submit(id, op);
@@ -79,7 +80,7 @@ impl Ops {
         self.durable.retain(|durable| *durable != id);
     }
 
-    /// Names the oldest append or save in flight.
+    /// Names the oldest operation in flight that the service waits for.
     pub(crate) fn oldest_durable(&self) -> Option<u64> {
         self.durable.first().map(|id| id.0)
     }

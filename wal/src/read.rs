@@ -252,6 +252,9 @@ impl<B: BlockBuf> Reads<B> {
         segments: &mut SegmentTable,
         active: Option<u32>,
     ) {
+        if self.requests.is_empty() {
+            return;
+        }
         let mut requests = std::mem::take(&mut self.requests);
         for request in &mut requests {
             for item in &mut request.items {

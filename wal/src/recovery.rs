@@ -164,6 +164,12 @@ struct Reading {
     arrival: Arrival,
 }
 
+/// Whether a failed read says that something on the device cannot be read. Any other failure (no memory, say) says nothing
+/// of it, and must not be taken for damage: the start fails, and the next one may succeed.
+fn is_evidence(error: &DiskError) -> bool {
+    error.kind == DiskErrorKind::Io
+}
+
 impl<B: BlockBuf> Recovery<B> {
     pub(crate) fn new(config: WalConfig, pool: Pool<B>) -> Self {
         Self {
@@ -237,7 +243,8 @@ impl<B: BlockBuf> Recovery<B> {
                 self.copies[copy] = Some(match result {
                     Ok(DiskOutput::Read { block, bytes }) => self.judge_copy(copy, &block, bytes),
                     Ok(_) => return Err(WalError::Protocol { what: WHAT }),
-                    Err(error) => Err(CopyState::Unreadable(error)),
+                    Err(error) if is_evidence(&error) => Err(CopyState::Unreadable(error)),
+                    Err(error) => return Err(failed(error)),
                 });
                 self.submit(disk, ops, DiskOp::Close { file });
                 self.phase = Phase::CloseCopy(copy);
@@ -253,7 +260,8 @@ impl<B: BlockBuf> Recovery<B> {
                 let header = match result {
                     Ok(DiskOutput::Read { block, bytes }) => block.get(..bytes).map(read_segment_header),
                     Ok(_) => return Err(WalError::Protocol { what: WHAT }),
-                    Err(_) => None,
+                    Err(error) if is_evidence(&error) => None,
+                    Err(error) => return Err(failed(error)),
                 };
                 self.take_header(name, length, header)?;
                 self.submit(disk, ops, DiskOp::Close { file });
@@ -603,6 +611,7 @@ impl<B: BlockBuf> Recovery<B> {
             return Err(WalError::Protocol { what: WHAT });
         };
         match result {
+            Err(error) if !is_evidence(&error) => return Err(WalError::Disk { what: WHAT, error }),
             Ok(DiskOutput::Read { block, bytes }) if bytes >= range.len() => {
                 place.copy_from_slice(&block[..range.len()]);
                 self.report.scanned_bytes += range.len() as u64;

@@ -1,8 +1,8 @@
 //! Repair of damaged batches: the segment is rebuilt, and nothing is overwritten.
 //!
 //! The happy path: images of damaged batches arrive, verified against the index, and are queued. The oldest segment among
-//! theirs is copied to `segment-N.new`, block for block, with the repaired slots in their places; the copy is flushed, renamed over
-//! `segment-N.wal`, and the directory synced. Recovery sees an ordinary segment. A descriptor of the old file stays readable for what
+//! theirs is copied to `segment-N.new`, block for block, with the repaired slots in their places; the copy is flushed, read back
+//! and verified ([`check`]), renamed over `segment-N.wal`, and the directory synced. Recovery sees an ordinary segment. A descriptor of the old file stays readable for what
 //! is in flight on it, and is not used for anything new.
 //!
 //! A crash before the rename leaves a `.new` file, removed by the next start, and the damage as it was; one after it leaves either
@@ -13,11 +13,13 @@
 //! time. Only when there are more of these than may wait in memory, their blocks become such bytes too, under an envelope made anew. No space gives up the rebuild until somebody asks to try again. Any other failed write stops the log.
 //! A segment that leaves the log is not rebuilt any further.
 
+mod check;
+
 use crate::disk::{Access, Disk, DiskDone, DiskError, DiskErrorKind, DiskOp, DiskOpId, DiskOutput, FileId};
 use crate::error::{DamageCause, RepairError, WalError};
 use crate::format::{
     BatchInfo, Chain, ENVELOPE_BYTES, Envelope, SLOT_BYTES_MAX, SegmentHeader, parse_image, read_envelope,
-    slots_start, write_envelope,
+    slots_start, write_envelope, write_segment_header,
 };
 use crate::index::{Index, Place};
 use crate::ops::{Ops, Owner, take};
@@ -77,6 +79,8 @@ pub(crate) struct Repairs<B: BlockBuf> {
     missing: BTreeSet<(u32, LogIndex)>,
     /// More have come than may wait: what is here is written first.
     is_full: bool,
+    /// So many copies in a row were not what they were made from.
+    failed_copies: u8,
 }
 
 /// A segment being rebuilt.
@@ -92,6 +96,9 @@ struct Rebuild {
     copies: Vec<Copy>,
     /// The batches that this rebuild repairs.
     firsts: Vec<LogIndex>,
+    /// The batch of the copy that is being verified, and the place behind it.
+    checked: Option<check::Checked>,
+    checked_to: u64,
     /// Nothing more is copied, what is in flight is awaited, and the new file is removed.
     given_up: bool,
 }
@@ -103,6 +110,10 @@ enum Step {
     Creating,
     Copying,
     Flushing,
+    /// A batch of the new file is being read.
+    Checking,
+    /// The same one of the old file.
+    Comparing,
     ClosingOld,
     ClosingNew,
     Renaming,
@@ -152,6 +163,7 @@ impl<B: BlockBuf> Repairs<B> {
             blocked: false,
             missing: BTreeSet::new(),
             is_full: false,
+            failed_copies: 0,
         }
     }
 
@@ -240,6 +252,9 @@ impl<B: BlockBuf> Repairs<B> {
 
     /// Forgets batches that the log no longer holds as damaged.
     pub(crate) fn forget_void(&mut self, index: &Index) {
+        if self.fixes.is_empty() && self.missing.is_empty() {
+            return;
+        }
         let is_wanted = |fix: &Fix<B>| {
             let known = index.damage_of(fix.info.first).and_then(|_| index.containing(fix.info.first));
             known.is_some_and(|(known, place)| known.chain == fix.info.chain && place == fix.place)
@@ -278,6 +293,8 @@ impl<B: BlockBuf> Repairs<B> {
             wanted,
             copies: Vec::new(),
             firsts: fixes.map(|fix| fix.info.first).collect(),
+            checked: None,
+            checked_to: 0,
             given_up: false,
         };
         tools.submit(DiskOp::Open { name: segment.name.to_string(), access: Access::Read });
@@ -355,7 +372,8 @@ impl<B: BlockBuf> Repairs<B> {
                 self.copy(tools, work)?;
             }
             (Step::Flushing, Err(error)) if no_space(&error) => self.give_up(tools, work),
-            (Step::Flushing, Ok(DiskOutput::Done)) => self.close_next(tools, work),
+            (Step::Flushing, Ok(DiskOutput::Done)) => self.check_next(tools, work)?,
+            (Step::Checking | Step::Comparing, result) => self.was_read(tools, work, result, progress)?,
             (Step::ClosingOld | Step::ClosingNew, Ok(DiskOutput::Done)) => {
                 self.close_next(tools, work);
             }
@@ -463,6 +481,10 @@ impl<B: BlockBuf> Repairs<B> {
             }
             Ok(_) => return Err(WalError::Protocol { what: WHAT }),
         };
+        if range.start == 0 {
+            // It is known, whatever was read.
+            write_segment_header(&mut block, &work.header);
+        }
         self.overlay(tools.index, work, &range, &mut block);
         let Some(file) = work.new else { return Err(WalError::Protocol { what: WHAT }) };
         let id = tools.submit(DiskOp::Write { file, offset: range.start, block: Rc::new(block), bytes });

@@ -195,6 +195,8 @@ pub(crate) struct TestDisk {
     pub(crate) space: Option<u64>,
     /// Blocks that cannot be read: file name and offset.
     pub(crate) unreadable: Vec<(String, u64)>,
+    /// The next so many reads of that place of a file bring bytes from elsewhere.
+    pub(crate) misread: Vec<(String, u64, usize)>,
 }
 
 impl TestDisk {
@@ -208,6 +210,7 @@ impl TestDisk {
             trace: Vec::new(),
             space: None,
             unreadable: Vec::new(),
+            misread: Vec::new(),
         }
     }
 
@@ -333,6 +336,13 @@ impl TestDisk {
                 let start = (offset as usize).min(content.len());
                 let end = (offset as usize + bytes).min(content.len());
                 block[..end - start].copy_from_slice(&content[start..end]);
+                for (bad, at, times) in &mut self.misread {
+                    if Some(&*bad) == name && range.contains(at) && *times > 0 {
+                        *times -= 1;
+                        let at = (*at - offset) as usize;
+                        block[at..at + BLOCK_BYTES].fill(0x5a);
+                    }
+                }
                 Ok(DiskOutput::Read { block, bytes: end - start })
             }
             DiskOp::Flush { file } => {

@@ -7,6 +7,7 @@ use crate::disk::{DiskErrorKind, DiskOp};
 use crate::format::{
     Chain, ENVELOPE_BYTES, SectorChecksums, read_envelope, read_hard_state, read_segment_header, slots_start,
 };
+use crate::ops::{Owner, owner_of};
 use crate::testing::{Device, Fate, Harness, Rng, config};
 use crate::{CopyState, HardStateUpdate, ReadError, Wal, WalConfig, WalError, WalEvent};
 use ringraft_block::{BLOCK_BYTES, ClusterId, GroupId, LogIndex, NodeId, SECTOR_BYTES, Term};
@@ -750,6 +751,29 @@ fn reads_beyond_the_bound_are_refused_and_answers_keep_their_order() {
         .collect();
     assert_eq!(answers.iter().map(|(token, _)| *token).collect::<Vec<_>>(), (0..70).collect::<Vec<_>>());
     assert_eq!(answers.iter().filter(|(_, ok)| *ok).count(), 64);
+}
+
+/// Who watches for a disk that does not answer sees whatever the log waits for.
+#[test]
+fn the_oldest_operation_is_known_also_when_only_the_next_segment_is_awaited() {
+    let mut harness = Harness::fresh();
+    let mut alone = 0;
+    for salt in 0..40 {
+        harness.append(1, 1, 7000, salt);
+        harness.turn();
+        loop {
+            let owners: Vec<_> = harness.disk.queue.iter().map(|(id, _)| owner_of(*id)).collect();
+            if owners.contains(&Some(Owner::Standby)) {
+                assert!(harness.wal.oldest_operation().is_some());
+                alone += usize::from(!owners.contains(&Some(Owner::Append)));
+            }
+            if !harness.step() {
+                break;
+            }
+        }
+        assert_eq!(harness.wal.oldest_operation(), None);
+    }
+    assert!(alone > 0);
 }
 
 #[test]

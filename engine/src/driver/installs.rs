@@ -4,31 +4,36 @@
 //! other, a few at a time; it writes them to a file of its own, reads that back, compares the digest with the one offered, and
 //! gives it its name; the core is told, which starts the log behind it; the machine is restored from the file.
 //!
-//! The receiver leads: it knows what it has. When the session ends, or another leader comes, an offer of the same bytes goes
-//! on where it stopped, and any other begins anew. Pieces wait for the throttle and for room in the network's queue, which
-//! appends do not share with them beyond a few pieces, so that a transfer delays neither heartbeats nor commits.
+//! The receiver leads: it knows what it has. When the session ends, another leader comes, or the receiver restarts, an offer
+//! of the same bytes goes on where it stopped, and any other begins anew (`receiver`). A sender that is asked for nothing for
+//! a while offers once more, and a receiver that has got nothing for a while asks anew, so that what either of them has
+//! forgotten (a leader that was deposed and is back, say) holds nothing up. Pieces wait for the throttle and for
+//! room in the network's queue, which appends do not share with them beyond a few pieces, so that a transfer delays neither
+//! heartbeats nor commits.
+
+mod doubt;
+mod receiver;
 
 use super::snapshots::{Throttle, tools};
-use super::{Driver, GROUP, invariant};
+use super::{Driver, GROUP};
 use crate::config::Config;
 use crate::error::StopError;
 use crate::handle::InstallStatus;
-use crate::raft::{Epoch, Event, LogId, ReplicationState, Role};
-use crate::snapshots::files::{FileFailure, Part, PartStep, Tools};
+use crate::raft::{Event, ReplicationState, Role};
+use crate::snapshots::files::{FileFailure, Tools};
 use crate::snapshots::{SnapshotFile, SnapshotMeta, name_of};
 use crate::state_machine::StateMachine;
 use crate::wire::{self, Encoder, OfferMessage, PieceMessage, RequestMessage, Requested};
-use ringraft_block::{BLOCK_BYTES, Block, BlockBuf, LogIndex, NodeId, SharedBlock, crc32c};
+use doubt::Doubt;
+use receiver::Receiving;
+use ringraft_block::{BLOCK_BYTES, BlockBuf, LogIndex, NodeId, SharedBlock, crc32c};
 use ringraft_net::Network;
 use ringraft_net::link::Link;
 use ringraft_wal::disk::{Access, Disk, DiskDone, DiskOp, DiskOpId, DiskOutput, FileId};
-use ringraft_wal::format::{ENVELOPE_BYTES, LogStart};
 use std::collections::{BTreeSet, VecDeque};
 use std::ops::Range;
 use std::rc::Rc;
 
-/// The file that is being received.
-const RECEIVING: &str = "snapshot-receiving.part";
 /// What travels at once.
 pub(crate) const PIECE_BYTES: usize = 64 << 10;
 /// Pieces that a receiver has asked for and not yet written.
@@ -43,12 +48,18 @@ pub(super) struct Installs<B: BlockBuf> {
     asking: BTreeSet<NodeId>,
     serving: Vec<Serving>,
     receiving: Option<Receiving<B>>,
+    /// What an earlier process received, not all of it: its last index and digest. Not while it is being received.
+    pub(super) partial: Option<(LogIndex, [u8; 16])>,
     /// What is to be received when the removal of what was received so far is through.
     next_offer: Option<(NodeId, OfferMessage)>,
     /// Whose snapshot is being installed.
     installing: Option<NodeId>,
     outgoing: VecDeque<(NodeId, Outgoing<B>)>,
+    /// A snapshot of this node that is being read again.
+    doubt: Option<Doubt>,
     ask_at_ns: u64,
+    /// Since when what is to be applied next cannot be read here.
+    stuck_since_ns: Option<u64>,
 }
 
 enum Outgoing<B: BlockBuf> {
@@ -64,28 +75,12 @@ struct Serving {
     file: SnapshotFile,
     wanted: VecDeque<u64>,
     sent: u64,
-    /// When it is offered once more if nothing has been asked for: a node that is just starting hears no offers.
+    /// When it is offered once more if nothing is asked for by then: a node that is just starting hears no offers, and what it
+    /// asked for in an earlier transfer is not known here.
     offer_at_ns: u64,
     descriptor: Option<FileId>,
     op: Option<DiskOpId>,
     reading: Option<u64>,
-}
-
-/// A snapshot on its way here.
-struct Receiving<B: BlockBuf> {
-    /// None: the session has ended; it goes on with the next offer of the same.
-    from: Option<NodeId>,
-    offer: OfferMessage,
-    part: Part,
-    /// Written, without a gap.
-    written: u64,
-    /// In flight to the disk.
-    writing: u64,
-    /// Arrived behind that, in order.
-    arrived: VecDeque<(SharedBlock<B>, usize)>,
-    arrived_bytes: u64,
-    /// Asked for in this session, without a gap.
-    asked: u64,
 }
 
 impl<B: BlockBuf> Installs<B> {
@@ -97,10 +92,13 @@ impl<B: BlockBuf> Installs<B> {
             asking: BTreeSet::new(),
             serving: Vec::new(),
             receiving: None,
+            partial: None,
             next_offer: None,
             installing: None,
             outgoing: VecDeque::new(),
+            doubt: None,
             ask_at_ns: 0,
+            stuck_since_ns: None,
         }
     }
 
@@ -125,7 +123,8 @@ impl<B: BlockBuf> Installs<B> {
         let idle = |serving: &&Serving| serving.op.is_none() && serving.to.is_some();
         let reads = self.serving.iter().filter(idle).any(|serving| !serving.wanted.is_empty());
         let reads = if reads { self.throttle.next_at_ns().max(now_ns) } else { u64::MAX };
-        let offers = self.serving.iter().filter(idle).map(|serving| serving.offer_at_ns);
+        let offers = self.serving.iter().filter(|serving| serving.is_unasked());
+        let offers = offers.map(|serving| serving.offer_at_ns);
         offers.min().map_or(reads, |offer| reads.min(offer.max(now_ns)))
     }
 
@@ -134,17 +133,13 @@ impl<B: BlockBuf> Installs<B> {
             let (last, bytes) = (serving.file.meta.last.index, serving.file.file_bytes);
             Some(InstallStatus { peer: serving.to?, incoming: false, last, bytes_done: serving.sent, bytes })
         });
-        let incoming = self.receiving.iter().filter_map(|receiving| {
-            let OfferMessage { last, bytes, .. } = receiving.offer;
-            let (peer, last) = (receiving.from?, last.index);
-            Some(InstallStatus { peer, incoming: true, last, bytes_done: receiving.written, bytes })
-        });
-        outgoing.chain(incoming).collect()
+        outgoing.chain(self.receiving.iter().filter_map(Receiving::status)).collect()
     }
 
-    /// A session began or ended: what was under way in it is void.
-    pub(super) fn session_changed(&mut self, peer: NodeId) {
+    /// A session began or ended: what was under way in it is void. `leads`: that of the leader, who can be asked again.
+    pub(super) fn session_changed(&mut self, peer: NodeId, leads: bool) {
         self.outgoing.retain(|(to, _)| *to != peer);
+        self.wanted.remove(&peer);
         self.asking.remove(&peer);
         self.stop_serving(|to| to == peer);
         if let Some(receiving) = self.receiving.as_mut().filter(|receiving| receiving.from == Some(peer)) {
@@ -152,7 +147,9 @@ impl<B: BlockBuf> Installs<B> {
         }
         self.next_offer = self.next_offer.filter(|(from, _)| *from != peer);
         self.installing = self.installing.filter(|from| *from != peer);
-        self.ask_at_ns = 0;
+        if leads {
+            self.ask_at_ns = 0;
+        }
     }
 
     /// This node does not lead any more.
@@ -173,20 +170,6 @@ impl<B: BlockBuf> Installs<B> {
         let OfferMessage { last, digest, .. } = *offer;
         let request = RequestMessage { last, digest, offset, what };
         self.outgoing.push_back((to, Outgoing::Request(request)));
-    }
-
-    /// Asks for what the window has room for.
-    fn ask_on(&mut self) {
-        let Some(receiving) = &mut self.receiving else { return };
-        let Some(from) = receiving.from else { return };
-        let mut requests = Vec::new();
-        let end = receiving.written.saturating_add(WINDOW * PIECE_BYTES as u64).min(receiving.offer.bytes);
-        while receiving.asked < end {
-            requests.push(receiving.asked);
-            receiving.asked = receiving.asked.saturating_add(PIECE_BYTES as u64).min(receiving.offer.bytes);
-        }
-        let offer = receiving.offer;
-        requests.into_iter().for_each(|offset| self.answer(from, &offer, Requested::Piece, offset));
     }
 
     /// Moves what waits to the network, as far as that has room.
@@ -225,6 +208,11 @@ impl Serving {
     fn is(&self, to: NodeId, request: &RequestMessage) -> bool {
         self.to == Some(to) && self.file.digest == request.digest && self.file.meta.last == request.last
     }
+
+    /// All that was asked for has been sent.
+    fn is_unasked(&self) -> bool {
+        self.to.is_some() && self.op.is_none() && self.wanted.is_empty()
+    }
 }
 
 // The sender.
@@ -232,8 +220,9 @@ impl Serving {
 impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// Does what is due, a piece of each.
     pub(super) fn mind_installs(&mut self) -> Result<(), StopError> {
+        self.doubt_on();
         self.offer_to_those_who_need_one()?;
-        self.serve();
+        self.serve()?;
         self.receive_on();
         self.ask_for_state();
         Ok(())
@@ -251,18 +240,28 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 self.snapshots.installs.serving[at].to = None;
             }
         }
+        if self.snapshots.installs.wanted.is_empty() && self.snapshots.installs.asking.is_empty() {
+            return Ok(());
+        }
         let wanted = std::mem::take(&mut self.snapshots.installs.wanted);
         for to in wanted.into_iter().chain(self.snapshots.installs.asking.clone()) {
             let served = self.snapshots.installs.serving.iter().any(|serving| serving.to == Some(to));
             let connected = self.peers.get(&to).is_some_and(|peer| peer.session.is_some());
-            if served {
+            if served || !needs(self, to) && !self.snapshots.installs.asking.contains(&to) {
                 continue;
             }
             let start = self.raft().map_or(LogIndex(0), |raft| raft.log_start().index);
             let newest = self.snapshots.newest().filter(|file| file.meta.last.index >= start).cloned();
-            match newest {
+            match newest.filter(|file| !self.snapshots.installs.doubts(file.meta.last.index)) {
                 Some(file) if connected => self.offer(to, file),
-                _ => self.step(Event::SnapshotEnded { to, installed: None })?,
+                // There will be one, or it is known that there is none.
+                None if connected && self.snapshots.is_soon_another() => {
+                    self.snapshots.installs.wanted.insert(to);
+                }
+                _ => {
+                    self.snapshots.installs.asking.remove(&to);
+                    self.step(Event::SnapshotEnded { to, installed: None })?;
+                }
             }
         }
         Ok(())
@@ -281,7 +280,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     }
 
     /// Reads the next piece for a member, if the throttle allows, and closes what has ended.
-    fn serve(&mut self) {
+    fn serve(&mut self) -> Result<(), StopError> {
         let now = self.now.monotonic_ns;
         let super::snapshots::Snapshots { ops, installs, .. } = &mut self.snapshots;
         let tools = &mut Tools { disk: &mut self.disk, pool: &self.pool, ops };
@@ -299,29 +298,47 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 (Some(_), _) => true,
             }
         });
-        for serving in installs.serving.iter_mut().filter(|serving| now >= serving.offer_at_ns) {
+        let due = |serving: &&mut Serving| serving.is_unasked() && now >= serving.offer_at_ns;
+        for serving in installs.serving.iter_mut().filter(due) {
             serving.offer_at_ns = now.saturating_add(installs.patience_ns);
-            if let Some(to) = serving.to {
+            // Unless the network has yet to take what was sent last.
+            if let Some(to) = serving.to.filter(|to| installs.outgoing.iter().all(|(other, _)| other != to)) {
                 installs.outgoing.push_back((to, Outgoing::Offer(offer_of(&serving.file))));
             }
         }
         if !installs.throttle.is_open(now) {
-            return;
+            return Ok(());
         }
         // Whoever has waited longest.
         let idle =
             |serving: &Serving| serving.op.is_none() && serving.to.is_some() && !serving.wanted.is_empty();
-        let Some(at) = installs.serving.iter().position(idle) else { return };
+        let Some(at) = installs.serving.iter().position(idle) else { return Ok(()) };
         let mut serving = installs.serving.remove(at);
-        if let (Some(file), Some(offset)) = (serving.descriptor, serving.wanted.pop_front())
-            && let Ok(block) = tools.block(PIECE_BYTES)
-        {
-            let bytes = PIECE_BYTES.min((serving.file.file_bytes - offset) as usize);
-            serving.op = Some(tools.submit(DiskOp::Read { file, offset, block, bytes }));
-            serving.reading = Some(offset);
-            installs.throttle.spend(bytes as u64, now);
+        let mut ended = None;
+        if let (Some(file), Some(offset)) = (serving.descriptor, serving.wanted.pop_front()) {
+            match tools.block(PIECE_BYTES) {
+                Ok(block) => {
+                    let bytes = PIECE_BYTES.min((serving.file.file_bytes - offset) as usize);
+                    serving.op = Some(tools.submit(DiskOp::Read { file, offset, block, bytes }));
+                    serving.reading = Some(offset);
+                    installs.throttle.spend(bytes as u64, now);
+                }
+                // The core comes back to it after a while.
+                Err(failure) => ended = serving.to.take().map(|to| (to, failure)),
+            }
         }
         installs.serving.push(serving);
+        match ended {
+            Some((to, failure)) => self.serving_failed(to, &failure),
+            None => Ok(()),
+        }
+    }
+
+    /// A member is not sent a snapshot for the moment, for a reason of this node's.
+    fn serving_failed(&mut self, to: NodeId, why: &FileFailure) -> Result<(), StopError> {
+        tracing::warn!(node = %self.config.node, %to, %why, "a snapshot cannot be read for another member");
+        self.snapshots.installs.asking.remove(&to);
+        self.step(Event::SnapshotEnded { to, installed: None })
     }
 
     pub(super) fn on_snapshot_request(
@@ -344,10 +361,17 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 Ok(())
             }
             Requested::Piece => {
+                let patience_ns = installs.patience_ns;
                 let Some(serving) = installs.serving.iter_mut().find(|serving| serving.is(from, &request))
                 else {
                     return Ok(());
                 };
+                // It asks no further ahead of what it has written: it has what lies before.
+                let span = WINDOW * PIECE_BYTES as u64;
+                serving.wanted.retain(|offset| offset.saturating_add(span) > request.offset);
+                if serving.reading == Some(request.offset) || serving.wanted.contains(&request.offset) {
+                    return Ok(());
+                }
                 let right = request.offset.is_multiple_of(BLOCK_BYTES as u64)
                     && request.offset < serving.file.file_bytes
                     && (serving.wanted.len() as u64) < 2 * WINDOW;
@@ -355,15 +379,18 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                     return self.refuse(from, "a request for what is no piece of a snapshot");
                 }
                 serving.wanted.push_back(request.offset);
-                serving.offer_at_ns = u64::MAX;
+                serving.offer_at_ns = self.now.monotonic_ns.saturating_add(patience_ns);
                 Ok(())
             }
             Requested::Installed | Requested::Refused => {
                 let known = installs.serving.iter_mut().find(|serving| serving.is(from, &request));
-                if known.map(|serving| serving.to = None).is_none() {
-                    return Ok(());
-                }
+                let Some(serving) = known else { return Ok(()) };
+                serving.to = None;
+                let all_of_it = serving.sent == serving.file.file_bytes;
                 installs.asking.remove(&from);
+                if all_of_it && request.what == Requested::Refused {
+                    self.doubt(request.last.index);
+                }
                 let installed = (request.what == Requested::Installed).then_some(request.last);
                 tracing::info!(node = %self.config.node, to = %from, ?installed, "a snapshot's transfer has ended");
                 self.step(Event::SnapshotEnded { to: from, installed })
@@ -374,9 +401,13 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// Takes a completion that is for a transfer.
     pub(super) fn on_install_disk(&mut self, done: DiskDone<D::Buf>) -> Result<(), StopError> {
         let installs = &mut self.snapshots.installs;
-        if installs.receiving.as_ref().is_some_and(|receiving| receiving.part.awaits(done.id)) {
+        if installs.receiving.as_ref().is_some_and(|receiving| receiving.awaits(done.id)) {
             return self.on_receiving(done);
         }
+        if installs.doubt.as_ref().is_some_and(|doubt| doubt.awaits(done.id)) {
+            return self.on_doubted(done);
+        }
+        let now = self.now.monotonic_ns;
         let Some(serving) = installs.serving.iter_mut().find(|serving| serving.op == Some(done.id)) else {
             return Ok(());
         };
@@ -388,285 +419,20 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 let Some(to) = serving.to else { return Ok(()) };
                 let crc = crc32c(block.get(..bytes).unwrap_or_default());
                 serving.sent = serving.sent.max(offset + bytes as u64);
+                serving.offer_at_ns = now.saturating_add(installs.patience_ns);
                 let piece =
                     PieceMessage { last: serving.file.meta.last, digest: serving.file.digest, offset, crc };
                 installs.outgoing.push_back((to, Outgoing::Piece(piece, Rc::new(block), bytes)));
             }
             (Err(error), _) => {
-                let to = serving.to.take();
-                tracing::warn!(node = %self.config.node, %error, "a snapshot cannot be read for another member");
+                let (to, last) = (serving.to.take(), serving.file.meta.last.index);
                 if let Some(to) = to {
-                    return self.step(Event::SnapshotEnded { to, installed: None });
+                    self.doubt(last);
+                    return self.serving_failed(to, &error.into());
                 }
             }
             (Ok(_), _) => {}
         }
         Ok(())
-    }
-}
-
-// The receiver.
-
-impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
-    /// What this node needs more than.
-    fn reached(&self) -> LogIndex {
-        match self.raft() {
-            Some(raft) if raft.restraint().state_lost => raft.log_start().index.previous(),
-            _ => self.applier.applied(),
-        }
-    }
-
-    pub(super) fn on_snapshot_offer(&mut self, from: NodeId, offer: OfferMessage) -> Result<(), StopError> {
-        let Some(raft) = self.raft() else { return Ok(()) };
-        let from_another = raft.leader().is_some_and(|leader| leader != from);
-        let reached = self.reached();
-        if from_another || raft.role() == Role::Leader {
-            return Ok(());
-        }
-        if !offer.bytes.is_multiple_of(BLOCK_BYTES as u64) || offer.bytes < 2 * BLOCK_BYTES as u64 {
-            return self.refuse(from, "an offer of what cannot be a snapshot");
-        }
-        let held = self.snapshots.files.iter().find(|file| offer_of(file) == offer).cloned();
-        let restoring = self.snapshots.restoring.is_some();
-        let installs = &mut self.snapshots.installs;
-        if offer.last.index <= reached {
-            installs.answer(from, &offer, Requested::Installed, 0);
-            return Ok(());
-        }
-        if installs.installing == Some(from) {
-            // It will hear of it.
-            return Ok(());
-        }
-        if restoring {
-            // One at a time; it is offered again.
-            installs.answer(from, &offer, Requested::Refused, 0);
-            return Ok(());
-        }
-        if let Some(file) = held {
-            // Whole already, from a transfer whose end nobody heard of.
-            return self.install_file(Some(from), file);
-        }
-        match &mut installs.receiving {
-            Some(receiving) if receiving.offer == offer && receiving.from == Some(from) => {}
-            Some(receiving) if receiving.offer == offer => {
-                tracing::info!(node = %self.config.node, %from, at = receiving.written, "a snapshot's transfer goes on");
-                receiving.from = Some(from);
-                receiving.arrived.clear();
-                receiving.arrived_bytes = 0;
-                receiving.asked = receiving.written + receiving.writing;
-                installs.ask_on();
-            }
-            Some(receiving) => {
-                installs.next_offer = Some((from, offer));
-                let part = &mut receiving.part;
-                part.fail(
-                    &mut Tools { disk: &mut self.disk, pool: &self.pool, ops: &mut self.snapshots.ops },
-                    FileFailure::Other,
-                );
-            }
-            None => self.receive(from, offer),
-        }
-        Ok(())
-    }
-
-    fn receive(&mut self, from: NodeId, offer: OfferMessage) {
-        tracing::info!(
-            node = %self.config.node, %from, last = %offer.last.index, bytes = offer.bytes, "a snapshot is received"
-        );
-        let part = Part::create(tools!(self), self.config.cluster, RECEIVING, offer.bytes);
-        self.snapshots.installs.receiving = Some(Receiving {
-            from: Some(from),
-            offer,
-            part,
-            written: 0,
-            writing: 0,
-            arrived: VecDeque::new(),
-            arrived_bytes: 0,
-            asked: 0,
-        });
-    }
-
-    pub(super) fn on_snapshot_piece(
-        &mut self,
-        from: NodeId,
-        piece: PieceMessage,
-        attachment: Option<(Block<D::Buf>, usize)>,
-    ) -> Result<(), StopError> {
-        let Some((block, bytes)) = attachment else {
-            return self.refuse(from, "a piece of a snapshot without its bytes");
-        };
-        let Some(data) = block.get(ENVELOPE_BYTES..ENVELOPE_BYTES + bytes) else { return Ok(()) };
-        if crc32c(data) != piece.crc {
-            return self.refuse(from, "a damaged piece of a snapshot");
-        }
-        let Some(receiving) = &mut self.snapshots.installs.receiving else { return Ok(()) };
-        let OfferMessage { last, digest, bytes: all, .. } = receiving.offer;
-        let next = receiving.written + receiving.writing + receiving.arrived_bytes;
-        let expected = receiving.from == Some(from) && (last, digest) == (piece.last, piece.digest);
-        // What was asked for in a session before, or by a transfer before.
-        if !expected || piece.offset != next {
-            return Ok(());
-        }
-        let right = bytes as u64 == (all - next).min(PIECE_BYTES as u64);
-        if !right {
-            return self.refuse(from, "a piece of a snapshot of the wrong size");
-        }
-        let mut own = match tools!(self).block(PIECE_BYTES) {
-            Ok(own) => own,
-            Err(FileFailure::Disk(error)) => return Err(StopError::Memory(error)),
-            Err(_) => return Ok(()),
-        };
-        // To the block's start, where direct I/O wants it.
-        own[..bytes].copy_from_slice(data);
-        let Some(receiving) = &mut self.snapshots.installs.receiving else { return Ok(()) };
-        receiving.arrived.push_back((Rc::new(own), bytes));
-        receiving.arrived_bytes += bytes as u64;
-        Ok(())
-    }
-
-    /// Writes the next piece, or goes on verifying.
-    fn receive_on(&mut self) {
-        let super::snapshots::Snapshots { ops, installs, .. } = &mut self.snapshots;
-        let Some(receiving) = &mut installs.receiving else { return };
-        let tools = &mut Tools { disk: &mut self.disk, pool: &self.pool, ops };
-        receiving.part.verify_on(tools);
-        if !receiving.part.is_ready() {
-            return;
-        }
-        if receiving.written == receiving.offer.bytes {
-            receiving.part.finish(tools);
-        } else if let Some((block, bytes)) = receiving.arrived.pop_front() {
-            receiving.arrived_bytes -= bytes as u64;
-            receiving.writing = bytes as u64;
-            receiving.part.write(tools, receiving.written, block, bytes);
-        }
-    }
-
-    fn on_receiving(&mut self, done: DiskDone<D::Buf>) -> Result<(), StopError> {
-        let super::snapshots::Snapshots { ops, installs, .. } = &mut self.snapshots;
-        let Some(receiving) = &mut installs.receiving else { return Ok(()) };
-        let tools = &mut Tools { disk: &mut self.disk, pool: &self.pool, ops };
-        match receiving.part.handle(tools, done) {
-            PartStep::Pending => Ok(()),
-            PartStep::Ready => {
-                receiving.written += std::mem::take(&mut receiving.writing);
-                installs.ask_on();
-                Ok(())
-            }
-            PartStep::Verified => {
-                let same = receiving.part.verified().is_some_and(|file| offer_of(file) == receiving.offer);
-                match same {
-                    true => receiving.part.publish(tools),
-                    false => receiving.part.fail(tools, FileFailure::Other),
-                }
-                Ok(())
-            }
-            PartStep::Failed(failure) => {
-                let (from, offer) = (receiving.from, receiving.offer);
-                installs.receiving = None;
-                if let Some((from, offer)) = installs.next_offer.take() {
-                    self.receive(from, offer);
-                    return Ok(());
-                }
-                tracing::warn!(node = %self.config.node, %failure, "a snapshot was not received: it is tried again");
-                if let Some(from) = from {
-                    installs.answer(from, &offer, Requested::Refused, 0);
-                }
-                Ok(())
-            }
-            PartStep::Published(file) => {
-                let from = receiving.from;
-                installs.receiving = None;
-                self.published(file.clone())?;
-                self.install_file(from, file)
-            }
-        }
-    }
-
-    /// A snapshot of another member is durable here: it becomes the state, if it tells more than this node has.
-    fn install_file(&mut self, from: Option<NodeId>, file: SnapshotFile) -> Result<(), StopError> {
-        let SnapshotMeta { last, chain, .. } = file.meta;
-        self.snapshots.installs.installing = from;
-        let Some(raft) = self.raft() else { return Ok(()) };
-        if last.index <= self.reached() {
-            return self.snapshot_installed(last);
-        }
-        if last.index > raft.commit() {
-            let Some(configuration) = wire::configuration::decode(&file.meta.configuration) else {
-                return match from {
-                    Some(from) => self.refuse(from, "a snapshot whose members cannot be decoded"),
-                    None => Ok(()),
-                };
-            };
-            // Figure 13 of the Raft paper is the core's; `install` is called if it comes to that.
-            return self.step(Event::SnapshotReceived { last, configuration });
-        }
-        // Known to be committed, and not applied: what lies before cannot be read here.
-        let own = self.wal.chain_at(last.index);
-        invariant(own == Some(chain), || {
-            format!("the snapshot that ends at {last:?} and this log differ there: {chain:?}, here {own:?}")
-        })?;
-        if let Some(configuration) = wire::configuration::decode(&file.meta.configuration) {
-            // The core may know of the members only from what can be read here.
-            self.step(Event::SnapshotReceived { last, configuration })?;
-        }
-        self.restore(file);
-        Ok(())
-    }
-
-    /// The core takes a snapshot over.
-    pub(super) fn install(&mut self, last: LogId, epoch: Option<Epoch>) -> Result<(), StopError> {
-        let file = self.snapshots.files.iter().rev().find(|file| file.meta.last == last).cloned();
-        let Some(file) = file else {
-            return Err(StopError::Invariant(format!("the core installs {last:?}, which is not here")));
-        };
-        tracing::info!(node = %self.config.node, last = %last.index, anew = epoch.is_some(), "snapshot installed");
-        if let Some(epoch) = epoch {
-            let all = LogIndex(0);
-            self.pending.clear();
-            self.stages.truncate_after(all);
-            self.recent.truncate_after(all);
-            self.applier.truncate_after(all);
-            self.repair.truncate_after(all);
-            let start = LogStart { index: last.index, term: last.term, chain: file.meta.chain };
-            let log_epoch = self.wal.start_anew(&mut self.disk, start);
-            invariant(Epoch(log_epoch) == epoch, || {
-                format!("log epoch {log_epoch} is not the core's {epoch:?}")
-            })?;
-        }
-        self.restore(file);
-        Ok(())
-    }
-
-    /// The state is that of the snapshot, or of a later entry.
-    pub(super) fn snapshot_installed(&mut self, last: LogId) -> Result<(), StopError> {
-        let file = self.snapshots.files.iter().find(|file| file.meta.last == last).map(offer_of);
-        if let (Some(from), Some(offer)) = (self.snapshots.installs.installing.take(), file) {
-            self.snapshots.installs.answer(from, &offer, Requested::Installed, 0);
-        }
-        self.purge_soon();
-        Ok(())
-    }
-
-    /// A node that cannot apply what lies next asks the leader for a snapshot of more.
-    fn ask_for_state(&mut self) {
-        let now = self.now.monotonic_ns;
-        let Some(raft) = self.raft() else { return };
-        let stuck = self.wal.first_damaged() == Some(self.applier.applied().next());
-        let busy = self.snapshots.installs.receiving.is_some() || self.snapshots.restoring.is_some();
-        let lost = raft.restraint().state_lost;
-        let Some(leader) = raft.leader().filter(|leader| *leader != raft.id()) else { return };
-        if busy || !(lost || stuck) || now < self.snapshots.installs.ask_at_ns {
-            return;
-        }
-        let first = self.snapshots.installs.ask_at_ns == 0;
-        self.snapshots.installs.ask_at_ns = now.saturating_add(2 * self.snapshots.installs.patience_ns);
-        if stuck && !lost && first {
-            // The others may still hold the batch: that is tried first.
-            return;
-        }
-        let last = LogId { index: self.reached(), ..LogId::default() };
-        let any = OfferMessage { last, ..OfferMessage::default() };
-        self.snapshots.installs.answer(leader, &any, Requested::Any, 0);
     }
 }

@@ -1,6 +1,9 @@
 //! The driver and the log: what became durable, what is to be, and how a node comes to be part of its cluster.
 
-use super::{APPLY_READ, Driver, GROUP, Life, SPACE_RETRY_NS, WITNESS_DELAY_NS, run_of, take_first};
+use super::{
+    APPLY_READ, Deferred, Driver, GROUP, Life, SPACE_RETRY_NS, WITNESS_DELAY_NS, invariant, run_of,
+    take_first,
+};
 use crate::config::{self, ConfigError};
 use crate::error::StopError;
 use crate::formation::{self, Formation, FormationError, Step};
@@ -144,6 +147,13 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 "the core persists {batch:?}, which was not handed in"
             )));
         };
+        let (_, previous_ms) = self.tail();
+        invariant(info.time_ms >= previous_ms, || {
+            format!(
+                "the log's clock goes back at index {}: {} ms, and before it {previous_ms}",
+                info.first, info.time_ms
+            )
+        })?;
         if self.raft().is_some_and(|raft| raft.role() != Role::Leader) {
             self.stages.received(info.last, self.now.monotonic_ns);
         }
@@ -182,12 +192,12 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             self.saves.pop_front();
         }
         let Some(reached) = reached else { return Ok(()) };
-        while let Some((_, to, message)) =
-            take_first(&mut self.deferred, |(sequence, ..)| *sequence <= reached)
+        while let Some(Deferred { to, term, message, .. }) =
+            take_first(&mut self.deferred, |deferred| deferred.sequence <= reached)
         {
             // A later term has made what an earlier one wanted to say void.
-            if self.raft().is_some_and(|raft| message.term() >= raft.term()) {
-                self.send(to, message)?;
+            if self.raft().is_some_and(|raft| term >= raft.term()) {
+                self.queue(to, message);
             }
         }
         self.step(Event::HardStateSaved { sequence: reached })
@@ -221,17 +231,22 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         Ok(())
     }
 
-    /// `configuration` is that as of `commit`, up to where what was applied is restored, and `changes` are those that the log
-    /// holds behind it: from now on this node takes part.
+    /// `configuration`, which stands at the index with it, is that as of `commit`, up to where what was applied is restored, and
+    /// `changes` are those that the log holds behind it: from now on this node takes part.
     pub(super) fn start_core(
         &mut self,
-        configuration: Configuration,
+        (configuration_index, configuration): (LogIndex, Configuration),
         changes: Vec<(LogIndex, Option<Configuration>)>,
         commit: LogIndex,
     ) -> Result<(), StopError> {
         let log_start = self.wal.log_start();
         let start = LogId { term: log_start.term, index: log_start.index };
-        let (term, vote) = self.wal.hard_state().map_or((start.term, None), |state| (state.term, state.vote));
+        let (saved, vote) =
+            self.wal.hard_state().map_or((start.term, None), |state| (state.term, state.vote));
+        // A log that was started anew behind a snapshot may be of a term whose save a crash has prevented. An entry of a term
+        // is proof of the term, though not of a vote in it.
+        let term = saved.max(self.wal.log_end().term);
+        let vote = vote.filter(|_| term == saved);
         let runs: Vec<BatchRun> = self.wal.batches().map(|info| run_of(&info)).collect();
         let boot = Boot {
             term,
@@ -242,6 +257,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             commit,
             damaged_from: self.wal.first_damaged(),
             claim: self.claim(),
+            configuration_index,
             now: Nanos(self.now.monotonic_ns),
             changes,
         };
@@ -274,5 +290,40 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             // The queue of a session that has just begun is empty; one that is full ends by its time-out.
             tracing::debug!(%peer, "formation message not sent");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::repair::testing::{Bench, TERM};
+    use crate::raft::{Action, AppendAck, AppendOutcome, LogId, Message, Round};
+    use ringraft_block::{LogIndex, NodeId};
+    use ringraft_wal::format::{Chain, LogStart};
+
+    /// Its place was looked up when it left, and a log that starts behind it by then stopped the node.
+    #[test]
+    fn an_ack_that_waits_for_the_vote_leaves_with_the_chain_of_its_own_time() {
+        let mut bench = Bench::new();
+        bench.append(5, 3);
+        let driver = &mut bench.driver;
+        let matched = LogId { term: TERM, index: LogIndex(3) };
+        let chain = driver.chain_at(matched.index).expect("a batch end");
+        let outcome = AppendOutcome::Matched { matched };
+        let message = Message::AppendAck(AppendAck { term: TERM, round: Round(9), outcome });
+        driver.act(Action::SendAfterSave { sequence: 1, to: NodeId(2), message }).expect("it waits");
+        driver.saves.push_back((1_000, 1));
+        // Meanwhile a snapshot is installed.
+        let start = LogStart { index: LogIndex(40), term: TERM, chain: Chain([1; 16]) };
+        driver.wal.start_anew(&mut driver.disk, start);
+        assert_eq!(driver.chain_at(matched.index), None);
+        driver.peers.get_mut(&NodeId(2)).expect("a member").outbox.clear();
+        driver.saved(1_000).expect("it goes on");
+        let outbox = &mut driver.peers.get_mut(&NodeId(2)).expect("a member").outbox;
+        let crate::outbox::Head::Light(crate::outbox::Outgoing::Ack(ack)) =
+            outbox.head(&driver.recent, LogIndex(0))
+        else {
+            panic!("no ack");
+        };
+        assert_eq!((ack.ack.outcome.clone(), ack.chain), (AppendOutcome::Matched { matched }, chain));
     }
 }

@@ -2,8 +2,10 @@
 //! with the one in force, and brings what handles ask for to the core.
 //!
 //! **Whom a node has sessions with.** Every member of any configuration that is not yet overtaken by a committed one, with the
-//! addresses given there, and whom a leader still sends to. A node that is in no configuration (one that joins) keeps to
-//! the addresses that it was started with. Who is being added is met before it is a member, to learn its incarnation.
+//! addresses given there, whom a leader still sends to, and the leader that it follows. A member that hears no leader takes up
+//! with those, too, that it is referred to and that introduce themselves. A node that is in no configuration (one that
+//! joins) keeps to the addresses that it was started with, and to the leader that these refer it to (`referrals`). Who is being
+//! added is met before it is a member, to learn its incarnation.
 //!
 //! **Incarnations.** Members are pinned to the incarnation of the configuration in force. A node that hears no leader for a
 //! while may go by an old configuration, in which the present leader has another directory: then it lets anybody of
@@ -12,10 +14,9 @@
 
 use super::{Driver, GROUP, Life, take_block};
 use crate::error::{LeaderHint, StopError};
-use crate::membership::{
-    ChangeError, Changed, Membership, MembershipChange, MembershipError, Reply, Request,
-};
+use crate::membership::{ChangeError, Changed, Membership, MembershipChange, MembershipError};
 use crate::raft::{Change, Configuration, Event, Member, Raft, Role};
+use crate::requests::{MembersRequest, MembersSlot, REQUESTS_MAX};
 use crate::state_machine::StateMachine;
 use crate::wire;
 use ringraft_block::{Incarnation, LogIndex, NodeId};
@@ -57,6 +58,8 @@ pub(super) struct Members {
     addresses: BTreeMap<NodeId, SocketAddr>,
     /// Who is being added.
     guests: BTreeMap<NodeId, SocketAddr>,
+    /// What handles ask for, until the core can be asked.
+    waiting: VecDeque<MembersRequest>,
     meeting: Option<Meeting>,
     tickets: u64,
     asked: BTreeMap<u64, Asker>,
@@ -65,7 +68,7 @@ pub(super) struct Members {
 
 /// The start of a core that waits for the configurations of its log.
 struct Starting {
-    base: Configuration,
+    base: (LogIndex, Configuration),
     commit: LogIndex,
     lost: bool,
     wanted: VecDeque<LogIndex>,
@@ -75,13 +78,13 @@ struct Starting {
 /// A change whose new members have not all been met.
 struct Meeting {
     change: MembershipChange,
-    reply: Reply<Changed>,
+    slot: MembersSlot<Changed>,
     until_ns: u64,
 }
 
 enum Asker {
-    Change(Reply<Changed>),
-    ReserveId(Reply<NodeId>),
+    Change(MembersSlot<Changed>),
+    ReserveId(MembersSlot<NodeId>),
 }
 
 impl Members {
@@ -96,6 +99,16 @@ impl Members {
 
     pub(super) fn address_of(&self, id: NodeId) -> Option<SocketAddr> {
         self.addresses.get(&id).copied()
+    }
+
+    /// Where all of them are, as far as a configuration says so.
+    pub(super) fn addresses(&self) -> impl Iterator<Item = (NodeId, SocketAddr)> + '_ {
+        self.addresses.iter().map(|(id, address)| (*id, *address))
+    }
+
+    /// Whether this node insists on the members and incarnations of its own log: not while it hears no leader of them.
+    pub(super) fn pins(&self) -> bool {
+        self.pins
     }
 
     pub(super) fn changed(&mut self) {
@@ -113,10 +126,19 @@ impl Members {
         self.meeting.as_ref().map_or(u64::MAX, |meeting| meeting.until_ns).min(pins)
     }
 
+    /// Somebody asks for something.
+    pub(super) fn ask(&mut self, request: MembersRequest) {
+        match self.waiting.len() < REQUESTS_MAX {
+            true => self.waiting.push_back(request),
+            false => request.refuse(MembershipError::Busy),
+        }
+    }
+
     /// The node stops: nobody is left waiting.
     pub(super) fn stop(&mut self, error: &MembershipError) {
+        self.waiting.drain(..).for_each(|request| request.refuse(error.clone()));
         if let Some(meeting) = self.meeting.take() {
-            meeting.reply.send(Err(error.clone()));
+            meeting.slot.complete(Err(error.clone()));
         }
         for asker in std::mem::take(&mut self.asked).into_values() {
             asker.answer(Err(error.clone()));
@@ -127,9 +149,9 @@ impl Members {
 impl Asker {
     fn answer(self, outcome: Result<Changed, MembershipError>) {
         match self {
-            Self::Change(reply) => reply.send(outcome),
+            Self::Change(slot) => slot.complete(outcome),
             // An id that was not reserved is none.
-            Self::ReserveId(reply) => reply.send(outcome.and_then(|changed| {
+            Self::ReserveId(slot) => slot.complete(outcome.and_then(|changed| {
                 changed.reserved.ok_or(MembershipError::Change(ChangeError::LeadershipLost))
             })),
         }
@@ -146,10 +168,11 @@ pub(super) fn configuration_in(view: BatchView<'_>) -> Option<Configuration> {
 // The start.
 
 impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
-    /// `base` was in force at `commit`: reads the configurations that the log holds behind it, then starts the core.
+    /// `base`, with its place in the log, was in force at `commit`: reads the configurations that the log holds behind it,
+    /// then starts the core.
     pub(super) fn read_changes(
         &mut self,
-        base: Configuration,
+        base: (LogIndex, Configuration),
         commit: LogIndex,
         lost: bool,
     ) -> Result<(), StopError> {
@@ -244,7 +267,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             .push(&encoded, None)
             .map_err(|error| StopError::Invariant(format!("a configuration is too large: {error}")))?;
         let (previous_chain, previous_time) = self.tail();
-        let time_ms = self.now.wall_ms.max(previous_time);
+        let time_ms = self.clock.time_of(self.config.node, self.now, previous_time);
         let kind = BatchKind::Membership;
         let (block, info) = builder.seal(Seal { group: GROUP, term, first, kind, time_ms, previous_chain });
         self.incoming = Some((block, info));
@@ -262,7 +285,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// Brings the network and the status in step with the configuration in force, and goes on with what handles asked for.
     pub(super) fn keep_members(&mut self) -> Result<(), StopError> {
         let Some(raft) = self.raft() else {
-            while let Some(request) = self.shared.membership.pop() {
+            while let Some(request) = self.members.waiting.pop_front() {
                 request.refuse(MembershipError::NotLeader { leader: None });
             }
             return Ok(());
@@ -337,6 +360,27 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 addresses.insert(id, *address);
             }
         }
+        // A log that is caught up may pass a configuration without the very leader that sends it, which was added later.
+        if let Some(leader) = raft.leader().filter(|leader| !wanted.contains_key(leader))
+            && let Some(address) = self.members.addresses.get(&leader)
+            && self.peers.get(&leader).is_some_and(|peer| peer.session.is_some())
+        {
+            wanted.insert(leader, (*address, None));
+            addresses.insert(leader, *address);
+        }
+        // An old configuration may lack the present leader, and the candidate that needs this node's vote, or have an address
+        // where they are no more.
+        let leader = raft.leader();
+        let named = |id, address| addresses.get(&id) == Some(&address);
+        self.referrals.forget(|id, address| named(id, address) || self.members.pins && leader != Some(id));
+        for (id, address) in self.referrals.acquaintances() {
+            wanted.insert(id, (address, None));
+            addresses.insert(id, address);
+        }
+        // Whoever refers this node to the leader knows better where that is than a list from long ago.
+        if let Some((id, address)) = self.referrals.told().filter(|_| !is_member) {
+            wanted.insert(id, (address, None));
+        }
         for (id, address) in &self.members.guests {
             wanted.entry(*id).or_insert((*address, None));
         }
@@ -353,7 +397,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     }
 
     /// Ends the session with `peer`, if there is one, and tells the core.
-    fn forget_peer(&mut self, peer: NodeId) -> Result<(), StopError> {
+    pub(super) fn forget_peer(&mut self, peer: NodeId) -> Result<(), StopError> {
         if self.peers.remove(&peer).is_none() {
             return Ok(());
         }
@@ -361,7 +405,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             network.remove_peer(peer);
         }
         self.repair.session_changed(peer);
-        self.snapshots.installs.session_changed(peer);
+        let leads = self.raft().and_then(Raft::leader) == Some(peer);
+        self.snapshots.installs.session_changed(peer, leads);
         self.step(Event::PeerDisconnected { peer })
     }
 
@@ -398,32 +443,37 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     fn take_membership_requests(&mut self) -> Result<(), StopError> {
         // A leader that has just been elected is ready in a moment, or leads no more.
         let soon = |raft: &Raft| raft.role() == Role::Leader && !raft.is_ready_for_changes();
-        while !self.raft().is_some_and(soon)
-            && let Some(request) = self.shared.membership.pop()
+        while (self.closing || !self.raft().is_some_and(soon))
+            && let Some(request) = self.members.waiting.pop_front()
         {
-            let Some(raft) = self.raft().filter(|raft| raft.role() == Role::Leader && !self.closing) else {
+            if self.closing {
+                // It may lead still, and takes nothing up any more.
+                request.refuse(MembershipError::Stopped(StopError::Requested.into()));
+                continue;
+            }
+            let Some(raft) = self.raft().filter(|raft| raft.role() == Role::Leader) else {
                 request.refuse(self.members_not_leader());
                 continue;
             };
             match request {
-                Request::Plan { change, reply } => {
+                MembersRequest::Plan { change, slot } => {
                     let plan = raft.plan(&self.resolved(&change).0);
-                    reply.send(Ok(plan));
+                    slot.complete(Ok(plan));
                 }
-                Request::ReserveId { reply } => {
+                MembersRequest::ReserveId { slot } => {
                     let change = Change { reserve_id: true, ..Change::default() };
-                    self.ask_for_change(change, Asker::ReserveId(reply))?;
+                    self.ask_for_change(change, Asker::ReserveId(slot))?;
                 }
-                Request::Change { change, reply } if self.members.meeting.is_none() => {
+                MembersRequest::Change { change, slot } if self.members.meeting.is_none() => {
                     let patience_ns =
                         self.election_timeout_ns().saturating_mul(MEET_TIMEOUTS).max(MEET_NS_MIN);
                     let until_ns = self.now.monotonic_ns.saturating_add(patience_ns);
-                    self.members.meeting = Some(Meeting { change, reply, until_ns });
+                    self.members.meeting = Some(Meeting { change, slot, until_ns });
                     self.meet()?;
                 }
-                Request::Change { reply, .. } => {
+                MembersRequest::Change { slot, .. } => {
                     let index = raft.configuration_index();
-                    reply.send(Err(ChangeError::InProgress { index }.into()));
+                    slot.complete(Err(ChangeError::InProgress { index }.into()));
                 }
             }
         }
@@ -493,10 +543,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let Some(meeting) = self.members.meeting.take() else { return Ok(()) };
         let outcome = match error {
             Some(error) => {
-                meeting.reply.send(Err(error));
+                meeting.slot.complete(Err(error));
                 Ok(())
             }
-            None => self.ask_for_change(change, Asker::Change(meeting.reply)),
+            None => self.ask_for_change(change, Asker::Change(meeting.slot)),
         };
         // Whoever has become a member is known by the configuration.
         self.members.stale |= !self.members.guests.is_empty();

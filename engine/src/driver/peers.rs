@@ -7,7 +7,7 @@ use crate::formation::FormationError;
 use crate::outbox::{Head, Outgoing};
 use crate::raft::{AppendOutcome, Event, Message, Raft, Role};
 use crate::state_machine::StateMachine;
-use crate::wire::{self, AckMessage, AppendMessage, Body, FormationMessage};
+use crate::wire::{self, AckMessage, AppendMessage, Body, Encoder, FormationMessage};
 use ringraft_block::{Block, LogIndex, NodeId};
 use ringraft_net::link::Link;
 use ringraft_net::{Frame, NetEvent, RejectReason, Rejection};
@@ -51,7 +51,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 (state.session, state.number) = (Some(incarnation), Some(session));
                 state.outbox.clear();
                 self.repair.session_changed(peer);
-                self.snapshots.installs.session_changed(peer);
+                let leads = self.raft().and_then(Raft::leader) == Some(peer);
+                self.snapshots.installs.session_changed(peer, leads);
                 tracing::info!(node = %self.config.node, %peer, "session begins");
                 self.announce(peer);
                 self.step(Event::PeerConnected { peer })
@@ -65,12 +66,18 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 (state.session, state.number, state.stages, state.no_space) = (None, None, None, false);
                 state.outbox.clear();
                 self.repair.session_changed(peer);
-                self.snapshots.installs.session_changed(peer);
+                let leads = self.raft().and_then(Raft::leader) == Some(peer);
+                self.snapshots.installs.session_changed(peer, leads);
                 tracing::info!(node = %self.config.node, %peer, %cause, "session ended");
                 if let Life::Forming(formation) = &mut self.life {
                     formation.lost(peer);
                 }
                 self.step(Event::PeerDisconnected { peer })
+            }
+            NetEvent::Referred { by, to } => self.referred(by, to),
+            NetEvent::Asked { by, address } => {
+                self.introduced(by, address);
+                Ok(())
             }
             NetEvent::Rejected { remote, reason } => {
                 tracing::warn!(node = %self.config.node, ?remote, %reason, "connection rejected");
@@ -210,7 +217,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         if let AppendOutcome::Matched { matched } = ack.outcome {
             let leads =
                 self.raft().is_some_and(|raft| raft.role() == Role::Leader && raft.term() == ack.term);
-            if leads && self.chain_at(matched.index) != Some(chain) {
+            // A match before the log's start is not counted, and nobody can tell its chain: whoever cannot read what
+            // it has there acknowledges no more until a snapshot covers it.
+            let is_held = self.raft().is_some_and(|raft| matched.index >= raft.log_start().index);
+            if leads && is_held && self.chain_at(matched.index) != Some(chain) {
                 return self.refuse(from, "an ack that names another chain than this leader's log");
             }
             if let Some(peer) = self.peers.get_mut(&from).filter(|_| leads && stages.durable_us > 0) {
@@ -222,11 +232,18 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
 
     /// Adds what only the driver knows to a message of the core and queues it for the peer.
     pub(super) fn send(&mut self, to: NodeId, message: Message) -> Result<(), StopError> {
+        let outgoing = self.complete(message)?;
+        self.queue(to, outgoing);
+        Ok(())
+    }
+
+    /// Adds what only the driver knows to a message of the core: now, since what it speaks of may have left the log later.
+    pub(super) fn complete(&self, message: Message) -> Result<Outgoing, StopError> {
         let chain_at = |index: LogIndex| {
             let chain = self.chain_at(index);
             chain.ok_or_else(|| StopError::Invariant(format!("index {index} is no batch end of this log")))
         };
-        let outgoing = match message {
+        Ok(match message {
             Message::Append(append) => {
                 let previous_chain = chain_at(append.previous.index)?;
                 let chain = append.batch.map_or(Ok(previous_chain), |batch| chain_at(batch.last))?;
@@ -249,11 +266,14 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             Message::TimeoutNow(message) => Outgoing::TimeoutNow(message),
             Message::ReadIndex(request) => Outgoing::ReadIndex(request),
             Message::ReadIndexReply(reply) => Outgoing::ReadIndexReply(reply),
-        };
+        })
+    }
+
+    /// Queues a message for the peer, if there is a session with it.
+    pub(super) fn queue(&mut self, to: NodeId, outgoing: Outgoing) {
         if let Some(peer) = self.peers.get_mut(&to).filter(|peer| peer.session.is_some()) {
             peer.outbox.push(outgoing);
         }
-        Ok(())
     }
 
     /// Moves what the outboxes can send to the network, and that to the sockets.
@@ -262,7 +282,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let durable = self.wal.durable_through();
         for (id, peer) in &mut self.peers {
             loop {
-                let (message, batch) = match peer.outbox.head(&self.recent, durable) {
+                let (kind, body, attachment) = match peer.outbox.head(&self.recent, durable) {
                     Head::Empty | Head::Waiting => break,
                     // Purged since: the peer's next answer tells what it needs.
                     Head::Fetch(first) if first <= self.wal.log_start().index => {
@@ -279,25 +299,14 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                         self.wal.read(&mut self.disk, id.get(), first, READ_BYTES);
                         break;
                     }
-                    Head::Ready(message, batch) => (message, batch),
-                };
-                let attachment = batch.map(|batch| {
-                    let image = ENVELOPE_BYTES..ENVELOPE_BYTES + batch.info.image_bytes as usize;
-                    (Rc::clone(&batch.block), image)
-                });
-                let (kind, body) = match message {
-                    Outgoing::Append(message) => (wire::kind::APPEND, self.encoder.append(message)),
-                    Outgoing::Ack(message) => (wire::kind::APPEND_ACK, self.encoder.ack(message)),
-                    Outgoing::Vote(vote) => (wire::kind::VOTE, self.encoder.vote(vote)),
-                    Outgoing::VoteReply(reply) => (wire::kind::VOTE_REPLY, self.encoder.vote_reply(reply)),
-                    Outgoing::TimeoutNow(message) => {
-                        (wire::kind::TIMEOUT_NOW, self.encoder.timeout_now(message))
+                    Head::Batch(message, batch) => {
+                        let image = ENVELOPE_BYTES..ENVELOPE_BYTES + batch.info.image_bytes as usize;
+                        let attachment = Some((Rc::clone(&batch.block), image));
+                        (wire::kind::APPEND, self.encoder.append(message), attachment)
                     }
-                    Outgoing::ReadIndex(request) => {
-                        (wire::kind::READ_INDEX, self.encoder.read_index(request))
-                    }
-                    Outgoing::ReadIndexReply(reply) => {
-                        (wire::kind::READ_INDEX_REPLY, self.encoder.read_index_reply(reply))
+                    Head::Light(message) => {
+                        let (kind, body) = encoded(&mut self.encoder, message);
+                        (kind, body, None)
                     }
                 };
                 match network.send(*id, kind, GROUP, body, attachment) {
@@ -313,5 +322,18 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.repair.send(network, &mut self.encoder);
         self.snapshots.installs.send(network, &mut self.encoder);
         network.flush(&mut self.link);
+    }
+}
+
+/// The kind and the body of a message.
+fn encoded<'a>(encoder: &'a mut Encoder, message: &Outgoing) -> (u16, &'a [u8]) {
+    match message {
+        Outgoing::Append(message) => (wire::kind::APPEND, encoder.append(message)),
+        Outgoing::Ack(message) => (wire::kind::APPEND_ACK, encoder.ack(message)),
+        Outgoing::Vote(vote) => (wire::kind::VOTE, encoder.vote(vote)),
+        Outgoing::VoteReply(reply) => (wire::kind::VOTE_REPLY, encoder.vote_reply(reply)),
+        Outgoing::TimeoutNow(message) => (wire::kind::TIMEOUT_NOW, encoder.timeout_now(message)),
+        Outgoing::ReadIndex(request) => (wire::kind::READ_INDEX, encoder.read_index(request)),
+        Outgoing::ReadIndexReply(reply) => (wire::kind::READ_INDEX_REPLY, encoder.read_index_reply(reply)),
     }
 }

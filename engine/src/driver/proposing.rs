@@ -44,13 +44,15 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     }
 
     pub(super) fn take_proposals(&mut self) -> bool {
-        let mut taken = 0;
+        let (mut taken, mut cost) = (0, 0);
         let mut proposals = self.proposals.borrow_mut();
         while taken < self.config.ingress_capacity && (proposals.has_room() || !proposals.is_gate_open()) {
             let Some(submission) = self.shared.ingress.pop() else { break };
+            cost += submission.cost();
             proposals.take(submission, &mut self.deliveries);
             taken += 1;
         }
+        self.shared.ingress.taken(cost);
         taken > 0
     }
 
@@ -105,8 +107,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     pub(super) fn propose(&mut self, kind: BatchKind) -> Result<(), StopError> {
         let Some((term, first)) = self.raft().and_then(Raft::next_position) else { return Ok(()) };
         let (previous_chain, previous_time) = self.tail();
-        // The leader's clock, made monotonic along the log.
-        let time_ms = self.now.wall_ms.max(previous_time);
+        let time_ms = self.clock.time_of(self.config.node, self.now, previous_time);
         let seal = Seal { group: GROUP, term, first, kind, time_ms, previous_chain };
         let sealed = match kind {
             BatchKind::Commands => self.proposals.borrow_mut().seal(seal),
@@ -137,7 +138,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// Chain and time at the end of what the core has accepted.
     pub(super) fn tail(&self) -> (Chain, u64) {
         let last = self.pending.back().map(|(_, info)| *info).or_else(|| self.wal.last_info());
-        // Of a log that holds nothing, what was applied last is the end.
+        // Of a log that holds nothing, what was applied last, or is being restored, is the end.
         last.map_or_else(
             || (self.wal.log_end().chain, self.applier.time_ms()),
             |info| (info.chain, info.time_ms),
@@ -187,7 +188,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let connected = self.peers.iter().filter(|(_, peer)| peer.session.is_some());
         let unsent = connected.filter_map(|(id, peer)| {
             // What is in the outbox has been sent as far as the core knows.
-            let queued = if peer.outbox.is_empty() { None } else { Some(LogIndex(0)) };
+            let queued = if peer.outbox.holds_no_batch() { None } else { Some(LogIndex(0)) };
             queued.or_else(|| raft.progress(*id).map(|progress| progress.next))
         });
         unsent.min().map_or(next, |unsent| unsent.min(next))

@@ -4,6 +4,9 @@
 //! read, they wait for apply to get there; then they are answered, queries by the state machine. Barriers share an entry
 //! of the log in the same way. Whatever waits has a deadline.
 //!
+//! While the machine's state is missing or being replaced, what counts as applied is a number with nothing behind it: then
+//! reads wait, but for those that ask for what is here now, which are refused.
+//!
 //! The clock of a turn was read before the requests were taken in it, and the process may have been stopped in
 //! between. So what a clock decides is decided in a later turn: the lease by the core, the age of what is read here.
 
@@ -89,10 +92,11 @@ impl Reads {
         all
     }
 
-    /// Gives up what has waited too long, and forgets what nobody waits for any more.
-    fn expire(&mut self, now_ns: u64) {
+    /// Gives up what has waited too long, and forgets what nobody waits for any more. The ids of what the core need not answer
+    /// any more, ascending.
+    fn expire(&mut self, now_ns: u64) -> Vec<u64> {
         if now_ns < self.next_deadline_ns {
-            return;
+            return Vec::new();
         }
         let mut expired = Vec::new();
         let mut next = u64::MAX;
@@ -111,6 +115,9 @@ impl Reads {
         if let Some((_, reads)) = &mut self.barrier {
             sift(reads);
         }
+        let empty = self.asked.iter().filter(|(_, (_, reads))| reads.is_empty());
+        let abandoned: Vec<u64> = empty.map(|(id, _)| *id).collect();
+        self.asked.retain(|_, (_, reads)| !reads.is_empty());
         self.applying.retain(|_, reads| !reads.is_empty());
         self.committing.retain(|_, reads| !reads.is_empty());
         for (_, read) in &self.stale {
@@ -118,6 +125,7 @@ impl Reads {
         }
         self.next_deadline_ns = if next == u64::MAX { next } else { next.max(now_ns + DEADLINE_GRAIN_NS) };
         self.refuse(expired, &ReadError::TimedOut);
+        abandoned
     }
 }
 
@@ -244,7 +252,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     }
 
     /// Answers what is ready. True if it answered anything.
-    pub(super) fn serve_reads(&mut self) -> bool {
+    pub(super) fn serve_reads(&mut self) -> Result<bool, StopError> {
         let before = self.reads.count;
         self.judge_stale();
         let applied = self.applier.applied();
@@ -258,7 +266,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             reads.into_iter().for_each(|read| read.ticket.complete(commit, applied, |_| Default::default()));
         }
         let mut answered = 0;
-        while answered < ANSWERS_PER_TURN {
+        while answered < ANSWERS_PER_TURN && !self.applier.is_suspended() {
             let Some(mut first) = self.reads.applying.first_entry() else { break };
             let index = *first.key();
             if index > applied && !mutants::active(Mutant::FollowerReadWithoutApply) {
@@ -279,8 +287,11 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 }
             }
         }
-        self.reads.expire(self.now.monotonic_ns);
-        self.reads.count < before
+        let abandoned = self.reads.expire(self.now.monotonic_ns);
+        if !abandoned.is_empty() {
+            self.step(Event::ReadsAbandoned { ids: abandoned })?;
+        }
+        Ok(self.reads.count < before)
     }
 
     /// Looks at the age of what is applied here, by a clock that was read after the request came.
@@ -289,11 +300,18 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         if self.reads.stale.is_empty() {
             return;
         }
+        if self.applier.is_suspended() {
+            let refused = std::mem::take(&mut self.reads.stale).into_iter().map(|(_, read)| read).collect();
+            return self.reads.refuse(refused, &ReadError::Restoring);
+        }
         let applied = self.applier.applied();
         let contact = self.raft().and_then(Raft::leader_contact);
         let age = contact.map(|contact| Duration::from_nanos(now_ns.saturating_sub(contact.0)));
         let lag = self.raft().map_or(0, |raft| raft.commit_heard().get().saturating_sub(applied.get()));
-        for (bound, read) in std::mem::take(&mut self.reads.stale) {
+        // No more than are answered in this turn: in the next one they are older, or there is nothing to read.
+        let judged = self.reads.stale.len().min(ANSWERS_PER_TURN);
+        let judged: Vec<_> = self.reads.stale.drain(..judged).collect();
+        for (bound, read) in judged {
             if bound.taken_ns >= now_ns {
                 self.reads.stale.push((bound, read));
             } else if age.is_some_and(|age| age <= bound.age_max) && lag <= bound.lag_max {

@@ -26,7 +26,7 @@ mod tests;
 use super::{Driver, GROUP};
 use crate::config::Config;
 use crate::error::StopError;
-use crate::raft::{Claim, Event, Inquiry, LogId, Raft};
+use crate::raft::{Claim, Event, Inquiry, LogId, Raft, Reach};
 use crate::state_machine::StateMachine;
 use crate::wire::{self, Encoder, FetchMessage, FetchReplyMessage};
 use ringraft_block::{Block, BlockBuf, LogIndex, NodeId};
@@ -132,9 +132,9 @@ enum ReadFor {
     /// What was kept aside at the position of this search.
     Own { search: LogIndex },
     /// What was kept aside behind the candidate of this search.
-    Between { search: LogIndex, from: NodeId, round: u8, end: LogId },
+    Between { search: LogIndex, from: NodeId, round: u8, reach: Reach },
     /// The same, behind a batch some way on from the searched one, which ends so.
-    Beyond { search: LogIndex, from: NodeId, round: u8, end: LogId, reached: (LogIndex, Chain) },
+    Beyond { search: LogIndex, from: NodeId, round: u8, reach: Reach, reached: (LogIndex, Chain) },
 }
 
 impl<B: BlockBuf> Repairer<B> {
@@ -331,12 +331,15 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         }
     }
 
-    /// The end of all that this node holds: its log, what it kept aside, and what it is certain to have had. Of a
+    /// How far all that this node holds reaches: its log, what it kept aside, and what it is certain to have had. Of a
     /// leader, its log.
-    fn end_of_all(&self, raft: &Raft) -> LogId {
-        let Some(claim) = raft.restraint().claim else { return raft.last() };
+    fn reach(&self, raft: &Raft) -> Reach {
+        let Some(claim) = raft.restraint().claim else {
+            return Reach { highest: raft.last(), in_doubt: false };
+        };
         let kept = self.wal.salvage().map(|info| LogId { term: info.term, index: info.last }).max();
-        raft.last().max(kept.unwrap_or_default()).max(claim.end().unwrap_or_default())
+        let highest = raft.last().max(kept.unwrap_or_default()).max(claim.end().unwrap_or_default());
+        Reach { highest, in_doubt: !claim.certain }
     }
 }
 

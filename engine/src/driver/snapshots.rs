@@ -14,14 +14,15 @@ use super::{Driver, Life, invariant};
 use crate::config::Config;
 use crate::error::StopError;
 use crate::formation;
-use crate::handle::SnapshotStatus;
+use crate::handle::{SnapshotError, SnapshotStatus, SnapshotTaken};
 use crate::mutants::{self, Mutant};
 use crate::raft::{Configuration, Event, LogId, Raft};
+use crate::requests::{REQUESTS_MAX, SnapshotSlot};
 use crate::sessions::{SessionTable, SessionTableError};
 use crate::snapshots::files::{FileFailure, Ops, Part, PartStep, ReadStep, Reading, Tools};
-use crate::snapshots::requests::{SnapshotError, SnapshotTaken, Ticket};
 use crate::snapshots::{
     Encoder, SLOT_BYTES, SLOT_PAYLOAD_BYTES, SnapshotFile, SnapshotMeta, file_bytes_max, parse_name,
+    parse_partial_name, partial_name_of,
 };
 use crate::state_machine::{Restore, SnapshotReader, StateMachine};
 use crate::wire;
@@ -36,8 +37,9 @@ use std::rc::Rc;
 const TAKING: &str = "snapshot-taking.part";
 /// Snapshots that are kept.
 const KEPT: usize = 2;
-/// After one that failed.
+/// After one that failed; twice as long after each further one, up to the other.
 const RETRY_NS: u64 = 1_000_000_000;
+const RETRY_NS_MAX: u64 = 60_000_000_000;
 /// How often what is retained is looked at.
 const PURGE_INTERVAL_NS: u64 = 250_000_000;
 
@@ -48,7 +50,8 @@ pub(super) struct Snapshots<B: BlockBuf> {
     pub(super) files: Vec<SnapshotFile>,
     /// Found damaged: removed when there is another one.
     damaged: Vec<String>,
-    leftovers: VecDeque<String>,
+    /// Files that nobody needs, to be removed.
+    pub(super) leftovers: VecDeque<String>,
     cleaning: Option<DiskOpId>,
     unsynced: bool,
     start: Option<Start>,
@@ -59,8 +62,13 @@ pub(super) struct Snapshots<B: BlockBuf> {
     /// The machine makes none.
     unsupported: bool,
     retry_at_ns: u64,
+    retry_ns: u64,
+    /// What the last one needed and there was no space for; 0 if it was not that.
+    short_of: u64,
+    /// Space for the next one, of so many bytes, before the machine is asked for it.
+    reserving: Option<(Part, u64)>,
     purge_at_ns: u64,
-    waiting: Vec<Ticket>,
+    waiting: Vec<SnapshotSlot>,
     /// One is to be taken, however little has been applied.
     needed: bool,
 }
@@ -83,12 +91,14 @@ pub(super) struct Restoring {
 
 struct Taking {
     part: Part,
+    /// Reserved for it.
+    bytes: u64,
     meta: SnapshotMeta,
     reader: Box<dyn SnapshotReader>,
     /// Who has asked for it.
-    tickets: Vec<Ticket>,
-    /// Configuration and sessions, until they are written.
-    prefix: VecDeque<u8>,
+    askers: Vec<SnapshotSlot>,
+    /// How many bytes of the configuration and of the sessions behind it have been written.
+    prefix_at: usize,
     encoder: Option<Encoder>,
     offset: u64,
     stage: Stage,
@@ -147,6 +157,9 @@ impl<B: BlockBuf> Snapshots<B> {
             throttle: Throttle::new(config.snapshot_bytes_per_second),
             unsupported: false,
             retry_at_ns: 0,
+            retry_ns: RETRY_NS,
+            short_of: 0,
+            reserving: None,
             purge_at_ns: u64::MAX,
             waiting: Vec::new(),
             needed: false,
@@ -182,16 +195,36 @@ impl<B: BlockBuf> Snapshots<B> {
         }
     }
 
+    /// Somebody asks for one.
+    pub(super) fn ask(&mut self, slot: SnapshotSlot) {
+        match self.waiting.len() < REQUESTS_MAX {
+            true => self.waiting.push(slot),
+            false => slot.complete(Err(SnapshotError::Busy)),
+        }
+    }
+
     /// Another member needs more than the newest has.
     pub(super) fn take_soon(&mut self) {
         self.needed = true;
     }
 
+    /// The snapshot that ends at `last` cannot be read any more: another one is to take its place.
+    pub(super) fn found_damaged(&mut self, last: LogIndex) {
+        self.files.retain(|file| file.meta.last.index != last);
+        self.damaged.push(crate::snapshots::name_of(last));
+        self.needed = true;
+    }
+
+    /// Whether it is to be known before long which snapshot there is for others.
+    pub(super) fn is_soon_another(&self) -> bool {
+        self.taking.is_some() || self.installs.is_in_doubt()
+    }
+
     /// Nobody will be answered any more.
     pub(super) fn refuse_all(&mut self, error: &SnapshotError) {
-        let taking = self.taking.as_mut().map(|taking| std::mem::take(&mut taking.tickets));
+        let taking = self.taking.as_mut().map(|taking| std::mem::take(&mut taking.askers));
         let all = self.waiting.drain(..).chain(taking.into_iter().flatten());
-        all.for_each(|ticket| ticket.complete(Err(error.clone())));
+        all.for_each(|asker| asker.complete(Err(error.clone())));
     }
 }
 
@@ -220,16 +253,21 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     }
 
     fn listed(&mut self, names: impl Iterator<Item = String>) -> Result<(), StopError> {
-        let mut found = Vec::new();
+        let (mut found, mut partial) = (Vec::new(), Vec::new());
         for name in names {
-            match parse_name(&name) {
-                Some(_) => found.push(name),
-                None if name.starts_with("snapshot-") && name.ends_with(".part") => {
-                    self.snapshots.leftovers.push_back(name);
-                }
-                None => {}
+            if parse_name(&name).is_some() {
+                found.push(name);
+            } else if let Some(arrived) = parse_partial_name(&name) {
+                partial.push(arrived);
+            } else if name.starts_with("snapshot-") && name.ends_with(".part") {
+                self.snapshots.leftovers.push_back(name);
             }
         }
+        // Of several the removal of all but one was not durable; another one may be offered as well as this one.
+        partial.sort_unstable();
+        self.snapshots.installs.partial = partial.pop();
+        let stale = partial.into_iter().map(|(last, digest)| partial_name_of(last, digest));
+        self.snapshots.leftovers.extend(stale);
         found.sort();
         if let Some(start) = &mut self.snapshots.start {
             start.names = found;
@@ -275,7 +313,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
 
     /// The machine is given what is in a file that has been verified.
     pub(super) fn restore(&mut self, file: SnapshotFile) {
-        self.applier.suspend();
+        self.applier.suspend_until(file.meta.time_ms);
         let name = crate::snapshots::name_of(file.meta.last.index);
         let reading = Reading::open(tools!(self), self.config.cluster, name);
         self.snapshots.restoring = Some(Restoring { reading, file, begun: false });
@@ -302,7 +340,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             // It was right a moment ago: what the machine has now is nothing, and a restart looks again.
             ReadStep::Ended(Err(error)) => Err(refused(error.to_string())),
             ReadStep::Ended(Ok(file)) => {
-                let changed = file != restoring.file;
+                // The digest is over all that the file holds.
+                let changed = file.digest != restoring.file.digest;
                 if changed {
                     return Err(refused(FileFailure::Other.to_string()));
                 }
@@ -330,39 +369,43 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
 
     /// Goes on behind the snapshot that was restored.
     fn begin(&mut self, restored: Option<SnapshotFile>) -> Result<(), StopError> {
-        let Some(Start { mut configuration, .. }) = self.snapshots.start.take() else { return Ok(()) };
+        let Some(Start { configuration, .. }) = self.snapshots.start.take() else { return Ok(()) };
         self.snapshots.purge_at_ns = self.now.monotonic_ns;
         let log_start = self.wal.log_start();
-        match &restored {
+        let members = match &restored {
             Some(file) => {
                 let decoded = wire::configuration::decode(&file.meta.configuration);
-                configuration = decoded.ok_or_else(|| StopError::Restore {
+                let decoded = decoded.ok_or_else(|| StopError::Restore {
                     last: file.meta.last.index,
                     error: "its members cannot be decoded: another version?".to_owned(),
                 })?;
+                (file.meta.configuration_index, decoded)
             }
-            None => self.applier.start_after(log_start.index, log_start.chain, 0),
-        }
+            None => {
+                self.applier.start_after(log_start.index, log_start.chain, 0);
+                (log_start.index, configuration)
+            }
+        };
         let lost = restored.is_none() && log_start.index > LogIndex(0);
-        self.read_changes(configuration, self.applier.applied(), lost)
+        self.read_changes(members, self.applier.applied(), lost)
     }
 
-    /// The core begins with `configuration` as of `commit`, and with the later ones that the log holds. `lost`: what was
-    /// applied up to there cannot be read.
+    /// The core begins with `members`, a configuration with its place in the log, as of `commit`, and with the later ones
+    /// that the log holds. `lost`: what was applied up to there cannot be read.
     pub(super) fn begin_core(
         &mut self,
-        configuration: Configuration,
+        members: (LogIndex, Configuration),
         changes: Vec<(LogIndex, Option<Configuration>)>,
         commit: LogIndex,
         lost: bool,
     ) -> Result<(), StopError> {
         // Once they have been changed, the members that this node was started with are only where it begins to look.
         let formed = self.wal.hard_state().map(|state| state.configuration.as_slice());
-        let unchanged = changes.is_empty() && formed == Some(&wire::configuration::encode(&configuration));
+        let unchanged = changes.is_empty() && formed == Some(&wire::configuration::encode(&members.1));
         if unchanged && !lost && !self.config.join {
-            formation::check_members(self.config.node, &self.config.members, &configuration)?;
+            formation::check_members(self.config.node, &self.config.members, &members.1)?;
         }
-        self.start_core(configuration, changes, commit)?;
+        self.start_core(members, changes, commit)?;
         if lost {
             let log_start = self.wal.log_start();
             tracing::error!(
@@ -386,7 +429,6 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         }
         self.read_on();
         let Life::Running(_) = &self.life else { return Ok(()) };
-        self.shared.snapshots.drain(&mut self.snapshots.waiting);
         self.take_if_due();
         self.write_on();
         self.clean();
@@ -421,8 +463,13 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         if applied <= newest {
             // There is none to be taken that tells more than the last one.
             self.snapshots.needed = false;
+            let Snapshots { ops, reserving, .. } = &mut self.snapshots;
+            if let Some((part, _)) = reserving.as_mut().filter(|(part, _)| part.is_ready()) {
+                let tools = &mut Tools { disk: &mut self.disk, pool: &self.pool, ops };
+                part.fail(tools, FileFailure::Other);
+            }
             if let Some(taken) = self.snapshots.newest().map(taken_of) {
-                self.snapshots.waiting.drain(..).for_each(|ticket| ticket.complete(Ok(taken)));
+                self.snapshots.waiting.drain(..).for_each(|asker| asker.complete(Ok(taken)));
             }
             return;
         }
@@ -433,21 +480,33 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         if now < self.snapshots.retry_at_ns || !(bytes || entries || asked) {
             return;
         }
+        if !self.has_reserved() {
+            return;
+        }
         let Some(meta) = self.meta_of_applied() else { return };
         let Some(reader) = self.applier.machine_mut().snapshot() else {
             self.snapshots.unsupported = true;
             return;
         };
         self.applier.forget_log_bytes();
-        let prefix: VecDeque<u8> = meta.configuration.iter().chain(&meta.sessions).copied().collect();
-        let bytes = file_bytes_max(reader.bytes_max().saturating_add(prefix.len() as u64));
-        let part = Part::create(tools!(self), self.config.cluster, TAKING, bytes);
+        let prefix_bytes = (meta.configuration.len() + meta.sessions.len()) as u64;
+        let bytes = file_bytes_max(reader.bytes_max().saturating_add(prefix_bytes));
+        let part = match self.snapshots.reserving.take() {
+            Some((part, room)) if room >= bytes => part,
+            Some((mut part, _)) => {
+                part.fail(tools!(self), FileFailure::Short);
+                part
+            }
+            None => Part::create(tools!(self), self.config.cluster, TAKING, bytes),
+        };
         let last = meta.last.index;
         tracing::debug!(node = %self.config.node, %last, "a snapshot is being taken");
         let (encoder, offset, stage) = (None, 0, Stage::Slots);
-        let tickets = std::mem::take(&mut self.snapshots.waiting);
+        let askers = std::mem::take(&mut self.snapshots.waiting);
         self.snapshots.needed = false;
-        self.snapshots.taking = Some(Taking { part, meta, reader, tickets, prefix, encoder, offset, stage });
+        let prefix_at = 0;
+        self.snapshots.taking =
+            Some(Taking { part, bytes, meta, reader, askers, prefix_at, encoder, offset, stage });
         if mutants::active(Mutant::PurgeBeforeSnapshotDurable) {
             let _ = self.purge(last);
         }
@@ -458,7 +517,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let raft = self.raft()?;
         let index = self.applier.applied();
         // Not the newest, which may be taken back.
-        let (_, as_of_applied) = raft.configuration_at(index)?;
+        let (configuration_index, as_of_applied) = raft.configuration_at(index)?;
         let mut configuration = wire::configuration::encode(as_of_applied);
         if mutants::active(Mutant::SnapshotForgetsConfiguration) {
             let own = raft.configuration().member(raft.id()).cloned().into_iter().collect();
@@ -470,7 +529,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         }
         let last = LogId { term: raft.term_at(index)?, index };
         let (chain, time_ms) = (self.applier.chain(), self.applier.time_ms());
-        Some(SnapshotMeta { last, chain, time_ms, configuration, sessions })
+        Some(SnapshotMeta { last, chain, time_ms, configuration, configuration_index, sessions })
     }
 
     /// The seam to the client sessions: their table as of what is applied.
@@ -513,31 +572,74 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let tools = &mut Tools { disk: &mut self.disk, pool: &self.pool, ops };
         match taking.part.handle(tools, done) {
             PartStep::Pending | PartStep::Ready => Ok(()),
-            PartStep::Verified if taking.part.verified().is_some_and(|file| file.meta != taking.meta) => {
-                taking.part.fail(tools, FileFailure::Other);
+            PartStep::Verified => {
+                // The digest is over all that was written.
+                let (found, written) = (taking.part.verified(), taking.encoder.as_ref());
+                if found.map(|file| file.digest) != written.map(Encoder::digest) {
+                    taking.part.fail(tools, FileFailure::Other);
+                }
                 Ok(())
             }
-            PartStep::Verified => Ok(()),
             PartStep::Failed(failure) => {
-                let tickets = std::mem::take(&mut taking.tickets);
+                let (askers, bytes) = (std::mem::take(&mut taking.askers), taking.bytes);
                 self.snapshots.taking = None;
-                self.snapshots.retry_at_ns = self.now.monotonic_ns.saturating_add(RETRY_NS);
-                // What was due is still due.
-                self.snapshots.needed = true;
-                tracing::warn!(node = %self.config.node, %failure, "no snapshot was taken: tried again later");
-                let failed = SnapshotError::Failed(failure.to_string());
-                tickets.into_iter().for_each(|ticket| ticket.complete(Err(failed.clone())));
+                self.taking_failed(&failure, askers, bytes);
                 Ok(())
             }
             PartStep::Published(file) => {
-                let tickets = std::mem::take(&mut taking.tickets);
+                let askers = std::mem::take(&mut taking.askers);
                 self.snapshots.taking = None;
+                (self.snapshots.retry_ns, self.snapshots.short_of) = (RETRY_NS, 0);
                 tracing::info!(node = %self.config.node, last = %file.meta.last.index, bytes = file.file_bytes, "snapshot taken");
                 let taken = taken_of(&file);
-                tickets.into_iter().for_each(|ticket| ticket.complete(Ok(taken)));
+                askers.into_iter().for_each(|asker| asker.complete(Ok(taken)));
                 self.published(file)
             }
         }
+    }
+
+    /// After one that had no space the machine is not asked for another before there is some: what that costs is the
+    /// machine's affair, and it may be much. True if there is, or the last one did not fail for that reason.
+    fn has_reserved(&mut self) -> bool {
+        let Snapshots { ops, reserving, short_of, .. } = &mut self.snapshots;
+        let tools = &mut Tools { disk: &mut self.disk, pool: &self.pool, ops };
+        match reserving {
+            Some((part, _)) => part.is_ready(),
+            None if *short_of == 0 => true,
+            None => {
+                let part = Part::create(tools, self.config.cluster, TAKING, *short_of);
+                *reserving = Some((part, *short_of));
+                false
+            }
+        }
+    }
+
+    fn on_reserving(&mut self, done: DiskDone<D::Buf>) {
+        let Snapshots { ops, reserving: Some((part, bytes)), .. } = &mut self.snapshots else { return };
+        let tools = &mut Tools { disk: &mut self.disk, pool: &self.pool, ops };
+        let PartStep::Failed(failure) = part.handle(tools, done) else { return };
+        let bytes = *bytes;
+        self.snapshots.reserving = None;
+        // Unless it was let go because none is to be taken.
+        if failure != FileFailure::Other {
+            let askers = std::mem::take(&mut self.snapshots.waiting);
+            self.taking_failed(&failure, askers, bytes);
+        }
+    }
+
+    /// One that needed so many bytes came to nothing.
+    fn taking_failed(&mut self, failure: &FileFailure, askers: Vec<SnapshotSlot>, bytes: u64) {
+        let no_space = matches!(failure, FileFailure::Disk(error) if error.kind == DiskErrorKind::NoSpace);
+        let Snapshots { retry_at_ns, retry_ns, short_of, needed, .. } = &mut self.snapshots;
+        // One that the space reserved for it was too small for tries with more.
+        *short_of = if no_space || *failure == FileFailure::Short { bytes } else { 0 };
+        *retry_at_ns = self.now.monotonic_ns.saturating_add(*retry_ns);
+        *retry_ns = retry_ns.saturating_mul(2).min(RETRY_NS_MAX);
+        // What was due is still due.
+        *needed = true;
+        tracing::warn!(node = %self.config.node, %failure, "no snapshot was taken: tried again later");
+        let failed = SnapshotError::Failed(failure.to_string());
+        askers.into_iter().for_each(|asker| asker.complete(Err(failed.clone())));
     }
 
     /// There is another snapshot, durable and whole.
@@ -545,7 +647,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let name = crate::snapshots::name_of(file.meta.last.index);
         let Snapshots { files, damaged, leftovers, .. } = &mut self.snapshots;
         files.retain(|other| other.meta.last.index != file.meta.last.index);
-        files.push(file);
+        files.push(file.without_sessions());
         files.sort_by_key(|file| file.meta.last.index);
         damaged.retain(|damaged| *damaged != name);
         leftovers.extend(damaged.drain(..));
@@ -610,7 +712,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let is_list = |start: &Start| start.listing == Some(id);
         let is_verified =
             |start: &Start| start.verifying.as_ref().is_some_and(|(_, reading)| reading.awaits(id));
-        let Snapshots { start, taking, restoring, cleaning, .. } = &mut self.snapshots;
+        let Snapshots { start, taking, reserving, restoring, cleaning, .. } = &mut self.snapshots;
         if start.as_ref().is_some_and(is_list) {
             return match done.result {
                 Ok(DiskOutput::Listed(entries)) => self.listed(entries.into_iter().map(|entry| entry.name)),
@@ -623,6 +725,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         }
         if taking.as_ref().is_some_and(|taking| taking.part.awaits(id)) {
             return self.on_taking(done);
+        }
+        if reserving.as_ref().is_some_and(|(part, _)| part.awaits(id)) {
+            self.on_reserving(done);
+            return Ok(());
         }
         if restoring.as_ref().is_some_and(|restoring| restoring.reading.awaits(id)) {
             return self.on_restoring(done);
@@ -648,7 +754,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let ReadStep::Ended(outcome) = reading.handle(tools, done) else { return Ok(()) };
         let named = parse_name(name);
         match outcome {
-            Ok(file) if Some(file.meta.last.index) == named => files.push(file),
+            Ok(file) if Some(file.meta.last.index) == named => files.push(file.without_sessions()),
             Ok(_) => damaged.push(std::mem::take(name)),
             Err(failure) => {
                 tracing::error!(node = %self.config.node, name, %failure, "a snapshot cannot be read: an older one is looked for");
@@ -683,9 +789,20 @@ impl Taking {
                 let mut block = tools.block(SLOT_BYTES)?;
                 let payload = Encoder::payload(&mut block);
                 let mut filled = 0;
-                for byte in self.prefix.drain(..self.prefix.len().min(SLOT_PAYLOAD_BYTES)) {
-                    payload[filled] = byte;
-                    filled += 1;
+                let SnapshotMeta { configuration, sessions, .. } = &mut self.meta;
+                let behind = self.prefix_at.saturating_sub(configuration.len());
+                for part in
+                    [configuration.get(self.prefix_at..), sessions.get(behind..)].into_iter().flatten()
+                {
+                    let part = &part[..part.len().min(SLOT_PAYLOAD_BYTES - filled)];
+                    payload[filled..filled + part.len()].copy_from_slice(part);
+                    filled += part.len();
+                }
+                self.prefix_at += filled;
+                if filled < SLOT_PAYLOAD_BYTES {
+                    // All of them are written.
+                    sessions.clear();
+                    sessions.shrink_to_fit();
                 }
                 let mut is_last = false;
                 while filled < SLOT_PAYLOAD_BYTES && !is_last {

@@ -2,18 +2,18 @@
 //! its log has no space.
 //!
 //! Asked → the gate closes, so that no command comes in that would have to be given back → what was admitted is sealed →
-//! the core replicates it and tells the successor → another leader is heard. If that takes longer than an election
-//! time-out, the gate opens again.
+//! the core replicates it and tells the successor → another leader is heard. If the sealing takes longer than an election
+//! time-out, or what follows it, the gate opens again.
 
 use super::Driver;
-use crate::answer::AnswerSlot;
 use crate::error::{Refusal, StopError, TransferError};
 use crate::raft::{Event, Raft, Role, TransferEnd};
+use crate::requests::TransferSlot;
 use crate::state_machine::StateMachine;
 use ringraft_block::{NodeId, Term};
 use ringraft_net::link::Link;
 use ringraft_wal::disk::Disk;
-use std::sync::Arc;
+use std::collections::VecDeque;
 
 /// A leader without space tries again to find another that has some, after this.
 const NO_SPACE_RETRY_NS: u64 = 10_000_000_000;
@@ -27,11 +27,10 @@ pub struct Transferred {
     pub term: Term,
 }
 
-/// Where the end of a transfer goes.
-pub(crate) type TransferSlot = Arc<AnswerSlot<Result<Transferred, TransferError>>>;
-
 #[derive(Default)]
 pub(super) struct Handover {
+    /// Asked for in this turn.
+    asked: VecDeque<(Option<NodeId>, TransferSlot)>,
     current: Option<Current>,
     /// The node shuts down and has tried, or need not try, to hand over before.
     drained: bool,
@@ -43,7 +42,15 @@ struct Current {
     /// Who is told; nobody when the node itself wanted it.
     slot: Option<TransferSlot>,
     stage: Stage,
+    /// By when what was admitted is to be sealed, and by when all is to be over.
+    sealed_by_ns: u64,
     deadline_ns: u64,
+}
+
+impl Current {
+    fn due_ns(&self) -> u64 {
+        if self.stage == Stage::Flushing { self.sealed_by_ns } else { self.deadline_ns }
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -62,14 +69,19 @@ impl Handover {
     }
 
     pub(super) fn next_deadline(&self) -> u64 {
-        self.current.as_ref().map_or(u64::MAX, |current| current.deadline_ns)
+        self.current.as_ref().map_or(u64::MAX, Current::due_ns)
+    }
+
+    /// Somebody asks for a transfer.
+    pub(super) fn ask(&mut self, to: Option<NodeId>, slot: TransferSlot) {
+        self.asked.push_back((to, slot));
     }
 
     /// The node stops: whoever waits is told.
-    pub(super) fn stopped(&mut self, error: impl FnOnce() -> TransferError) {
-        if let Some(slot) = self.current.take().and_then(|current| current.slot) {
-            slot.complete(Err(error()));
-        }
+    pub(super) fn stopped(&mut self, error: impl Fn() -> TransferError) {
+        let current = self.current.take().and_then(|current| current.slot);
+        let asked = self.asked.drain(..).map(|(_, slot)| slot);
+        asked.chain(current).for_each(|slot| slot.complete(Err(error())));
     }
 }
 
@@ -78,12 +90,19 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.raft().is_some_and(|raft| raft.role() == Role::Leader)
     }
 
-    /// Somebody asks for a transfer.
-    pub(super) fn transfer_asked(&mut self, to: Option<NodeId>, slot: TransferSlot) -> Result<(), StopError> {
+    /// Begins what was asked for in this turn, once the commands from before have been taken in.
+    pub(super) fn begin_transfers(&mut self) -> Result<(), StopError> {
+        while let Some((to, slot)) = self.handover.asked.pop_front() {
+            self.transfer_asked(to, slot)?;
+        }
+        Ok(())
+    }
+
+    fn transfer_asked(&mut self, to: Option<NodeId>, slot: TransferSlot) -> Result<(), StopError> {
         let raft = self.raft();
         let refused = match (&self.handover.current, raft) {
             _ if !self.leads() => TransferEnd::NotLeader,
-            (Some(current), _) => TransferEnd::UnderWay { to: current.to.unwrap_or_default() },
+            (Some(current), _) => TransferEnd::UnderWay { to: current.to },
             (None, Some(raft)) if to.is_some_and(|to| to == raft.id()) => {
                 // It leads already.
                 let done = Transferred { leader: raft.id(), term: raft.term() };
@@ -103,8 +122,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         stage: Stage,
     ) -> Result<(), StopError> {
         let timeout = u64::try_from(self.config.election_timeout.as_nanos()).unwrap_or(u64::MAX);
-        let deadline_ns = self.now.monotonic_ns.saturating_add(timeout.saturating_mul(2));
-        self.handover.current = Some(Current { to, slot, stage, deadline_ns });
+        let sealed_by_ns = self.now.monotonic_ns.saturating_add(timeout);
+        let deadline_ns = sealed_by_ns.saturating_add(timeout);
+        self.handover.current = Some(Current { to, slot, stage, sealed_by_ns, deadline_ns });
         self.set_gate();
         if stage == Stage::UnderWay { self.step(Event::Transfer { to }) } else { Ok(()) }
     }
@@ -114,11 +134,12 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.hand_over_when_full()?;
         let now_ns = self.now.monotonic_ns;
         let Some(current) = &mut self.handover.current else { return Ok(()) };
-        if now_ns >= current.deadline_ns {
-            let to = current.to.unwrap_or_default();
-            let gave_up = current.stage == Stage::SteppedDown;
-            let error =
-                if gave_up { TransferError::NoLeaderYet } else { TransferEnd::TimedOut { to }.into() };
+        if now_ns >= current.due_ns() {
+            let error = match (current.stage, current.to) {
+                (Stage::SteppedDown, _) => TransferError::NoLeaderYet,
+                (Stage::UnderWay, Some(to)) => TransferEnd::TimedOut { to }.into(),
+                (Stage::UnderWay, None) | (Stage::Flushing, _) => TransferEnd::NotSealed.into(),
+            };
             self.end_handover(Err(error));
         } else if current.stage == Stage::Flushing && !self.proposals.borrow().has_unsealed() {
             current.stage = Stage::UnderWay;

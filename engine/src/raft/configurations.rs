@@ -8,8 +8,8 @@ use super::Configuration;
 use ringraft_block::LogIndex;
 use std::collections::VecDeque;
 
-/// The configuration before the log's start, or at a commit index known at the start, and those behind it in the log, in
-/// order.
+/// The configuration as of the log's start, or of a commit index known at the start, with its place, which may lie before
+/// either, and those behind it in the log, in order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Configurations {
     base: (LogIndex, Configuration),
@@ -20,8 +20,9 @@ pub(super) struct Configurations {
 }
 
 impl Configurations {
-    pub(super) fn new(start: LogIndex, base: Configuration) -> Self {
-        Self { base: (start, base), guessed: false, later: VecDeque::new() }
+    /// `base` stands at `index` of the log.
+    pub(super) fn new(index: LogIndex, base: Configuration) -> Self {
+        Self { base: (index, base), guessed: false, later: VecDeque::new() }
     }
 
     /// The newest that is known.
@@ -75,6 +76,14 @@ impl Configurations {
         std::iter::once((self.base.0, &self.base.1)).chain(later)
     }
 
+    /// Whether all of them are known, and `holds` of each.
+    pub(super) fn all(&self, holds: impl Fn(&Configuration) -> bool) -> bool {
+        let later = |configuration: &Option<Configuration>| configuration.as_ref().is_some_and(&holds);
+        !self.guessed
+            && holds(&self.base.1)
+            && self.later.iter().all(|(_, configuration)| later(configuration))
+    }
+
     /// The places of those behind the first, readable or not.
     pub(super) fn indexes(&self) -> impl DoubleEndedIterator<Item = LogIndex> + '_ {
         self.later.iter().map(|(index, _)| *index)
@@ -103,13 +112,13 @@ impl Configurations {
         cut
     }
 
-    /// A snapshot up to `last` says what was in force there. True if that could not be read.
-    pub(super) fn known_at(&mut self, last: LogIndex, configuration: Configuration) -> bool {
+    /// A snapshot up to `last` says what was in force there, and that it stands at `index`. True if that could not be read.
+    pub(super) fn known_at(&mut self, last: LogIndex, index: LogIndex, configuration: Configuration) -> bool {
         let upto = self.later.partition_point(|(at, _)| *at <= last);
         match upto.checked_sub(1).and_then(|at| self.later.get_mut(at)) {
-            Some((_, missed @ None)) => *missed = Some(configuration),
+            Some((at, missed @ None)) if *at == index => *missed = Some(configuration),
             None if self.guessed && self.base.0 <= last => {
-                (self.base.1, self.guessed) = (configuration, false);
+                (self.base, self.guessed) = ((index, configuration), false);
             }
             _ => return false,
         }
@@ -194,9 +203,11 @@ mod tests {
         assert_eq!(at(&all, 5), Some((5, 2)));
         all.push(LogIndex(6), None);
         all.push(LogIndex(8), None);
-        assert!(all.known_at(LogIndex(7), of(3)) && !all.known_at(LogIndex(7), of(1)));
+        assert!(!all.known_at(LogIndex(7), LogIndex(5), of(3)), "the log has another one there");
+        assert!(all.known_at(LogIndex(7), LogIndex(6), of(3)));
+        assert!(!all.known_at(LogIndex(7), LogIndex(6), of(1)), "it is known by now");
         assert_eq!([6, 7, 8].map(|index| at(&all, index)), [Some((6, 3)), Some((6, 3)), None]);
-        assert!(all.known_at(LogIndex(9), of(4)));
+        assert!(all.known_at(LogIndex(9), LogIndex(8), of(4)));
         assert_eq!((at(&all, 8), at(&all, 6)), (Some((8, 4)), Some((6, 3))));
     }
 
@@ -207,8 +218,11 @@ mod tests {
         assert!(all.is_uncertain() && at(&all, 4).is_none());
         all.push(LogIndex(6), Some(of(3)));
         assert!(!all.is_uncertain() && at(&all, 5).is_none() && all.previous().is_none());
-        assert!(all.known_at(LogIndex(5), of(2)));
-        assert_eq!([3, 5, 6].map(|index| at(&all, index)), [Some((3, 2)), Some((3, 2)), Some((6, 3))]);
-        assert!(!all.known_at(LogIndex(5), of(4)));
+        assert!(all.known_at(LogIndex(5), LogIndex(1), of(2)));
+        assert_eq!(
+            [0, 1, 5, 6].map(|index| at(&all, index)),
+            [None, Some((1, 2)), Some((1, 2)), Some((6, 3))]
+        );
+        assert!(!all.known_at(LogIndex(5), LogIndex(1), of(4)));
     }
 }

@@ -45,9 +45,10 @@ impl Raft {
         self.repair.vote_bar(self.log.last()).filter(|_| !self.configurations.is_unknown())
     }
 
-    /// Whether this node could only notice that its leader is silent, not take its place.
+    /// Whether this node could only notice that its leader is silent, not take its place: its log lacks something, or it is
+    /// no voter.
     pub(super) fn leader_may_be_lost(&self) -> bool {
-        self.leader.is_some() && !self.repair.is_whole() && matches!(self.role, RoleState::Follower)
+        self.leader.is_some() && !self.may_campaign() && matches!(self.role, RoleState::Follower)
     }
 
     /// Waits anew, for a newly drawn time.
@@ -76,14 +77,23 @@ impl Raft {
         Nanos(timeout + self.config.heartbeat_interval.0 + spread + handicap)
     }
 
+    /// When to give the leader up, if it is not heard. A node does not vote for itself either while it may be bound by what
+    /// it promised in an earlier life; only its leader, which has given its lease up, can make it campaign before.
+    pub(super) fn election_deadline(&self) -> Nanos {
+        self.timer.deadline().max(self.lease_bound())
+    }
+
     /// A tick while not leading.
     pub(super) fn tick_election(&mut self, actions: &mut Vec<Action>) {
-        if self.may_campaign() && self.now >= self.timer.deadline() {
+        if self.now < self.election_deadline() {
+            return;
+        }
+        if self.may_campaign() {
             if mutants::active(Mutant::PreVoteIgnored) {
                 return self.campaign(false, actions);
             }
             self.ask_for_pre_votes(actions);
-        } else if self.leader_may_be_lost() && self.now >= self.timer.deadline() {
+        } else if self.leader_may_be_lost() {
             self.leader = None;
             self.restart_election_timer();
             self.announce(actions);

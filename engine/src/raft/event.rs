@@ -85,7 +85,8 @@ pub enum Event {
         /// Which of the two.
         stalled: bool,
     },
-    /// Leadership is to be handed over. Ends with another leader, or with [`Action::TransferEnded`](super::Action::TransferEnded).
+    /// Leadership is to be handed over. Ends with another leader, or with
+    /// [`Action::TransferEnded`](super::Action::TransferEnded).
     Transfer {
         /// To whom; without a name, to the most caught-up voter.
         to: Option<NodeId>,
@@ -101,6 +102,11 @@ pub enum Event {
         /// What it has to be sure of.
         kind: ReadKind,
     },
+    /// Nobody waits any more for the reads under these ids, which may have been answered: they need no answer.
+    ReadsAbandoned {
+        /// The ids, ascending.
+        ids: Vec<u64>,
+    },
     /// The log's start is moving to the end of a batch that is durable, committed, and covered by a durable snapshot.
     Purged {
         /// The batch end.
@@ -112,6 +118,8 @@ pub enum Event {
         last: LogId,
         /// The members as of that entry.
         configuration: Configuration,
+        /// Where they stand in the log: there or before.
+        configuration_index: LogIndex,
     },
     /// The transfer of [`Action::SendSnapshot`](super::Action::SendSnapshot) has ended.
     SnapshotEnded {

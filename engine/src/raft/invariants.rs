@@ -118,7 +118,11 @@ macro_rules! ensure {
 /// # Errors
 /// The first one that does not hold.
 pub fn check(raft: &Raft) -> Result<(), Broken> {
-    let State { role, term, vote, leader, start, last, commit, durable, saves, alone, .. } = State::of(raft);
+    let (role, term, vote, leader) = (raft.role(), raft.term(), raft.vote(), raft.leader());
+    let (start, last, durable) = (raft.log_start(), raft.last(), raft.durable.last());
+    let commit = LogId { index: raft.commit, term: raft.term_at(raft.commit).unwrap_or_default() };
+    let saves = (raft.hard.asked(), raft.hard.saved());
+    let alone = raft.quorum.is_only(raft.config.id);
     let id = raft.config.id;
     let log = &raft.log;
     ensure!(last.term <= term, "no entry is of a later term than the node", "{last:?} in term {term}");
@@ -206,8 +210,13 @@ fn check_configurations(raft: &Raft) -> Result<(), Broken> {
         ensure!(single && index > above, "a configuration is a batch of the log", "{index} of {last}");
         above = index;
     }
-    let quorum = Quorum::of(raft.configuration());
-    ensure!(raft.quorum == quorum, "the newest configuration decides", "{:?} not {quorum:?}", raft.quorum);
+    let (quorum, configuration) = (&raft.quorum, raft.configuration());
+    ensure!(
+        quorum.is_of(configuration),
+        "the newest configuration decides",
+        "{quorum:?} not {:?}",
+        Quorum::of(configuration)
+    );
     let RoleState::Leader(leader) = &raft.role else { return Ok(()) };
     let own_term = leader.first_own.is_some_and(|first| first <= commit);
     let open = raft.configurations.indexes().filter(|index| *index > commit).count();

@@ -24,6 +24,9 @@ const ROUNDS_MAX: u32 = 10;
 /// A future voter that acknowledges nothing more for this many election time-outs is stuck.
 const STUCK_TIMEOUTS: u64 = 10;
 
+/// So is one to which so many transfers of a snapshot in a row have come to nothing: it has no space, say.
+const SNAPSHOTS_FAILED_MAX: u32 = 5;
+
 /// What a leader knows of the change that it leads.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Changing {
@@ -44,6 +47,20 @@ pub(super) struct Changing {
 impl Changing {
     pub(super) fn is_leaving(&self, id: NodeId) -> bool {
         self.leaving.iter().any(|(leaving, ..)| *leaving == id)
+    }
+
+    /// What makes two of them behave alike, times aside.
+    #[cfg(test)]
+    pub(super) fn fingerprint(&self, into: &mut impl std::hash::Hasher) {
+        use std::hash::Hash;
+        let Self { ticket, reserved, failed, rounds, sealing, to_seal, leaving } = self;
+        (ticket, reserved, failed.is_some(), sealing, to_seal).hash(into);
+        rounds.len().hash(into);
+        for CatchUp { id, number, target, since: _, matched, moved_at: _, done } in rounds {
+            (id, number, target, matched, done).hash(into);
+        }
+        leaving.len().hash(into);
+        leaving.iter().for_each(|(id, index, until)| (id, index, until.is_some()).hash(into));
     }
 }
 
@@ -294,10 +311,12 @@ impl Raft {
                     (round.number, round.target, round.since) = (round.number + 1, last, now);
                 }
             }
-            // One that is being sent a snapshot acknowledges nothing until it has all of it.
+            // One that is being sent a snapshot acknowledges nothing until it has all of it, however long that takes.
+            let is_sent_a_snapshot =
+                view.state == ReplicationState::Snapshot && view.snapshots_failed < SNAPSHOTS_FAILED_MAX;
             let silent = now.since(view.contact).0 >= timeout.0.saturating_mul(STUCK_TIMEOUTS);
             let stands = now.since(round.moved_at).0 >= timeout.0.saturating_mul(STUCK_TIMEOUTS);
-            if stands && (silent || (!round.done && view.state != ReplicationState::Snapshot)) {
+            if stands && (silent || (!round.done && !is_sent_a_snapshot)) {
                 return CaughtUp::Never(ChangeError::Stuck { id });
             }
             all &= round.done && now.since(view.contact) < timeout;
@@ -411,15 +430,15 @@ impl Raft {
         }
     }
 
-    /// A snapshot up to `last` tells what was in force there.
+    /// A snapshot up to `last` tells what was in force there, and where that stands.
     pub(super) fn members_told(
         &mut self,
         last: LogIndex,
-        configuration: Configuration,
+        (index, configuration): (LogIndex, Configuration),
         actions: &mut Vec<Action>,
     ) {
         let was_unknown = self.configurations.is_unknown();
-        if self.configurations.known_at(last, configuration) {
+        if self.configurations.known_at(last, index, configuration) {
             self.missing_found(was_unknown, actions);
         }
     }

@@ -42,7 +42,7 @@ mod transfer;
 mod violation;
 
 // The switch of known bugs is the crate's; without the feature the core brings its own, which is constantly off.
-use crate::mutants;
+use crate::mutants::{self, Mutant};
 
 pub use action::Action;
 pub use change::{Change, ChangeError, Changed, MEMBERS_MAX, Plan};
@@ -53,7 +53,7 @@ pub use members::{Configuration, ConfigurationError, LeaseSettings, Member, Memb
 pub use progress::{ProgressView, ReplicationState};
 pub use quorum::Quorum;
 pub use read::{ReadIndex, ReadIndexReply, ReadKind, ReadRefusal};
-pub use repair::{Answer, Claim, Inquiry, Restraint, Verdict};
+pub use repair::{Answer, Claim, Inquiry, Reach, Restraint, Verdict};
 pub use transfer::TransferEnd;
 pub use violation::Violation;
 
@@ -118,6 +118,8 @@ pub struct Boot<I> {
     pub damaged_from: Option<LogIndex>,
     /// More was in the log than is.
     pub claim: Option<Claim>,
+    /// Where the configuration in force at `commit` stands in the log: there or before.
+    pub configuration_index: LogIndex,
     /// The time.
     pub now: Nanos,
     /// Batches behind `commit` that hold a configuration, in order; none of those that cannot be read.
@@ -237,11 +239,14 @@ impl Raft {
         if let Some(from) = boot.damaged_from.filter(|from| log.batch_starting_at(*from).is_none()) {
             return Err(BootError::Damage { from });
         }
-        // What lies before the commit index is not taken back, so that nothing asks for what was in force there.
-        let mut configurations = Configurations::new(boot.commit, configuration);
+        if boot.configuration_index > boot.commit {
+            return Err(BootError::Change { index: boot.configuration_index });
+        }
+        // What lies before the commit index is not taken back, so that nothing asks for what was in force before that.
+        let mut configurations = Configurations::new(boot.configuration_index, configuration);
         for (index, change) in boot.changes {
             let single = log.batch_starting_at(index).is_some_and(|batch| batch.last == index);
-            if !single || index <= configurations.index() {
+            if !single || index <= configurations.index().max(boot.commit) {
                 return Err(BootError::Change { index });
             }
             configurations.push(index, change);
@@ -252,8 +257,12 @@ impl Raft {
         if config.election_timeout < min {
             return Err(BootError::LeaseTimeout { got: config.election_timeout, min });
         }
-        // Nothing was promised in term 0, or to others by a node that was a quorum by itself all the time.
-        let alone = configurations.iter().all(|(_, known)| Quorum::of(known).is_only(config.id));
+        // Nothing was promised in term 0, or to others by a node that was a quorum by itself all the time: since before what
+        // is committed, that is, for a leader that is not in a committed configuration has left office. One that has become
+        // the only voter since may still be counted upon by the leader that made it so.
+        let alone = configurations.all(|known| Quorum::of(known).is_only(config.id));
+        let forgets = mutants::active(Mutant::LastVoterElectsItselfWithinLease);
+        let alone = alone || (forgets && quorum.is_only(config.id));
         let bound = term > Term(0) && !alone;
         let bound_until = if bound { boot.now.plus(min) } else { Nanos(0) };
         let mut raft = Self {
@@ -277,8 +286,8 @@ impl Raft {
             quorum,
             log,
         };
-        // A node that is a quorum by itself has nobody to wait for.
-        if !raft.quorum.is_only(raft.config.id) {
+        // A node that was a quorum by itself all the time has nobody to wait for.
+        if !alone {
             raft.restart_election_timer();
         }
         Ok(raft)
@@ -349,9 +358,10 @@ impl Raft {
             Event::DiskStalled { stalled } => self.stalled(stalled, actions),
             Event::Transfer { to } => self.transfer(to, actions),
             Event::Read { id, kind } => self.read(id, kind, actions),
+            Event::ReadsAbandoned { ids } => self.abandon_reads(&ids),
             Event::Purged { through } => self.purged(through)?,
-            Event::SnapshotReceived { last, configuration } => {
-                self.snapshot_received(last, configuration, actions)?;
+            Event::SnapshotReceived { last, configuration, configuration_index } => {
+                self.snapshot_received(last, (configuration_index, configuration), actions)?;
             }
             Event::SnapshotEnded { to, installed } => self.snapshot_ended(to, installed, actions),
             Event::StateLost { lost } => self.state_lost(lost, actions),
@@ -385,7 +395,7 @@ impl Raft {
         match self.role {
             _ if self.violation.is_some() => Nanos::NEVER,
             RoleState::Leader(_) => self.leader_deadline(),
-            _ if self.may_campaign() || self.leader_may_be_lost() => self.timer.deadline(),
+            _ if self.may_campaign() || self.leader_may_be_lost() => self.election_deadline(),
             _ => Nanos::NEVER,
         }
     }
@@ -495,8 +505,7 @@ impl Raft {
         self.configurations.current()
     }
 
-    /// Where that stands in the log; if it lies before what is known, what was committed at the start, or the end of the
-    /// snapshot that it came with.
+    /// Where that stands in the log, which may start behind it; 0 if the cluster was formed with it.
     #[must_use]
     pub fn configuration_index(&self) -> LogIndex {
         self.configurations.index()
@@ -718,6 +727,7 @@ mod tests {
             commit: LogIndex(commit),
             damaged_from: None,
             claim: None,
+            configuration_index: LogIndex(9),
             now: Nanos(5),
             changes: Vec::new(),
         };
@@ -730,6 +740,7 @@ mod tests {
         assert_eq!((raft.term(), raft.durable(), raft.commit()), (Term(3), LogIndex(13), LogIndex(12)));
         assert_eq!((raft.epoch(), raft.role(), raft.leader()), (Epoch(4), Role::Follower, None));
         assert_eq!(raft.term_at(LogIndex(10)), Some(Term(2)));
+        assert_eq!((raft.configuration_index(), raft.configuration_at(LogIndex(8))), (LogIndex(9), None));
         assert_eq!(raft.batch_starting_at(LogIndex(11)), Some(run(11, 12, 2)));
         assert_eq!((raft.next_position(), raft.can_accept_proposals()), (None, false));
         assert_eq!(invariants::check(&raft), Ok(()));
@@ -757,6 +768,7 @@ mod tests {
             commit: LogIndex(0),
             damaged_from: None,
             claim: None,
+            configuration_index: LogIndex(0),
             now: Nanos(0),
             changes: Vec::new(),
         };
@@ -773,7 +785,19 @@ mod tests {
             let (term, now) = (Term(0), Nanos(0));
             let (damaged_from, claim) = (None, None);
             let (vote, epoch, changes) = (None, Epoch(0), Vec::new());
-            let boot = Boot { term, vote, start, batches, epoch, commit, damaged_from, claim, now, changes };
+            let boot = Boot {
+                term,
+                vote,
+                start,
+                batches,
+                epoch,
+                commit,
+                damaged_from,
+                claim,
+                configuration_index: LogIndex(0),
+                now,
+                changes,
+            };
             Raft::new(config, three(), boot).expect("consistent").next_deadline().0 / 1_000_000
         };
         let plain: Vec<u64> = (0..200).map(|seed| draw(seed, None)).collect();

@@ -51,6 +51,8 @@ pub struct ProgressView {
     pub round: Round,
     /// When that round was sent, at the latest; at first, when this node became leader.
     pub contact: Nanos,
+    /// Transfers of snapshots that have failed since the last one that did not.
+    pub snapshots_failed: u32,
 }
 
 /// What a leader knows of a peer.
@@ -75,6 +77,7 @@ pub(super) struct Progress {
     /// Only in Snapshot: whether one has been asked for, and otherwise from when on it may be.
     snapshot_asked: bool,
     snapshot_at: Nanos,
+    snapshots_failed: u32,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -102,6 +105,7 @@ impl Progress {
             notice_due: None,
             snapshot_asked: false,
             snapshot_at: Nanos(0),
+            snapshots_failed: 0,
         }
     }
 
@@ -135,6 +139,7 @@ impl Progress {
             inflight_bytes: self.inflight_bytes,
             round: self.round,
             contact: self.contact,
+            snapshots_failed: self.snapshots_failed,
         }
     }
 
@@ -321,11 +326,12 @@ impl Progress {
         asks
     }
 
-    /// A transfer has ended, with the peer's log at `reached`, if the leader's log holds that.
-    pub(super) fn snapshot_ended(&mut self, reached: Option<LogIndex>, retry_at: Nanos) {
+    /// A transfer has ended, with the peer's log at `reached`, if the leader's log holds that, or has failed.
+    pub(super) fn snapshot_ended(&mut self, reached: Option<LogIndex>, failed: bool, retry_at: Nanos) {
         if self.state != ReplicationState::Snapshot {
             return;
         }
+        self.snapshots_failed = if failed { self.snapshots_failed.saturating_add(1) } else { 0 };
         (self.snapshot_asked, self.snapshot_at) = (false, retry_at);
         if let Some(reached) = reached {
             self.probe_after(reached.max(self.matched));
@@ -351,8 +357,10 @@ impl Progress {
     #[cfg(test)]
     pub(super) fn fingerprint(&self, into: &mut impl std::hash::Hasher) {
         use std::hash::Hash;
-        let Self { id, state, matched, next, waiting, inflight, mark, notice_due, .. } = self;
-        (id, state, matched, next, waiting, mark, notice_due.is_some()).hash(into);
+        let Self { id, state, matched, next, waiting, inflight, mark, notice_due, round, .. } = self;
+        // Whether it was heard at all in this term decides who may take over.
+        (id, state, matched, next, waiting, mark, notice_due.is_some(), *round > Round(0)).hash(into);
+        inflight.len().hash(into);
         inflight.iter().for_each(|sent| (sent.first, sent.last).hash(into));
     }
 

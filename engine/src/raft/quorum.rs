@@ -23,6 +23,13 @@ impl Quorum {
         }
     }
 
+    /// Whether it is the quorum of `configuration`.
+    #[must_use]
+    pub fn is_of(&self, configuration: &Configuration) -> bool {
+        configuration.incoming_voters().eq(self.incoming.iter().copied())
+            && self.outgoing == configuration.outgoing()
+    }
+
     /// The highest value that a quorum has reached, when `value` is what each voter has reached.
     pub fn agreed<T: Ord + Copy>(&self, value: impl Fn(NodeId) -> T) -> T {
         let incoming = majority(&self.incoming, &value);
@@ -90,6 +97,31 @@ mod tests {
         for (voters, agreed) in [(1, 10), (2, 10), (3, 20), (4, 20), (5, 30)] {
             let ids: Vec<u64> = (1..=voters).collect();
             assert_eq!(quorum(&ids, &[]).agreed(reached), agreed, "{voters} voters");
+        }
+    }
+
+    #[test]
+    fn a_quorum_is_told_from_that_of_other_voters() {
+        let of = |voters: &[u64], outgoing: &[u64]| {
+            let member = |id: u64, role| Member {
+                id: NodeId(id),
+                incarnation: Incarnation(1),
+                address: String::new(),
+                role,
+            };
+            let members = voters.iter().map(|id| member(*id, MemberRole::Voter));
+            let leaving = outgoing.iter().filter(|id| !voters.contains(id));
+            let leaving = leaving.map(|id| member(*id, MemberRole::Learner));
+            let outgoing = outgoing.iter().map(|id| NodeId(*id)).collect();
+            Configuration::joint(members.chain(leaving).collect(), outgoing).expect("valid")
+        };
+        let all: [(&[u64], &[u64]); 4] =
+            [(&[1, 2, 3], &[]), (&[1, 2], &[]), (&[1, 2, 3], &[1, 4]), (&[1, 2, 3], &[4])];
+        for (at, (voters, outgoing)) in all.iter().enumerate() {
+            for (other, (other_voters, other_outgoing)) in all.iter().enumerate() {
+                let configuration = of(other_voters, other_outgoing);
+                assert_eq!(quorum(voters, outgoing).is_of(&configuration), at == other, "{configuration:?}");
+            }
         }
     }
 

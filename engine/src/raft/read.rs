@@ -151,6 +151,17 @@ impl Raft {
         }
     }
 
+    /// Forgets reads that were asked for here. A leader that cannot commit, or a follower whose leader cannot, would keep them
+    /// for as long as that lasts. A request that is under way stays so, for whoever comes behind it.
+    pub(super) fn abandon_reads(&mut self, ids: &[u64]) {
+        let kept = |id: &u64| ids.binary_search(id).is_err();
+        self.reads.waiting.retain(|read| !matches!(read.origin, Origin::Local(id) if !kept(&id)));
+        self.reads.queued.retain(|(id, _)| kept(id));
+        if let Some((_, asked)) = &mut self.reads.outstanding {
+            asked.retain(kept);
+        }
+    }
+
     /// A follower asks for a read index.
     pub(super) fn handle_read_index(&mut self, from: NodeId, request: ReadIndex, actions: &mut Vec<Action>) {
         let RoleState::Leader(leader) = &self.role else {
@@ -311,7 +322,12 @@ impl Raft {
 
     /// Whether this node, restarted, may have promised a leader in an earlier life to elect nobody else yet.
     pub(super) fn is_bound_by_lease(&self) -> bool {
-        self.now < self.reads.bound_until && !mutants::active(Mutant::RestartedVoterVotesWithinLease)
+        self.now < self.lease_bound() && !mutants::active(Mutant::RestartedVoterVotesWithinLease)
+    }
+
+    /// Until when that is so.
+    pub(super) fn lease_bound(&self) -> Nanos {
+        self.reads.bound_until
     }
 }
 

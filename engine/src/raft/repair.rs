@@ -19,7 +19,11 @@
 //!      being there ([`Event::LeaderHolds`](super::Event::LeaderHolds));
 //!   3. every voter has been asked ([`Inquiry`]): then it votes as if its log ended at the highest end that any of
 //!      them reported, and is free when it does. What is committed lies intact at one of them (the contract's bound),
-//!      so whoever reaches that end holds it (Raft, section 5.4.1: the later log is the more complete one).
+//!      so whoever reaches that end holds it (Raft, section 5.4.1: the later log is the more complete one). That end is
+//!      believed when a voter reaches it that is sure of its own log, or when fewer than a quorum are in doubt about
+//!      theirs: a batch behind it would then be in the logs of no quorum. Otherwise the highest end is that of voters
+//!      which may have had more: all copies of one more batch may be gone, against the bound, and there is nothing to be
+//!      done but to wait, and to say so.
 //! - Either: every voter has been asked and none holds any batch behind the end of this log: what was there has been
 //!   lost everywhere, or was never acknowledged ([`Event::NothingBehind`](super::Event::NothingBehind)).
 //!
@@ -332,9 +336,19 @@ pub enum Verdict {
     AllCopiesGone,
     /// Batches that may be others lie behind the position, or too many cannot tell whether they had one.
     Unproved {
-        /// The highest end that any voter reported, in its log or kept aside.
-        highest: LogId,
+        /// The highest end that any voter reported, in its log or kept aside; none when a quorum of them may have had more
+        /// than they can show, and nobody else reaches it.
+        highest: Option<LogId>,
     },
+}
+
+/// How far all that a voter holds reaches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reach {
+    /// The end of its log, of what it kept aside, or of what it is certain to have had: the highest.
+    pub highest: LogId,
+    /// It may have had more, and cannot tell: it makes a claim that is not certain.
+    pub in_doubt: bool,
 }
 
 /// One question to all other voters: who holds the batch behind this position?
@@ -354,17 +368,24 @@ pub struct Inquiry {
     had: BTreeSet<NodeId>,
     unclear: BTreeSet<NodeId>,
     other: BTreeSet<NodeId>,
+    /// Of whom it is in doubt, by their last answers, where their logs ended.
+    in_doubt: BTreeSet<NodeId>,
     highest: LogId,
+    /// The same of those that are sure of their logs.
+    sure: LogId,
 }
 
 impl Inquiry {
-    /// A question of `own`, which had such a batch, to all other voters of `quorum`. `highest` is the end of all that it
-    /// holds itself.
+    /// A question of `own`, which had such a batch, to all other voters of `quorum`. `reach` says how far all that it
+    /// holds itself reaches.
     #[must_use]
-    pub fn new(own: NodeId, quorum: &Quorum, highest: LogId) -> Self {
+    pub fn new(own: NodeId, quorum: &Quorum, reach: Reach) -> Self {
         let voters: BTreeSet<NodeId> = quorum.voters().filter(|voter| *voter != own).collect();
         let (had, unclear, other) = ([own].into(), BTreeSet::new(), BTreeSet::new());
-        Self { open: voters.clone(), voters, second: false, had, unclear, other, highest }
+        let in_doubt = reach.in_doubt.then_some(own).into_iter().collect();
+        let highest = reach.highest;
+        let sure = if reach.in_doubt { LogId::default() } else { highest };
+        Self { open: voters.clone(), voters, second: false, had, unclear, other, in_doubt, highest, sure }
     }
 
     /// Who has to be asked now, in a round of this number.
@@ -383,12 +404,19 @@ impl Inquiry {
         u8::from(self.second)
     }
 
-    /// `voter` answers in `round`; `highest` is the end of all that it holds.
-    pub fn answered(&mut self, voter: NodeId, round: u8, answer: Answer, highest: LogId) {
+    /// `voter` answers in `round`; `reach` says how far all that it holds reaches.
+    pub fn answered(&mut self, voter: NodeId, round: u8, answer: Answer, reach: Reach) {
         if round != self.round() || !self.open.remove(&voter) {
             return;
         }
-        self.highest = self.highest.max(highest);
+        self.highest = self.highest.max(reach.highest);
+        if reach.in_doubt {
+            self.in_doubt.insert(voter);
+        } else {
+            // In the meantime it may have been settled.
+            self.in_doubt.remove(&voter);
+            self.sure = self.sure.max(reach.highest);
+        }
         match answer {
             Answer::Other => drop(self.other.insert(voter)),
             Answer::Had => drop(self.had.insert(voter)),
@@ -410,12 +438,13 @@ impl Inquiry {
             }
         }
         let highest = self.highest;
+        let lost_more = quorum.reached(|id| self.in_doubt.contains(&id));
+        let believed = !lost_more || self.sure >= highest;
+        let unproved = Verdict::Unproved { highest: believed.then_some(highest) };
         Some(match self.other.is_empty() {
-            false => Verdict::Unproved { highest },
+            false => unproved,
             true if quorum.reached(|id| self.had.contains(&id)) => Verdict::AllCopiesGone,
-            true if quorum.reached(|id| self.had.contains(&id) || self.unclear.contains(&id)) => {
-                Verdict::Unproved { highest }
-            }
+            true if quorum.reached(|id| self.had.contains(&id) || self.unclear.contains(&id)) => unproved,
             true => Verdict::Nowhere { highest },
         })
     }
@@ -441,19 +470,27 @@ mod tests {
         LogId { term: Term(term), index: LogIndex(index) }
     }
 
+    fn sure(term: u64, index: u64) -> Reach {
+        Reach { highest: end(term, index), in_doubt: false }
+    }
+
+    fn doubted(term: u64, index: u64) -> Reach {
+        Reach { highest: end(term, index), in_doubt: true }
+    }
+
     #[test]
     fn a_question_is_put_to_everyone_twice_and_a_late_answer_of_the_first_round_is_void() {
         let quorum = quorum(3);
-        let mut inquiry = Inquiry::new(NodeId(1), &quorum, end(1, 4));
-        inquiry.answered(NodeId(2), 0, Answer::None, end(2, 9));
+        let mut inquiry = Inquiry::new(NodeId(1), &quorum, sure(1, 4));
+        inquiry.answered(NodeId(2), 0, Answer::None, sure(2, 9));
         assert_eq!(inquiry.verdict(&quorum), None, "3 has not answered");
-        inquiry.answered(NodeId(3), 0, Answer::None, end(1, 3));
+        inquiry.answered(NodeId(3), 0, Answer::None, sure(1, 3));
         assert_eq!(inquiry.verdict(&quorum), None, "a second round");
         assert_eq!(inquiry.open().collect::<Vec<_>>(), [NodeId(2), NodeId(3)]);
-        inquiry.answered(NodeId(2), 0, Answer::None, end(2, 9));
+        inquiry.answered(NodeId(2), 0, Answer::None, sure(2, 9));
         assert_eq!(inquiry.open().count(), 2);
-        inquiry.answered(NodeId(2), 1, Answer::None, end(2, 3));
-        inquiry.answered(NodeId(3), 1, Answer::None, end(1, 3));
+        inquiry.answered(NodeId(2), 1, Answer::None, sure(2, 3));
+        inquiry.answered(NodeId(3), 1, Answer::None, sure(1, 3));
         assert_eq!(inquiry.verdict(&quorum), Some(Verdict::Nowhere { highest: end(2, 9) }));
     }
 
@@ -461,10 +498,10 @@ mod tests {
     fn what_a_quorum_had_and_nobody_holds_may_have_been_committed() {
         let ask = |voters, answers: &[Answer]| {
             let quorum = quorum(voters);
-            let mut inquiry = Inquiry::new(NodeId(1), &quorum, end(1, 1));
+            let mut inquiry = Inquiry::new(NodeId(1), &quorum, sure(1, 1));
             for _ in 0..2 {
                 for (voter, answer) in (2..).zip(answers) {
-                    inquiry.answered(NodeId(voter), inquiry.round(), *answer, end(1, 1));
+                    inquiry.answered(NodeId(voter), inquiry.round(), *answer, sure(1, 1));
                 }
                 if let Some(verdict) = inquiry.verdict(&quorum) {
                     return verdict;
@@ -473,15 +510,42 @@ mod tests {
             panic!("no verdict");
         };
         let highest = end(1, 1);
+        let unproved = Verdict::Unproved { highest: Some(highest) };
         use Answer::{Had, None, Other, Unclear};
         assert_eq!(ask(1, &[]), Verdict::AllCopiesGone);
         assert_eq!(ask(3, &[None, None]), Verdict::Nowhere { highest });
         assert_eq!(ask(3, &[None, Had]), Verdict::AllCopiesGone);
-        assert_eq!(ask(3, &[Other, Had]), Verdict::Unproved { highest });
-        assert_eq!(ask(3, &[None, Unclear]), Verdict::Unproved { highest });
+        assert_eq!(ask(3, &[Other, Had]), unproved);
+        assert_eq!(ask(3, &[None, Unclear]), unproved);
         assert_eq!(ask(5, &[None, None, None, Unclear]), Verdict::Nowhere { highest });
-        assert_eq!(ask(5, &[None, None, Had, Unclear]), Verdict::Unproved { highest });
+        assert_eq!(ask(5, &[None, None, Had, Unclear]), unproved);
         assert_eq!(ask(5, &[None, None, None, Had]), Verdict::Nowhere { highest });
         assert_eq!(ask(5, &[None, None, Had, Had]), Verdict::AllCopiesGone);
+    }
+
+    #[test]
+    fn the_highest_end_says_nothing_when_a_quorum_may_have_had_more() {
+        let ask = |own: Reach, first: [Reach; 2], second: [Reach; 2]| {
+            let quorum = quorum(3);
+            let mut inquiry = Inquiry::new(NodeId(1), &quorum, own);
+            for reaches in [first, second] {
+                for (voter, reach) in (2..).zip(reaches) {
+                    inquiry.answered(NodeId(voter), inquiry.round(), Answer::Other, reach);
+                }
+                if let Some(verdict) = inquiry.verdict(&quorum) {
+                    return verdict;
+                }
+            }
+            panic!("no verdict");
+        };
+        let reached = |highest| Verdict::Unproved { highest };
+        let one = [sure(1, 9), sure(1, 7)];
+        assert_eq!(ask(doubted(1, 4), one, one), reached(Some(end(1, 9))));
+        let two = [doubted(1, 9), sure(1, 7)];
+        assert_eq!(ask(doubted(1, 4), two, two), reached(None));
+        assert_eq!(ask(sure(1, 4), two, two), reached(Some(end(1, 9))), "a known batch is missing here");
+        assert_eq!(ask(doubted(1, 4), two, one), reached(Some(end(1, 9))), "settled in between");
+        let all_but_one = [sure(1, 9), doubted(1, 7)];
+        assert_eq!(ask(doubted(1, 4), all_but_one, all_but_one), reached(Some(end(1, 9))), "one is sure");
     }
 }

@@ -267,7 +267,8 @@ impl Simulation {
         let commit = node.disk.snapshot.index.max(node.disk.start.index);
         let mut changes = self.ledger.changes_in(&node.disk.log);
         changes.retain(|(index, _)| *index > commit);
-        let configuration = self.ledger.configuration_as_of(commit).unwrap_or(&self.configuration).clone();
+        let (configuration_index, configuration) = self.configuration_as_of(commit);
+        let node = &mut self.nodes[at];
         let boot = Boot {
             term,
             vote: node.disk.vote.filter(|_| term == node.disk.term),
@@ -277,6 +278,7 @@ impl Simulation {
             commit,
             damaged_from: node.disk.damaged.first().copied(),
             claim: node.disk.claim,
+            configuration_index,
             now,
             changes,
         };
@@ -448,7 +450,7 @@ impl Simulation {
             // Whoever is in a later term by now may have voted in this one.
             disks.any(|disk| disk.term > term || (disk.term, disk.vote) == (term, Some(id)))
         };
-        if self.strict && !Quorum::of(&self.in_force_at(at)).reached(voted) {
+        if self.strict && !Quorum::of(&self.in_force_at(at).1).reached(voted) {
             return Err(format!("node {id} leads term {term} without the votes of a quorum"));
         }
         let before = self.ledger.committed.iter().rev().find(|(_, by)| *by < term);
@@ -490,7 +492,7 @@ impl Simulation {
                         })
                         .map(|node| node.id)
                         .collect();
-                    let configuration = self.in_force_at(at);
+                    let (_, configuration) = self.in_force_at(at);
                     if !Quorum::of(&configuration).reached(|id| holders.contains(&id)) {
                         return Err(format!("node {id} commits {batch:?}, durable only at {holders:?}"));
                     }
@@ -1023,6 +1025,7 @@ fn nonsense_from_members_never_panics() {
                     _ => Event::SnapshotReceived {
                         last: LogId { term: Term(1 + random.below(6)), index: LogIndex(1 + random.below(9)) },
                         configuration: simulation.configuration.clone(),
+                        configuration_index: LogIndex(random.below(10)),
                     },
                 },
                 _ => {

@@ -2,7 +2,8 @@
 //! a log is behind a snapshot that came from elsewhere. What is in one, and how it travels, is the driver's.
 //!
 //! Leader: a peer in the state Snapshot is named once ([`Action::SendSnapshot`]);
-//! [`Event::SnapshotEnded`](super::Event::SnapshotEnded) tells how that went. Replication goes on behind the snapshot if the log still reaches there, otherwise with a newer one.
+//! [`Event::SnapshotEnded`](super::Event::SnapshotEnded) tells how that went. Replication goes on behind the snapshot if the
+//! log still reaches there, otherwise with a newer one.
 //!
 //! Follower: a snapshot that is whole and durable is committed state, whoever sent it. Nothing is done if all of it is known
 //! to be committed here. A log that holds its last entry keeps what follows (Raft, figure 13, step 6); any other log goes
@@ -40,7 +41,7 @@ impl Raft {
         // A peer that has no space for it, say, is not asked again at once.
         let patience = if installed.is_none() { self.config.election_timeout } else { Nanos(0) };
         let retry_at = self.now.plus(patience);
-        progress.snapshot_ended(reached.map(|last| last.index), retry_at);
+        progress.snapshot_ended(reached.map(|last| last.index), installed.is_none(), retry_at);
         self.replicate_to(at, actions);
     }
 
@@ -54,11 +55,11 @@ impl Raft {
         }
     }
 
-    /// A snapshot up to `last` is durable here, `configuration` the members as of then.
+    /// A snapshot up to `last` is durable here, `members` the configuration as of then, with its place in the log.
     pub(super) fn snapshot_received(
         &mut self,
         last: LogId,
-        configuration: Configuration,
+        members: (LogIndex, Configuration),
         actions: &mut Vec<Action>,
     ) -> Result<(), Violation> {
         let stale = last.index <= self.commit;
@@ -67,7 +68,7 @@ impl Raft {
         if stale && !regresses || matches!(self.role, RoleState::Leader(_)) {
             if stale {
                 // What this node holds up to there it may be unable to read.
-                self.members_told(last.index, configuration, actions);
+                self.members_told(last.index, members, actions);
             }
             return Ok(());
         }
@@ -96,12 +97,13 @@ impl Raft {
         self.hearing.acked = LogIndex(0);
         self.commit = last.index;
         let forgets = mutants::active(Mutant::SnapshotForgetsConfiguration);
-        let configuration = if forgets { self.configuration().clone() } else { configuration };
+        let (index, members) = members;
+        let members = if forgets { self.configuration().clone() } else { members };
         if epoch.is_some() {
-            self.configurations = Configurations::new(last.index, configuration);
+            self.configurations = Configurations::new(index.min(last.index), members);
             self.configuration_changed(actions);
         } else {
-            self.members_told(last.index, configuration, actions);
+            self.members_told(last.index, (index, members), actions);
         }
         actions.push(Action::InstallSnapshot { last, epoch });
         self.restraint_changed(was_whole, actions);

@@ -29,10 +29,10 @@ pub enum TransferEnd {
     #[error("this node does not lead: ask the leader")]
     NotLeader,
     /// Another transfer is under way.
-    #[error("leadership is already being transferred to node {to}: wait for its end")]
+    #[error("leadership is already being transferred{}: wait for its end", to_node(*.to))]
     UnderWay {
-        /// To whom.
-        to: NodeId,
+        /// To whom; none if that is still to be chosen.
+        to: Option<NodeId>,
     },
     /// Only a voter can lead.
     #[error("node {to} is not a voter of the present configuration: name a voter, or promote it first")]
@@ -51,12 +51,22 @@ pub enum TransferEnd {
         /// Who was asked for.
         to: NodeId,
     },
+    /// The commands that had been admitted before were not in the log within an election time-out, so that nobody was asked;
+    /// this node leads on.
+    #[error(
+        "what was admitted before could not be written to the log in time: nobody was asked to take over"
+    )]
+    NotSealed,
     /// The session with the member ended; this node leads on.
     #[error("the connection to node {to} was lost during the transfer")]
     Lost {
         /// Who was asked for.
         to: NodeId,
     },
+}
+
+fn to_node(to: Option<NodeId>) -> String {
+    to.map_or_else(String::new, |to| format!(" to node {to}"))
 }
 
 impl Raft {
@@ -78,6 +88,13 @@ impl Raft {
         }
     }
 
+    /// Whether this node campaigns because the leader of the term before told it to. It has asked nobody first whether it
+    /// could succeed.
+    #[must_use]
+    pub fn was_told_to_campaign(&self) -> bool {
+        matches!(self.role, RoleState::Candidate { transfer: true, .. })
+    }
+
     /// Leadership is to be handed to `to`, or to the most caught-up voter that is heard.
     pub(super) fn transfer(&mut self, to: Option<NodeId>, actions: &mut Vec<Action>) {
         let deadline = self.now.plus(self.config.election_timeout);
@@ -87,7 +104,7 @@ impl Raft {
             return actions.push(Action::TransferEnded { end: TransferEnd::NotLeader });
         };
         if let Some(Transfer { to, .. }) = leader.transfer {
-            return actions.push(Action::TransferEnded { end: TransferEnd::UnderWay { to } });
+            return actions.push(Action::TransferEnded { end: TransferEnd::UnderWay { to: Some(to) } });
         }
         let refused = match to.or(candidate) {
             None => TransferEnd::NoCandidate,

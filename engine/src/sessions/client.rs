@@ -1,8 +1,10 @@
 //! A client's end of a session: it numbers commands, knows which of them are settled, and acknowledges those.
 //!
-//! A sequence is *settled* when its outcome is a fact: committed, refused before it entered any log, or resolved.
-//! Settled sequences at the front of the window are acknowledged by the way, a quarter of a window at a time. One of
-//! unknown outcome stays, and with it the floor, until it is proposed again, resolved, or acknowledged as it is.
+//! A sequence is *settled* when its outcome is a fact: committed, resolved, or refused before it entered any log and
+//! numbered by the session itself, which uses no number twice. Settled sequences at the front of the window are
+//! acknowledged by the way, a quarter of a window at a time. One of unknown outcome stays, and with it the floor, until it
+//! is proposed again, resolved, or acknowledged as it is; and so does one that its caller has numbered and that was
+//! refused, because the caller may use the number again.
 
 use super::{Control, SessionRefusal, WINDOW_MAX};
 use crate::error::{ProposeError, Refusal, Refused, UnknownOutcome};
@@ -41,6 +43,9 @@ pub struct SessionPosition {
     pub window: u32,
     /// The lowest sequence whose outcome is not settled.
     pub floor: u64,
+    /// The floor that the cluster is known to have: all sequences below it were acknowledged to it. Too low a number costs
+    /// an acknowledgement; too high a one has the cluster refuse what lies beyond its window.
+    pub confirmed: u64,
     /// The lowest sequence that was never used. Too high a number is safe; too low a one gives a new command the
     /// outcome of an old one.
     pub next: u64,
@@ -99,7 +104,8 @@ impl Session {
     #[must_use]
     pub fn position(&self) -> SessionPosition {
         let book = self.book();
-        SessionPosition { id: self.id(), window: book.window, floor: book.floor, next: book.next }
+        let Book { window, floor, confirmed, next, .. } = *book;
+        SessionPosition { id: self.id(), window, floor, confirmed, next }
     }
 
     /// The same session through another node, where a leader is one now.
@@ -112,7 +118,8 @@ impl Session {
     /// [`Session::propose_with_sequence`] under the same sequence, here or through the leader's node, or ask by
     /// [`Session::resolve`].
     ///
-    /// Refused with [`SessionRefusal::BeyondWindow`] while too many sequences are unsettled.
+    /// Refused with [`SessionRefusal::BeyondWindow`] while too many sequences are unsettled. When it is refused, its number
+    /// is spent: propose the command anew, not under that number.
     pub fn propose(&self, command: impl Into<Bytes>) -> SessionProposal {
         let command = command.into();
         match self.issue() {
@@ -121,8 +128,12 @@ impl Session {
         }
     }
 
-    /// Proposes `command` under `sequence`: again, or as numbered by the caller, from 1 on and at most once for each
-    /// command. A sequence that was applied before answers with the outcome of then, whatever `command` is.
+    /// Proposes `command` under `sequence`: again, or as numbered by the caller, from 1 on and one number for each
+    /// command. A sequence that was applied before answers with the outcome of then, whatever `command` is. One that is
+    /// refused stays unsettled, and can be proposed again; who does not want to acknowledges or resolves it.
+    ///
+    /// Of a sequence below [`SessionPosition::floor`], which is not kept track of, no refusal is a fact but
+    /// [`SessionRefusal::Fenced`]: it comes as [`UnknownOutcome::EarlierAttempt`].
     pub fn propose_with_sequence(&self, sequence: u64, command: impl Into<Bytes>) -> SessionProposal {
         self.book().begin(sequence);
         self.attempt(sequence, command.into())
@@ -137,9 +148,13 @@ impl Session {
     fn issue(&self) -> Result<u64, Refusal> {
         let mut book = self.book();
         book.confirm();
-        if let Some(through) = book.wants_acknowledgement() {
-            let control = Control::Acknowledge { session: self.id(), through };
-            book.acknowledging = Some((through, self.handle.propose_control(control)));
+        if let Some(through) = book.begin_acknowledgement() {
+            // Not under the lock: if the node is just stopping, all who wait are answered and woken here, and may ask the
+            // book at once.
+            drop(book);
+            let proposal = self.handle.propose_control(Control::Acknowledge { session: self.id(), through });
+            book = self.book();
+            book.acknowledging = Some((through, Some(proposal)));
         }
         book.issue()
     }
@@ -248,8 +263,9 @@ impl Session {
     }
 
     /// Finds out what became of `sequence`, by a fence in the log: from then on it was applied, or never will be. Can be
-    /// repeated, also when its own outcome is unknown.
+    /// repeated, also when its own outcome is unknown. A sequence that was never used counts as used from then on.
     pub fn resolve(&self, sequence: u64) -> Resolution {
+        self.book().extend_through(sequence);
         let control = Control::Resolve { session: self.id(), sequence };
         Resolution { session: self.clone(), sequence, proposal: self.handle.propose_control(control) }
     }
@@ -284,6 +300,9 @@ impl SessionOpening {
     ///
     /// # Errors
     /// Those of a proposal, and [`SessionRefusal::TableFull`].
+    ///
+    /// # Panics
+    /// When it was polled before and was ready.
     pub fn wait(self) -> Result<Session, ProposeError> {
         let Self { handle, window, proposal } = self;
         proposal.wait().map(|committed| opened(&handle, window, &committed))
@@ -291,7 +310,8 @@ impl SessionOpening {
 }
 
 fn opened(handle: &Handle, window: u32, committed: &Committed) -> Session {
-    Session::new(handle.clone(), SessionPosition { id: committed.index.get(), window, floor: 1, next: 1 })
+    let position = SessionPosition { id: committed.index.get(), window, floor: 1, confirmed: 1, next: 1 };
+    Session::new(handle.clone(), position)
 }
 
 impl Future for SessionOpening {
@@ -335,6 +355,9 @@ impl SessionProposal {
     ///
     /// # Errors
     /// Those of the proposal.
+    ///
+    /// # Panics
+    /// When it was polled before and was ready: the outcome was told then.
     pub fn wait(mut self) -> Outcome {
         let outcome = self.proposal.wait_blocking();
         self.told(outcome)
@@ -381,6 +404,9 @@ impl SessionControl {
     ///
     /// # Errors
     /// Those of a proposal. It can be repeated whatever they say.
+    ///
+    /// # Panics
+    /// When it was polled before and was ready.
     pub fn wait(mut self) -> Result<(), ProposeError> {
         let outcome = self.proposal.wait_blocking();
         self.told(outcome)
@@ -418,6 +444,9 @@ impl Resolution {
     ///
     /// # Errors
     /// Those of a proposal; a sequence below the floor or beyond the window, and an expired session, cannot be resolved.
+    ///
+    /// # Panics
+    /// When it was polled before and was ready.
     pub fn wait(mut self) -> Result<Resolved, ProposeError> {
         let outcome = self.proposal.wait_blocking();
         self.told(outcome)
@@ -459,8 +488,8 @@ struct Book {
     confirmed: u64,
     /// From `floor` on, to `next`, exclusive.
     used: VecDeque<Used>,
-    /// An acknowledgement under way, and through which sequence.
-    acknowledging: Option<(u64, Proposal)>,
+    /// Through which sequence an acknowledgement is under way; without a proposal while that is being made.
+    acknowledging: Option<(u64, Option<Proposal>)>,
     /// Why the last acknowledgement was refused.
     refusal: Option<Refusal>,
 }
@@ -472,20 +501,47 @@ struct Used {
     attempts: u32,
     /// An attempt ended without a fact.
     doubtful: bool,
-    settled: bool,
+    /// The caller has proposed it by its number, and may again.
+    callers: bool,
+    settled: Settled,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Settled {
+    #[default]
+    No,
+    /// It entered no log.
+    Refused,
+    /// Committed, or fenced.
+    Known,
+}
+
+/// What the outcome of an attempt says of a sequence of which nothing else is known: an attempt before may have been
+/// applied, or may be yet. Only a fence is stronger than that; and beyond the window nothing was applied before either.
+fn untracked(outcome: Outcome, earlier: impl FnOnce(Refusal) -> Outcome) -> Outcome {
+    match outcome {
+        Err(ProposeError::Refused(Refused {
+            reason: Refusal::Session(SessionRefusal::Fenced | SessionRefusal::BeyondWindow { .. }),
+            ..
+        })) => outcome,
+        Err(ProposeError::Refused(Refused { reason, .. })) => earlier(reason),
+        outcome => outcome,
+    }
 }
 
 impl Book {
     fn new(position: SessionPosition) -> Self {
-        let SessionPosition { window, floor, next, .. } = position;
+        let SessionPosition { window, floor: told, confirmed, next, .. } = position;
         // What this client would not have used itself is not kept track of.
         let window = window.clamp(1, WINDOW_MAX);
-        let floor = floor.max(1).max(next.saturating_sub(2 * u64::from(window)));
+        let floor = told.max(1).max(next.saturating_sub(2 * u64::from(window)));
+        // Nor is it acknowledged unasked.
+        let confirmed = if floor > told.max(1) { floor } else { confirmed.clamp(1, floor) };
         let mut book = Self {
             window,
             next: floor,
             floor,
-            confirmed: floor,
+            confirmed,
             used: VecDeque::new(),
             acknowledging: None,
             refusal: None,
@@ -513,24 +569,38 @@ impl Book {
             return Err(self.refusal.take().unwrap_or(full));
         }
         let sequence = self.next;
-        self.begin(sequence);
+        self.extend_through(sequence);
+        if let Some(used) = self.used(sequence) {
+            used.attempts = 1;
+        }
         Ok(sequence)
     }
 
-    /// An attempt begins. Sequences that the caller leaves out are not settled until it says so. One that lies
-    /// beyond any window is not kept track of: it will be refused.
+    /// An attempt begins at a sequence that the caller names.
     fn begin(&mut self, sequence: u64) {
-        if sequence.saturating_sub(self.floor) < 2 * u64::from(self.window) {
-            self.extend_to(sequence.saturating_add(1), false);
-        }
+        self.extend_through(sequence);
         if let Some(used) = self.used(sequence) {
             used.attempts += 1;
+            used.callers = true;
+            if used.settled == Settled::Refused {
+                used.settled = Settled::No;
+            }
+        }
+    }
+
+    /// The sequence is used, and so will not be issued. Those that the caller leaves out before it are not settled until it
+    /// says so. One that lies beyond any window is not kept track of: it will be refused.
+    fn extend_through(&mut self, sequence: u64) {
+        if sequence.saturating_sub(self.floor) < 2 * u64::from(self.window) {
+            self.extend_to(sequence.saturating_add(1), false);
         }
     }
 
     /// An attempt ended; what its outcome says of the sequence.
     fn end(&mut self, sequence: u64, outcome: Outcome) -> Outcome {
-        let Some(used) = self.used(sequence) else { return outcome };
+        let earlier =
+            |reason| Err(UnknownOutcome::EarlierAttempt { sequence, reason: Box::new(reason) }.into());
+        let Some(used) = self.used(sequence) else { return untracked(outcome, earlier) };
         used.attempts = used.attempts.saturating_sub(1);
         let outcome = match outcome {
             Err(ProposeError::Refused(Refused {
@@ -538,14 +608,18 @@ impl Book {
             }))
             | Err(ProposeError::ReplyGone { .. })
             | Ok(_) => {
-                used.settled = true;
+                used.settled = Settled::Known;
                 outcome
             }
-            Err(ProposeError::Refused(Refused { reason, .. })) if used.doubtful || used.attempts > 0 => {
-                Err(UnknownOutcome::EarlierAttempt { sequence, reason: Box::new(reason) }.into())
+            Err(ProposeError::Refused(Refused { reason, .. }))
+                if used.doubtful || used.attempts > 0 || used.settled == Settled::Known =>
+            {
+                earlier(reason)
             }
             Err(ProposeError::Refused(_)) => {
-                used.settled = true;
+                if !used.callers {
+                    used.settled = Settled::Refused;
+                }
                 outcome
             }
             Err(ProposeError::Unknown(_)) => {
@@ -566,7 +640,7 @@ impl Book {
 
     fn settle(&mut self, sequence: u64) {
         if let Some(used) = self.used(sequence) {
-            used.settled = true;
+            used.settled = Settled::Known;
         }
         self.advance();
     }
@@ -584,7 +658,7 @@ impl Book {
     }
 
     fn advance(&mut self) {
-        while self.used.front().is_some_and(|used| used.settled) {
+        while self.used.front().is_some_and(|used| used.settled != Settled::No) {
             self.used.pop_front();
             self.floor += 1;
         }
@@ -592,7 +666,7 @@ impl Book {
 
     /// Takes note of an acknowledgement that has ended.
     fn confirm(&mut self) {
-        let Some((through, proposal)) = &mut self.acknowledging else { return };
+        let Some((through, Some(proposal))) = &mut self.acknowledging else { return };
         let Some(outcome) = proposal.try_outcome() else { return };
         let floor = through.saturating_add(1);
         self.acknowledging = None;
@@ -609,6 +683,13 @@ impl Book {
         let due = settled >= u64::from((self.window / 4).max(1));
         (due && self.acknowledging.is_none()).then(|| self.floor - 1)
     }
+
+    /// The same, and nobody else is told so.
+    fn begin_acknowledgement(&mut self) -> Option<u64> {
+        let through = self.wants_acknowledgement()?;
+        self.acknowledging = Some((through, None));
+        Some(through)
+    }
 }
 
 #[cfg(test)]
@@ -616,7 +697,7 @@ mod tests {
     use super::*;
 
     fn book(window: u32) -> Book {
-        Book::new(SessionPosition { id: 9, window, floor: 1, next: 1 })
+        Book::new(SessionPosition { id: 9, window, floor: 1, confirmed: 1, next: 1 })
     }
 
     fn committed() -> Outcome {
@@ -691,9 +772,76 @@ mod tests {
         assert_eq!(book.floor, 4);
     }
 
+    fn is_earlier(outcome: &Outcome) -> bool {
+        matches!(outcome, Err(ProposeError::Unknown(UnknownOutcome::EarlierAttempt { sequence: 1, .. })))
+    }
+
+    /// A caller's number that was refused counted as settled, and with that nothing was known of it any more. A second attempt
+    /// was lost with its leader, a third one refused, and that passed for a fact: the command was applied a second time
+    /// under the number that came next.
+    #[test]
+    fn a_number_that_was_refused_and_is_used_again_is_kept_track_of() {
+        let mut book = book(4);
+        book.begin(1);
+        assert!(
+            matches!(book.end(1, refused(Refusal::Busy)), Err(ProposeError::Refused(_))),
+            "it is in no log"
+        );
+        assert_eq!((book.floor, book.next), (1, 2), "it may be used again");
+        book.begin(1);
+        assert!(book.end(1, lost()).is_err());
+        book.begin(1);
+        let outcome = book.end(1, refused(Refusal::NotLeader { leader: None }));
+        assert!(is_earlier(&outcome), "{outcome:?}");
+        assert_eq!(book.floor, 1);
+        book.begin(1);
+        assert!(book.end(1, committed()).is_ok());
+        assert_eq!(book.floor, 2);
+    }
+
+    #[test]
+    fn of_a_number_that_is_not_kept_track_of_no_refusal_is_a_fact_but_a_fence() {
+        let mut book = book(4);
+        assert_eq!(book.issue(), Ok(1));
+        assert!(matches!(book.end(1, refused(Refusal::Busy)), Err(ProposeError::Refused(_))));
+        assert_eq!(book.floor, 2, "the session itself uses no number again");
+        for reason in [Refusal::NotLeader { leader: None }, Refusal::Busy] {
+            book.begin(1);
+            assert!(book.end(1, lost()).is_err());
+            book.begin(1);
+            let outcome = book.end(1, refused(reason));
+            assert!(is_earlier(&outcome), "{outcome:?}");
+        }
+        for fact in [SessionRefusal::Fenced, SessionRefusal::BeyondWindow { floor: 2, window: 4 }] {
+            book.begin(1);
+            let outcome = book.end(1, refused(Refusal::Session(fact)));
+            assert!(matches!(outcome, Err(ProposeError::Refused(_))), "{outcome:?}");
+        }
+    }
+
+    #[test]
+    fn a_refusal_says_nothing_of_a_number_that_was_committed_before() {
+        let mut book = book(4);
+        assert_eq!((book.issue(), book.issue()), (Ok(1), Ok(2)));
+        assert!(book.end(2, committed()).is_ok());
+        book.begin(2);
+        let outcome = book.end(2, refused(Refusal::NotLeader { leader: None }));
+        assert!(matches!(
+            outcome,
+            Err(ProposeError::Unknown(UnknownOutcome::EarlierAttempt { sequence: 2, .. }))
+        ));
+        // Refused behind one that is open, and then used by its number: it is not settled any more.
+        assert_eq!(book.issue(), Ok(3));
+        assert!(book.end(3, refused(Refusal::Busy)).is_err());
+        book.begin(3);
+        assert!(book.end(3, lost()).is_err());
+        assert!(book.end(1, committed()).is_ok());
+        assert_eq!(book.floor, 3);
+    }
+
     #[test]
     fn what_was_used_before_a_resumption_is_doubtful() {
-        let mut book = Book::new(SessionPosition { id: 9, window: 8, floor: 4, next: 6 });
+        let mut book = Book::new(SessionPosition { id: 9, window: 8, floor: 4, confirmed: 4, next: 6 });
         book.begin(5);
         let outcome = book.end(5, refused(Refusal::Busy));
         assert!(matches!(outcome, Err(ProposeError::Unknown(UnknownOutcome::EarlierAttempt { .. }))));
@@ -702,7 +850,112 @@ mod tests {
         assert_eq!(book.floor, 6);
         book.settle_through(90);
         assert_eq!((book.floor, book.next), (91, 91));
-        let book = Book::new(SessionPosition { id: 9, window: u32::MAX, floor: 0, next: u64::MAX });
+        let book =
+            Book::new(SessionPosition { id: 9, window: u32::MAX, floor: 0, confirmed: 0, next: u64::MAX });
         assert_eq!((book.next, book.used.len()), (u64::MAX, 2 * WINDOW_MAX as usize), "bounded");
+        assert_eq!(book.wants_acknowledgement(), None, "what was made up is acknowledged by nobody");
+    }
+
+    #[test]
+    fn a_resumed_session_first_acknowledges_what_the_cluster_does_not_know_to_be_settled() {
+        let mut book = book(8);
+        for sequence in 1..=7 {
+            assert_eq!(book.issue(), Ok(sequence));
+            assert!(book.end(sequence, committed()).is_ok());
+        }
+        let Book { window, floor, confirmed, next, .. } = book;
+        assert_eq!((floor, confirmed, next), (8, 1, 8));
+        let mut book = Book::new(SessionPosition { id: 9, window, floor, confirmed, next });
+        assert_eq!(book.begin_acknowledgement(), Some(7));
+        assert_eq!(book.begin_acknowledgement(), None, "one at a time");
+        assert_eq!(book.issue(), Ok(8), "the last one of the cluster's window");
+        let full = Refusal::Session(SessionRefusal::BeyondWindow { floor: 1, window: 8 });
+        assert_eq!(book.issue(), Err(full), "the cluster would refuse it");
+        book.acknowledging = None;
+        book.confirmed = 8;
+        assert_eq!(book.issue(), Ok(9));
+    }
+
+    #[test]
+    fn a_number_that_was_resolved_unused_is_not_issued_any_more() {
+        let mut book = book(8);
+        book.extend_through(1);
+        assert_eq!(book.issue(), Ok(2), "also while the answer is on its way");
+        book.settle(1);
+        assert_eq!(book.floor, 2);
+        book.extend_through(2);
+        assert_eq!((book.floor, book.next), (2, 3), "one that was used stays what it is");
+    }
+
+    /// Reads the book when it is woken, and notes when it cannot on the thread that is proposing.
+    struct Reader {
+        session: Session,
+        proposer: std::thread::ThreadId,
+        blocked: std::sync::atomic::AtomicBool,
+        here: std::sync::atomic::AtomicBool,
+    }
+
+    impl std::task::Wake for Reader {
+        fn wake(self: Arc<Self>) {
+            use std::sync::atomic::Ordering::Relaxed;
+            if std::thread::current().id() == self.proposer {
+                self.here.store(true, Relaxed);
+                self.blocked.fetch_or(self.session.shared.book.try_lock().is_err(), Relaxed);
+            }
+        }
+    }
+
+    /// A node that stops while an acknowledgement is being proposed has its proposer answer all that wait: an executor that
+    /// polls where it is woken asked for the book there while the proposer held it, and waited for itself.
+    #[test]
+    fn whoever_is_woken_while_an_acknowledgement_is_proposed_can_ask_the_book() {
+        use crate::config::{Config, MemberConfig};
+        use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+        let member = MemberConfig { id: ringraft_block::NodeId(1), address: ([127, 0, 0, 1], 7000).into() };
+        let config = Config {
+            ingress_capacity: 4,
+            reads_max: 4,
+            ..Config::new(ringraft_block::ClusterId(1), member.id, vec![member], "nowhere")
+        };
+        let position = SessionPosition { id: 9, window: 4, floor: 3, confirmed: 1, next: 3 };
+        let mut woken = 0;
+        for round in 0..2_000 {
+            let wakeup = Arc::new(crate::runtime::Wakeup::new());
+            let shared = Arc::new(crate::handle::Shared::new(&config, wakeup));
+            let handle = Handle { shared: Arc::clone(&shared) };
+            let session = handle.resume_session(position);
+            let reader = Arc::new(Reader {
+                session: session.clone(),
+                proposer: std::thread::current().id(),
+                blocked: AtomicBool::new(false),
+                here: AtomicBool::new(false),
+            });
+            let waker = Arc::clone(&reader).into();
+            let mut context = Context::from_waker(&waker);
+            let mut waiting = std::pin::pin!(handle.propose("command"));
+            assert!(waiting.as_mut().poll(&mut context).is_pending());
+            // What keeps the thread that stops it busy for a moment before it answers proposals itself.
+            let asked: Vec<_> = (0..100).map(|_| handle.transfer_leadership(None)).collect();
+            let ready = AtomicBool::new(false);
+            std::thread::scope(|scope| {
+                let ready = &ready;
+                scope.spawn(move || {
+                    ready.store(true, Relaxed);
+                    (0..round % 128).for_each(|_| std::hint::spin_loop());
+                    shared.ingress.stop(crate::error::StopError::Requested.into());
+                });
+                while !ready.load(Relaxed) {
+                    std::hint::spin_loop();
+                }
+                drop(session.propose("another"));
+            });
+            drop(asked);
+            assert!(!reader.blocked.load(Relaxed), "woken under the lock");
+            woken += u32::from(reader.here.load(Relaxed));
+            if woken >= 3 {
+                return;
+            }
+        }
+        println!("the stop came between in {woken} runs");
     }
 }

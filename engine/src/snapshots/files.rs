@@ -2,16 +2,19 @@
 //!
 //! Making ([`Part`]): create under a temporary name, with room for all of it; write; flush; close; read all of it back and
 //! verify; and only when the owner says so, rename and sync the directory. A failure at any step removes the file, and
-//! leaves everything else as it was: none of it is the log's.
+//! leaves everything else as it was: none of it is the log's. One that a later process is to go on with is made durable
+//! with its name before the first write, and can be flushed in between.
 //!
 //! Reading ([`Reading`]): header, slots, trailer, each verified before anybody sees it. The owner asks for the next slot, so
 //! that work is bounded per turn.
 
 use super::{Decoder, SLOT_READ_BYTES, SnapshotDamage, SnapshotFile};
+use crate::raft::LogId;
 use ringraft_block::{BLOCK_BYTES, Block, BlockBuf, ClusterId, Pool, SharedBlock};
 use ringraft_wal::disk::{
     Access, Disk, DiskDone, DiskError, DiskErrorKind, DiskOp, DiskOpId, DiskOutput, FileId,
 };
+use ringraft_wal::format::Chain;
 use std::ops::Range;
 
 /// The top byte of every id of an operation on snapshots.
@@ -114,6 +117,13 @@ impl Reading {
 
     pub(crate) fn awaits(&self, id: DiskOpId) -> bool {
         self.op == Some(id)
+    }
+
+    /// What the file is of, and up to where its bytes have turned out right. None before the header has.
+    pub(crate) fn verified(&self) -> Option<(LogId, Chain, u64)> {
+        let decoder = self.decoder.as_ref()?;
+        let (last, chain) = decoder.position();
+        Some((last, chain, decoder.offset()))
     }
 
     /// Whether it waits for [`Self::next`].
@@ -239,9 +249,17 @@ pub(crate) struct Part {
 }
 
 enum PartPhase {
-    Creating,
+    Creating {
+        durably: bool,
+    },
+    /// Its size and then its name are made durable.
+    Settling,
+    Naming,
+    Reopening,
     Open,
     Writing,
+    /// What is written so far is made durable.
+    Saving,
     Flushing,
     Closing,
     Verifying(Reading),
@@ -275,9 +293,49 @@ impl Part {
         bytes: u64,
     ) -> Self {
         let bytes = bytes.next_multiple_of(BLOCK_BYTES as u64);
-        let op = tools.submit(DiskOp::Create { name: name.to_owned(), bytes, access: Access::Write });
-        let (phase, name) = (PartPhase::Creating, name.to_owned());
-        Self { cluster, name, phase, op: Some(op), file: None, bytes, writing: 0, failure: None }
+        let create = DiskOp::Create { name: name.to_owned(), bytes, access: Access::Write };
+        Self::begin(tools, cluster, name, bytes, PartPhase::Creating { durably: false }, create)
+    }
+
+    /// As [`Self::create`]; a later process finds the file by its name.
+    pub(crate) fn create_durably<D: Disk>(
+        tools: &mut Tools<'_, D>,
+        cluster: ClusterId,
+        name: &str,
+        bytes: u64,
+    ) -> Self {
+        let part = Self::create(tools, cluster, name, bytes);
+        Self { phase: PartPhase::Creating { durably: true }, ..part }
+    }
+
+    /// Goes on with a file that an earlier process has made. Fails, and removes it, if it has not got room for `bytes`.
+    pub(crate) fn reopen<D: Disk>(
+        tools: &mut Tools<'_, D>,
+        cluster: ClusterId,
+        name: &str,
+        bytes: u64,
+    ) -> Self {
+        let open = DiskOp::Open { name: name.to_owned(), access: Access::Write };
+        Self::begin(tools, cluster, name, bytes, PartPhase::Reopening, open)
+    }
+
+    /// Only removes a file that an earlier process has made, and fails.
+    pub(crate) fn remove<D: Disk>(tools: &mut Tools<'_, D>, cluster: ClusterId, name: &str) -> Self {
+        let remove = DiskOp::Remove { name: name.to_owned() };
+        let part = Self::begin(tools, cluster, name, 0, PartPhase::Removing, remove);
+        Self { failure: Some(FileFailure::Other), ..part }
+    }
+
+    fn begin<D: Disk>(
+        tools: &mut Tools<'_, D>,
+        cluster: ClusterId,
+        name: &str,
+        bytes: u64,
+        phase: PartPhase,
+        op: DiskOp<D::Buf>,
+    ) -> Self {
+        let (name, op) = (name.to_owned(), Some(tools.submit(op)));
+        Self { cluster, name, phase, op, file: None, bytes, writing: 0, failure: None }
     }
 
     pub(crate) fn awaits(&self, id: DiskOpId) -> bool {
@@ -315,6 +373,13 @@ impl Part {
         self.writing = bytes;
         self.phase = PartPhase::Writing;
         self.op = Some(tools.submit(DiskOp::Write { file, offset, block, bytes }));
+    }
+
+    /// Makes durable what has been written to a file that is ready.
+    pub(crate) fn flush<D: Disk>(&mut self, tools: &mut Tools<'_, D>) {
+        let Some(file) = self.file.filter(|_| self.is_ready()) else { return };
+        self.phase = PartPhase::Saving;
+        self.op = Some(tools.submit(DiskOp::Flush { file }));
     }
 
     /// Everything is written.
@@ -390,11 +455,30 @@ impl Part {
             (PartPhase::Removing, _) => {
                 return PartStep::Failed(self.failure.take().unwrap_or(FileFailure::Short));
             }
-            (PartPhase::Creating, Ok(DiskOutput::Opened { file, .. })) => {
+            (PartPhase::Creating { durably: true }, Ok(DiskOutput::Opened { file, .. })) => {
+                self.file = Some(file);
+                self.phase = PartPhase::Settling;
+                self.op = Some(tools.submit(DiskOp::Flush { file }));
+                return PartStep::Pending;
+            }
+            (PartPhase::Settling, Ok(DiskOutput::Done)) => {
+                self.phase = PartPhase::Naming;
+                self.op = Some(tools.submit(DiskOp::SyncDirectory));
+                return PartStep::Pending;
+            }
+            (PartPhase::Naming | PartPhase::Saving, Ok(DiskOutput::Done)) => self.phase = PartPhase::Open,
+            (PartPhase::Creating { .. }, Ok(DiskOutput::Opened { file, .. })) => {
                 self.file = Some(file);
                 self.phase = PartPhase::Open;
             }
-            (PartPhase::Creating, Err(error)) if error.kind == DiskErrorKind::NoSpace => {
+            (PartPhase::Reopening, Ok(DiskOutput::Opened { file, bytes })) => {
+                self.file = Some(file);
+                self.phase = PartPhase::Open;
+                if bytes < self.bytes {
+                    self.failure.get_or_insert(FileFailure::Short);
+                }
+            }
+            (PartPhase::Creating { .. }, Err(error)) if error.kind == DiskErrorKind::NoSpace => {
                 // Nothing was made of it.
                 return PartStep::Failed(error.into());
             }

@@ -14,7 +14,7 @@ use ringraft_net::link::{
 };
 use ringraft_net::{
     ATTACHMENT_OFFSET, BlockSource, DisconnectCause, FrameCap, NetConfig, NetEvent, NetLimits, Network,
-    PeerConfig, Rejection, Session,
+    PeerConfig, Referral, Rejection, Session,
 };
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -573,6 +573,8 @@ pub enum Seen {
     Disconnected { peer: u64, session: u64, cause: DisconnectCause },
     Frame { peer: u64, session: u64, kind: u16, body: Vec<u8>, attachment: Vec<u8> },
     Rejected(Rejection),
+    Referred(u64, Option<Referral>),
+    Asked(u64, SocketAddr),
 }
 
 pub struct Blocks {
@@ -702,6 +704,8 @@ fn see(event: NetEvent<AlignedBuf>) -> Seen {
             Seen::Frame { peer: peer.get(), session: session.0, kind: frame.kind, body, attachment }
         }
         NetEvent::Rejected { reason, .. } => Seen::Rejected(reason),
+        NetEvent::Referred { by, to } => Seen::Referred(by.get(), to),
+        NetEvent::Asked { by, address } => Seen::Asked(by.get(), address),
     }
 }
 

@@ -115,7 +115,8 @@ fn main() -> anyhow::Result<ExitCode> {
 fn keep_freed_memory() {
     // SAFETY: sets three numbers of the allocator, before there are other threads.
     unsafe {
-        libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 30);
+        // The most that is taken.
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 32 << 20);
         libc::mallopt(libc::M_TRIM_THRESHOLD, 1 << 30);
         libc::mallopt(libc::M_TOP_PAD, 16 << 20);
     }
@@ -140,7 +141,7 @@ fn run_seeds(arguments: &Arguments, options: &Options) -> anyhow::Result<ExitCod
     };
     let make = || {
         Bug::set(bug);
-        Engine::default()
+        Engine
     };
     let threads = if options.trace { 1 } else { arguments.threads.max(1) };
     let progress = |runs: u64| {

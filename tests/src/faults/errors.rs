@@ -7,11 +7,12 @@
 
 use super::log::{LogRun, Model, config, quiet};
 use super::threads::{Tally, split};
+use crate::sim::buffer::SimBuf;
 use crate::sim::context::{Context, SECOND};
 use crate::sim::disk::{Crash, DiskConfig, DiskState, Fault, On, Scheduled};
 use crate::sim::rng::Rng;
 use crate::sim::trace::Trace;
-use ringraft_block::{AlignedBuf, BLOCK_BYTES, Pool};
+use ringraft_block::{BLOCK_BYTES, Pool};
 use std::cell::RefCell;
 use std::ops::Range;
 use std::rc::Rc;
@@ -238,7 +239,7 @@ struct Injector<'a> {
     seed: u64,
     options: &'a Options,
     thread: usize,
-    pool: Pool<AlignedBuf>,
+    pool: Pool<SimBuf>,
     tally: Tally,
 }
 

@@ -10,9 +10,10 @@
 
 use super::log::{LogRun, Model, config, quiet, recover};
 use super::threads::{Tally, split};
+use crate::sim::buffer::SimBuf;
 use crate::sim::disk::{DiskConfig, DiskState, Fault, On, Pending, Scheduled};
 use crate::sim::rng::Rng;
-use ringraft_block::{AlignedBuf, BLOCK_BYTES, LogIndex, Pool};
+use ringraft_block::{BLOCK_BYTES, LogIndex, Pool};
 use ringraft_wal::format::{PriorContent, read_envelope, read_segment_header};
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -413,7 +414,7 @@ fn start_anew_and_start(stage: &mut Stage<'_>) {
 /// Plays scenarios: each of `threads` judges its share of each moment's images.
 struct Stage<'a> {
     run: LogRun,
-    pool: Pool<AlignedBuf>,
+    pool: Pool<SimBuf>,
     options: &'a Options,
     scenario: &'static str,
     thread: usize,
@@ -422,7 +423,7 @@ struct Stage<'a> {
     tally: Tally,
 }
 
-fn blank(options: &Options, pool: &Pool<AlignedBuf>) -> LogRun {
+fn blank(options: &Options, pool: &Pool<SimBuf>) -> LogRun {
     let context = quiet();
     let state = DiskState::new(&context, 0, Rng::new(options.seed), DiskConfig::default());
     if let Some(skip) = options.lost_write {
@@ -618,7 +619,7 @@ pub fn recycled(options: &Options) -> (LogRun, String) {
 }
 
 /// Starts on an image, and once more on what the first start made durable.
-fn twice(image: &Rc<RefCell<DiskState>>, pool: &Pool<AlignedBuf>, model: &Model) -> Result<(), String> {
+fn twice(image: &Rc<RefCell<DiskState>>, pool: &Pool<SimBuf>, model: &Model) -> Result<(), String> {
     let context = quiet();
     let first = recover(&context, image, pool, model, false)?;
     let again = image.borrow().durable_image(&context);

@@ -1,9 +1,10 @@
 //! A log on a simulated disk, driven step by step, and the model of what it owes its user.
 
+use crate::sim::buffer::SimBuf;
 use crate::sim::context::Context;
 use crate::sim::disk::{DiskState, SimDisk};
 use crate::sim::trace::Trace;
-use ringraft_block::{AlignedBuf, ClusterId, GroupId, LogIndex, NodeId, Pool, Term};
+use ringraft_block::{ClusterId, GroupId, LogIndex, NodeId, Pool, Term};
 use ringraft_wal::disk::{Disk, DiskDone};
 use ringraft_wal::format::{
     BatchBuilder, BatchInfo, BatchKind, Chain, ENVELOPE_BYTES, HardState, LogStart, Seal, image_bytes_for,
@@ -153,10 +154,10 @@ pub struct LogRun {
     disk: SimDisk,
     /// The log.
     pub wal: Wal<SimDisk>,
-    pool: Pool<AlignedBuf>,
-    builder: Option<BatchBuilder<AlignedBuf>>,
-    done: Vec<DiskDone<AlignedBuf>>,
-    events: VecDeque<WalEvent<AlignedBuf>>,
+    pool: Pool<SimBuf>,
+    builder: Option<BatchBuilder<SimBuf>>,
+    done: Vec<DiskDone<SimBuf>>,
+    events: VecDeque<WalEvent<SimBuf>>,
     /// What it owes.
     pub model: Model,
     /// What the start found, once it is through.
@@ -186,7 +187,7 @@ impl LogRun {
         context: &Rc<Context>,
         state: &Rc<RefCell<DiskState>>,
         config: WalConfig,
-        pool: &Pool<AlignedBuf>,
+        pool: &Pool<SimBuf>,
         model: Model,
     ) -> Self {
         Self {
@@ -232,7 +233,7 @@ impl LogRun {
         }
     }
 
-    fn take(&mut self, event: WalEvent<AlignedBuf>) {
+    fn take(&mut self, event: WalEvent<SimBuf>) {
         if self.poisoned.is_some() && !matches!(event, WalEvent::Read { .. } | WalEvent::Closed) {
             self.violate(|| format!("the log stopped and then said {event:?}"));
         }
@@ -502,7 +503,7 @@ pub struct Outcome {
 pub fn recover(
     context: &Rc<Context>,
     image: &Rc<RefCell<DiskState>>,
-    pool: &Pool<AlignedBuf>,
+    pool: &Pool<SimBuf>,
     model: &Model,
     read_back: bool,
 ) -> Result<Outcome, String> {

@@ -7,9 +7,10 @@
 use super::images::{Options, recycled};
 use super::log::{LogRun, config, quiet};
 use super::threads::Tally;
+use crate::sim::buffer::SimBuf;
 use crate::sim::disk::{DiskConfig, Rot};
 use crate::sim::rng::Rng;
-use ringraft_block::{AlignedBuf, BLOCK_BYTES, Pool, SECTOR_BYTES};
+use ringraft_block::{BLOCK_BYTES, Pool, SECTOR_BYTES};
 use ringraft_wal::format::{BatchInfo, ENVELOPE_BYTES, read_envelope};
 
 /// So many batches are written over the former life.
@@ -21,7 +22,7 @@ const BATCHES: u64 = 8;
 /// When the log does not get as far as this needs.
 #[must_use]
 pub fn run(seed: u64) -> Tally {
-    let pool: Pool<AlignedBuf> = Pool::new(4 << 20);
+    let pool: Pool<SimBuf> = Pool::new(4 << 20);
     let options = Options { seed, ..Options::default() };
     let (mut run, file) = recycled(&options);
     let content = |run: &LogRun| run.state.borrow().content(&file).expect("it is in service");

@@ -8,7 +8,7 @@ use super::context::Context;
 use super::coverage::Mark;
 use super::kv::{Command, CommandId, HEAD_BYTES, KEYS, Operation, Register, Store};
 use super::linearizable::{self, Call, Verdict};
-use super::node::{LEADER, View};
+use super::node::{Ask, LEADER, View};
 use super::trace::What;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -44,6 +44,18 @@ pub enum Fate {
     Refused,
     /// No answer will come.
     Unknown,
+    /// A read, answered.
+    Read {
+        /// With everything up to here applied.
+        applied: u64,
+        /// With this reply.
+        reply: u64,
+    },
+    /// What was waited for has come.
+    Reached {
+        /// At this index.
+        index: u64,
+    },
 }
 
 /// A client's command: what it asked, when, and what it knows.
@@ -55,6 +67,19 @@ struct Asked {
     returned: u64,
     fate: Fate,
     applied_at: Option<u64>,
+    /// What was asked instead of the command.
+    ask: Option<Ask>,
+    /// What was committed when it was asked.
+    known: Known,
+}
+
+/// How far the cluster had come at some moment.
+#[derive(Clone, Copy, Debug, Default)]
+struct Known {
+    /// The last index that some node knew to be committed.
+    committed: u64,
+    /// The highest term in which something was committed.
+    term: u64,
 }
 
 #[derive(Clone, Copy)]
@@ -76,8 +101,13 @@ pub struct History {
     committed: BTreeMap<u64, CommittedEnd>,
     leaders: BTreeMap<u64, usize>,
     last_leader: Option<usize>,
+    known: Known,
+    /// Each key's values, by the index from which on they were there.
+    values: [Vec<(u64, u64)>; KEYS],
     failure: Option<String>,
 }
+
+mod reads;
 
 impl History {
     /// Nothing yet.
@@ -91,6 +121,8 @@ impl History {
             committed: BTreeMap::new(),
             leaders: BTreeMap::new(),
             last_leader: None,
+            known: Known::default(),
+            values: Default::default(),
             failure: None,
         }))
     }
@@ -127,8 +159,13 @@ impl History {
 
     /// A client proposes a command for the first time, or again after a refusal.
     pub fn proposed(&mut self, command: Command) {
-        let invoked = self.tick();
-        let asked = Asked { command, invoked, returned: 0, fate: Fate::Open, applied_at: None };
+        self.asked(command, None);
+    }
+
+    /// As [`History::proposed`], where the command itself is not to be proposed.
+    pub fn asked(&mut self, command: Command, ask: Option<Ask>) {
+        let (invoked, known) = (self.tick(), self.known);
+        let asked = Asked { command, invoked, returned: 0, fate: Fate::Open, applied_at: None, ask, known };
         let commands = &mut self.asked[command.id.client];
         match commands.get_mut(command.id.sequence) {
             Some(again) => *again = Asked { applied_at: again.applied_at, ..asked },
@@ -148,11 +185,25 @@ impl History {
         let asked = &mut self.asked[id.client][id.sequence];
         (asked.fate, asked.returned) = (fate, returned);
         let applied = asked.applied_at;
-        if let Fate::Acknowledged { index, .. } = fate {
-            self.context.cover(Mark::Acknowledged);
-            if applied != Some(index) {
-                self.fail(|| format!("{id:?} was acknowledged at index {index} and applied at {applied:?}"));
+        match fate {
+            Fate::Acknowledged { index, .. } => {
+                self.context.cover(Mark::Acknowledged);
+                if applied != Some(index) {
+                    self.fail(|| {
+                        format!("{id:?} was acknowledged at index {index} and applied at {applied:?}")
+                    });
+                }
             }
+            Fate::Read { applied, reply } => self.check_read(id, applied, reply),
+            Fate::Reached { index } => self.check_reached(id, index),
+            _ => {}
+        }
+    }
+
+    /// Nobody will say what became of a command that is still open.
+    pub fn abandon(&mut self, id: CommandId) {
+        if self.asked[id.client][id.sequence].fate == Fate::Open {
+            self.answered(id, Fate::Unknown);
         }
     }
 
@@ -205,12 +256,19 @@ impl History {
         }
     }
 
+    /// Who led a term, if anybody was seen to.
+    #[must_use]
+    pub fn leader_of(&self, term: u64) -> Option<usize> {
+        self.leaders.get(&term).copied()
+    }
+
     /// The commit index of a node in `term` has reached `index`, where its chain is `chain`. Whether that was news.
     pub fn committed(&mut self, node: usize, term: u64, index: u64, chain: Option<[u8; 16]>) -> bool {
         let Some(chain) = chain else {
             self.fail(|| format!("node {node} committed up to {index}, which is no batch end of its log"));
             return false;
         };
+        self.known.committed = self.known.committed.max(index);
         match self.committed.get_mut(&index) {
             None => {
                 self.committed.insert(index, CommittedEnd { chain, term });
@@ -315,8 +373,9 @@ impl History {
                         });
                     }
                     (Fate::Unknown, Some(_)) => self.context.cover(Mark::UnknownCommitted),
+                    (Fate::Unknown, None) if self.asked[client][sequence].ask.is_some() => {}
                     (Fate::Unknown, None) => self.context.cover(Mark::UnknownLost),
-                    (Fate::Refused, None) => {}
+                    (Fate::Refused | Fate::Read { .. } | Fate::Reached { .. }, None) => {}
                     _ => {
                         let id = command.id;
                         self.fail(|| format!("{id:?} ended as {fate:?} and was applied at {applied_at:?}"));
@@ -339,10 +398,11 @@ impl History {
     /// read without an answer there is nothing to explain.
     fn check_linearizability(&mut self) {
         let mut keys: [Vec<Call<Operation, u64>>; KEYS] = Default::default();
-        for Asked { command, invoked, returned, fate, .. } in self.asked.iter().flatten().copied() {
+        for Asked { command, invoked, returned, fate, ask, .. } in self.asked.iter().flatten().copied() {
             let reply = match fate {
                 Fate::Acknowledged { reply, .. } => Some(reply),
-                Fate::Refused => continue,
+                Fate::Read { reply, .. } if ask.is_some_and(Ask::is_linearizable) => Some(reply),
+                Fate::Refused | Fate::Read { .. } | Fate::Reached { .. } => continue,
                 Fate::Open | Fate::Unknown if command.operation.reads() => continue,
                 Fate::Open | Fate::Unknown => None,
             };
@@ -381,6 +441,12 @@ impl Recorder {
     #[must_use]
     pub fn state(&self) -> u64 {
         self.state
+    }
+
+    /// The value of the key that a command reads.
+    #[must_use]
+    pub fn read(&self, bytes: &[u8]) -> Option<u64> {
+        Command::decode(bytes).map(|command| self.store.value(command.key))
     }
 
     /// Its state, for a snapshot.
@@ -437,6 +503,7 @@ impl Recorder {
         // The bytes have been compared with their checksum, which is in the head.
         self.state = xxh3_64_with_seed(&bytes[..HEAD_BYTES], self.state ^ index ^ reply.rotate_left(32));
         self.index = index;
+        history.note_value(index, command.key, self.store.value(command.key));
         self.context.record(node, What::Apply, index, self.state);
         history.see_entry(node, index, Entry::Command { id: command.id, term, state: self.state });
         reply

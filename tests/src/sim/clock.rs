@@ -39,18 +39,28 @@ impl NodeClock {
     /// What the monotonic clock shows at `now`.
     #[must_use]
     pub fn monotonic_ns(&self, now: Time) -> u64 {
-        let passed = i128::from(now - self.since);
-        let own = passed * i128::from(1_000_000 + self.drift_ppm) / 1_000_000;
-        self.origin_ns + own as u64
+        let (passed, rate) = (now - self.since, self.rate());
+        let own = match passed.checked_mul(rate) {
+            Some(millionths) => millionths / 1_000_000,
+            None => (u128::from(passed) * u128::from(rate) / 1_000_000) as u64,
+        };
+        self.origin_ns + own
     }
 
     /// The first virtual time at which the monotonic clock shows `monotonic_ns` or more.
     #[must_use]
     pub fn time_of(&self, monotonic_ns: u64) -> Time {
-        let own = i128::from(monotonic_ns.saturating_sub(self.origin_ns));
-        let rate = i128::from(1_000_000 + self.drift_ppm);
-        let passed = (own * 1_000_000 + rate - 1) / rate;
-        Time::try_from(i128::from(self.since) + passed).unwrap_or(Time::MAX)
+        let (own, rate) = (monotonic_ns.saturating_sub(self.origin_ns), self.rate());
+        let passed = match own.checked_mul(1_000_000) {
+            Some(millionths) => millionths.div_ceil(rate),
+            None => (u128::from(own) * 1_000_000).div_ceil(u128::from(rate)).try_into().unwrap_or(Time::MAX),
+        };
+        self.since.saturating_add(passed)
+    }
+
+    /// What it shows more after a million nanoseconds.
+    fn rate(&self) -> u64 {
+        1_000_000_u64.saturating_add_signed(self.drift_ppm)
     }
 
     /// What the wall clock shows at `now`, in milliseconds since 1970.
@@ -73,11 +83,13 @@ mod tests {
     fn a_deadline_is_found_at_the_first_moment_that_the_clock_reaches_it() {
         for drift_ppm in [-100_000, -37, 0, 1, 50_000] {
             let clock = NodeClock::new(1_000, 77, drift_ppm);
-            for deadline in [0, 77, 78, 1_000_077, 123_456_789_123] {
+            // The last is beyond what fits 64 bits on the way.
+            for deadline in [0, 77, 78, 1_000_077, 123_456_789_123, 1 << 60] {
                 let time = clock.time_of(deadline);
                 assert!(clock.monotonic_ns(time) >= deadline);
                 assert!(time == 1_000 || clock.monotonic_ns(time - 1) < deadline);
             }
+            assert!(clock.time_of(u64::MAX) >= u64::MAX / 2);
         }
     }
 

@@ -1,21 +1,23 @@
 //! The engine's own driver, core, log and network code as nodes of the simulated world.
 
+use super::buffer::SimBuf;
 use super::check::Recorder;
 use super::disk::SimDisk;
 use super::link::{SimLink, address_of};
 use super::node::{
-    Answer, Boot, CANDIDATE, Cluster, ImageLog, LEADER, RefusedAtOnce, SimNode, StopReason, Tuning, Turned,
-    View,
+    Answer, Ask, Boot, CANDIDATE, Cluster, ImageLog, LEADER, Members, Outcome, RefusedAtOnce, SessionAsk,
+    SimNode, StopReason, Tuning, Turned, View, Wish, is_remote,
 };
 use bytes::Bytes;
 use ringraft::config::{Config, MemberConfig};
 use ringraft::driver::Driver;
-use ringraft::error::{LeaderHint, ProposeError, Refusal, StopError};
+use ringraft::error::{LeaderHint, Refusal, StopError};
 use ringraft::handle::{Completion, Handle, LocalPipeline, Pipeline};
+use ringraft::membership::MemberRole;
 use ringraft::raft::{Raft, Role, invariants};
 use ringraft::runtime::{LocalWakeup, Now, Turn, Wakeup};
 use ringraft::state_machine::{CommittedBatch, Replies, Restore, SnapshotReader, StateMachine};
-use ringraft_block::{AlignedBuf, ClusterId, LogIndex, NodeId, Pool};
+use ringraft_block::{ClusterId, LogIndex, NodeId, Pool};
 use ringraft_wal::disk::Disk;
 use ringraft_wal::{Wal, WalEvent};
 use std::collections::VecDeque;
@@ -23,17 +25,17 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Nodes that run the engine.
-pub struct Engine {
-    /// For recoveries of images, one after the other.
-    pool: Pool<AlignedBuf>,
-}
+mod operator;
+mod reads;
+mod sessions;
 
-impl Default for Engine {
-    fn default() -> Self {
-        Self { pool: Pool::new(16 << 20) }
-    }
-}
+use operator::Errands;
+use reads::Reads;
+use sessions::Sessions;
+
+/// Nodes that run the engine.
+#[derive(Default)]
+pub struct Engine;
 
 /// A process that runs the engine.
 pub struct EngineNode {
@@ -43,6 +45,9 @@ pub struct EngineNode {
     remote: Pipeline,
     local: LocalPipeline,
     completions: Vec<Completion>,
+    reads: Reads,
+    errands: Errands,
+    sessions: Sessions,
     /// As configured.
     apply_bytes_per_turn: usize,
 }
@@ -52,13 +57,15 @@ pub struct Applied {
     recorder: Recorder,
     /// What it was given, in bytes of commands.
     bytes: usize,
-    restoring: Vec<u8>,
+    /// Between the begin and the end of a snapshot that it is given.
+    restoring: Option<Vec<u8>>,
     /// It has got beyond the start.
     runs: bool,
 }
 
 impl StateMachine for Applied {
     fn apply(&mut self, batch: &CommittedBatch<'_>, replies: &mut Replies) {
+        assert!(self.restoring.is_none(), "nothing is applied while it is restored");
         for command in batch.commands() {
             let reply = self.recorder.apply(command.index.get(), command.term.get(), command.bytes);
             self.bytes += command.bytes.len();
@@ -70,18 +77,25 @@ impl StateMachine for Applied {
     }
 
     fn snapshot(&mut self) -> Option<Box<dyn SnapshotReader>> {
+        assert!(self.restoring.is_none(), "no picture is taken while it is restored");
         let mut bytes = self.recorder.picture();
         // Of some slots and pieces.
         bytes.resize(bytes.len() + (self.bytes % 7) * 40_000, 0x5a);
         Some(Box::new(Bytes::from(bytes)))
     }
 
+    fn query(&self, query: &[u8]) -> Bytes {
+        let value = self.recorder.read(query);
+        value.map_or_else(Bytes::new, |value| Bytes::copy_from_slice(&value.to_le_bytes()))
+    }
+
     fn restore(&mut self, step: Restore<'_>) -> Result<(), String> {
         match step {
-            Restore::Begin { .. } => self.restoring.clear(),
-            Restore::Piece(piece) => self.restoring.extend_from_slice(piece),
+            Restore::Begin { .. } => self.restoring = Some(Vec::new()),
+            Restore::Piece(piece) => self.restoring.as_mut().ok_or("no begin")?.extend_from_slice(piece),
             Restore::End => {
-                self.recorder.restore(&self.restoring, self.runs)?;
+                let picture = self.restoring.take().ok_or("no begin")?;
+                self.recorder.restore(&picture, self.runs)?;
             }
         }
         Ok(())
@@ -98,9 +112,14 @@ fn node_of(id: NodeId) -> usize {
     id.get() as usize - 1
 }
 
-fn config(node: usize, nodes: usize, tuning: &Tuning) -> Config {
-    let member = |node| MemberConfig { id: id_of(node), address: SocketAddr::new(address_of(node), PORT) };
-    let members = (0..nodes).map(member).collect();
+fn peer_address(node: usize) -> SocketAddr {
+    SocketAddr::new(address_of(node), PORT)
+}
+
+/// One of the founders, or who joins them.
+fn config(node: usize, founders: usize, tuning: &Tuning) -> Config {
+    let member = |node| MemberConfig { id: id_of(node), address: peer_address(node) };
+    let members = (0..founders).chain((node >= founders).then_some(node)).map(member).collect();
     Config {
         insecure: true,
         election_timeout: Duration::from_millis(tuning.election_timeout_ms),
@@ -121,6 +140,14 @@ fn config(node: usize, nodes: usize, tuning: &Tuning) -> Config {
         snapshot_log_bytes: 0,
         snapshot_log_entries: tuning.snapshot_log_entries,
         log_retention_bytes: tuning.log_retention_bytes,
+        // The queue is allocated whole at every start.
+        reads_max: 256,
+        lease_drift_ppm: tuning.lease_drift_ppm,
+        session_timeout: Duration::from_millis(tuning.session_timeout_ms),
+        session_window: tuning.session_window,
+        session_reply_bytes_max: 64,
+        session_table_bytes_max: tuning.sessions_max * (256 + 40 * u64::from(tuning.session_window) + 64),
+        read_timeout: Duration::from_millis(tuning.election_timeout_ms * tuning.read_timeouts),
         ..Config::new(ClusterId(0x5eed), id_of(node), members, "simulated")
     }
 }
@@ -129,16 +156,30 @@ impl Cluster for Engine {
     type Node = EngineNode;
 
     fn boot(&self, boot: Boot) -> EngineNode {
-        let Boot { node, nodes, disk, link, recorder, seed, tuning } = boot;
-        let config = config(node, nodes, &tuning);
+        let Boot { node, founders, nodes, joins, disk, link, recorder, seed, tuning } = boot;
+        // Who joins tries everybody: members may be anywhere by then.
+        let known = if joins { nodes } else { founders };
+        let config = Config { join: joins, ..config(node, known, &tuning) };
         let wakeup = Arc::new(Wakeup::new());
-        let machine = Applied { recorder, bytes: 0, restoring: Vec::new(), runs: false };
+        let machine = Applied { recorder, bytes: 0, restoring: None, runs: false };
         let (driver, handle) = Driver::with_backend(config, seed, wakeup, disk, link, machine)
             .unwrap_or_else(|error| panic!("{error}"));
         let local = driver.local_handle(LocalWakeup::default()).pipeline();
         let (remote, completions) = (handle.pipeline(), Vec::new());
         let apply_bytes_per_turn = tuning.apply_bytes_per_turn;
-        EngineNode { driver, remote, local, handle, completions, apply_bytes_per_turn }
+        let (reads, errands) = (Reads::default(), Errands::default());
+        let sessions = Sessions::new(tuning.session_window);
+        EngineNode {
+            driver,
+            remote,
+            local,
+            handle,
+            completions,
+            reads,
+            errands,
+            sessions,
+            apply_bytes_per_turn,
+        }
     }
 
     fn recover(
@@ -149,7 +190,7 @@ impl Cluster for Engine {
         mut image: SimDisk,
     ) -> Result<ImageLog, String> {
         let config = config(node, nodes, tuning).log_config(0);
-        let mut wal: Wal<SimDisk> = Wal::open(config, self.pool.clone());
+        let mut wal: Wal<SimDisk> = Wal::open(config, Pool::<SimBuf>::new(16 << 20));
         let (mut done, mut events) = (Vec::new(), VecDeque::new());
         // Without latency, each poll brings all that was submitted before it.
         for _ in 0..100_000 {
@@ -196,6 +237,60 @@ impl SimNode for EngineNode {
         submitted.map_err(|refused| RefusedAtOnce { leader: leader_in(&refused.reason) })
     }
 
+    fn ask(&mut self, tag: u64, ask: Ask, read: &[u8]) -> Result<(), RefusedAtOnce> {
+        self.reads.ask(&self.handle, tag, ask, read);
+        Ok(())
+    }
+
+    fn in_session(&mut self, tag: u64, ask: SessionAsk, command: &[u8]) -> bool {
+        match ask {
+            SessionAsk::Propose(place) if !is_remote(tag) => {
+                // The client keeps the books itself.
+                let under = (place.session, place.sequence);
+                if let Err(refused) = self.local.submit_in_session(tag, under, command) {
+                    self.completions.push(Completion { tag, outcome: Err(refused.into()) });
+                }
+            }
+            ask => self.sessions.ask(&self.handle, tag, ask, command),
+        }
+        true
+    }
+
+    fn transfer(&mut self, tag: u64, to: Option<usize>) -> bool {
+        self.errands.transfer(&self.handle, tag, to);
+        true
+    }
+
+    fn change(&mut self, tag: u64, wish: Wish) -> bool {
+        self.errands.change(&self.handle, tag, wish);
+        true
+    }
+
+    fn members(&self) -> Members {
+        let Some(raft) = self.driver.raft() else { return Members::default() };
+        let configuration = raft.configuration();
+        let mut members = Members {
+            index: raft.configuration_index().get(),
+            settled: configuration.is_settled(),
+            ..Members::default()
+        };
+        for member in configuration.members() {
+            let set = match member.role {
+                MemberRole::Voter => &mut members.incoming,
+                MemberRole::Learner => &mut members.learners,
+            };
+            *set |= 1 << node_of(member.id);
+        }
+        for id in configuration.outgoing() {
+            members.outgoing |= 1 << node_of(*id);
+        }
+        members
+    }
+
+    fn outcomes(&mut self, out: &mut Vec<(u64, Outcome)>) {
+        self.errands.outcomes(out);
+    }
+
     fn shutdown(&mut self) {
         self.handle.shutdown();
     }
@@ -203,17 +298,9 @@ impl SimNode for EngineNode {
     fn answers(&mut self, out: &mut Vec<(u64, Answer)>) {
         self.local.completions(&mut self.completions);
         self.remote.completions(&mut self.completions);
-        out.extend(self.completions.drain(..).map(|completion| {
-            let answer = match completion.outcome {
-                Ok(committed) => {
-                    let reply = committed.reply.first_chunk().map_or(0, |reply| u64::from_le_bytes(*reply));
-                    Answer::Committed { index: committed.index.get(), term: committed.term.get(), reply }
-                }
-                Err(ProposeError::Refused(refused)) => Answer::Refused { leader: leader_in(&refused.reason) },
-                Err(ProposeError::Unknown(_) | ProposeError::ReplyGone { .. }) => Answer::Unknown,
-            };
-            (completion.tag, answer)
-        }));
+        out.extend(self.completions.drain(..).map(|done| (done.tag, sessions::answer(done.outcome))));
+        self.sessions.answers(out);
+        self.reads.answers(out);
     }
 
     fn view(&self) -> View {
@@ -228,6 +315,7 @@ impl SimNode for EngineNode {
             },
             term: raft.term().get(),
             leader: raft.leader().map(node_of),
+            vote: raft.vote().map(node_of),
             last: raft.last().index.get(),
             written: self.driver.wal().last_index().get(),
             durable: raft.durable().get(),
@@ -236,6 +324,18 @@ impl SimNode for EngineNode {
             epoch: raft.epoch().0,
             rollovers: self.driver.wal().stats().rollovers,
         }
+    }
+
+    fn was_told_to_campaign(&self) -> bool {
+        self.driver.raft().is_some_and(Raft::was_told_to_campaign)
+    }
+
+    fn is_closing(&self) -> bool {
+        self.driver.is_closing()
+    }
+
+    fn hands_over(&self) -> bool {
+        self.driver.raft().is_some_and(|raft| raft.role() == Role::Leader && !raft.may_lease())
     }
 
     fn matched(&self, peer: usize) -> Option<u64> {

@@ -140,8 +140,101 @@ marks! {
     HistoryChecked = "histories_checked", 50;
     /// One of them needed more memory than it may take.
     HistoryUndecided = "histories_undecided", 0;
+    /// A key was read without a command, by whatever proves it current.
+    LinearizableRead = "reads_linearizable", 50;
+    /// The same, on a leader that may rely on a lease.
+    LeaderReadWithLeases = "reads_led_with_leases", 50;
+    /// The same, on a node that does not lead.
+    FollowerRead = "reads_on_followers", 50;
+    /// The same, confirmed by a quorum.
+    QuorumRead = "reads_by_quorum", 50;
+    /// The same, by a barrier in the log.
+    BarrierRead = "reads_by_barrier", 50;
+    /// A key was read on a node that may have been behind, within bounds.
+    StaleRead = "reads_stale", 50;
+    /// A leader heard a quorum because it was asked to.
+    RoundForced = "rounds_forced", 50;
+    /// Somebody waited until an index was committed.
+    CommitAwaited = "commits_awaited", 50;
+    /// Somebody waited until an index was applied.
+    ApplyAwaited = "applies_awaited", 50;
+    /// A read was not answered.
+    ReadRefused = "reads_refused", 50;
+    /// The core of a node stood still between reading its clock and taking its turn.
+    CoreStopped = "cores_stopped", 50;
+    /// A node was asked to hand leadership over.
+    TransferAsked = "transfers_asked", 50;
+    /// Leadership was handed over as asked.
+    Transferred = "transfers", 50;
+    /// It was not.
+    TransferFailed = "transfers_failed", 50;
+    /// A leader that was asked to stop handed over first.
+    HandedOverAtStop = "transfers_at_a_stop", 50;
+    /// A client opened a session.
+    SessionOpened = "sessions_opened", 50;
+    /// A command of a session was proposed again, since its outcome was not known.
+    ProposedAgain = "session_retries", 50;
+    /// A command of a session was proposed again after it had been answered, and answered as before.
+    AnsweredAgain = "answered_again", 50;
+    /// A command of a session was resolved as never applied.
+    ResolvedNever = "resolved_as_never", 200;
+    /// Such a command was proposed again, and refused.
+    FenceHeld = "fences_held", 200;
+    /// A command that its client had acknowledged was proposed again, and refused.
+    BelowFloor = "below_the_floor", 50;
+    /// A session had expired.
+    SessionExpired = "sessions_expired", 200;
+    /// There was no room for another session.
+    SessionTableFull = "session_tables_full", 200;
+    /// A leader was asked to change the members.
+    ChangeAsked = "changes_asked", 50;
+    /// It did.
+    Changed = "changes", 50;
+    /// It did not, or nobody knows.
+    ChangeFailed = "changes_failed", 50;
+    /// A transition between two sets of voters was entered.
+    JointEntered = "transitions", 50;
+    /// A leader went on with other members, and no transition.
+    MembersChanged = "settlements", 50;
+    /// A node became a learner.
+    LearnerAdded = "learners", 50;
+    /// A member has left.
+    MemberLeft = "departures", 50;
+    /// The leader was among those.
+    LeaderLeft = "departures_of_leaders", 200;
+    /// A machine that had left lost its disk, to come back without.
+    Wiped = "wiped_disks", 200;
+    /// A plot was begun.
+    PlotBegun = "plots", 50;
+    /// A leader with entries of an older term was elected again, as in figure 8 of the Raft paper.
+    Figure8 = "figure_8", 200;
+    /// A candidate campaigned again while a vote of the term before was on its way to it.
+    LateVote = "late_votes", 0;
+    /// A node came back to a cluster that was left alone with a later term than the leader's.
+    Stranded = "stranded_candidates", 200;
+    /// One write took far longer than the others.
+    StalledWrite = "stalled_writes", 50;
     /// A cluster that was left alone kept its leader.
     Stable = "stable_endings", 50;
+}
+
+impl Mark {
+    /// Whether only runs in which members change come by it: those of which it is asked that disks fail are not among them.
+    #[must_use]
+    pub const fn needs_changes(self) -> bool {
+        matches!(
+            self,
+            Self::ChangeAsked
+                | Self::Changed
+                | Self::ChangeFailed
+                | Self::JointEntered
+                | Self::MembersChanged
+                | Self::LearnerAdded
+                | Self::MemberLeft
+                | Self::LeaderLeft
+                | Self::Wiped
+        )
+    }
 }
 
 /// A counter for each mark.

@@ -32,13 +32,14 @@ pub use image::{Pending, PendingName};
 
 pub(in crate::sim) use faults::name_of_kind;
 
+use super::buffer::SimBuf;
 use super::context::{Context, MICROSECOND, Time};
 use super::coverage::Mark;
 use super::rng::Rng;
 use super::trace::What;
 use crash::Late;
 use file::Inode;
-use ringraft_block::{AlignedBuf, BLOCK_BYTES, SECTOR_BYTES};
+use ringraft_block::{BLOCK_BYTES, SECTOR_BYTES};
 use ringraft_wal::disk::{
     Access, DirectoryEntry, Disk, DiskDone, DiskError, DiskErrorKind, DiskOp, DiskOpId, DiskOutput, FileId,
 };
@@ -104,7 +105,7 @@ struct OpenFile {
 
 struct InFlight {
     id: DiskOpId,
-    op: DiskOp<AlignedBuf>,
+    op: DiskOp<SimBuf>,
     /// The inode of `op`'s file, where it names an open one.
     inode: Option<usize>,
     /// Of a flush or a directory sync: what had completed when it was submitted.
@@ -141,7 +142,7 @@ pub struct DiskState {
     lanes: BinaryHeap<Reverse<Time>>,
     submitted: u64,
     last_done_sequence: u64,
-    done: Vec<(u8, DiskDone<AlignedBuf>)>,
+    done: Vec<(u8, DiskDone<SimBuf>)>,
 }
 
 /// A process's handle on its machine's disk.
@@ -159,19 +160,19 @@ impl SimDisk {
 }
 
 impl Disk for SimDisk {
-    type Buf = AlignedBuf;
+    type Buf = SimBuf;
 
-    fn allocate(&mut self, bytes: usize) -> Result<AlignedBuf, DiskError> {
-        Ok(AlignedBuf::zeroed(bytes))
+    fn allocate(&mut self, bytes: usize) -> Result<SimBuf, DiskError> {
+        Ok(SimBuf::take(bytes))
     }
 
-    fn submit(&mut self, id: DiskOpId, op: DiskOp<AlignedBuf>) {
+    fn submit(&mut self, id: DiskOpId, op: DiskOp<SimBuf>) {
         let mut state = self.state.borrow_mut();
         assert_eq!(state.life, self.life, "a dead process submits nothing");
         state.submit(id, op);
     }
 
-    fn poll(&mut self, done: &mut Vec<DiskDone<AlignedBuf>>) {
+    fn poll(&mut self, done: &mut Vec<DiskDone<SimBuf>>) {
         let mut state = self.state.borrow_mut();
         assert_eq!(state.life, self.life, "a dead process polls nothing");
         state.poll(done);
@@ -181,7 +182,7 @@ impl Disk for SimDisk {
 const KINDS: [&str; 10] =
     ["list", "create", "open", "write", "read", "flush", "close", "rename", "remove", "sync directory"];
 
-fn kind_of(op: &DiskOp<AlignedBuf>) -> u8 {
+fn kind_of(op: &DiskOp<SimBuf>) -> u8 {
     match op {
         DiskOp::List => 0,
         DiskOp::Create { .. } => 1,
@@ -196,7 +197,7 @@ fn kind_of(op: &DiskOp<AlignedBuf>) -> u8 {
     }
 }
 
-fn bytes_of(op: &DiskOp<AlignedBuf>) -> usize {
+fn bytes_of(op: &DiskOp<SimBuf>) -> usize {
     match op {
         DiskOp::Write { bytes, .. } | DiskOp::Read { bytes, .. } => *bytes,
         DiskOp::Create { bytes, .. } => *bytes as usize,
@@ -204,7 +205,7 @@ fn bytes_of(op: &DiskOp<AlignedBuf>) -> usize {
     }
 }
 
-fn file_of(op: &DiskOp<AlignedBuf>) -> Option<FileId> {
+fn file_of(op: &DiskOp<SimBuf>) -> Option<FileId> {
     match op {
         DiskOp::Write { file, .. }
         | DiskOp::Read { file, .. }
@@ -279,7 +280,7 @@ impl DiskState {
         self.names.iter().map(entry).collect()
     }
 
-    fn submit(&mut self, id: DiskOpId, op: DiskOp<AlignedBuf>) {
+    fn submit(&mut self, id: DiskOpId, op: DiskOp<SimBuf>) {
         let kind = kind_of(&op);
         let bytes = bytes_of(&op);
         self.context.record(self.node, What::DiskSubmit, u64::from(kind), bytes as u64);
@@ -326,7 +327,7 @@ impl DiskState {
         self.queue.push(Reverse((due, sequence, slot)));
     }
 
-    fn describe(&self, op: &DiskOp<AlignedBuf>) -> String {
+    fn describe(&self, op: &DiskOp<SimBuf>) -> String {
         let name = |file: &FileId| {
             let open = self.files.get(file.0 as usize).copied().flatten();
             let inode = open.map_or(usize::MAX, |open| open.inode);
@@ -347,7 +348,7 @@ impl DiskState {
         }
     }
 
-    fn poll(&mut self, done: &mut Vec<DiskDone<AlignedBuf>>) {
+    fn poll(&mut self, done: &mut Vec<DiskDone<SimBuf>>) {
         self.settle();
         for (kind, completion) in self.done.drain(..) {
             let (outcome, bytes) = match &completion.result {
@@ -398,7 +399,7 @@ impl DiskState {
         }
     }
 
-    fn carry_out(&mut self, entry: InFlight) -> Result<DiskOutput<AlignedBuf>, DiskError> {
+    fn carry_out(&mut self, entry: InFlight) -> Result<DiskOutput<SimBuf>, DiskError> {
         let InFlight { mut op, mut inode, covers, fault, .. } = entry;
         let mut short = None;
         match fault {
@@ -436,10 +437,10 @@ impl DiskState {
     /// Does what was asked.
     fn act(
         &mut self,
-        op: DiskOp<AlignedBuf>,
+        op: DiskOp<SimBuf>,
         inode: Option<usize>,
         covers: u64,
-    ) -> Result<DiskOutput<AlignedBuf>, DiskError> {
+    ) -> Result<DiskOutput<SimBuf>, DiskError> {
         let kind = kind_of(&op);
         let open_inode = inode.ok_or(error(DiskErrorKind::InvalidInput, kind));
         match op {
@@ -550,7 +551,7 @@ impl DiskState {
         }
     }
 
-    fn opened(&mut self, inode: usize, access: Access) -> DiskOutput<AlignedBuf> {
+    fn opened(&mut self, inode: usize, access: Access) -> DiskOutput<SimBuf> {
         self.files.push(Some(OpenFile { inode, access, in_flight: 0 }));
         let file = FileId((self.files.len() - 1) as u32);
         DiskOutput::Opened { file, bytes: self.inode_mut(inode).bytes }
@@ -566,15 +567,14 @@ impl DiskState {
     }
 
     fn forget_unreachable(&mut self) {
-        for position in 0..self.inodes.len() {
-            let named =
-                self.names.values().chain(self.durable_names.values()).any(|inode| *inode == position);
-            let open = self.files.iter().flatten().any(|file| file.inode == position);
-            let unsynced = self.unsynced.iter().any(|(_, op)| op.inode() == position);
-            let late = self.late.iter().any(|late| late.inode == position);
-            if !(named || open || unsynced || late) {
-                self.inodes[position] = None;
-            }
+        let mut reached = vec![false; self.inodes.len()];
+        let named = self.names.values().chain(self.durable_names.values()).copied();
+        let open = self.files.iter().flatten().map(|file| file.inode);
+        let unsynced = self.unsynced.iter().map(|(_, op)| op.inode());
+        let late = self.late.iter().map(|late| late.inode);
+        named.chain(open).chain(unsynced).chain(late).for_each(|inode| reached[inode] = true);
+        for (inode, _) in self.inodes.iter_mut().zip(reached).filter(|(_, reached)| !reached) {
+            *inode = None;
         }
     }
 }

@@ -182,6 +182,12 @@ impl Store {
         self.values.iter().copied()
     }
 
+    /// The value of a key.
+    #[must_use]
+    pub fn value(&self, key: u8) -> u64 {
+        self.values.get(usize::from(key)).copied().unwrap_or(0)
+    }
+
     /// A store of these values; what follows them is left. None if there are too few.
     pub fn of_values(mut values: impl Iterator<Item = u64>) -> Option<Self> {
         let mut store = Self::default();

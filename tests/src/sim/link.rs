@@ -11,12 +11,13 @@
 //!   power** says nothing: its peers time out, or are reset when they reach it after its return.
 //! - A dial is refused where nobody listens, and times out where nobody is or a link of the pair is cut.
 
+use super::buffer::SimBuf;
 use super::context::{Context, MICROSECOND, MILLISECOND, Time};
 use super::coverage::Mark;
 use super::disk::Crash;
 use super::rng::Rng;
 use super::trace::What;
-use ringraft_block::AlignedBuf;
+
 use ringraft_net::link::{
     ConnectionId, Link, LinkDone, LinkError, LinkErrorKind, LinkOp, LinkOpId, LinkOutput, ListenerId,
     RecvInto, SendPart,
@@ -93,7 +94,7 @@ struct Host {
     life: u32,
     port: u16,
     listeners: Vec<Listener>,
-    done: Vec<(u8, LinkDone<AlignedBuf>)>,
+    done: Vec<(u8, LinkDone<SimBuf>)>,
 }
 
 struct Listener {
@@ -114,7 +115,7 @@ struct End {
     life: u32,
     remote: SocketAddr,
     phase: Phase,
-    receiving: Option<(LinkOpId, RecvInto<AlignedBuf>)>,
+    receiving: Option<(LinkOpId, RecvInto<SimBuf>)>,
     sending: Option<Sending>,
     /// The peer has sent its last byte, and it has arrived.
     finished: bool,
@@ -133,7 +134,7 @@ enum Phase {
 
 struct Sending {
     id: LinkOpId,
-    parts: Vec<SendPart<AlignedBuf>>,
+    parts: Vec<SendPart<SimBuf>>,
     part: usize,
     sent: usize,
 }
@@ -232,15 +233,15 @@ impl SimLink {
 }
 
 impl Link for SimLink {
-    type Buf = AlignedBuf;
+    type Buf = SimBuf;
 
-    fn submit(&mut self, id: LinkOpId, op: LinkOp<AlignedBuf>) {
+    fn submit(&mut self, id: LinkOpId, op: LinkOp<SimBuf>) {
         let mut fabric = self.fabric.borrow_mut();
         assert_eq!(fabric.hosts[self.host].life, self.life, "a dead process submits nothing");
         fabric.submit(self.host, id, op);
     }
 
-    fn poll(&mut self, done: &mut Vec<LinkDone<AlignedBuf>>) {
+    fn poll(&mut self, done: &mut Vec<LinkDone<SimBuf>>) {
         let mut fabric = self.fabric.borrow_mut();
         assert_eq!(fabric.hosts[self.host].life, self.life, "a dead process polls nothing");
         fabric.poll(self.host, done);
@@ -506,7 +507,7 @@ impl Fabric {
         }
     }
 
-    fn submit(&mut self, host: usize, id: LinkOpId, op: LinkOp<AlignedBuf>) {
+    fn submit(&mut self, host: usize, id: LinkOpId, op: LinkOp<SimBuf>) {
         let (kind, bytes) = match &op {
             LinkOp::Listen { .. } => (LISTEN, 0),
             LinkOp::Accept { .. } => (ACCEPT, 0),
@@ -573,7 +574,7 @@ impl Fabric {
         }
     }
 
-    fn poll(&mut self, host: usize, done: &mut Vec<LinkDone<AlignedBuf>>) {
+    fn poll(&mut self, host: usize, done: &mut Vec<LinkDone<SimBuf>>) {
         for (kind, completion) in self.hosts[host].done.drain(..) {
             let (outcome, number) = match &completion.result {
                 Ok(LinkOutput::Received { bytes, .. }) => (0, *bytes as u64),
@@ -588,7 +589,7 @@ impl Fabric {
         }
     }
 
-    fn listen(&mut self, host: usize, address: SocketAddr) -> Result<LinkOutput<AlignedBuf>, LinkError> {
+    fn listen(&mut self, host: usize, address: SocketAddr) -> Result<LinkOutput<SimBuf>, LinkError> {
         let mut address = address;
         if address.ip().is_unspecified() {
             address.set_ip(address_of(host));
@@ -718,7 +719,8 @@ impl Fabric {
         let host = this.host;
         if complete {
             let mut sending = this.sending.take().expect("just seen");
-            sending.parts.clear();
+            // The memory of headers and bodies serves again.
+            sending.parts.retain(|part| matches!(part, SendPart::Bytes(_)));
             self.done(host, SEND, sending.id, Ok(LinkOutput::Sent { parts: sending.parts }));
         } else {
             self.context.cover(Mark::SendWaited);
@@ -961,13 +963,7 @@ impl Fabric {
         }
     }
 
-    fn done(
-        &mut self,
-        host: usize,
-        kind: u8,
-        id: LinkOpId,
-        result: Result<LinkOutput<AlignedBuf>, LinkError>,
-    ) {
+    fn done(&mut self, host: usize, kind: u8, id: LinkOpId, result: Result<LinkOutput<SimBuf>, LinkError>) {
         self.hosts[host].done.push((kind, LinkDone { id, result }));
     }
 

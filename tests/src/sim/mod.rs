@@ -1,5 +1,6 @@
 //! The simulator: one seed is one run.
 
+pub mod buffer;
 pub mod check;
 pub mod clock;
 pub mod cluster;

@@ -18,12 +18,29 @@ pub enum Bug {
 }
 
 impl Bug {
-    /// All that a cluster of nodes can show. The log never hands the core a completion from before a truncation under an
-    /// older epoch, so that bug of the core is left to the core's own simulation; the log has one like it.
+    /// All that a cluster of nodes can show. Two bugs of the core are left to the core's own simulation:
+    ///
+    /// The log never hands the core a completion from before a truncation under an older epoch
+    /// (`LateCompletionCounted`); the log has a bug like it.
+    ///
+    /// Within a session, answers arrive in the order in which they were given, and a new session begins with nothing
+    /// matched. A rejection that comes late (`StaleRejectionTaken`) was therefore given after whatever the leader counts as
+    /// matched: the follower's log held that, and its hint, which is the end of its log up to the rejected position and no
+    /// later term, lies at or above it. So the position that is tried next is the one that the mended code tries, and only
+    /// something is sent twice.
     #[must_use]
     pub fn all() -> Vec<Self> {
-        let engine = EngineMutant::ALL.into_iter().chain(EngineMutant::CLUSTER);
-        let engine = engine.filter(|mutant| *mutant != EngineMutant::LateCompletionCounted).map(Self::Engine);
+        let engine = EngineMutant::ALL
+            .into_iter()
+            .chain(EngineMutant::CLUSTER)
+            .chain(EngineMutant::READS)
+            .chain(EngineMutant::SESSIONS)
+            .chain(EngineMutant::SNAPSHOT)
+            .chain(EngineMutant::SNAPSHOT_DRIVER)
+            .chain(EngineMutant::REPAIR)
+            .chain(EngineMutant::MEMBERSHIP);
+        let cores = [EngineMutant::LateCompletionCounted, EngineMutant::StaleRejectionTaken];
+        let engine = engine.filter(|mutant| !cores.contains(mutant)).map(Self::Engine);
         engine.chain(LogMutant::ALL.into_iter().map(Self::Log)).collect()
     }
 

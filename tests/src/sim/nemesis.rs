@@ -37,6 +37,30 @@ pub enum Trouble {
     Partial,
     /// One process stands still.
     Pause,
+    /// The leader is asked to hand over, to a chosen node or to the best one.
+    Transfer,
+    /// Some node is.
+    TransferAnywhere,
+    /// The leader is, and loses all its links while it does so.
+    TransferAndCut,
+    /// The schedule of figure 8 of the Raft paper.
+    Figure8,
+    /// What followers answer the leader is long under way when they cannot hear it any more.
+    SlowAnswers,
+    /// A vote of an earlier term reaches a candidate of a later one.
+    LateVote,
+    /// A voter is started anew while another node cannot hear the leader.
+    ForgetfulVoter,
+    /// One write takes far longer than the others.
+    StallWrite,
+    /// A disk stands still right after its node has entered a term. Not in the table: it comes with the term.
+    StallVoter,
+    /// The leader is asked for a change of the members.
+    ChangeMembers,
+    /// The core of one process stands still between reading its clock and taking its turn; other threads go on.
+    StopCore,
+    /// The leader's core does.
+    StopLeadersCore,
     /// One wall clock jumps.
     ClockJump,
     /// One disk is slow.
@@ -72,6 +96,8 @@ pub enum Needs {
     FailingDisks,
     /// Content may rot.
     RottingDisk,
+    /// Members may join and leave.
+    Changes,
 }
 
 /// A kind of trouble in the table.
@@ -102,6 +128,17 @@ pub const TROUBLES: &[Entry] = &[
     entry(Trouble::OneWay, 2, Needs::Nothing),
     entry(Trouble::Partial, 2, Needs::Nothing),
     entry(Trouble::Pause, 3, Needs::Nothing),
+    entry(Trouble::Transfer, 4, Needs::Nothing),
+    entry(Trouble::TransferAnywhere, 1, Needs::Nothing),
+    entry(Trouble::TransferAndCut, 2, Needs::Nothing),
+    entry(Trouble::Figure8, 2, Needs::Nothing),
+    entry(Trouble::SlowAnswers, 2, Needs::Nothing),
+    entry(Trouble::LateVote, 3, Needs::Nothing),
+    entry(Trouble::ForgetfulVoter, 2, Needs::Nothing),
+    entry(Trouble::StallWrite, 2, Needs::Nothing),
+    entry(Trouble::ChangeMembers, 24, Needs::Changes),
+    entry(Trouble::StopCore, 1, Needs::Nothing),
+    entry(Trouble::StopLeadersCore, 3, Needs::Nothing),
     entry(Trouble::ClockJump, 1, Needs::Nothing),
     entry(Trouble::SlowDisk, 2, Needs::Nothing),
     entry(Trouble::StallDisk, 2, Needs::Nothing),
@@ -140,8 +177,9 @@ impl Allowed {
         }
     }
 
-    fn has(self, needs: Needs) -> bool {
+    fn has(self, needs: Needs, changes: bool) -> bool {
         match needs {
+            Needs::Changes => changes,
             Needs::Nothing => true,
             Needs::FailingDisks => self.failing_disks,
             Needs::RottingDisk => self.rotting_disk.is_some(),
@@ -168,14 +206,14 @@ pub struct Nemesis {
 impl Nemesis {
     /// The character of a run with this stream.
     #[must_use]
-    pub fn new(mut rng: Rng, tuning: &Tuning, allowed: Allowed) -> Self {
+    pub fn new(mut rng: Rng, tuning: &Tuning, allowed: Allowed, changes: bool) -> Self {
         let election = tuning.election_timeout_ms * MILLISECOND;
         let pause = election / 10 * [3, 8, 20, 40][rng.index(4)];
         let length = election / 10 * [1, 5, 15, 40][rng.index(4)];
         let mut weights = Vec::new();
         while weights.is_empty() {
-            for entry in TROUBLES.iter().filter(|entry| allowed.has(entry.needs)) {
-                if rng.chance(600_000) {
+            for entry in TROUBLES.iter().filter(|entry| allowed.has(entry.needs, changes)) {
+                if rng.chance(600_000) || entry.needs == Needs::Changes {
                     weights.push((entry.trouble, entry.weight * rng.between(1, 4)));
                 }
             }
@@ -213,7 +251,9 @@ impl Nemesis {
 
     /// What befalls a node that has just entered a term, in some runs.
     pub fn perjury(&mut self) -> Option<Trouble> {
-        self.rng.chance(self.perjury_ppm).then_some(Trouble::KillVoter)
+        let struck = self.rng.chance(self.perjury_ppm);
+        let means = [Trouble::KillVoter, Trouble::KillVoter, Trouble::StallVoter];
+        struck.then(|| means[self.rng.index(3)])
     }
 
     /// How long until the next one.

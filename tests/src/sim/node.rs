@@ -29,6 +29,8 @@ pub struct View {
     pub term: u64,
     /// Whom it takes for the leader, by position from 0.
     pub leader: Option<usize>,
+    /// Whom it has voted for in the term.
+    pub vote: Option<usize>,
     /// The end of its log.
     pub last: u64,
     /// The end of what it has handed to the disk. Beyond it, chains cannot be asked for.
@@ -44,6 +46,9 @@ pub struct View {
     /// Times that its log went on in another segment, in this life.
     pub rollovers: u64,
 }
+
+/// The role of a node that asks whether it could win in [`View::role`].
+pub const PRE_CANDIDATE: u8 = 1;
 
 /// The role of a candidate in [`View::role`].
 pub const CANDIDATE: u8 = 2;
@@ -70,6 +75,170 @@ pub enum Answer {
     },
     /// Anything may have become of it.
     Unknown,
+    /// A key was read.
+    Read {
+        /// Exactly everything up to here was applied when it was.
+        applied: u64,
+        /// What the state machine answered.
+        reply: u64,
+    },
+    /// A session was opened.
+    Opened {
+        /// Its id.
+        session: u64,
+    },
+    /// What was asked of a session, beside commands, was done.
+    Done,
+    /// The command of a session was not applied and never will be.
+    NeverApplied,
+    /// By the rules of its session it was not done now.
+    InSession(SessionRefusal),
+    /// What was waited for has come, at this index.
+    Reached {
+        /// The index.
+        index: u64,
+    },
+}
+
+/// Why something of a session was not done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SessionRefusal {
+    /// There is no such session any more.
+    Expired,
+    /// The sequence was acknowledged.
+    BelowFloor,
+    /// Too much is not acknowledged.
+    BeyondWindow,
+    /// The sequence was resolved as never applied.
+    Fenced,
+    /// There is no room for another session.
+    TableFull,
+    /// It was applied at this index, and the reply is gone.
+    ReplyGone {
+        /// The index.
+        index: u64,
+    },
+}
+
+/// A client's place in its session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The session.
+    pub session: u64,
+    /// The lowest sequence that is not settled.
+    pub floor: u64,
+    /// The sequence that is asked about.
+    pub sequence: u64,
+    /// Whether an earlier attempt at it may be applied yet.
+    pub doubtful: bool,
+}
+
+/// What is asked of a node by a client that has a session, or wants one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SessionAsk {
+    /// Another session.
+    Open,
+    /// The command, under the sequence.
+    Propose(Place),
+    /// What has become of the sequence.
+    Resolve(Place),
+    /// The client knows all up to the sequence.
+    Acknowledge(Place),
+}
+
+/// What is asked of a node besides commands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ask {
+    /// A key is read, on any node: everything that was committed before counts. A lease will do.
+    Linearizable,
+    /// The same, confirmed by a quorum.
+    Quorum,
+    /// The same, through the log.
+    Barrier,
+    /// A key is read from what is applied there.
+    Stale {
+        /// If a leader was heard so many milliseconds ago at the most,
+        age_ms: u64,
+        /// and so many entries at the most are known to be committed and not applied.
+        lag: u64,
+    },
+    /// The leader is to hear a quorum anew.
+    Round,
+    /// Everything up to the index is to be known to be committed.
+    Committed(u64),
+    /// Everything up to the index is to be applied.
+    Applied(u64),
+}
+
+impl Ask {
+    /// Whether the answer has to show everything that was committed before it was asked for.
+    #[must_use]
+    pub fn is_linearizable(self) -> bool {
+        matches!(self, Self::Linearizable | Self::Quorum | Self::Barrier)
+    }
+}
+
+/// What became of something that an operator had asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Leadership was handed over.
+    Transferred {
+        /// To whom, by position.
+        leader: usize,
+        /// In which term it leads.
+        term: u64,
+    },
+    /// It was not, or not to whom it was to be.
+    NotTransferred {
+        /// For people.
+        why: String,
+    },
+    /// The members were changed; the configuration stands at this index.
+    Changed {
+        /// The index.
+        index: u64,
+    },
+    /// They were not, or nobody knows.
+    NotChanged {
+        /// For people.
+        why: String,
+    },
+}
+
+/// Who counts in a cluster, by a node's log. Bit n of a set is node n.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Members {
+    /// Where that stands in its log.
+    pub index: u64,
+    /// The voters.
+    pub incoming: u32,
+    /// In a transition, those of before.
+    pub outgoing: u32,
+    /// Who is sent the log and has no vote.
+    pub learners: u32,
+    /// No change is under way.
+    pub settled: bool,
+}
+
+/// A change of the members. Bit n of a set is node n.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Wish {
+    /// Who joins as a learner.
+    pub learn: u32,
+    /// Who joins as a voter.
+    pub vote: u32,
+    /// Learners that become voters.
+    pub promote: u32,
+    /// Voters that become learners.
+    pub demote: u32,
+    /// Who leaves.
+    pub remove: u32,
+}
+
+/// Whether what comes under `tag` goes through the queue that other threads use; the rest goes straight into the core.
+#[must_use]
+pub fn is_remote(tag: u64) -> bool {
+    tag >> 32 & 1 == 1
 }
 
 /// A definite refusal, with a hint where the leader is.
@@ -101,6 +270,44 @@ pub trait SimNode {
     /// A refusal that is known at once; no answer follows.
     fn propose(&mut self, tag: u64, command: &[u8]) -> Result<(), RefusedAtOnce>;
 
+    /// Asks for something else than a command, under a tag of the caller's. `read` is the command that reads the key, for a
+    /// node that knows no other way than the log.
+    ///
+    /// # Errors
+    /// A refusal that is known at once; no answer follows.
+    fn ask(&mut self, tag: u64, ask: Ask, read: &[u8]) -> Result<(), RefusedAtOnce> {
+        let _ = ask;
+        self.propose(tag, read)
+    }
+
+    /// Asks for something in a session, under a tag of the caller's. False if nodes of its kind know no sessions.
+    fn in_session(&mut self, tag: u64, ask: SessionAsk, command: &[u8]) -> bool {
+        let _ = (tag, ask, command);
+        false
+    }
+
+    /// Asks it to hand leadership to another node, or to the best one. False if nodes of its kind cannot.
+    fn transfer(&mut self, tag: u64, to: Option<usize>) -> bool {
+        let _ = (tag, to);
+        false
+    }
+
+    /// Asks it to change the members, as the leader. False if nodes of its kind cannot.
+    fn change(&mut self, tag: u64, wish: Wish) -> bool {
+        let _ = (tag, wish);
+        false
+    }
+
+    /// Who counts, by its log. Only asked where members change.
+    fn members(&self) -> Members {
+        Members::default()
+    }
+
+    /// Moves what has become of an operator's requests to `out`.
+    fn outcomes(&mut self, out: &mut Vec<(u64, Outcome)>) {
+        let _ = out;
+    }
+
     /// Asks it to stop in good order.
     fn shutdown(&mut self);
 
@@ -109,6 +316,21 @@ pub trait SimNode {
 
     /// What the node is and knows.
     fn view(&self) -> View;
+
+    /// Whether it campaigns because the leader of the term before told it to.
+    fn was_told_to_campaign(&self) -> bool {
+        false
+    }
+
+    /// Whether it takes nothing up any more and only waits for what it has begun to end.
+    fn is_closing(&self) -> bool {
+        false
+    }
+
+    /// Whether, as a leader, it has told somebody to campaign in its term, or is about to.
+    fn hands_over(&self) -> bool {
+        false
+    }
 
     /// How far another node's log is known to this leader to be durable and equal to its own.
     fn matched(&self, peer: usize) -> Option<u64>;
@@ -151,8 +373,12 @@ pub struct ImageLog {
 pub struct Boot {
     /// Which machine, from 0.
     pub node: usize,
+    /// How many machines the cluster is formed of, the first ones.
+    pub founders: usize,
     /// How many machines there are.
     pub nodes: usize,
+    /// It is to join a cluster that is there.
+    pub joins: bool,
     /// Its disk.
     pub disk: SimDisk,
     /// Its network.
@@ -202,6 +428,16 @@ pub struct Tuning {
     pub snapshot_log_entries: u64,
     /// So many bytes of log are left behind it.
     pub log_retention_bytes: u64,
+    /// Leaders may read by a lease, and clocks' rates are off by at most so many millionths.
+    pub lease_drift_ppm: Option<u32>,
+    /// A session expires after so many milliseconds.
+    pub session_timeout_ms: u64,
+    /// So many sequences are remembered of it.
+    pub session_window: u32,
+    /// So many sessions have room.
+    pub sessions_max: u64,
+    /// A read that is not ready is given up after so many election time-outs.
+    pub read_timeouts: u64,
 }
 
 impl Tuning {
@@ -216,6 +452,7 @@ impl Tuning {
             if small { (256 << 10, 10 << 10) } else { (1 << 20, 40 << 10) };
         // Apart, so that what is drawn behind stays as it was.
         let mut snapshots = Rng::new(election_timeout_ms);
+        let mut reads = rng.clone().fork(7);
         Self {
             election_timeout_ms,
             heartbeat_ms: election_timeout_ms / rng.between(5, 10),
@@ -235,6 +472,11 @@ impl Tuning {
             commit_notice_us: [0, 100, 1_000, 5_000][rng.index(4)],
             snapshot_log_entries: [0, 10, 50, 200][snapshots.index(4)],
             log_retention_bytes: [0, 32 << 10, 1 << 20][snapshots.index(3)],
+            lease_drift_ppm: [None, None, Some(2_000), Some(2_000), Some(100_000)][reads.index(5)],
+            read_timeouts: reads.between(1, 8),
+            session_timeout_ms: [1_000, 10_000, 600_000][reads.index(3)],
+            session_window: [3, 8, 64][reads.index(3)],
+            sessions_max: [3, 100, 100][reads.index(3)],
         }
     }
 }
@@ -243,6 +485,9 @@ impl Tuning {
 pub trait Cluster {
     /// The nodes.
     type Node: SimNode;
+
+    /// Whether the members can be changed.
+    const CHANGES: bool = true;
 
     /// Starts a process.
     fn boot(&self, boot: Boot) -> Self::Node;

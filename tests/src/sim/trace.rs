@@ -87,6 +87,14 @@ kinds! {
     Commit: "commit",
     /// A node applied a command: index, hash of the command.
     Apply: "apply",
+    /// A node was asked to hand leadership over: tag, to whom.
+    Transfer: "transfer",
+    /// What came of it: leader, term.
+    Transferred: "transferred",
+    /// A node was asked to change the members: tag.
+    Change: "change",
+    /// What came of it: tag, index or 0.
+    Changed: "changed",
     /// The run's phase changed: phase.
     Phase: "phase",
 }

@@ -4,6 +4,7 @@
 //! faults end, and within a bound of virtual time there must be a leader, new commands must be acknowledged, and
 //! all nodes must have applied the same log to its end.
 
+use super::buffer;
 use super::check::{History, Recorder};
 use super::clock::NodeClock;
 use super::context::{Context, MICROSECOND, MILLISECOND, SECOND, Time};
@@ -12,16 +13,18 @@ use super::disk::{Crash, DiskConfig, DiskFaults, DiskState, SimDisk};
 use super::kv::{Command, CommandId, KEYS};
 use super::link::{Fabric, LinkConfig, SimLink};
 use super::nemesis::{Allowed, Nemesis, Trouble};
-use super::node::{Answer, Boot, CANDIDATE, Cluster, LEADER, SimNode, Tuning, View};
+use super::node::{Answer, Boot, CANDIDATE, Cluster, LEADER, Members, SimNode, Tuning, View};
 use super::rng::Rng;
 use super::trace::{Trace, What};
 use clients::Client;
+use plots::Plot;
 use std::cell::{Cell, RefCell};
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, BinaryHeap};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::sync::Once;
+use transfers::Operator;
 
 /// How a run is made.
 #[derive(Clone, Debug)]
@@ -158,6 +161,7 @@ pub fn run<C: Cluster>(cluster: &C, seed: u64, options: &Options) -> Report {
         }));
     });
 
+    buffer::begin_run();
     let context = Context::new(Trace::new(options.trace));
     let progress = Rc::new(Progress::default());
     RUNNING.set(true);
@@ -197,6 +201,8 @@ struct Machine<N> {
     /// The processor is busy until then.
     busy_until: Time,
     paused_until: Time,
+    /// What its clocks showed when its core stopped between reading them and taking its turn.
+    core_reading: Option<(u64, u64)>,
     /// When the process asked for a turn; 0 for at once.
     wake_at: Time,
     /// A client has proposed something since the last turn.
@@ -204,6 +210,8 @@ struct Machine<N> {
     view: View,
     /// It was asked to stop in good order.
     closing: bool,
+    /// The term that it led when it was asked to, or 0.
+    asked_in_term: u64,
     /// It ended last because nobody can read a part of its log.
     copies_gone: bool,
     /// Turns until it ends, and how.
@@ -219,6 +227,17 @@ struct Machine<N> {
     known: View,
     /// Its disk has lost content by rot in this run.
     rotten: bool,
+    /// Who counts, by its log, where members change; and at the turn before.
+    members: Members,
+    members_before: Members,
+    /// The members before the present ones, and when those gave way.
+    members_changed: (Members, Time),
+    /// It joins, if it starts with an empty disk.
+    joins: bool,
+    /// It has lost its disk in this run, after it had left the cluster.
+    wiped: bool,
+    /// So many durabilities are yet to be looked at.
+    suspect: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -260,6 +279,19 @@ enum Plan {
     ClockNormal {
         node: usize,
     },
+    Wipe {
+        node: usize,
+    },
+    RestartNow {
+        node: usize,
+    },
+    EndPlot {
+        number: u64,
+    },
+    CutOff {
+        number: u64,
+    },
+    Rescue,
     Client {
         client: usize,
     },
@@ -293,6 +325,17 @@ struct World<'a, C: Cluster> {
     clients: Vec<Client>,
     nemesis: Nemesis,
     allowed: Allowed,
+    /// The machines that the cluster is formed of, the first ones.
+    founders: usize,
+    /// What is under way, and how many there have been.
+    plot: Option<Plot>,
+    plots: u64,
+    /// A node that odd clients read from until then, wherever the leader is.
+    watched: Option<(usize, Time)>,
+    /// How many more truncations may be followed by a look at the disk.
+    truncation_checks: u64,
+    /// Members join and leave.
+    changes: bool,
     /// Numbers of the next trouble of the schedule, and of the next that an election brings.
     next_trouble: [u64; 2],
     history: Rc<RefCell<History>>,
@@ -308,6 +351,7 @@ struct World<'a, C: Cluster> {
     stable: Option<(u64, Time)>,
     answers: Vec<(u64, Answer)>,
     bytes: Vec<u8>,
+    operator: Operator,
 }
 
 impl<'a, C: Cluster> World<'a, C> {
@@ -319,9 +363,16 @@ impl<'a, C: Cluster> World<'a, C> {
         progress: Rc<Progress>,
     ) -> Self {
         let mut rng = Rng::new(seed);
-        let nodes = options.nodes.unwrap_or([3, 3, 3, 3, 5, 5, 1, 2][rng.index(8)]);
-        progress.nodes.set(nodes);
-        let allowed = Allowed::draw(&mut rng.fork(4), nodes, options.disk_faults, options.late_writes);
+        let founders = options.nodes.unwrap_or([3, 3, 3, 3, 5, 5, 1, 2][rng.index(8)]);
+        progress.nodes.set(founders);
+        let allowed = Allowed::draw(&mut rng.fork(4), founders, options.disk_faults, options.late_writes);
+        // Where disks fail, too, nobody could say whether what is left may still decide.
+        let mut changing = rng.fork(8);
+        let changes = C::CHANGES
+            && changing.chance(350_000)
+            && !allowed.failing_disks
+            && allowed.rotting_disk.is_none();
+        let nodes = if changes { founders + 1 + changing.index(2) } else { founders };
         let tuning = Tuning::draw(&mut rng.fork(1));
         let fabric = Fabric::new(&context, nodes, rng.fork(2), LinkConfig::default());
         let clients = 1 + rng.index(8);
@@ -342,10 +393,12 @@ impl<'a, C: Cluster> World<'a, C> {
                 lives: 0,
                 busy_until: 0,
                 paused_until: 0,
+                core_reading: None,
                 wake_at: Time::MAX,
                 called: false,
                 view: View::default(),
                 closing: false,
+                asked_in_term: 0,
                 copies_gone: false,
                 doomed: None,
                 idle_turns: 0,
@@ -354,6 +407,12 @@ impl<'a, C: Cluster> World<'a, C> {
                 down_since: 0,
                 known: View::default(),
                 rotten: false,
+                members: Members::default(),
+                members_before: Members::default(),
+                members_changed: (Members::default(), 0),
+                joins: node >= founders,
+                wiped: false,
+                suspect: 0,
             }
         };
         let machines = (0..nodes).map(|node| machine(node, &mut rng)).collect();
@@ -362,7 +421,7 @@ impl<'a, C: Cluster> World<'a, C> {
                 Client::draw(rng.fork(1_000 + number as u64), nodes, keys, think, tuning.command_bytes_max)
             })
             .collect();
-        let nemesis = Nemesis::new(rng.fork(3), &tuning, allowed);
+        let nemesis = Nemesis::new(rng.fork(3), &tuning, allowed, changes);
         Self {
             cluster,
             options,
@@ -375,6 +434,12 @@ impl<'a, C: Cluster> World<'a, C> {
             clients,
             nemesis,
             allowed,
+            founders,
+            plot: None,
+            plots: 0,
+            watched: None,
+            truncation_checks: 3,
+            changes,
             next_trouble: [0, 1 << 32],
             history,
             schedule: BinaryHeap::new(),
@@ -388,6 +453,7 @@ impl<'a, C: Cluster> World<'a, C> {
             stable: None,
             answers: Vec::new(),
             bytes: Vec::new(),
+            operator: Operator::default(),
         }
     }
 
@@ -495,6 +561,11 @@ impl<'a, C: Cluster> World<'a, C> {
                 let drift = self.machines[node].rng.between(0, 2_000) as i64 - 1_000;
                 self.drift(node, drift);
             }
+            Plan::RestartNow { node } => self.restart_now(node),
+            Plan::Rescue => self.rescue(),
+            Plan::CutOff { number } => self.cut_off(number),
+            Plan::EndPlot { number } => self.end_plot(number),
+            Plan::Wipe { node } => self.wipe(node),
             Plan::DialNormal => self.fabric.borrow_mut().config_mut().dial_failure_ppm = 0,
             Plan::Client { client } => self.client_acts(client),
             Plan::Look => self.look(),
@@ -518,7 +589,9 @@ impl<'a, C: Cluster> World<'a, C> {
         self.fabric.borrow_mut().boot(node);
         let boot = Boot {
             node,
+            founders: self.founders,
             nodes: self.fabric.borrow().hosts(),
+            joins: machine.joins,
             disk: SimDisk::new(&machine.disk),
             link: SimLink::new(&self.fabric, node),
             recorder: Recorder::new(&self.history, node),
@@ -530,6 +603,7 @@ impl<'a, C: Cluster> World<'a, C> {
         machine.wake_at = 0;
         machine.busy_until = now;
         machine.paused_until = 0;
+        machine.core_reading = None;
         machine.closing = false;
         machine.doomed = None;
         machine.woke_at = now;
@@ -545,7 +619,9 @@ impl<'a, C: Cluster> World<'a, C> {
         let called = self.fabric.borrow().has_done(node)
             || machine.disk.borrow().next_due().is_some_and(|due| due <= now)
             || std::mem::take(&mut machine.called);
-        let turned = process.turn(machine.clock.monotonic_ns(now), machine.clock.wall_ms(now));
+        let clocks = (machine.clock.monotonic_ns(now), machine.clock.wall_ms(now));
+        let (monotonic_ns, wall_ms) = machine.core_reading.take().unwrap_or(clocks);
+        let turned = process.turn(monotonic_ns, wall_ms);
         machine.busy_until = now + machine.rng.around(2 * MICROSECOND);
         let timer = !called && machine.wake_at != 0;
         machine.wake_at = if turned.progressed { 0 } else { machine.clock.time_of(turned.next_deadline_ns) };
@@ -607,6 +683,7 @@ impl<'a, C: Cluster> World<'a, C> {
             self.answered(node, tag, &answer);
         }
         self.answers = answers;
+        self.take_outcomes(node);
 
         let doomed = &mut self.machines[node].doomed;
         match doomed {
@@ -665,10 +742,12 @@ impl<'a, C: Cluster> World<'a, C> {
             machine.clock.reboot(now, origin);
         }
         self.fabric.borrow_mut().crash(node, how);
+        self.errands_lost(node);
+        self.plot_crashed(node);
         // Whoever waited for this process will never hear.
         for client in 0..self.clients.len() {
             let this = &self.clients[client];
-            if let Some(asked) = this.current.filter(|_| this.in_flight && this.believed == node) {
+            if let Some(asked) = this.current.filter(|_| this.in_flight && this.asked == node) {
                 self.unknown(asked.command.id);
             }
         }
@@ -696,23 +775,22 @@ impl<'a, C: Cluster> World<'a, C> {
             }
             Phase::Calm | Phase::Quiet if late => {
                 let phase = self.phase;
-                let mut told = String::new();
-                for (node, machine) in self.machines.iter().enumerate() {
-                    let state = machine.process.as_ref().map_or_else(|| "down".to_owned(), SimNode::describe);
-                    told += &format!("\n  node {node}: {:?}\n    {state}", machine.view);
-                }
+                let mut told = self.describe_nodes();
                 for (number, client) in self.clients.iter().enumerate() {
                     told += &format!(
-                        "\n  client {number}: answered {}, {:?}, in flight {}, at node {}",
+                        "\n  client {number}: answered {} {}, {:?}, in flight {}, at node {}",
                         client.fresh_acknowledged,
-                        client.current.map(|wanted| wanted.command),
+                        client.fresh_read,
+                        client.current.map(|wanted| (wanted.command, wanted.ask)),
                         client.in_flight,
-                        client.believed
+                        client.asked
                     );
                 }
                 self.history.borrow_mut().fail(|| format!("no progress without faults ({phase:?}){told}"));
             }
-            Phase::Calm if self.clients.iter().all(|client| client.fresh_acknowledged) => {
+            Phase::Calm
+                if self.clients.iter().all(|client| client.fresh_acknowledged && client.fresh_read) =>
+            {
                 self.context.record(0, What::Phase, 2, 0);
                 self.phase = Phase::Quiet;
                 self.set_phase_end(steps);
@@ -720,6 +798,16 @@ impl<'a, C: Cluster> World<'a, C> {
             }
             _ => {}
         }
+    }
+
+    /// What the nodes say of themselves, for the report of a failure.
+    fn describe_nodes(&self) -> String {
+        let mut told = String::new();
+        for (node, machine) in self.machines.iter().enumerate() {
+            let state = machine.process.as_ref().map_or_else(|| "down".to_owned(), SimNode::describe);
+            told += &format!("\n  node {node}: {:?}\n    {state}", machine.view);
+        }
+        told
     }
 
     /// 100 election time-outs, and far more steps than they should take.
@@ -743,6 +831,7 @@ impl<'a, C: Cluster> World<'a, C> {
     fn begin_calm(&mut self) {
         self.context.record(0, What::Phase, 1, 0);
         self.phase = Phase::Calm;
+        (self.plot, self.watched) = (None, None);
         self.set_phase_end(self.progress.steps.get());
         self.fabric.borrow_mut().heal_all();
         self.fabric.borrow_mut().config_mut().dial_failure_ppm = 0;
@@ -750,6 +839,8 @@ impl<'a, C: Cluster> World<'a, C> {
             let machine = &mut self.machines[node];
             machine.paused_until = 0;
             machine.doomed = None;
+            // Also of what is in flight: a write that hangs far into the calm makes a leader give up its office, and rightly.
+            machine.disk.borrow_mut().end_stalls();
             self.mend_disk(node);
             let drift = self.machines[node].rng.between(0, 2_000) as i64 - 1_000;
             self.drift(node, drift);
@@ -766,10 +857,18 @@ impl<'a, C: Cluster> World<'a, C> {
         let now = self.context.now();
         let election = self.tuning.election_timeout_ms * MILLISECOND;
         if self.has_converged() {
-            let term = self.machines.iter().map(|machine| machine.view.term).max().unwrap_or(0);
+            if !self.has_parted() {
+                return self.plan(5 * MILLISECOND, Plan::Look);
+            }
+            let led = self.machines.iter().filter(|machine| machine.view.role == LEADER);
+            let term = led.map(|machine| machine.view.term).max().unwrap_or(0);
             match self.stable {
                 Some((stable, until)) if stable == term => {
                     if now >= until {
+                        if !self.all_errands_done() {
+                            let told = "an operator was not answered".to_owned();
+                            return self.history.borrow_mut().fail(|| told);
+                        }
                         self.context.cover(Mark::Stable);
                         self.context.record(0, What::Phase, 3, 0);
                         self.phase = Phase::Over;
@@ -794,24 +893,37 @@ impl<'a, C: Cluster> World<'a, C> {
     }
 
     fn has_converged(&self) -> bool {
-        let first = &self.machines[0];
+        let Some(leader) = self.machines.iter().position(|machine| machine.view.role == LEADER) else {
+            return false;
+        };
+        let members = self.members_of(leader);
+        if !members.settled || !self.all_errands_done() && self.changes {
+            return false;
+        }
+        let first = &self.machines[leader];
         let Some(process) = &first.process else { return false };
         let (index, chain) = (first.view.applied, process.chain_at(first.view.applied));
         let equal = |machine: &Machine<C::Node>| {
             let Some(process) = &machine.process else { return false };
             let view = machine.view;
+            // One of a later term unseats the leader as soon as that hears of it.
             [view.applied, view.commit, view.last, view.durable] == [index; 4]
+                && view.term == first.view.term
                 && process.chain_at(index) == chain
         };
         self.history.borrow().all_answered()
-            && self.machines.iter().all(equal)
-            && self.machines.iter().any(|machine| machine.view.role == LEADER)
+            && (0..self.machines.len()).all(|node| !members.is_member(node) || equal(&self.machines[node]))
     }
 }
 
 mod checks;
 mod clients;
 mod closing;
+mod members;
+mod plots;
+mod reads;
+mod sessions;
 #[cfg(test)]
 mod tests;
+mod transfers;
 mod trouble;

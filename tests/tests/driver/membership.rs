@@ -1,10 +1,9 @@
 //! Changing the members of simulated clusters of real drivers.
 
 use super::*;
+use ringraft::Answer;
 use ringraft::Incarnation;
-use ringraft::membership::{
-    Answer, ChangeError, Changed, MemberRole, MembershipChange, MembershipError, NewMember,
-};
+use ringraft::membership::{ChangeError, Changed, MemberRole, MembershipChange, MembershipError, NewMember};
 
 type Outcome<T> = Result<T, MembershipError>;
 
@@ -34,7 +33,7 @@ fn removing(nodes: &[usize]) -> MembershipChange {
 
 impl Rig {
     /// Lets things happen until the answer is there.
-    fn asked<T>(&mut self, node: usize, ask: impl FnOnce(&Handle) -> Answer<T>) -> Outcome<T> {
+    fn asked<T>(&mut self, node: usize, ask: impl FnOnce(&Handle) -> Answer<Outcome<T>>) -> Outcome<T> {
         let process = self.process(node);
         process.wake_at = 0;
         let mut answer = ask(&process.handle);
@@ -150,6 +149,8 @@ fn members_are_known_from_snapshots_where_the_log_has_been_purged() {
     }
     let index = rig.commit(0, 100);
     rig.run_until_all_apply(&[0, 1, 2], index);
+    let stands_at = rig.status(0).membership.index;
+    assert!(stands_at < index);
     for node in 0..3 {
         rig.snapshot(node);
     }
@@ -165,9 +166,12 @@ fn members_are_known_from_snapshots_where_the_log_has_been_purged() {
     let index = rig.commit(leader, 100);
     rig.run_until_all_apply(&[0, 1, 2], index);
     assert!((0..3).all(|node| rig.members(node) == (vec![1, 2, 3], vec![])));
+    // Somebody who had looked at the members before may still count on nobody having changed them.
+    assert!((0..3).all(|node| rig.status(node).membership.index == stands_at));
     // One that joins is sent a snapshot, and a restart finds the later change in its log.
     rig.boot(purging(joining(3, &[0, 1, 2])));
-    let changed = rig.change(leader, adding(&[3])).expect("it catches up");
+    let only_if = MembershipChange { expected: Some(stands_at), ..adding(&[3]) };
+    let changed = rig.change(leader, only_if).expect("it catches up");
     rig.run_until_all_apply(&[0, 1, 2, 3], changed.index);
     rig.kill(3);
     rig.boot(purging(joining(3, &[0, 1, 2])));
@@ -175,6 +179,71 @@ fn members_are_known_from_snapshots_where_the_log_has_been_purged() {
     rig.run_until_all_apply(&[0, 1, 2, 3], index);
     assert_eq!(rig.members(3), (vec![1, 2, 3, 4], vec![]));
     assert_eq!(rig.process(3).driver.machine().count, 3);
+}
+
+/// A leader's snapshot ends in the middle of a change: the transition is committed, and what would end it cannot be, since
+/// all other new voters are down. One of them is sent that snapshot and loses power behind the install; then the new voters
+/// have a majority of their own and none of the old ones, which is not enough.
+#[test]
+fn a_snapshot_that_was_taken_in_a_transition_restores_it_also_after_a_crash_right_behind_the_install() {
+    let purging = |config| Config { log_retention_bytes: 0, ..config };
+    let in_force = |rig: &Rig, node: usize, at: LogIndex| {
+        let raft = rig.machines[node].process.as_ref().and_then(|process| process.driver.raft());
+        raft.and_then(|raft| raft.configuration_at(at)).map(|(at, members)| (at, members.is_joint()))
+    };
+    for steps in 0..16 {
+        let mut rig = Rig::seeded(5, 400 + steps);
+        rig.boot(purging(config(0, 1)));
+        assert_eq!(rig.run_until_led(), 0);
+        for node in 1..3 {
+            rig.boot(purging(joining(node, &[0])));
+            rig.change(0, adding(&[node])).unwrap_or_else(|error| panic!("{error}"));
+        }
+        (3..5).for_each(|node| rig.boot(purging(joining(node, &[0]))));
+        let replace = MembershipChange { remove: vec![id(1), id(2)], ..adding(&[3, 4]) };
+        let process = rig.process(0);
+        let answer = process.handle.change_membership(replace);
+        process.wake_at = 0;
+        rig.run_until("a transition", |rig| rig.status(0).membership.configuration.is_joint());
+        rig.kill(4);
+        let applied = |rig: &Rig| in_force(rig, 0, rig.status(0).applied);
+        rig.run_until("it is applied", |rig| applied(rig).is_some_and(|(_, is_joint)| is_joint));
+        rig.kill(3);
+        let (stands_at, _) = applied(&rig).expect("known");
+        let last = rig.snapshot(0);
+        assert_eq!(in_force(&rig, 0, last), Some((stands_at, true)));
+        assert!(rig.status(0).membership.index > last, "it is about to be left");
+
+        rig.boot(purging(joining(4, &[0])));
+        rig.run_until("installed", |rig| rig.status(4).applied == last);
+        for _ in 0..steps {
+            if rig.status(4).membership.configuration.is_joint() {
+                rig.step();
+            }
+        }
+        rig.crash(4, if steps % 2 == 0 { Crash::PowerCut } else { Crash::Kill });
+        (0..3).for_each(|node| rig.kill(node));
+        drop(answer);
+        (3..5).for_each(|node| rig.boot(purging(joining(node, &[0]))));
+        rig.run_for(5 * SECOND);
+        assert_eq!(in_force(&rig, 4, last), Some((stands_at, true)), "crash after {steps} steps");
+        if rig.status(4).membership.index == stands_at {
+            assert_eq!((rig.status(4).last, rig.leader()), (last, None), "without any of the old voters");
+        }
+        rig.boot(purging(config(0, 1)));
+        rig.boot(purging(joining(1, &[0])));
+        rig.run_until("it is over", |rig| {
+            let leader = rig.leader().map(|leader| rig.status(leader));
+            leader.is_some_and(|status| {
+                let members = &status.membership;
+                members.configuration.is_settled() && members.index <= status.commit
+            })
+        });
+        let leader = rig.leader().expect("it leads");
+        assert_eq!(rig.members(leader), (vec![1, 4, 5], vec![]));
+        let index = rig.commit(leader, 100);
+        rig.run_until_all_apply(&[0, 3, 4], index);
+    }
 }
 
 #[test]
@@ -188,6 +257,59 @@ fn k7_a_joiner_that_is_down_or_never_started_is_named_and_nothing_has_changed() 
     // It can be tried again.
     rig.boot(joining(1, &[0]));
     rig.change(0, adding(&[1])).expect("it is there now");
+}
+
+/// A cluster of one node, whichever it is.
+fn single(node: usize) -> Config {
+    Config {
+        members: vec![MemberConfig { id: id(node), address: address(node) }],
+        node: id(node),
+        ..config(0, 1)
+    }
+}
+
+#[test]
+fn k7_joiners_find_the_leader_by_any_one_member_whichever_ids_are_the_higher() {
+    for (leader, follower) in [(1, 3), (3, 1), (2, 3), (1, 2)] {
+        let mut rig = Rig::new(5);
+        rig.boot(single(leader));
+        rig.run_until_led();
+        rig.boot(joining(follower, &[leader]));
+        rig.change(leader, adding(&[follower])).expect("it knows the leader");
+        // With ids below, between and above those of the two.
+        let joiners: Vec<usize> = (0..5).filter(|node| ![leader, follower].contains(node)).collect();
+        joiners.iter().for_each(|node| rig.boot(joining(*node, &[follower])));
+        rig.run_for(SECOND);
+        let changed =
+            rig.change(leader, adding(&joiners)).unwrap_or_else(|error| panic!("{leader}: {error}"));
+        rig.run_until_all_apply(&[0, 1, 2, 3, 4], changed.index);
+        assert_eq!(rig.members(joiners[0]), (vec![1, 2, 3, 4, 5], vec![]));
+    }
+}
+
+/// The joiners have been waiting for long when another node takes over, which is the one that they are to be added by.
+#[test]
+fn k7_joiners_that_wait_learn_who_leads_after_a_change_of_leaders() {
+    let mut rig = Rig::new(5);
+    rig.boot(single(1));
+    rig.run_until_led();
+    for node in [2, 3] {
+        rig.boot(joining(node, &[1]));
+        rig.change(1, adding(&[node])).expect("it knows the leader");
+    }
+    // A member that never leads here.
+    [0, 4].into_iter().for_each(|node| rig.boot(joining(node, &[2])));
+    rig.run_for(5 * SECOND);
+    for leader in [3, 1] {
+        let from = rig.leader().expect("it leads");
+        assert_eq!(rig.transfer(from, Some(leader)), Ok(leader));
+        rig.run_until("it takes commands", |rig| rig.leader() == Some(leader));
+        rig.commit(leader, 10);
+        rig.run_for(2 * SECOND);
+        let joiner = if leader == 3 { 0 } else { 4 };
+        let changed = rig.change(leader, adding(&[joiner])).unwrap_or_else(|error| panic!("{error}"));
+        rig.run_until_all_apply(&[1, 2, 3, joiner], changed.index);
+    }
 }
 
 // ---- K8: ids
@@ -380,6 +502,48 @@ fn k6_a_second_change_is_refused_while_one_is_under_way_and_a_stuck_newcomer_sta
     assert_eq!(rig.members(0), (vec![1, 2, 3, 4], vec![]));
 }
 
+/// It answers, and takes no snapshot: the change went on for ever, and no other one could begin.
+#[test]
+fn k6_a_newcomer_without_space_for_a_snapshot_is_stuck_and_stays_a_learner() {
+    let purging = |config| Config { log_retention_bytes: 0, ..config };
+    let mut rig = Rig::new(3);
+    rig.boot(purging(config(0, 1)));
+    assert_eq!(rig.run_until_led(), 0);
+    for _ in 0..5 {
+        rig.commit(0, 100);
+    }
+    rig.snapshot(0);
+    rig.boot(purging(joining(1, &[0])));
+    rig.run_for(2 * SECOND);
+    rig.machines[1].disk.borrow_mut().faults_mut().no_space = true;
+    let stuck = refused(rig.change(0, adding(&[1])));
+    assert_eq!(stuck, ChangeError::Stuck { id: id(1) });
+    assert_eq!(rig.members(0), (vec![1], vec![2]));
+    // The next one is accepted.
+    rig.boot(purging(joining(2, &[0])));
+    rig.change(0, adding(&[2])).expect("it has space");
+    rig.machines[1].disk.borrow_mut().faults_mut().no_space = false;
+    let promoted = MembershipChange { promote: vec![id(1)], ..Default::default() };
+    let changed = rig.change(0, promoted).expect("it has space now");
+    rig.run_until_all_apply(&[0, 1, 2], changed.index);
+    assert_eq!(rig.members(1), (vec![1, 2, 3], vec![]));
+}
+
+/// It said that it does not lead, and that it should be asked.
+#[test]
+fn a_leader_that_closes_tells_who_asks_for_a_change_that_it_has_stopped() {
+    let mut rig = grown(1, 1);
+    rig.shutdown(0);
+    rig.turn(0);
+    let process = rig.process(0);
+    process.wake_at = 0;
+    let mut answer = process.handle.change_membership(adding(&[1]));
+    rig.turn(0);
+    let told = answer.try_take().expect("at once");
+    assert!(matches!(told, Err(MembershipError::Stopped(_))), "{told:?}");
+    rig.run_until_ended(0);
+}
+
 #[test]
 fn k6_whoever_leads_next_finishes_a_change_wherever_the_leader_dies() {
     // The moment at which the leader dies, in steps of the rig after it was asked.
@@ -456,32 +620,116 @@ fn k12_a_wiped_disk_under_an_old_id_is_refused_and_comes_back_as_a_learner_after
 }
 
 /// A voter that slept through the replacement of a peer knows the new one only by its own old configuration, which names
-/// another directory. When only the new one can lead, it must get through all the same.
+/// another directory. When only the new one can lead, it must get through all the same, and stay: on its way to the end of the
+/// log the sleeper passes a configuration in which the peer has been removed and not yet been added again. (Where it ended the
+/// session there, nobody else was left to tell it the rest.)
 #[test]
 fn a_member_with_an_old_configuration_follows_a_leader_that_it_knows_by_another_directory() {
-    let (mut rig, leader) = Rig::started(4);
-    let index = rig.commit(leader, 100);
-    rig.run_until_all_apply(&[0, 1, 2, 3], index);
-    let others: Vec<usize> = (0..4).filter(|node| *node != leader).collect();
-    let [sleeper, replaced, spare] = others[..] else { panic!("{others:?}") };
-    rig.kill(sleeper);
-    rig.run_for(2 * SECOND);
-    assert_eq!(rig.leader(), Some(leader));
-    rig.change(leader, removing(&[replaced])).expect("removed");
-    rig.wipe(replaced);
-    rig.boot(joining(replaced, &[leader, spare]));
-    rig.change(leader, adding(&[replaced])).expect("the new directory is a voter");
-    rig.change(leader, removing(&[spare])).expect("three are left");
-    let index = rig.commit(leader, 10);
-    rig.run_until_all_apply(&[leader, replaced], index);
-    rig.kill(spare);
-    rig.kill(leader);
-    // The sleeper's log is the shorter one: it has to vote for the new directory, which its configuration does not know.
-    rig.boot(config(sleeper, 4));
-    rig.run_until("the new directory leads", |rig| rig.leader() == Some(replaced));
-    let index = rig.commit(replaced, 10);
-    rig.run_until_all_apply(&[sleeper, replaced], index);
-    assert_eq!(rig.members(sleeper), rig.members(replaced));
+    for seed in 0..6 {
+        let mut rig = Rig::seeded(4, seed);
+        (0..4).for_each(|node| rig.boot(config(node, 4)));
+        let leader = rig.run_until_led();
+        let index = rig.commit(leader, 100);
+        rig.run_until_all_apply(&[0, 1, 2, 3], index);
+        let others: Vec<usize> = (0..4).filter(|node| *node != leader).collect();
+        let [sleeper, replaced, spare] = others[..] else { panic!("{others:?}") };
+        rig.kill(sleeper);
+        rig.run_for(2 * SECOND);
+        assert_eq!(rig.leader(), Some(leader));
+        rig.change(leader, removing(&[replaced])).expect("removed");
+        rig.wipe(replaced);
+        rig.boot(joining(replaced, &[leader, spare]));
+        rig.change(leader, adding(&[replaced])).expect("the new directory is a voter");
+        rig.change(leader, removing(&[spare])).expect("three are left");
+        let index = rig.commit(leader, 10);
+        rig.run_until_all_apply(&[leader, replaced], index);
+        rig.kill(spare);
+        rig.kill(leader);
+        // The sleeper's log is the shorter one: it has to vote for the new directory, which its configuration does not know.
+        rig.boot(config(sleeper, 4));
+        rig.run_until("the new directory leads", |rig| rig.leader() == Some(replaced));
+        let index = rig.commit(replaced, 10);
+        rig.run_until_all_apply(&[sleeper, replaced], index);
+        assert_eq!(rig.members(sleeper), rig.members(replaced));
+    }
+}
+
+/// A member that was away while all others were replaced knows none of those who are there now, but for one that only follows:
+/// that refers it to the leader. Once with a leader that dials it, and once with one that it must dial.
+#[test]
+fn a_member_that_was_away_for_long_finds_a_leader_that_its_configuration_does_not_name() {
+    for (sleeper, staying, leaving, coming) in [(0, 1, 2, 3), (3, 1, 2, 0)] {
+        let mut rig = Rig::new(4);
+        let first = [sleeper, staying, leaving];
+        founded_by(&mut rig, &first);
+        let leader = rig.run_until_led();
+        let index = rig.commit(leader, 100);
+        rig.run_until_all_apply(&first, index);
+        rig.kill(sleeper);
+        let leader = rig.run_until_led();
+        rig.boot(joining(coming, &[staying, leaving]));
+        rig.change(leader, adding(&[coming])).expect("added");
+        if leader != coming {
+            drop(rig.transfer(leader, Some(coming)));
+        }
+        rig.run_until("it leads", |rig| rig.leader() == Some(coming));
+        rig.change(coming, removing(&[leaving])).expect("removed");
+        let index = rig.commit(coming, 10);
+        rig.run_until_all_apply(&[coming, staying], index);
+        rig.kill(leaving);
+        rig.boot(founder(sleeper, &first));
+        rig.run_until_all_apply(&[sleeper], index);
+        assert_eq!((rig.leader(), rig.members(sleeper)), (Some(coming), rig.members(coming)));
+    }
+}
+
+/// The vote that a candidate lacks is that of a member which has never heard of it, and nobody is left who could refer them to
+/// each other. Once with a candidate that dials, and once with one that must be dialed.
+#[test]
+fn a_candidate_gets_the_vote_of_a_member_whose_configuration_does_not_name_it() {
+    for (sleeper, leaving, coming) in [(0, [1, 2], [3, 4]), (4, [1, 2], [0, 3])] {
+        let mut rig = Rig::new(5);
+        let first = [sleeper, leaving[0], leaving[1]];
+        founded_by(&mut rig, &first);
+        let leader = rig.run_until_led();
+        let index = rig.commit(leader, 100);
+        rig.run_until_all_apply(&first, index);
+        rig.kill(sleeper);
+        let leader = rig.run_until_led();
+        for node in coming {
+            rig.boot(joining(node, &leaving));
+        }
+        rig.change(leader, adding(&coming)).expect("added");
+        rig.change(leader, removing(&leaving)).expect("removed");
+        leaving.into_iter().for_each(|node| rig.kill(node));
+        rig.run_for(2 * SECOND);
+        let leader = rig.run_until_led();
+        let index = rig.commit(leader, 10);
+        rig.run_until_all_apply(&coming, index);
+        // Of the three who are left one falls out, and the one that stays needs the sleeper.
+        rig.kill(coming[1]);
+        rig.boot(founder(sleeper, &first));
+        rig.run_until("it is led", |rig| {
+            rig.status(sleeper).leader.is_some_and(|leader| leader.id == id(coming[0]))
+        });
+        let index = rig.commit(coming[0], 10);
+        rig.run_until_all_apply(&[sleeper], index);
+        assert_eq!(rig.members(sleeper), rig.members(coming[0]));
+    }
+}
+
+/// One of those who found a cluster.
+fn founder(node: usize, all: &[usize]) -> Config {
+    Config {
+        join: false,
+        ..joining(node, &all.iter().copied().filter(|other| *other != node).collect::<Vec<_>>())
+    }
+}
+
+fn founded_by(rig: &mut Rig, all: &[usize]) {
+    for node in all {
+        rig.boot(founder(*node, all));
+    }
 }
 
 /// Flips a bit in the newest configuration of a node that is down.

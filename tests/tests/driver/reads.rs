@@ -3,6 +3,7 @@
 use super::*;
 use ringraft::config::ConfigError;
 use ringraft::error::ReadError;
+use ringraft::membership::{MembershipChange, NewMember};
 use ringraft::reads::{Consistency, QueryReply, Read};
 use std::future::Future;
 use std::pin::pin;
@@ -22,7 +23,7 @@ impl Rig {
         panic!("the read is never answered");
     }
 
-    fn called(&mut self, node: usize) -> Handle {
+    pub(super) fn called(&mut self, node: usize) -> Handle {
         let process = self.process(node);
         process.wake_at = 0;
         process.handle.clone()
@@ -182,6 +183,39 @@ fn a_stale_read_asks_nobody_and_is_refused_once_the_leader_has_been_silent_for_t
         "no leader"
     );
     assert_eq!(counted(&rig.query(leader, stale(200)).expect("the leader hears the other follower")), 2);
+}
+
+/// Nobody can be elected without the only voter. Once there is a second one, it could be.
+#[test]
+fn the_only_voter_reads_what_is_fresh_whoever_is_silent_and_with_a_second_voter_it_needs_that_one() {
+    let mut rig = Rig::new(2);
+    rig.boot(config(0, 1));
+    assert_eq!(rig.run_until_led(), 0);
+    rig.boot(Config { join: true, ..config(1, 2) });
+    rig.commit(0, 100);
+    let stale = |millis| Consistency::Stale { age_max: std::time::Duration::from_millis(millis), lag_max: 0 };
+    rig.isolate(0);
+    rig.run_for(5 * SECOND);
+    assert_eq!(counted(&rig.query(0, stale(50)).expect("it is the quorum")), 1);
+    rig.fabric.borrow_mut().heal_all();
+    let joins = NewMember::voter(NodeId(2), config(1, 2).members[1].address);
+    let change = MembershipChange { add: vec![joins], ..MembershipChange::default() };
+    let mut changed = rig.called(0).change_membership(change);
+    let added = loop {
+        match changed.try_take() {
+            Some(outcome) => break outcome.expect("it joins"),
+            None => rig.step(),
+        }
+    };
+    rig.run_until("both know it", |rig| rig.status(1).applied >= added.index);
+    rig.isolate(0);
+    rig.run_for(250 * MILLISECOND);
+    match rig.query(0, stale(200)) {
+        Err(ReadError::TooStale { age: Some(age), lag: 0 }) => assert!(age.as_millis() >= 250, "{age:?}"),
+        other => panic!("{other:?}"),
+    }
+    rig.run_for(2 * SECOND);
+    assert_eq!(rig.query(0, stale(10_000)), Err(ReadError::TooStale { age: None, lag: 0 }), "no leader");
 }
 
 #[test]

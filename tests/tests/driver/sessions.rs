@@ -90,6 +90,17 @@ fn refusal(outcome: Outcome) -> SessionRefusal {
     }
 }
 
+/// The floor, if the attempt was refused for lying below it: what became of an earlier one is not known any more.
+fn below(outcome: &Outcome) -> Option<u64> {
+    match outcome {
+        Err(ProposeError::Unknown(UnknownOutcome::EarlierAttempt { reason, .. })) => match **reason {
+            Refusal::Session(SessionRefusal::BelowFloor { floor }) => Some(floor),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
 #[test]
 fn a_command_that_is_proposed_again_is_answered_as_before_and_applied_once() {
     let (mut rig, leader) = Rig::started(3);
@@ -164,6 +175,43 @@ fn what_was_resolved_as_never_applied_is_refused_when_it_arrives_late() {
 }
 
 #[test]
+fn a_number_that_was_resolved_before_it_was_used_is_given_to_no_command() {
+    let (mut rig, leader) = Rig::started(1);
+    let session = rig.open(leader);
+    assert_eq!(rig.finish(session.resolve(1)).expect("resolved"), Resolved::NeverApplied);
+    let proposal = session.propose("first");
+    assert_eq!(proposal.sequence(), 2);
+    rig.finish(proposal).expect("not refused for a fence that another number has");
+    rig.assert_applied(&session, &[2]);
+}
+
+/// The client that resumes it knows which sequences are settled; the cluster does not.
+#[test]
+fn a_resumed_session_is_not_refused_for_what_it_has_not_acknowledged_yet() {
+    let mut rig = Rig::new(1);
+    rig.boot(Config { session_window: 8, ..config(0, 1) });
+    rig.run_until_led();
+    let mut session = rig.open(0);
+    for round in 0..5 {
+        for _ in 0..8 {
+            let proposal = session.propose("x");
+            match proposal.sequence() {
+                // By the session itself, which is acknowledging.
+                0 => rig.run_for(10 * MILLISECOND),
+                sequence => {
+                    let outcome = rig.finish(proposal);
+                    outcome.unwrap_or_else(|error| panic!("round {round}, {sequence}: {error}"));
+                }
+            }
+        }
+        session = rig.process(0).handle.resume_session(session.position());
+    }
+    let next = session.position().next;
+    assert!(next > 25, "{next}");
+    rig.assert_applied(&session, &(1..next).collect::<Vec<_>>());
+}
+
+#[test]
 fn a_silent_session_expires_by_the_logs_clock_and_so_equally_on_members_with_any_clock() {
     let mut rig = Rig::new(3);
     // Behind the leader, ahead of it, and as far as a day: only the leader's clock gets into the log.
@@ -193,6 +241,24 @@ fn a_silent_session_expires_by_the_logs_clock_and_so_equally_on_members_with_any
     rig.assert_applied(&kept, &[1]);
     assert_eq!(refusal(rig.finish(kept.propose("d"))), SessionRefusal::Expired);
     rig.assert_applied(&kept, &[1]);
+}
+
+/// The leader's clock tells next year for a moment: the log keeps that time, and must not stand still until then.
+#[test]
+fn a_session_expires_although_the_leaders_clock_was_ahead_and_has_been_set_right() {
+    let mut rig = Rig::new(1);
+    rig.boot(Config { session_timeout: Duration::from_secs(10), ..config(0, 1) });
+    rig.run_until_led();
+    rig.machines[0].wall_ahead_ms = 365 * 86_400_000;
+    let silent = rig.open(0);
+    rig.machines[0].wall_ahead_ms = 0;
+    let kept = rig.open(0);
+    for _ in 0..4 {
+        rig.run_for(4 * SECOND);
+        rig.finish(kept.acknowledge(0)).expect("alive");
+    }
+    assert_eq!(refusal(rig.finish(silent.propose("late"))), SessionRefusal::Expired);
+    rig.finish(kept.propose("alive")).expect("committed");
 }
 
 #[test]
@@ -237,11 +303,10 @@ fn a_session_acknowledges_by_the_way_and_forgets_in_order() {
         assert_eq!(proposal.sequence(), sequence);
         rig.finish(proposal).expect("committed");
     }
-    let floor = |refusal| match refusal {
-        SessionRefusal::BelowFloor { floor } => floor,
-        other => panic!("{other:?}"),
+    let floor = match below(&rig.finish(session.propose_with_sequence(1, "x"))) {
+        Some(floor) => floor,
+        None => panic!("nobody knows any more whether it was applied"),
     };
-    let floor = floor(refusal(rig.finish(session.propose_with_sequence(1, "x"))));
     assert!((25..=32).contains(&floor), "{floor}");
     let again = rig.finish(session.propose_with_sequence(32, "x")).expect("kept");
     assert_eq!(again.reply[..], 32_u64.to_le_bytes());
@@ -368,6 +433,7 @@ impl Run {
 
     fn told(&mut self, known: usize, sequence: u64, outcome: Outcome) -> Result<(), String> {
         let Known { committed, never, .. } = &mut self.sessions[known];
+        self.coverage.below += u32::from(below(&outcome).is_some());
         match outcome {
             Ok(found) => {
                 if never.contains(&sequence) {
@@ -520,7 +586,7 @@ fn run(seed: u64, actions: usize) -> Result<Coverage, String> {
 #[test]
 fn random_clients_on_random_failures_get_each_command_applied_at_most_once_and_as_they_were_told() {
     let mut all = Coverage::default();
-    for seed in 0..16 {
+    for seed in 0..30 {
         let coverage = run(seed, 300).unwrap_or_else(|broken| panic!("seed {seed}: {broken}"));
         all.duplicates += coverage.duplicates;
         all.fenced += coverage.fenced;

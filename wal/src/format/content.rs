@@ -39,6 +39,17 @@ static SHIFT: [[u32; 256]; 4] = {
     table
 };
 
+/// Of a sector of zeros, such as the padding of a slot.
+const BLANK: u32 = {
+    let mut state = !0u32;
+    let mut step = 0;
+    while step < SECTOR_BYTES * 8 {
+        state = if state & 1 == 1 { state >> 1 ^ POLYNOMIAL } else { state >> 1 };
+        step += 1;
+    }
+    !state
+};
+
 fn shift(crc: u32) -> u32 {
     let bytes = crc.to_le_bytes();
     SHIFT[0][usize::from(bytes[0])]
@@ -47,8 +58,8 @@ fn shift(crc: u32) -> u32 {
         ^ SHIFT[3][usize::from(bytes[3])]
 }
 
-/// The [`content_checksum`] of every sector of a slot: envelope, image, padding. The image's own checksums are taken for true; a slot
-/// of which one is wrong only gets a checksum that fits nothing.
+/// The [`content_checksum`] of every sector of a slot: envelope, image, padding, which is zeros. The image's own checksums are taken
+/// for true; a slot of which one is wrong only gets a checksum that fits nothing.
 pub(crate) fn slot_content_checksums(
     slot: &[u8],
     image_bytes: usize,
@@ -57,7 +68,11 @@ pub(crate) fn slot_content_checksums(
     let image = slot.get(ENVELOPE_BYTES..ENVELOPE_BYTES + image_bytes).unwrap_or_default();
     let (full, stored) = stored_checksums(image);
     let seed = seed_for(group, term, first);
+    let padding = (ENVELOPE_BYTES + image_bytes).div_ceil(SECTOR_BYTES);
     slot.chunks_exact(SECTOR_BYTES).enumerate().map(move |(at, sector)| {
+        if at >= padding {
+            return BLANK;
+        }
         // The first sector of the image holds its header, which that sector's checksum leaves out.
         let ordinal = at.wrapping_sub(ENVELOPE_BYTES / SECTOR_BYTES);
         let known = (1..full).contains(&ordinal).then(|| stored.get(ordinal)).flatten();
@@ -72,6 +87,11 @@ pub(crate) fn slot_content_checksums(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_sector_of_padding_has_the_checksum_of_zeros() {
+        assert_eq!(BLANK, content_checksum(&[0; SECTOR_BYTES]));
+    }
 
     #[test]
     fn taking_a_prefix_out_of_a_checksum_leaves_that_of_the_rest() {

@@ -4,7 +4,7 @@ use super::{Asked, BUSY_RETRY_NS, Outgoing, Own, ReadFor};
 use crate::driver::membership::configuration_in;
 use crate::driver::{Driver, GROUP, invariant, run_of, take_block};
 use crate::error::StopError;
-use crate::raft::{Answer, Event, LogId, Role};
+use crate::raft::{Answer, Event, Reach, Role};
 use crate::state_machine::StateMachine;
 use crate::wire::{FetchMessage, FetchReplyMessage, Fetched};
 use ringraft_block::{Block, LogIndex, NodeId};
@@ -28,7 +28,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let Some(asked) = self.repair.asked.remove(&from) else { return Ok(()) };
         self.repair.due_at_ns = self.now.monotonic_ns;
         if reply.leads {
-            self.step(Event::LeaderHolds { leader: from, term: reply.term, last: reply.end })?;
+            self.step(Event::LeaderHolds { leader: from, term: reply.term, last: reply.reach.highest })?;
         }
         let Some(first) = asked.search else { return Ok(()) };
         let Some(search) = self.repair.searches.get_mut(&first) else { return Ok(()) };
@@ -70,13 +70,13 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             Fetched::Unclear => Answer::Unclear,
             Fetched::None => Answer::None,
         };
-        self.answered(first, from, asked.round, answer, reply.end);
+        self.answered(first, from, asked.round, answer, reply.reach);
         Ok(())
     }
 
-    fn answered(&mut self, first: LogIndex, from: NodeId, round: u8, answer: Answer, end: LogId) {
+    fn answered(&mut self, first: LogIndex, from: NodeId, round: u8, answer: Answer, reach: Reach) {
         if let Some(search) = self.repair.searches.get_mut(&first) {
-            search.inquiry.answered(from, round, answer, end);
+            search.inquiry.answered(from, round, answer, reach);
             if search.inquiry.round() != round || search.inquiry.open().next().is_none() {
                 // Another round: everybody may be asked at once.
                 search.retry_at_ns.clear();
@@ -108,8 +108,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         match next {
             Some(next) if next.first == info.last.next() && asked.on_the_way.is_some() => {
                 let token = self.repair.token();
-                let (round, end) = (asked.round, reply.end);
-                let read = ReadFor::Beyond { search: first, from, round, end, reached };
+                let (round, reach) = (asked.round, reply.reach);
+                let read = ReadFor::Beyond { search: first, from, round, reach, reached };
                 self.repair.reads.insert(token, read);
                 self.wal.read_salvage(&mut self.disk, token, next.first, info.chain);
                 Ok(None)
@@ -117,8 +117,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             Some(next) if next.first == info.last.next() => {
                 search.candidate = Some((block, info));
                 let token = self.repair.token();
-                let (search, round, end) = (info.first, asked.round, reply.end);
-                self.repair.reads.insert(token, ReadFor::Between { search, from, round, end });
+                let (search, round, reach) = (info.first, asked.round, reply.reach);
+                self.repair.reads.insert(token, ReadFor::Between { search, from, round, reach });
                 self.wal.read_salvage(&mut self.disk, token, next.first, info.chain);
                 Ok(None)
             }
@@ -200,23 +200,23 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                     None => Ok(()),
                 }
             }
-            Some(ReadFor::Between { search: first, from, round, end }) => {
+            Some(ReadFor::Between { search: first, from, round, reach }) => {
                 let Some(search) = self.repair.searches.get_mut(&first) else { return Ok(()) };
                 let Some((block, info)) = search.candidate.take() else { return Ok(()) };
                 match result {
                     Ok(_) => self.adopt(info, block),
                     Err(ReadError::NotFound { .. }) => {
-                        self.answered(first, from, round, Answer::None, end);
+                        self.answered(first, from, round, Answer::None, reach);
                         Ok(())
                     }
                     // The proof can no longer be read.
                     Err(_) => {
-                        self.answered(first, from, round, Answer::Other, end);
+                        self.answered(first, from, round, Answer::Other, reach);
                         Ok(())
                     }
                 }
             }
-            Some(ReadFor::Beyond { search: first, from, round, end, reached }) => {
+            Some(ReadFor::Beyond { search: first, from, round, reach, reached }) => {
                 if result.is_ok() {
                     self.repair.proved = Some(reached);
                     // Now any member that has it is believed.
@@ -224,7 +224,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                         search.retry_at_ns.clear();
                     }
                 } else {
-                    self.answered(first, from, round, Answer::Other, end);
+                    self.answered(first, from, round, Answer::Other, reach);
                 }
                 Ok(())
             }

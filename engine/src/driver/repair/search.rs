@@ -43,7 +43,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     pub(super) fn begin_searches(&mut self, claim: Option<Claim>) {
         let Some(raft) = self.raft() else { return };
         let claimed = self.claimed_position(claim);
-        let (id, quorum, end) = (self.config.node, raft.quorum().clone(), self.end_of_all(raft));
+        let (id, quorum, reach) = (self.config.node, raft.quorum().clone(), self.reach(raft));
         let now = self.now.monotonic_ns;
         let claimed = claimed.map(|(first, previous)| (first, previous, None));
         let room = SEARCHES_MAX - usize::from(claimed.is_some());
@@ -61,7 +61,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             self.repair.searches.entry(first).or_insert_with(|| Search {
                 previous,
                 want,
-                inquiry: Inquiry::new(id, &quorum, end),
+                inquiry: Inquiry::new(id, &quorum, reach),
                 began_at_ns: now,
                 doubted: BTreeSet::new(),
                 rests_until_ns: now,
@@ -184,7 +184,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// Follows the verdicts.
     pub(super) fn conclude(&mut self) -> Result<(), StopError> {
         let Some(raft) = self.raft() else { return Ok(()) };
-        let (id, quorum, end) = (self.config.node, raft.quorum().clone(), self.end_of_all(raft));
+        let (id, quorum, reach) = (self.config.node, raft.quorum().clone(), self.reach(raft));
         // What is not settled is asked again, and not at once: somebody else has to do something first.
         let rests_until_ns = self.now.monotonic_ns.saturating_add(self.repair.patience_ns / 4);
         let mut verdicts = Vec::new();
@@ -195,7 +195,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             {
                 verdicts.push((*first, search.want, verdict));
                 search.doubted = search.inquiry.doubted().collect();
-                search.inquiry = Inquiry::new(id, &quorum, end);
+                search.inquiry = Inquiry::new(id, &quorum, reach);
                 search.retry_at_ns.clear();
                 search.rests_until_ns = rests_until_ns;
                 search.own = Own::Unread;
@@ -223,7 +223,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                     );
                     self.step(Event::NothingBehind { after: first.previous() })?;
                 }
-                Verdict::Unproved { highest } if want.is_none() => self.step(Event::AllAsked { highest })?,
+                Verdict::Unproved { highest: Some(highest) } if want.is_none() => {
+                    self.step(Event::AllAsked { highest })?;
+                }
                 Verdict::AllCopiesGone | Verdict::Nowhere { .. } | Verdict::Unproved { .. } => {}
             }
         }

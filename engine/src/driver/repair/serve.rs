@@ -124,7 +124,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             proves: self.proves(message),
             term: raft.term(),
             leads,
-            end: self.end_of_all(raft),
+            reach: self.reach(raft),
         };
         // Whoever asks again has given the first question up.
         self.repair.outgoing.retain(|(peer, waiting)| *peer != to || matches!(waiting, Outgoing::Fetch(_)));

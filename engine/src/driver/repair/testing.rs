@@ -6,7 +6,7 @@ use super::Outgoing;
 use crate::config::{Config, MemberConfig};
 use crate::error::StopError;
 use crate::formation::Step;
-use crate::raft::{Append, BatchRun, Configuration, Event, LogId, Member, MemberRole, Round};
+use crate::raft::{Append, BatchRun, Configuration, Event, LogId, Member, MemberRole, Reach, Round};
 use crate::runtime::{Now, Wakeup};
 use crate::state_machine::{CommittedBatch, Replies, StateMachine};
 use crate::wire::{AppendMessage, FetchMessage, FetchReplyMessage, Fetched};
@@ -289,6 +289,17 @@ impl Bench {
         previous: Chain,
         bytes: usize,
     ) -> (Block<AlignedBuf>, BatchInfo) {
+        self.batch_at(first, term, first, previous, bytes)
+    }
+
+    fn batch_at(
+        &mut self,
+        time_ms: u64,
+        term: u64,
+        first: u64,
+        previous: Chain,
+        bytes: usize,
+    ) -> (Block<AlignedBuf>, BatchInfo) {
         let size = round_up_to_block(bytes + 2 * BLOCK_BYTES);
         let block = super::super::take_block(&self.driver.pool, &mut self.driver.disk, size).expect("memory");
         let mut builder = BatchBuilder::new(block);
@@ -298,7 +309,7 @@ impl Bench {
             term: Term(term),
             first: LogIndex(first),
             kind: BatchKind::Commands,
-            time_ms: first,
+            time_ms,
             previous_chain: previous,
         })
     }
@@ -306,26 +317,31 @@ impl Bench {
     /// The leader sends so many batches of one command each; `commit` is how far it has committed.
     pub(in crate::driver) fn append(&mut self, count: u64, commit: u64) {
         for _ in 0..count {
-            let last = self.driver.raft().expect("it runs").last();
-            let previous_chain = self.driver.chain_at(last.index).expect("a batch end");
-            let (block, info) = self.batch(TERM.get(), last.index.get() + 1, previous_chain, 700);
-            let batch =
-                BatchRun { first: info.first, last: info.last, term: info.term, bytes: info.image_bytes };
-            self.round += 1;
-            let append = Append {
-                term: TERM,
-                previous: last,
-                batch: Some(batch),
-                commit: LogIndex(commit),
-                round: Round(self.round),
-                reply_now: false,
-                configuration: None,
-            };
-            let message = AppendMessage { append, previous_chain, chain: info.chain };
-            let attachment = Some((block, info.image_bytes as usize));
-            self.driver.on_append(NodeId(2), message, attachment).expect("it follows");
+            let next = self.driver.raft().expect("it runs").last().index.next();
+            self.try_append(next.get(), commit).expect("it follows");
             self.settle();
         }
+    }
+
+    /// The leader sends a batch of one command, of this time.
+    pub(in crate::driver) fn try_append(&mut self, time_ms: u64, commit: u64) -> Result<(), StopError> {
+        let last = self.driver.raft().expect("it runs").last();
+        let previous_chain = self.driver.chain_at(last.index).expect("a batch end");
+        let (block, info) = self.batch_at(time_ms, TERM.get(), last.index.get() + 1, previous_chain, 700);
+        let batch = BatchRun { first: info.first, last: info.last, term: info.term, bytes: info.image_bytes };
+        self.round += 1;
+        let append = Append {
+            term: TERM,
+            previous: last,
+            batch: Some(batch),
+            commit: LogIndex(commit),
+            round: Round(self.round),
+            reply_now: false,
+            configuration: None,
+        };
+        let message = AppendMessage { append, previous_chain, chain: info.chain };
+        let attachment = Some((block, info.image_bytes as usize));
+        self.driver.on_append(NodeId(2), message, attachment)
     }
 
     /// What is applied and sent is not kept in memory.
@@ -387,8 +403,9 @@ impl Bench {
         outcome: Fetched,
         image: Option<(Block<AlignedBuf>, usize)>,
     ) -> Result<(), StopError> {
-        let end = LogId { term: TERM, index: LogIndex(1) };
-        let reply = FetchReplyMessage { token, outcome, proves: true, term: TERM, leads: false, end };
+        let highest = LogId { term: TERM, index: LogIndex(1) };
+        let reach = Reach { highest, in_doubt: false };
+        let reply = FetchReplyMessage { token, outcome, proves: true, term: TERM, leads: false, reach };
         self.driver.on_fetch_reply(NodeId(from), reply, image)
     }
 

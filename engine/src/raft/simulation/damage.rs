@@ -26,7 +26,7 @@ pub(super) struct Reply {
     proves: bool,
     /// The term in which the answering node leads.
     leads: Option<(Term, LogId)>,
-    highest: LogId,
+    reach: Reach,
 }
 
 #[derive(Clone, Debug)]
@@ -51,10 +51,14 @@ impl Disk {
         in_log || self.kept.iter().any(|(_, batch)| batch.end() == end)
     }
 
-    /// The end of all that is here.
-    fn highest(&self, last: LogId) -> LogId {
+    /// How far all that is here reaches.
+    fn reach(&self, raft: &Raft) -> Reach {
+        let Some(claim) = raft.restraint().claim else {
+            return Reach { highest: raft.last(), in_doubt: false };
+        };
         let kept = self.kept.iter().map(|(_, batch)| batch.end()).max().unwrap_or_default();
-        last.max(kept).max(self.claim.and_then(|claim| claim.end()).unwrap_or_default())
+        let highest = raft.last().max(kept).max(claim.end().unwrap_or_default());
+        Reach { highest, in_doubt: !claim.certain }
     }
 }
 
@@ -330,7 +334,7 @@ impl Simulation {
         let proof: Vec<LogId> = proof.filter(|end| end.index > previous.index).collect();
         let proof =
             if proof.is_empty() { None } else { Some(proof[self.random.below(proof.len() as u64) as usize]) };
-        let highest = node.disk.highest(life.raft.last());
+        let reach = node.disk.reach(&life.raft);
         let token = self.random.next();
         let quorum = Quorum::of(&self.configuration);
         let Some(life) = &mut self.nodes[at].life else { return Ok(()) };
@@ -339,7 +343,7 @@ impl Simulation {
             token,
             previous,
             want,
-            inquiry: Inquiry::new(id, &quorum, highest),
+            inquiry: Inquiry::new(id, &quorum, reach),
         });
         let verdict = search.inquiry.verdict(&quorum);
         let open: Vec<NodeId> = search.inquiry.open().collect();
@@ -364,7 +368,14 @@ impl Simulation {
                 if proof.is_some() {
                     self.waiting.insert(id);
                 }
-                self.feed(at, Event::AllAsked { highest })
+                match highest {
+                    Some(highest) => self.feed(at, Event::AllAsked { highest }),
+                    None => {
+                        self.cover.mark("all asked, and a quorum in doubt");
+                        self.waiting.insert(id);
+                        Ok(())
+                    }
+                }
             }
             Some(Verdict::Unproved { .. }) => {
                 // Who may have had the batch has to be mended first, and perhaps only a leader can do that.
@@ -421,8 +432,8 @@ impl Simulation {
             .proof
             .is_some_and(|end| raft.log().batch_end_at(end.index) == Some(end) || node.disk.has_intact(end));
         let leads = (raft.role() == Role::Leader).then(|| (raft.term(), raft.last()));
-        let highest = node.disk.highest(raft.last());
-        Some(Reply { question, batch, answer, proves, leads, highest })
+        let reach = node.disk.reach(raft);
+        Some(Reply { question, batch, answer, proves, leads, reach })
     }
 
     fn heard(&mut self, at: usize, from: NodeId, reply: Reply) -> Outcome {
@@ -461,7 +472,7 @@ impl Simulation {
             (Some(_), Some(_)) => answer = Answer::None,
             (_, None) => {}
         }
-        search.inquiry.answered(from, reply.question.round, answer, reply.highest);
+        search.inquiry.answered(from, reply.question.round, answer, reply.reach);
         match reply.leads {
             Some((term, last)) => self.feed(at, Event::LeaderHolds { leader: from, term, last }),
             None => Ok(()),

@@ -12,17 +12,24 @@ impl Ledger {
         log.iter().filter_map(|batch| Some((batch.first, Some(of(batch)?)))).collect()
     }
 
-    /// The newest one that is committed up to `index`; none if that is the one of the start.
-    pub(super) fn configuration_as_of(&self, index: LogIndex) -> Option<&Configuration> {
+    /// The newest one that is committed up to `index`, with its place; none if that is the one of the start.
+    fn configuration_as_of(&self, index: LogIndex) -> Option<(LogIndex, &Configuration)> {
         let upto = self.committed.partition_point(|(batch, _)| batch.last <= index);
-        let newest = self.committed[..upto].iter().rev();
-        newest.filter_map(|(batch, _)| self.configurations.get(&(batch.term, batch.first))).next()
+        self.newest_in(self.committed[..upto].iter().map(|(batch, _)| batch))
+    }
+
+    fn newest_in<'a>(
+        &self,
+        batches: impl DoubleEndedIterator<Item = &'a BatchRun>,
+    ) -> Option<(LogIndex, &Configuration)> {
+        let of = |batch: &BatchRun| Some((batch.first, self.configurations.get(&(batch.term, batch.first))?));
+        batches.rev().filter_map(of).next()
     }
 }
 
 impl Simulation {
     /// A cluster of up to three with spare machines that may join it.
-    fn churning(seed: u64) -> Self {
+    pub(super) fn churning(seed: u64) -> Self {
         let mut simulation = Self::new(seed);
         let size = 1 + simulation.random.below(4);
         let member = |id: u64| Member {
@@ -46,15 +53,21 @@ impl Simulation {
     }
 
     /// What must be in force at a node: the newest configuration of its log, or before that.
-    pub(super) fn in_force_at(&self, at: usize) -> Configuration {
+    pub(super) fn in_force_at(&self, at: usize) -> (LogIndex, Configuration) {
         let log = self.nodes[at].life.as_ref().map(|life| life.raft.log());
         let batches: Vec<BatchRun> = log.into_iter().flat_map(LogIds::iter).collect();
-        let newest = batches.iter().rev();
-        let newest =
-            newest.filter_map(|batch| self.ledger.configurations.get(&(batch.term, batch.first))).next();
         let start = self.nodes[at].life.as_ref().map_or(LogIndex(0), |life| life.raft.log_start().index);
-        let newest = newest.or_else(|| self.ledger.configuration_as_of(start));
-        newest.unwrap_or(&self.configuration).clone()
+        match self.ledger.newest_in(batches.iter()) {
+            Some((index, newest)) => (index, newest.clone()),
+            None => self.configuration_as_of(start),
+        }
+    }
+
+    /// The one that is committed up to `index`, and where it stands.
+    pub(super) fn configuration_as_of(&self, index: LogIndex) -> (LogIndex, Configuration) {
+        let newest = self.ledger.configuration_as_of(index);
+        let (index, configuration) = newest.unwrap_or((LogIndex(0), &self.configuration));
+        (index, configuration.clone())
     }
 
     pub(super) fn seal(&mut self, at: usize, configuration: Configuration) -> Outcome {
@@ -77,8 +90,8 @@ impl Simulation {
         }
         let Some(life) = &self.nodes[at].life else { return Ok(()) };
         let (id, expected) = (life.raft.id(), self.in_force_at(at));
-        if *life.raft.configuration() != expected {
-            let found = life.raft.configuration();
+        let found = (life.raft.configuration_index(), life.raft.configuration().clone());
+        if found != expected {
             return Err(format!("node {id} goes by {found:?}, its log says {expected:?}"));
         }
         let committed = self.ledger.committed.last().map_or(LogIndex(0), |(batch, _)| batch.last);

@@ -81,8 +81,19 @@ impl Clock {
 impl Simulation {
     /// A run with reads, and with leases if the seed says so.
     pub(super) fn with_reads(seed: u64) -> Self {
+        Self::new(seed).reading(seed)
+    }
+
+    /// The same while the members change, seldom enough for most changes to come to an end.
+    fn with_reads_and_changes(seed: u64) -> Self {
+        let mut simulation = Self::churning(seed).reading(seed);
+        simulation.churn = 1 + simulation.churn / 8;
+        simulation
+    }
+
+    fn reading(mut self, seed: u64) -> Self {
         let mut random = Random::new(seed ^ 0x5ead);
-        let mut simulation = Self::new(seed);
+        let simulation = &mut self;
         let lease = LeaseSettings { election_timeout_min_ns: LEASE_MIN.0, drift_ppm: DRIFT_PPM as u32 };
         let settings = Settings { lease: (random.below(4) > 0).then_some(lease) };
         simulation.configuration = simulation.configuration.clone().with_settings(settings);
@@ -103,7 +114,7 @@ impl Simulation {
             ready: 0,
         }));
         (0..simulation.nodes.len()).for_each(|at| simulation.boot(at));
-        simulation
+        self
     }
 
     /// What the clock of that node shows.
@@ -159,6 +170,10 @@ impl Simulation {
                 return Ok(true);
             }
         }
+        if self.leave_alone()? {
+            return Ok(true);
+        }
+        let Some(reads) = &mut self.reads else { return Ok(false) };
         let count = self.nodes.len() as u64;
         let dice = reads.random.below(1_000);
         let at = reads.random.below(count) as usize;
@@ -209,8 +224,73 @@ impl Simulation {
             (167..173, [first, ..]) if !self.is_still(*first) => {
                 self.feed(*first, Event::Transfer { to: None })?;
             }
+            (173..180, [first, ..]) if self.churn > 0 && !self.is_still(*first) => {
+                return self.leave_to_another(*first).map(|()| true);
+            }
             _ => return Ok(false),
         }
+        Ok(true)
+    }
+
+    /// A leader is asked to leave all to one other voter, and everything goes well, until that one has it and the leader does
+    /// not know; or one that is alone is asked to take the others in.
+    fn leave_to_another(&mut self, at: usize) -> Outcome {
+        let Some(life) = &self.nodes[at].life else { return Ok(()) };
+        let (id, configuration) = (life.raft.id(), life.raft.configuration());
+        let members = configuration.members().iter().map(|member| member.id);
+        let change = match configuration.incoming_voters().find(|voter| *voter != id) {
+            Some(heir) => Change { remove: members.filter(|id| *id != heir).collect(), ..Change::default() },
+            None => {
+                let others = self.nodes.iter().map(|node| node.id).filter(|other| *other != id);
+                let add = others.map(|id| Member {
+                    id,
+                    incarnation: self.incarnation_of(id),
+                    address: String::new(),
+                    role: MemberRole::Voter,
+                });
+                Change { add: add.collect(), ..Change::default() }
+            }
+        };
+        self.tickets += 1;
+        self.feed(at, Event::Change { ticket: self.tickets, change: Box::new(change) })?;
+        for _ in 0..12 {
+            self.now = self.now.plus(Nanos::from_millis(1));
+            self.work(None)?;
+            if self.leave_alone()? {
+                return Ok(());
+            }
+            self.arrive(None)?;
+        }
+        Ok(())
+    }
+
+    /// The only voter that a leader has left restarts before the leader knows it to be the only one; then neither hears of the
+    /// other for a while. True if that has happened.
+    fn leave_alone(&mut self) -> Result<bool, String> {
+        if self.churn == 0 || self.reads.as_ref().is_none_or(|reads| reads.plot.is_some()) {
+            return Ok(false);
+        }
+        let heir_of = |at: usize| {
+            let raft = self.nodes[at].life.as_ref().map(|life| &life.raft)?;
+            let leased = raft.lease_end().is_some_and(|end| self.local_time(at) < end);
+            let open = raft.configuration_index() > raft.commit();
+            let heir = self.nodes.iter().position(|node| raft.quorum().is_only(node.id))?;
+            let sealed = raft.log().batch_starting_at(raft.configuration_index())?;
+            let has_it = self.nodes[heir].life.is_some() && self.nodes[heir].disk.log.contains(&sealed);
+            (leased && open && has_it && heir != at && !self.is_still(at)).then_some((at, heir))
+        };
+        let Some((leader, heir)) = (0..self.nodes.len()).find_map(heir_of) else { return Ok(false) };
+        self.cover.mark("the last voter restarts within a lease");
+        let (leader_id, heir_id) = (self.nodes[leader].id, self.nodes[heir].id);
+        self.crash(heir);
+        self.boot(heir);
+        self.network.retain(|(from, to, _)| *from != heir_id && *to != heir_id);
+        self.blocked.extend([(leader_id, heir_id), (heir_id, leader_id)]);
+        let until = self.now.plus(Nanos(ELECTION_TIMEOUT.0 / 2));
+        if let Some(reads) = &mut self.reads {
+            reads.plot = Some(Plot { leader: leader_id, usurper: heir_id, stage: Stage::Read, until });
+        }
+        self.rush(leader_id)?;
         Ok(true)
     }
 
@@ -262,28 +342,39 @@ impl Simulation {
     fn rush(&mut self, without: NodeId) -> Outcome {
         for _ in 0..16 {
             self.now = self.now.plus(Nanos::from_millis(1));
-            for at in 0..self.nodes.len() {
-                if self.nodes[at].id == without || self.is_still(at) {
-                    continue;
-                }
-                let busy = |life: &Life| {
-                    !(life.writes.is_empty() && life.completions.is_empty() && life.saves.is_empty())
-                };
-                while self.nodes[at].life.as_ref().is_some_and(busy) {
-                    self.write(at);
-                    self.complete(at)?;
-                    self.save(at)?;
-                }
-                if self.deadline_of(at) <= self.now {
-                    self.feed(at, Event::Tick)?;
-                }
-            }
-            let (keep, arrive): (Vec<_>, Vec<_>) =
-                std::mem::take(&mut self.network).into_iter().partition(|(_, to, _)| *to == without);
-            self.network = keep;
-            arrive.into_iter().try_for_each(|(from, to, message)| self.deliver(from, to, message))?;
+            self.work(Some(without))?;
+            self.arrive(Some(without))?;
         }
         Ok(())
+    }
+
+    /// Disks do all that they were asked for, and time-outs fire.
+    fn work(&mut self, without: Option<NodeId>) -> Outcome {
+        for at in 0..self.nodes.len() {
+            if Some(self.nodes[at].id) == without || self.is_still(at) {
+                continue;
+            }
+            let busy = |life: &Life| {
+                !(life.writes.is_empty() && life.completions.is_empty() && life.saves.is_empty())
+            };
+            while self.nodes[at].life.as_ref().is_some_and(busy) {
+                self.write(at);
+                self.complete(at)?;
+                self.save(at)?;
+            }
+            if self.deadline_of(at) <= self.now {
+                self.feed(at, Event::Tick)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What is under way arrives.
+    fn arrive(&mut self, without: Option<NodeId>) -> Outcome {
+        let (keep, arrive): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.network).into_iter().partition(|(_, to, _)| Some(*to) == without);
+        self.network = keep;
+        arrive.into_iter().try_for_each(|(from, to, message)| self.deliver(from, to, message))
     }
 
     fn ask(&mut self, at: usize, kind: ReadKind, clock: Option<Nanos>) -> Outcome {
@@ -339,10 +430,16 @@ impl Simulation {
         }
         (0..self.nodes.len()).try_for_each(|at| self.reconnect(at))?;
         while !self.settle()? {}
+        let Some(leader) = self.nodes.iter().position(Node::leads) else {
+            return Err("nobody leads after healing".to_owned());
+        };
+        // Who is no member has nobody to ask.
+        let members: Vec<usize> =
+            (0..self.nodes.len()).filter(|at| self.must_converge(leader, *at)).collect();
         for kind in [ReadKind::Lease, ReadKind::Quorum] {
             let before = self.reads.as_ref().map_or(0, |reads| reads.ready);
-            for at in 0..self.nodes.len() {
-                self.ask(at, kind, None)?;
+            for at in &members {
+                self.ask(*at, kind, None)?;
             }
             while !self.settle()? {}
             // What a lease decides is decided at a later moment; the request of a follower is on its way meanwhile.
@@ -352,8 +449,8 @@ impl Simulation {
                 while !self.settle()? {}
             }
             let ready = self.reads.as_ref().map_or(0, |reads| reads.ready) - before;
-            if ready < self.nodes.len() as u64 {
-                return Err(format!("{ready} of {} reads are answered after healing", self.nodes.len()));
+            if ready < members.len() as u64 {
+                return Err(format!("{ready} of {} reads are answered after healing", members.len()));
             }
         }
         Ok(())
@@ -393,12 +490,44 @@ fn reads_see_all_that_was_committed_before_they_were_asked_for() {
     }
 }
 
+/// `SEED=n` replays one run, `TRACE=1` with all its events; `SEEDS=n` runs more of them.
+#[test]
+fn reads_see_all_that_was_committed_before_while_the_members_change() {
+    let mut cover = Cover::default();
+    let (first, count) = match env("SEED", u64::MAX) {
+        u64::MAX => (0, env("SEEDS", 1_000)),
+        seed => (seed, 1),
+    };
+    for seed in first..first + count {
+        if let Err(found) = observe(Simulation::with_reads_and_changes(seed), &mut cover) {
+            panic!("seed {seed}: {found}\nreplay: SEED={seed} TRACE=1");
+        }
+    }
+    println!("{cover:?}");
+    if count < 1_000 {
+        return;
+    }
+    for what in [
+        "changed",
+        "read on a follower",
+        "read on a leader",
+        "read while a lease is in force",
+        "the last voter restarts within a lease",
+    ] {
+        let count = cover.0.get(what).copied().unwrap_or_default();
+        assert!(count >= 100, "{what:?} was exercised {count} times: {cover:?}");
+    }
+}
+
 #[test]
 fn known_bugs_of_reads_are_caught_when_they_are_put_back() {
     for mutant in Mutant::READS.into_iter().filter(|mutant| *mutant != Mutant::FollowerReadWithoutApply) {
         mutants::set(Some(mutant));
         let found = (0..3_000).find_map(|seed| {
-            let mut simulation = Simulation::with_reads(seed);
+            let mut simulation = match mutant {
+                Mutant::LastVoterElectsItselfWithinLease => Simulation::with_reads_and_changes(seed),
+                _ => Simulation::with_reads(seed),
+            };
             simulation.strict = false;
             simulation.run(4_000).err().map(|found| (seed, found))
         });

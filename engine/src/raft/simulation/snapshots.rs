@@ -129,9 +129,9 @@ impl Simulation {
                 self.crash(receiver);
                 arrives = false;
             } else {
-                let configuration = self.ledger.configuration_as_of(last.index);
-                let configuration = configuration.unwrap_or(&self.configuration).clone();
-                self.feed(receiver, Event::SnapshotReceived { last, configuration })?;
+                let (configuration_index, configuration) = self.configuration_as_of(last.index);
+                let received = Event::SnapshotReceived { last, configuration, configuration_index };
+                self.feed(receiver, received)?;
             }
         }
         if self.nodes[sender].boots == boots && !self.is_foreign(sender, to) {

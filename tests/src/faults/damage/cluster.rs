@@ -430,6 +430,7 @@ impl Process {
             },
             term: raft.term().get(),
             leader: raft.leader().map(|id| id.get() as usize - 1),
+            vote: raft.vote().map(|id| id.get() as usize - 1),
             last: raft.last().index.get(),
             written: self.driver.wal().last_index().get(),
             durable: raft.durable().get(),

@@ -11,6 +11,7 @@ pub mod cluster;
 pub mod pattern;
 
 use super::threads::{Tally, split};
+use crate::sim::buffer::SimBuf;
 use crate::sim::check::History;
 use crate::sim::context::{Context, MILLISECOND, SECOND};
 use crate::sim::disk::{Crash, DiskState, SimDisk};
@@ -18,7 +19,7 @@ use crate::sim::rng::Rng;
 use crate::sim::trace::Trace;
 use cluster::{Cluster, NODES, PATIENCE, config};
 use pattern::{Place, Survey, Verdict, draw, draw_loss, files_of, judge};
-use ringraft_block::{AlignedBuf, LogIndex, Pool};
+use ringraft_block::{LogIndex, Pool};
 use ringraft_wal::disk::Disk;
 use ringraft_wal::{Recovered, Wal, WalEvent};
 use std::cell::RefCell;
@@ -465,7 +466,7 @@ fn describe_start(node: usize, image: SimDisk) -> String {
 }
 
 fn open(node: usize, mut image: SimDisk) -> Result<(Wal<SimDisk>, Recovered), String> {
-    let mut wal: Wal<SimDisk> = Wal::open(config(node).log_config(0), Pool::<AlignedBuf>::new(1 << 20));
+    let mut wal: Wal<SimDisk> = Wal::open(config(node).log_config(0), Pool::<SimBuf>::new(1 << 20));
     let (mut done, mut events) = (Vec::new(), VecDeque::new());
     for _ in 0..100_000 {
         wal.advance(&mut image, &mut events);

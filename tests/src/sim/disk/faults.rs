@@ -1,10 +1,11 @@
 //! What a disk does wrong on request.
 
 use super::{BLOCK_BYTES, DiskOp, DiskState, KINDS, Rng, SECTOR_BYTES, error, kind_of};
+use crate::sim::buffer::SimBuf;
 use crate::sim::context::Time;
 use crate::sim::coverage::Mark;
-use ringraft_block::AlignedBuf;
 use ringraft_wal::disk::{DiskError, DiskErrorKind, DiskOutput};
+use std::cmp::Reverse;
 
 /// What a disk does wrong. All off by default.
 #[derive(Clone, Debug)]
@@ -96,7 +97,7 @@ pub enum Fault {
 
 impl Fault {
     /// Whether it can happen to an operation.
-    fn strikes(self, op: &DiskOp<AlignedBuf>) -> bool {
+    fn strikes(self, op: &DiskOp<SimBuf>) -> bool {
         let writes = matches!(op, DiskOp::Write { .. });
         let reads = matches!(op, DiskOp::Read { .. });
         match self {
@@ -118,7 +119,7 @@ impl Fault {
 }
 
 impl On {
-    fn counts(self, op: &DiskOp<AlignedBuf>) -> bool {
+    fn counts(self, op: &DiskOp<SimBuf>) -> bool {
         match self {
             Self::Any => true,
             Self::Write => matches!(op, DiskOp::Write { .. }),
@@ -129,6 +130,18 @@ impl On {
 }
 
 impl DiskState {
+    /// What was to take longer takes no longer than it would have without: a stalled operation in flight is due when it
+    /// would have been, or at once. The switches of [`DiskFaults`] cannot take that back.
+    pub fn end_stalls(&mut self) {
+        let queue = std::mem::take(&mut self.queue).into_iter().map(|Reverse((due, sequence, slot))| {
+            let entry = self.in_flight[slot as usize].as_mut();
+            let stall = entry.and_then(|entry| entry.fault.take_if(|fault| matches!(fault, Fault::Stall(_))));
+            let due = if let Some(Fault::Stall(time)) = stall { due - time } else { due };
+            Reverse((due, sequence, slot))
+        });
+        self.queue = queue.collect();
+    }
+
     /// How many operations a fault has struck, those that only took longer included.
     #[must_use]
     pub fn faults_struck(&self) -> u64 {
@@ -142,7 +155,7 @@ impl DiskState {
     }
 
     /// What happens to an operation that is submitted now. Draws nothing at random unless a fault that does is on.
-    pub(super) fn fault_of(&mut self, op: &DiskOp<AlignedBuf>) -> Option<Fault> {
+    pub(super) fn fault_of(&mut self, op: &DiskOp<SimBuf>) -> Option<Fault> {
         let mut fault = None;
         match &mut self.faults.fail_after_ops {
             Some(0) => {
@@ -195,7 +208,7 @@ impl DiskState {
     /// An operation that fails, with what it does all the same.
     pub(super) fn fail(
         &mut self,
-        op: DiskOp<AlignedBuf>,
+        op: DiskOp<SimBuf>,
         inode: Option<usize>,
         covers: u64,
         kind: DiskErrorKind,

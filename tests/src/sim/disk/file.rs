@@ -157,6 +157,7 @@ impl Inode {
 }
 
 pub(super) fn all_zero(bytes: &[u8]) -> bool {
-    let (words, rest) = bytes.as_chunks::<16>();
-    words.iter().all(|word| *word == [0; 16]) && rest.iter().all(|byte| *byte == 0)
+    let (lines, rest) = bytes.as_chunks::<64>();
+    lines.iter().all(|line| line.iter().fold(0, |any, byte| any | byte) == 0)
+        && rest.iter().all(|byte| *byte == 0)
 }

@@ -8,7 +8,7 @@ struct Machine {
     context: Rc<Context>,
     state: Rc<RefCell<DiskState>>,
     disk: SimDisk,
-    pool: Pool<AlignedBuf>,
+    pool: Pool<SimBuf>,
     next_id: u64,
 }
 
@@ -20,22 +20,21 @@ impl Machine {
         Self { context, state, disk, pool: Pool::new(1 << 20), next_id: 0 }
     }
 
-    fn block(&self, blocks: usize, fill: u8) -> Block<AlignedBuf> {
+    fn block(&self, blocks: usize, fill: u8) -> Block<SimBuf> {
         let bytes = blocks * BLOCK_BYTES;
-        let mut block =
-            self.pool.take(bytes, |bytes| Ok::<_, Infallible>(AlignedBuf::zeroed(bytes))).unwrap();
+        let mut block = self.pool.take(bytes, |bytes| Ok::<_, Infallible>(SimBuf::take(bytes))).unwrap();
         block.fill(fill);
         block
     }
 
-    fn submit(&mut self, op: DiskOp<AlignedBuf>) -> DiskOpId {
+    fn submit(&mut self, op: DiskOp<SimBuf>) -> DiskOpId {
         self.next_id += 1;
         self.disk.submit(DiskOpId(self.next_id), op);
         DiskOpId(self.next_id)
     }
 
     /// Lets everything in flight complete.
-    fn settle(&mut self) -> Vec<DiskDone<AlignedBuf>> {
+    fn settle(&mut self) -> Vec<DiskDone<SimBuf>> {
         let mut done = Vec::new();
         while let Some(due) = self.due() {
             self.context.advance_to(due.max(self.context.now()));
@@ -48,7 +47,7 @@ impl Machine {
         self.state.borrow().next_due()
     }
 
-    fn run(&mut self, op: DiskOp<AlignedBuf>) -> Result<DiskOutput<AlignedBuf>, DiskError> {
+    fn run(&mut self, op: DiskOp<SimBuf>) -> Result<DiskOutput<SimBuf>, DiskError> {
         let id = self.submit(op);
         let mut done = self.settle();
         assert_eq!(done.len(), 1);
@@ -73,8 +72,8 @@ impl Machine {
         file
     }
 
-    fn write(&self, file: FileId, block: u64, blocks: usize, fill: u8) -> DiskOp<AlignedBuf> {
-        let data: SharedBlock<AlignedBuf> = Rc::new(self.block(blocks, fill));
+    fn write(&self, file: FileId, block: u64, blocks: usize, fill: u8) -> DiskOp<SimBuf> {
+        let data: SharedBlock<SimBuf> = Rc::new(self.block(blocks, fill));
         DiskOp::Write { file, offset: block * BLOCK_BYTES as u64, block: data, bytes: blocks * BLOCK_BYTES }
     }
 
@@ -331,7 +330,7 @@ fn space_runs_out_and_names_are_checked() {
     let mut machine = Machine::new(2);
     machine.create("a", 1, Access::Write);
     let create = |name: &str, bytes| DiskOp::Create { name: name.into(), bytes, access: Access::Write };
-    let kind = |result: Result<DiskOutput<AlignedBuf>, DiskError>| result.err().unwrap().kind;
+    let kind = |result: Result<DiskOutput<SimBuf>, DiskError>| result.err().unwrap().kind;
     assert_eq!(kind(machine.run(create("a", 4096))), DiskErrorKind::AlreadyExists);
     assert_eq!(kind(machine.run(create("b", 1 << 50))), DiskErrorKind::NoSpace);
     assert_eq!(machine.open("c", Access::Read), Err(DiskErrorKind::NotFound));
@@ -367,7 +366,7 @@ impl Machine {
         (machine, file)
     }
 
-    fn kind(&mut self, op: DiskOp<AlignedBuf>) -> Result<usize, DiskErrorKind> {
+    fn kind(&mut self, op: DiskOp<SimBuf>) -> Result<usize, DiskErrorKind> {
         match self.run(op) {
             Ok(DiskOutput::Written { bytes } | DiskOutput::Read { bytes, .. }) => Ok(bytes),
             Ok(_) => Ok(0),
@@ -375,7 +374,7 @@ impl Machine {
         }
     }
 
-    fn read_op(&self, file: FileId, block: u64, blocks: usize) -> DiskOp<AlignedBuf> {
+    fn read_op(&self, file: FileId, block: u64, blocks: usize) -> DiskOp<SimBuf> {
         let (offset, bytes) = (block * BLOCK_BYTES as u64, blocks * BLOCK_BYTES);
         DiskOp::Read { file, offset, block: self.block(blocks, 0xee), bytes }
     }
@@ -474,6 +473,31 @@ fn a_stalled_operation_is_overtaken_by_those_after_it() {
     let order: Vec<_> = machine.settle().into_iter().map(|done| done.id).collect();
     assert_eq!(order, [ids[1], ids[0]]);
     assert!(machine.context.now() >= start + 1_000_000_000);
+}
+
+#[test]
+fn a_stall_that_is_ended_leaves_an_operation_its_own_time() {
+    let (mut machine, file) = Machine::numbered(1);
+    machine.schedule(On::Write, 0, Fault::Stall(1_000_000_000));
+    machine.schedule(On::Write, 1, Fault::Io);
+    let start = machine.context.now();
+    let ops = [machine.write(file, 0, 1, 8), machine.write(file, 1, 1, 8)];
+    let ids = ops.map(|op| machine.submit(op));
+    machine.state.borrow_mut().end_stalls();
+    let done = machine.settle();
+    assert!(machine.context.now() < start + 10_000_000);
+    let outcome = |id| done.iter().find(|done| done.id == id).map(|done| done.result.is_ok());
+    assert_eq!(ids.map(outcome), [Some(true), Some(false)], "other faults stay");
+
+    // One that has waited longer than it would have taken by itself is due at once.
+    machine.schedule(On::Write, 0, Fault::Stall(1_000_000_000));
+    let op = machine.write(file, 0, 1, 8);
+    let id = machine.submit(op);
+    machine.context.advance_to(machine.context.now() + 500_000_000);
+    let ended = machine.context.now();
+    machine.state.borrow_mut().end_stalls();
+    let done: Vec<_> = machine.settle().into_iter().map(|done| done.id).collect();
+    assert_eq!((done, machine.context.now()), (vec![id], ended));
 }
 
 #[test]

@@ -69,6 +69,19 @@ fn a_long_history_of_one_client_takes_one_pair_a_call() {
     assert_eq!(check::<Register>(&calls, 20_000), Verdict::Linearizable);
 }
 
+/// Their subsets are tried where no answered call fits, not at every step.
+#[test]
+fn unknown_calls_that_never_took_effect_cost_nothing() {
+    let mut calls: Vec<KvCall> =
+        (0..30).map(|item| call(Operation::Append { item }, None, item + 1, 0)).collect();
+    let mut value = 0;
+    for at in 100..300 {
+        value = crate::sim::kv::appended(value, at);
+        calls.push(call(Operation::Append { item: at }, Some(value), 2 * at, 2 * at + 1));
+    }
+    assert_eq!(check::<Register>(&calls, 200), Verdict::Linearizable);
+}
+
 /// The same service for stateright's tester, which knows nothing of ours.
 #[derive(Clone)]
 struct Reference(u64);

@@ -11,7 +11,7 @@ struct Net {
     links: Vec<SimLink>,
     listeners: Vec<ListenerId>,
     next_id: u64,
-    done: Vec<Vec<LinkDone<AlignedBuf>>>,
+    done: Vec<Vec<LinkDone<SimBuf>>>,
 }
 
 impl Net {
@@ -33,7 +33,7 @@ impl Net {
         }
     }
 
-    fn submit(&mut self, host: usize, op: LinkOp<AlignedBuf>) -> LinkOpId {
+    fn submit(&mut self, host: usize, op: LinkOp<SimBuf>) -> LinkOpId {
         self.next_id += 1;
         self.links[host].submit(LinkOpId(self.next_id), op);
         LinkOpId(self.next_id)
@@ -52,12 +52,12 @@ impl Net {
         due.is_some()
     }
 
-    fn taken(&mut self, host: usize, id: LinkOpId) -> Option<Result<LinkOutput<AlignedBuf>, LinkErrorKind>> {
+    fn taken(&mut self, host: usize, id: LinkOpId) -> Option<Result<LinkOutput<SimBuf>, LinkErrorKind>> {
         let position = self.done[host].iter().position(|done| done.id == id)?;
         Some(self.done[host].remove(position).result.map_err(|error| error.kind))
     }
 
-    fn outcome(&mut self, host: usize, id: LinkOpId) -> Result<LinkOutput<AlignedBuf>, LinkErrorKind> {
+    fn outcome(&mut self, host: usize, id: LinkOpId) -> Result<LinkOutput<SimBuf>, LinkErrorKind> {
         loop {
             let more = self.step();
             if let Some(result) = self.taken(host, id) {
@@ -111,7 +111,7 @@ impl Net {
     }
 }
 
-fn received(output: LinkOutput<AlignedBuf>) -> Vec<u8> {
+fn received(output: LinkOutput<SimBuf>) -> Vec<u8> {
     match output {
         LinkOutput::Received { into: RecvInto::Bytes { bytes, range }, bytes: count } => {
             bytes[range][..count].to_vec()

@@ -8,6 +8,16 @@ impl<C: Cluster> World<'_, C> {
             self.context.record(node, What::Role, u64::from(after.role), after.term);
         }
         self.history.borrow_mut().see(node, before, after);
+        if before.role != after.role {
+            self.plot_role(node, after.role);
+        }
+        let leads = (before.role, before.term) == (LEADER, after.term) && after.role == LEADER;
+        if leads && before.commit != after.commit {
+            // By counting: something of its own term.
+            self.history.borrow_mut().committed_in(after.term);
+        }
+        self.check_members(node, before, after);
+        self.check_after_truncation(node, before, after);
         if let Some(Err(broken)) = self.machines[node].process.as_ref().map(SimNode::check) {
             self.history.borrow_mut().fail(|| format!("node {node}: {broken}"));
         }
@@ -16,15 +26,11 @@ impl<C: Cluster> World<'_, C> {
             self.voted_trouble(node);
         }
         if after.role >= CANDIDATE && before.role < CANDIDATE {
-            // A pre-vote needs a quorum's answers, and lasts one and a half election time-outs, by a clock that may be slow.
-            if !self.has_heard_quorum(node, self.tuning.election_timeout_ms * MILLISECOND * 5 / 2) {
-                self.history
-                    .borrow_mut()
-                    .fail(|| format!("node {node} campaigns without a quorum's pre-votes"));
-            }
+            self.check_campaign(node, after.term);
         }
         if after.role == LEADER && before.role != LEADER {
             let Some(process) = &self.machines[node].process else { return };
+            self.check_votes(node, after);
             let start = process.log_start();
             self.history.borrow_mut().elected(node, after, start, |index| process.chain_at(index));
             if self.phase == Phase::Trouble {
@@ -40,34 +46,75 @@ impl<C: Cluster> World<'_, C> {
             let chain = process.chain_at(after.commit);
             let news = after.commit > process.log_start()
                 && self.history.borrow_mut().committed(node, after.term, after.commit, chain);
-            if news {
+            // Who counts is the leader's to say.
+            if news && (!self.changes || after.role == LEADER) {
                 self.check_durable(node, after, chain);
                 self.commits_seen += 1;
                 if self.options.image_check_every > 0 && self.commits_seen >= self.image_check_at {
                     // Recovery reads the whole log, so the checks become rarer as it grows.
                     self.image_check_at += self.options.image_check_every + self.commits_seen / 8;
-                    self.check_images(after.commit, chain);
+                    self.check_images(node, after.commit, chain);
                 }
             }
         }
     }
 
-    /// Whether a quorum could be heard within the last `time`, the node itself among them. What was said before a node woke
-    /// or was started may have been waiting for it.
+    /// Who campaigns in `term` has the pre-votes of a quorum, or was told to.
+    pub(super) fn check_campaign(&self, node: usize, term: u64) {
+        // A pre-vote needs a quorum's answers, and lasts one and a half election time-outs, by a clock that may be slow.
+        let time = self.tuning.election_timeout_ms * MILLISECOND * 5 / 2;
+        if !self.has_heard_quorum(node, time) && !self.was_told_to_campaign(node, term, time) {
+            self.history.borrow_mut().fail(|| format!("node {node} campaigns without a quorum's pre-votes"));
+        }
+    }
+
+    /// Whether a node says that the leader of the term before `term` told it to campaign in that, and may say so.
+    ///
+    /// Such a campaign begins without pre-votes (thesis, section 3.10): the one message suffices, and the node need not
+    /// have heard anybody else for long. A leader whose disk has stopped answering chooses by what *it* hears, and cannot
+    /// know what the other hears. Whether the candidate wins is decided by votes. So what must hold is that there was such
+    /// a leader, that it could be heard, and that it has left its office since, or is handing it over.
+    fn was_told_to_campaign(&self, node: usize, term: u64, time: Time) -> bool {
+        let told = self.machines[node].process.as_ref().is_some_and(SimNode::was_told_to_campaign);
+        let Some(before) = term.checked_sub(1).filter(|_| told) else { return false };
+        let by = self.history.borrow().leader_of(before).filter(|by| *by != node);
+        by.is_some_and(|by| {
+            let leader = &self.machines[by];
+            let leads_on = (leader.view.role, leader.view.term) == (LEADER, before);
+            let hands_over = leader.process.as_ref().is_some_and(SimNode::hands_over);
+            (hands_over || !leads_on) && self.could_hear(node, by, time)
+        })
+    }
+
+    /// Whether a quorum could be heard within the last `time`, the node itself among them.
     fn has_heard_quorum(&self, node: usize, time: Time) -> bool {
-        let asked = self.context.now().saturating_sub(time);
-        let fabric = self.fabric.borrow();
-        let woke_at = self.machines[node].woke_at;
-        let heard = (0..self.machines.len())
-            .filter(|other| *other == node || fabric.audible_until(*other, node).max(woke_at) >= asked);
-        heard.count() * 2 > self.machines.len()
+        self.could_hear_quorum(node, self.members_of(node), time)
+    }
+
+    /// The same, where the voters are those of `members`.
+    pub(super) fn could_hear_quorum(&self, node: usize, members: Members, time: Time) -> bool {
+        members.reached(|other| other == node || self.could_hear(node, other, time))
+    }
+
+    /// Whether another node could be heard within the last `time`. What was said before a node woke or was started may have
+    /// been waiting for it.
+    pub(super) fn could_hear(&self, node: usize, other: usize, time: Time) -> bool {
+        let since = self.context.now().saturating_sub(time);
+        let audible_until = self.fabric.borrow().audible_until(other, node);
+        audible_until.max(self.machines[node].woke_at) >= since
     }
 
     /// Check-quorum (thesis, section 6.2): a leader that has heard no quorum for an election time-out steps down. Twice that,
-    /// because what was under way when a link was cut may have been read later, and clocks drift.
+    /// because what was under way when a link was cut may have been read later, and clocks drift. Members that it has just been
+    /// given have as long to be heard; until then those count that they took the place of. One that only waits for its disk before
+    /// it stops leads nobody: it sends nothing, and admits nothing.
     pub(super) fn check_leader_is_heard(&self, node: usize) {
         let time = 2 * self.tuning.election_timeout_ms * MILLISECOND + 50 * MILLISECOND;
-        if !self.has_heard_quorum(node, time) {
+        let (before, changed_at) = self.machines[node].members_changed;
+        let changed = self.changes && changed_at >= self.context.now().saturating_sub(time);
+        let heard =
+            self.has_heard_quorum(node, time) || changed && self.could_hear_quorum(node, before, time);
+        if !heard && !self.machines[node].process.as_ref().is_some_and(SimNode::is_closing) {
             self.history
                 .borrow_mut()
                 .fail(|| format!("node {node} leads, and has not heard a quorum for long"));
@@ -87,7 +134,10 @@ impl<C: Cluster> World<'_, C> {
             machine.rotten || (machine.known.durable >= index && same)
         };
         let holders = self.machines.iter().filter(holds).count();
-        if holders * 2 <= self.machines.len() {
+        let counts = |node: usize| holds(&&self.machines[node]);
+        let before = if self.changes { self.machines[node].members_before } else { Members::default() };
+        if !self.members_of(node).reached(counts) && (before == Members::default() || !before.reached(counts))
+        {
             self.history.borrow_mut().fail(|| {
                 format!(
                     "node {node} committed index {index}, which {holders} of {} nodes say is durable",
@@ -98,13 +148,28 @@ impl<C: Cluster> World<'_, C> {
         self.check_matches(node, view);
     }
 
+    /// A candidate wins by the votes of a quorum in its own term (Raft, section 5.2). Who has entered a later one since may have
+    /// voted before.
+    fn check_votes(&self, node: usize, view: &View) {
+        let voted = |other: usize| {
+            let known = self.machines[other].known;
+            known.term > view.term || (known.term, known.vote) == (view.term, Some(node))
+        };
+        if !self.members_of(node).reached(voted) {
+            self.history
+                .borrow_mut()
+                .fail(|| format!("node {node} leads term {} without the votes of a quorum", view.term));
+        }
+    }
+
     fn check_matches(&self, node: usize, view: &View) {
         let Some(process) = self.machines[node].process.as_ref().filter(|_| view.role == LEADER) else {
             return;
         };
         for (peer, machine) in self.machines.iter().enumerate().filter(|(peer, _)| *peer != node) {
             let Some(matched) = process.matched(peer) else { continue };
-            if machine.known.durable < matched && machine.known.term <= view.term && !machine.rotten {
+            let told = matched <= machine.known.durable || machine.wiped;
+            if !told && machine.known.term <= view.term && !machine.rotten {
                 let durable = machine.known.durable;
                 self.history.borrow_mut().fail(|| {
                     format!(
@@ -131,9 +196,9 @@ impl<C: Cluster> World<'_, C> {
     }
 
     /// What is committed is on a quorum of disks, in a form that recovery finds.
-    fn check_images(&mut self, index: u64, chain: Option<[u8; 16]>) {
+    fn check_images(&mut self, by: usize, index: u64, chain: Option<[u8; 16]>) {
         self.context.cover(Mark::ImageChecked);
-        let mut holders = 0;
+        let mut holders = 0_u32;
         let mut told = String::new();
         // What the images are asked must not show in the run's own trace and counters.
         let aside = Context::new(Trace::new(false));
@@ -141,17 +206,16 @@ impl<C: Cluster> World<'_, C> {
         let from = self.commits_seen as usize % nodes;
         for node in (0..nodes).map(|at| (from + at) % nodes) {
             // A recovery costs as much as a thousand events.
-            if holders * 2 > nodes {
+            if self.members_of(by).reached(|node| holders >> node & 1 == 1) {
                 break;
             }
             let machine = &self.machines[node];
             if machine.rotten {
-                holders += 1;
+                holders |= 1 << node;
                 continue;
             }
             let image = machine.disk.borrow().durable_image(&aside);
-            let recover =
-                || self.cluster.recover(node, self.machines.len(), &self.tuning, SimDisk::new(&image));
+            let recover = || self.cluster.recover(node, self.founders, &self.tuning, SimDisk::new(&image));
             match recover() {
                 Ok(log) => {
                     // Recovery is idempotent: what it left is recovered to the same log.
@@ -168,7 +232,7 @@ impl<C: Cluster> World<'_, C> {
                     }
                     let held = log.chains.iter().find(|(end, _)| *end == index).map(|(_, chain)| *chain);
                     if held.is_some() && held == chain || index <= log.start {
-                        holders += 1;
+                        holders |= 1 << node;
                     } else {
                         told += &format!("; node {node} holds up to {}", log.last);
                     }
@@ -176,7 +240,12 @@ impl<C: Cluster> World<'_, C> {
                 Err(error) => told += &format!("; node {node}: {error}"),
             }
         }
-        if holders * 2 <= self.machines.len() {
+        let (now, before) = (self.members_of(by), self.machines[by].members_before);
+        let holds = |node: usize| holders >> node & 1 == 1;
+        let held =
+            now.reached(holds) || self.changes && before != Members::default() && before.reached(holds);
+        if !held {
+            let holders = holders.count_ones();
             self.history.borrow_mut().fail(|| {
                 format!(
                     "index {index} is committed and durable on {holders} of {} nodes{told}",

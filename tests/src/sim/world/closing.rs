@@ -10,6 +10,7 @@ impl<C: Cluster> World<'_, C> {
         self.context.record(node, What::Shutdown, machine.lives, 0);
         process.shutdown();
         machine.closing = true;
+        machine.asked_in_term = if machine.view.role == LEADER { machine.view.term } else { 0 };
         machine.wake_at = 0;
         machine.called = true;
     }
@@ -18,6 +19,10 @@ impl<C: Cluster> World<'_, C> {
     pub(super) fn closed(&mut self, node: usize) {
         self.context.cover(Mark::OrderlyStop);
         let machine = &self.machines[node];
+        let led = self.history.borrow().leader_of(machine.asked_in_term) == Some(node);
+        if led && machine.view.leader.is_some_and(|leader| leader != node) {
+            self.context.cover(Mark::HandedOverAtStop);
+        }
         self.context.record(node, What::Closed, machine.lives, 0);
         let writes = machine.disk.borrow().writes_in_flight();
         if writes > 0 {
@@ -39,7 +44,7 @@ impl<C: Cluster> World<'_, C> {
         let image = machine.disk.borrow().durable_image(&aside);
         let end = machine.view.written;
         let chain = machine.process.as_ref().and_then(|process| process.chain_at(end));
-        match self.cluster.recover(node, self.machines.len(), &self.tuning, SimDisk::new(&image)) {
+        match self.cluster.recover(node, self.founders, &self.tuning, SimDisk::new(&image)) {
             Ok(log) => {
                 let found = log.chains.last().map(|(_, chain)| *chain);
                 let same = log.last == end && (log.chains.is_empty() || found == chain);

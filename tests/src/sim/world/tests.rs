@@ -2,8 +2,10 @@
 //! simulator must notice is easy to do wrong here on purpose.
 
 use super::*;
+use crate::sim::buffer::SimBuf;
+use crate::sim::disk::{Fault, On, Scheduled};
 use crate::sim::node::{ImageLog, RefusedAtOnce, StopReason, Turned};
-use ringraft_block::{AlignedBuf, BLOCK_BYTES, Block, Pool, crc32c, round_up_to_block};
+use ringraft_block::{BLOCK_BYTES, Block, Pool, crc32c, round_up_to_block};
 use ringraft_wal::disk::{Access, Disk, DiskDone, DiskErrorKind, DiskOp, DiskOpId, DiskOutput, FileId};
 use std::convert::Infallible;
 
@@ -29,7 +31,7 @@ struct Scribe {
     wrong: Wrong,
     disk: SimDisk,
     recorder: Recorder,
-    pool: Pool<AlignedBuf>,
+    pool: Pool<SimBuf>,
     file: Option<FileId>,
     stage: Stage,
     /// Where the next record goes.
@@ -38,9 +40,11 @@ struct Scribe {
     applied: u64,
     writing: bool,
     closing: bool,
+    /// Says that it was told to campaign, and that it has told somebody.
+    told: bool,
     waiting: Vec<(u64, Vec<u8>)>,
     answers: Vec<(u64, Answer)>,
-    done: Vec<DiskDone<AlignedBuf>>,
+    done: Vec<DiskDone<SimBuf>>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -55,12 +59,12 @@ enum Stage {
 }
 
 impl Scribe {
-    fn block(&self, bytes: usize) -> Block<AlignedBuf> {
-        let block = self.pool.take(bytes, |bytes| Ok::<_, Infallible>(AlignedBuf::zeroed(bytes)));
+    fn block(&self, bytes: usize) -> Block<SimBuf> {
+        let block = self.pool.take(bytes, |bytes| Ok::<_, Infallible>(SimBuf::take(bytes)));
         block.expect("infallible")
     }
 
-    fn submit(&mut self, op: DiskOp<AlignedBuf>) {
+    fn submit(&mut self, op: DiskOp<SimBuf>) {
         self.disk.submit(DiskOpId(0), op);
     }
 
@@ -75,7 +79,7 @@ impl Scribe {
         self.submit(DiskOp::Read { file, offset, block, bytes: 16 * BLOCK_BYTES });
     }
 
-    fn proceed(&mut self, done: DiskDone<AlignedBuf>) {
+    fn proceed(&mut self, done: DiskDone<SimBuf>) {
         let name = || "scribe".to_owned();
         match (self.stage, done.result) {
             (Stage::Opening, Err(error)) if error.kind == DiskErrorKind::NotFound => {
@@ -205,6 +209,7 @@ impl SimNode for Scribe {
             role,
             term: 1,
             leader: Some(0),
+            vote: Some(0),
             last,
             written: last,
             durable: applied,
@@ -213,6 +218,18 @@ impl SimNode for Scribe {
             epoch: 0,
             rollovers: 0,
         }
+    }
+
+    fn was_told_to_campaign(&self) -> bool {
+        self.told
+    }
+
+    fn is_closing(&self) -> bool {
+        self.closing
+    }
+
+    fn hands_over(&self) -> bool {
+        self.told
     }
 
     fn matched(&self, _peer: usize) -> Option<u64> {
@@ -242,6 +259,7 @@ impl SimNode for Scribe {
 
 impl Cluster for Scribes {
     type Node = Scribe;
+    const CHANGES: bool = false;
 
     fn boot(&self, boot: Boot) -> Scribe {
         Scribe {
@@ -256,6 +274,7 @@ impl Cluster for Scribes {
             applied: 0,
             writing: false,
             closing: false,
+            told: false,
             waiting: Vec::new(),
             answers: Vec::new(),
             done: Vec::new(),
@@ -279,7 +298,7 @@ impl Cluster for Scribes {
         loop {
             let bytes = 16 * BLOCK_BYTES;
             let block =
-                pool.take(bytes, |bytes| Ok::<_, Infallible>(AlignedBuf::zeroed(bytes))).expect("infallible");
+                pool.take(bytes, |bytes| Ok::<_, Infallible>(SimBuf::take(bytes))).expect("infallible");
             let DiskOutput::Read { block, .. } = run(DiskOp::Read { file, offset, block, bytes })? else {
                 return Err("not a read".to_owned());
             };
@@ -363,6 +382,28 @@ fn a_node_that_skips_a_command_is_caught() {
     assert!(message.contains("acknowledged") || message.contains("applied"), "{message}");
 }
 
+/// Seed 1231: a write had hung since before the calm, the node led a cluster that had converged meanwhile, and gave up its
+/// office when the write had taken an election time-out.
+#[test]
+fn an_operation_that_hangs_in_the_trouble_does_not_hang_in_the_calm() {
+    buffer::begin_run();
+    let context = Context::new(Trace::new(false));
+    let options = options(0);
+    let mut world =
+        World::new(&Scribes(Wrong::Nothing), 1, &options, Rc::clone(&context), Rc::new(Progress::default()));
+    let disk = Rc::clone(&world.machines[0].disk);
+    let stall = Scheduled { on: On::Any, skip: 0, fault: Fault::Stall(SECOND) };
+    disk.borrow_mut().faults_mut().scheduled.push(stall);
+    world.boot(0);
+    while disk.borrow().faults_struck() == 0 {
+        world.step();
+    }
+    let takes = || disk.borrow().next_due().expect("in flight") - context.now();
+    assert!(takes() >= SECOND);
+    world.begin_calm();
+    assert!(takes() < 10 * MILLISECOND);
+}
+
 #[test]
 fn a_panic_in_a_node_is_a_failure_of_its_run() {
     struct Panics;
@@ -377,4 +418,111 @@ fn a_panic_in_a_node_is_a_failure_of_its_run() {
     }
     let failure = run(&Panics, 1, &options(0)).failure.unwrap();
     assert!(failure.message.contains("cannot boot"));
+}
+
+/// What the checks say of a world in which nothing has happened for long but what `make` does. The last link to node 0 that
+/// is cut was cut long ago.
+fn judged(nodes: usize, make: impl FnOnce(&mut World<'_, Scribes>)) -> Option<String> {
+    let options = Options { nodes: Some(nodes), ..options(0) };
+    let context = Context::new(Trace::new(false));
+    let mut world = World::new(&Scribes(Wrong::Nothing), 1, &options, Rc::clone(&context), Rc::default());
+    (0..nodes).for_each(|node| world.boot(node));
+    context.advance_to(SECOND);
+    make(&mut world);
+    world.history.borrow().failure().map(str::to_owned)
+}
+
+fn cut_off(world: &World<'_, Scribes>, from: impl IntoIterator<Item = usize>) {
+    from.into_iter().for_each(|from| world.fabric.borrow_mut().cut(from, 0));
+    world.context.advance_to(10 * SECOND);
+}
+
+/// A leader that hears a quorum told a node to campaign that hears nobody but it, and was taken for one that had skipped
+/// its pre-votes.
+#[test]
+fn a_campaign_needs_a_quorums_pre_votes_or_the_word_of_the_leader_of_the_term_before() {
+    let leader = View { role: LEADER, term: 6, ..View::default() };
+    // Whether node 0 says that it was told, what node 3 is, whether it has told, and whom node 0 cannot hear.
+    let campaign = |told: bool, led: bool, view: View, hands_over: bool, silent: &[usize]| {
+        judged(5, |world| {
+            if led {
+                world.history.borrow_mut().see(3, &View::default(), &leader);
+            }
+            world.machines[3].view = view;
+            for (node, told) in [(0, told), (3, hands_over)] {
+                world.machines[node].process.as_mut().unwrap().told = told;
+            }
+            cut_off(world, silent.iter().copied());
+            world.check_campaign(0, 7);
+        })
+    };
+    let left = View { role: 0, ..leader };
+    assert_eq!(campaign(true, true, left, false, &[1, 2, 4]), None, "it has left its office");
+    assert_eq!(campaign(true, true, leader, true, &[1, 2, 4]), None, "it hands over");
+    assert_eq!(campaign(false, true, leader, false, &[1, 2]), None, "a quorum is heard");
+    for (why, failure) in [
+        ("it was not told", campaign(false, true, left, false, &[1, 2, 4])),
+        ("the leader has told nobody", campaign(true, true, leader, false, &[1, 2, 4])),
+        ("the leader was not heard", campaign(true, true, left, false, &[1, 2, 3])),
+        ("nobody led", campaign(true, false, left, false, &[1, 2, 4])),
+    ] {
+        let failure = failure.unwrap_or_else(|| panic!("{why}"));
+        assert!(failure.contains("without a quorum's pre-votes"), "{failure}");
+    }
+}
+
+/// A leader that had just taken up members of whom it hears no quorum was to have heard them for long.
+#[test]
+fn a_leader_has_as_long_to_hear_the_members_that_it_was_just_given_as_those_before() {
+    let of = |index, incoming| Members { index, incoming, ..Members::default() };
+    // What gave way how long ago to nodes 0, 1 and 2, of whom nodes 1 and 2 are not heard.
+    let leads = |before: Members, ago: Time, silent: &[usize]| {
+        judged(4, |world| {
+            world.changes = true;
+            cut_off(world, silent.iter().copied());
+            world.machines[0].members = of(2, 0b0111);
+            world.machines[0].members_changed = (before, world.context.now() - ago);
+            world.check_leader_is_heard(0);
+        })
+    };
+    assert_eq!(leads(of(1, 0b1001), MILLISECOND, &[1, 2]), None, "node 3 was heard");
+    assert_eq!(leads(of(1, 0b1001), 5 * SECOND, &[2]), None, "a quorum is heard");
+    let stops = judged(4, |world| {
+        cut_off(world, [1, 2, 3]);
+        world.machines[0].process.as_mut().expect("it runs").closing = true;
+        world.check_leader_is_heard(0);
+    });
+    assert_eq!(stops, None, "it only waits for its disk");
+    for (why, failure) in [
+        ("it was long ago", leads(of(1, 0b1001), 5 * SECOND, &[1, 2])),
+        ("node 3 was not heard either", leads(of(1, 0b1001), MILLISECOND, &[1, 2, 3])),
+        ("no one was there before", leads(Members::default(), 5 * SECOND, &[1, 2])),
+    ] {
+        let failure = failure.unwrap_or_else(|| panic!("{why}"));
+        assert!(failure.contains("has not heard a quorum"), "{failure}");
+    }
+}
+
+/// The only voter of several machines was to hear another one for what it read to be fresh.
+#[test]
+fn a_read_of_bounded_age_needs_a_quorum_where_the_node_leads_and_a_neighbour_where_it_does_not() {
+    let read = |members: u32, before: u32, leads: bool, silent: &[usize]| {
+        judged(3, |world| {
+            world.changes = true;
+            let of = |index, incoming| Members { index, incoming, ..Members::default() };
+            world.machines[0].members = of(2, members);
+            world.machines[0].members_before = if before == 0 { Members::default() } else { of(1, before) };
+            cut_off(world, silent.iter().copied());
+            world.check_age(0, 300, leads);
+        })
+    };
+    assert_eq!(read(0b001, 0, true, &[1, 2]), None, "the only voter");
+    assert_eq!(read(0b011, 0b001, true, &[1, 2]), None, "it was, when it read");
+    assert_eq!(read(0b011, 0, true, &[2]), None, "a quorum");
+    assert_eq!(read(0b011, 0, false, &[2]), None, "a neighbour");
+    let message = |failure: Option<String>| failure.unwrap_or_default();
+    assert!(message(read(0b011, 0, true, &[1, 2])).contains("hears no quorum"));
+    assert!(message(read(0b011, 0, true, &[1])).contains("hears no quorum"), "a learner is no quorum");
+    assert!(message(read(0b011, 0b111, true, &[1, 2])).contains("hears no quorum"));
+    assert!(message(read(0b110, 0, false, &[1, 2])).contains("hears nobody"));
 }

@@ -6,6 +6,10 @@ use crate::sim::disk::Rot;
 impl<C: Cluster> World<'_, C> {
     /// Lets the next trouble of the schedule happen, and plans the one after it.
     pub(super) fn scheduled_trouble(&mut self) {
+        if self.plot.is_some() {
+            let pause = self.nemesis.pause();
+            return self.plan(pause, Plan::Trouble);
+        }
         let number = self.number(0);
         let trouble = self.nemesis.choose();
         let nodes = self.machines.len();
@@ -19,6 +23,9 @@ impl<C: Cluster> World<'_, C> {
 
     /// A node has just been elected.
     pub(super) fn elected_trouble(&mut self, node: usize) {
+        if self.plot_elected(node) {
+            return;
+        }
         let number = self.number(1);
         if let Some((trouble, another)) = self.nemesis.regicide() {
             self.strike(number, trouble, node, node);
@@ -32,6 +39,9 @@ impl<C: Cluster> World<'_, C> {
 
     /// A node has just entered a term, and perhaps voted in it.
     pub(super) fn voted_trouble(&mut self, node: usize) {
+        if self.plot.is_some() {
+            return;
+        }
         let number = self.number(1);
         if let Some(trouble) = self.nemesis.perjury() {
             self.strike(number, trouble, node, node);
@@ -49,8 +59,20 @@ impl<C: Cluster> World<'_, C> {
         if self.options.keep.troubles.as_ref().is_some_and(|kept| !kept.contains(&number)) {
             return;
         }
-        let of_leader =
-            matches!(trouble, Trouble::KillLeader | Trouble::ShutdownLeader | Trouble::IsolateLeader);
+        let of_leader = matches!(
+            trouble,
+            Trouble::KillLeader
+                | Trouble::ShutdownLeader
+                | Trouble::IsolateLeader
+                | Trouble::StopLeadersCore
+                | Trouble::Transfer
+                | Trouble::TransferAndCut
+                | Trouble::ChangeMembers
+                | Trouble::Figure8
+                | Trouble::ForgetfulVoter
+                | Trouble::SlowAnswers
+                | Trouble::LateVote
+        );
         let befell = if of_leader { leader } else { node };
         let time = self.context.now();
         self.progress.struck.borrow_mut().push(Struck { number, time, trouble, node: befell });
@@ -69,7 +91,13 @@ impl<C: Cluster> World<'_, C> {
             Trouble::Shutdown => self.doom(node, Doom::Shutdown),
             Trouble::ShutdownLeader => self.doom(leader, Doom::Shutdown),
             Trouble::Isolate => self.cut_where(length, |from, to| (from == node) != (to == node)),
-            Trouble::IsolateLeader => self.doom(leader, Doom::Isolated),
+            Trouble::IsolateLeader => {
+                // What it has begun to write may be cut off before it is written.
+                if self.nemesis.rng().chance(300_000) {
+                    self.stall_write(leader, length);
+                }
+                self.doom(leader, Doom::Isolated);
+            }
             Trouble::Split => {
                 let side = self.nemesis.rng().bits();
                 self.cut_where(length, |from, to| (side >> from & 1) != (side >> to & 1));
@@ -89,6 +117,26 @@ impl<C: Cluster> World<'_, C> {
                 self.context.record(node, What::Pause, now + length, 0);
                 self.machines[node].paused_until = now + length;
             }
+            Trouble::Transfer => self.hand_over(leader),
+            Trouble::TransferAnywhere => self.hand_over(node),
+            Trouble::TransferAndCut => {
+                self.hand_over(leader);
+                self.doom(leader, Doom::Isolated);
+                self.watch(leader, 3);
+            }
+            Trouble::LateVote => self.plot_late_vote(leader),
+            Trouble::SlowAnswers => self.plot_slow_answers(leader),
+            Trouble::Figure8 => self.plot_figure_8(leader),
+            Trouble::ForgetfulVoter => self.plot_forgetful_voter(leader),
+            Trouble::StallWrite => self.stall_write(node, length),
+            Trouble::StallVoter => {
+                self.context.cover(Mark::StalledDisk);
+                self.context.record(node, What::DiskSpeed, 0, now + length);
+                self.machines[node].disk.borrow_mut().faults_mut().stalled_until = now + length;
+            }
+            Trouble::ChangeMembers => self.change_members(leader),
+            Trouble::StopCore => self.stop_core(node, now + length),
+            Trouble::StopLeadersCore => self.stop_leaders_core(leader),
             Trouble::ClockJump => {
                 let by = self.nemesis.rng().between(0, 7_200_000) as i64 - 3_600_000;
                 self.context.cover(Mark::ClockJump);
@@ -124,7 +172,8 @@ impl<C: Cluster> World<'_, C> {
             }
             Trouble::SlowPeer => self.slow_links(length, |from, to| from == node || to == node),
             Trouble::ClockDrift => {
-                let drift = self.nemesis.rng().between(0, 200_000) as i64 - 100_000;
+                let max = self.drift_max_ppm().min(100_000);
+                let drift = self.nemesis.rng().between(0, 2 * max as u64) as i64 - max;
                 self.context.cover(Mark::ClockDrift);
                 self.drift(node, drift);
                 self.plan(length, Plan::ClockNormal { node });
@@ -146,6 +195,12 @@ impl<C: Cluster> World<'_, C> {
                 self.plan(length, Plan::DiskNormal { node });
             }
         }
+    }
+
+    fn hand_over(&mut self, node: usize) {
+        let nodes = self.machines.len();
+        let to = self.nemesis.rng().index(2 * nodes);
+        self.transfer(node, (to < nodes).then_some(to));
     }
 
     fn slow_links(&mut self, length: Time, slow: impl Fn(usize, usize) -> bool) {
