@@ -51,7 +51,7 @@ pub struct UringOptions {
     pub core: Option<usize>,
     /// What to do when there is nothing to do.
     pub idle: IdlePolicy,
-    /// Entries of the submission ring. More operations than that may be in flight, and may be started in one turn.
+    /// Entries of the submission ring, at least 1. More operations than that may be in flight, and may be started in one turn.
     pub ring_depth: u32,
     /// The thread's name, of which the system shows 15 bytes.
     pub name: String,
