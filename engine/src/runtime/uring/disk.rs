@@ -425,7 +425,7 @@ mod tests {
         let file = rig.file(1);
         rig.returned(&file, TRIES_MAX, Kind::Flush, -libc::EAGAIN);
         let error = rig.next().err().unwrap();
-        assert_eq!((error.kind, error.operation), (DiskErrorKind::Io, "flush"));
+        assert_eq!((error.kind, error.operation), (DiskErrorKind::OutOfMemory, "flush"));
         rig.returned(&file, 0, Kind::Flush, -libc::EIO);
         assert_eq!(rig.next().err().unwrap().os_error, Some(libc::EIO), "no other error is tried again");
     }
