@@ -7,7 +7,7 @@ use crate::wal::WalArgs;
 use crate::{bench, cleanup, exit, limit, node, wal};
 use clap::{Parser, Subcommand};
 use ringraft::Config;
-use ringraft::runtime::IdlePolicy;
+use ringraft::runtime::{Backend, IdlePolicy};
 use std::ffi::OsString;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -69,6 +69,9 @@ fn caught() -> anyhow::Result<()> {
 #[derive(Clone, Debug, Default, clap::Args)]
 #[command(next_help_heading = "Engine")]
 pub(crate) struct EngineArgs {
+    /// What runs the core: glommio, or uring (Linux 6.1) [default: glommio]
+    #[arg(long, value_name = "NAME", value_parser = backend)]
+    pub(crate) backend: Option<Backend>,
     /// What the core does when idle: park, adaptive (adaptive:MICROSECONDS) or spin [default: park]
     #[arg(long, value_name = "POLICY", value_parser = idle)]
     pub(crate) idle: Option<IdlePolicy>,
@@ -120,6 +123,7 @@ impl EngineArgs {
         }
         let kib = |given: usize| given.saturating_mul(1 << 10);
         let mib = |given: usize| given.saturating_mul(1 << 20);
+        put(self.backend, &mut config.backend, |given| given);
         put(self.idle, &mut config.idle, |given| given);
         put(self.command_kb, &mut config.command_bytes_max, kib);
         put(self.batch_kb, &mut config.batch_bytes_max, kib);
@@ -137,6 +141,10 @@ impl EngineArgs {
 
     /// The same as arguments for another process.
     pub(crate) fn to_args(&self) -> Vec<OsString> {
+        let backend = self.backend.map(|backend| match backend {
+            Backend::Glommio => "glommio".to_owned(),
+            Backend::Uring => "uring".to_owned(),
+        });
         let idle = self.idle.map(|idle| match idle {
             IdlePolicy::Park => "park".to_owned(),
             IdlePolicy::Spin => "spin".to_owned(),
@@ -145,6 +153,7 @@ impl EngineArgs {
         let number = |given: Option<usize>| given.map(|given| given.to_string());
         let time = |given: Option<Duration>| given.map(|given| format!("{}us", given.as_micros()));
         let all = [
+            ("--backend", backend),
             ("--idle", idle),
             ("--command-kb", number(self.command_kb)),
             ("--batch-kb", number(self.batch_kb)),
@@ -161,6 +170,14 @@ impl EngineArgs {
         ];
         let given = all.into_iter().filter_map(|(name, value)| Some([name.into(), value?.into()]));
         given.flatten().collect()
+    }
+}
+
+fn backend(text: &str) -> Result<Backend, String> {
+    match text {
+        "glommio" => Ok(Backend::Glommio),
+        "uring" => Ok(Backend::Uring),
+        _ => Err("it must be glommio or uring".to_owned()),
     }
 }
 
@@ -225,7 +242,7 @@ mod tests {
 
     #[test]
     fn engine_flags_survive_the_way_to_a_child() {
-        let line = "ringraft node --id 1 --dir d --cluster 1 --members 1=127.0.0.1:1 --idle adaptive:7 --command-kb 7 \
+        let line = "ringraft node --id 1 --dir d --cluster 1 --members 1=127.0.0.1:1 --backend uring --idle adaptive:7 --command-kb 7 \
                     --batch-kb 8 --writes-in-flight 3 --write-kb-in-flight 9 --window-batches 5 --window-mb 4 --uncommitted-mb 6 \
                     --segment-mb 40 --segments-ahead 2 --election-timeout 300ms --heartbeat-interval 30ms \
                     --commit-notice-delay 500us";
@@ -239,6 +256,6 @@ mod tests {
         let again = words(base).into_iter().chain(first.to_args());
         let second = engine(Cli::parse_from(again));
         assert_eq!(format!("{first:?}"), format!("{second:?}"));
-        assert_eq!(first.to_args().len(), 26);
+        assert_eq!(first.to_args().len(), 28);
     }
 }

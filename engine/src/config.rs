@@ -4,7 +4,7 @@
 //! [`Node::start`](crate::Node::start) checks the whole with [`Config::validate`].
 
 use crate::raft::{LeaseSettings, Nanos, RaftConfig, Settings};
-use crate::runtime::IdlePolicy;
+use crate::runtime::{Backend, IdlePolicy};
 use crate::sessions::{self, SessionLimits};
 use crate::wire::{self, kind};
 use ringraft_block::{BLOCK_BYTES, ClusterId, Incarnation, NodeId, SECTOR_BYTES, round_up_to_block};
@@ -50,6 +50,9 @@ pub struct Config {
     /// Default: false.
     pub insecure: bool,
 
+    /// What runs the core. Default: [`Backend::Glommio`]. It says nothing of what is on disk or on the wire: members may
+    /// differ in it, and a restart may change it.
+    pub backend: Backend,
     /// The processor that consensus is pinned to. Default: none, the scheduler places it.
     pub core: Option<usize>,
     /// What the core does when there is nothing to do. Default: [`IdlePolicy::Park`], since spinning costs other
@@ -201,6 +204,7 @@ impl Config {
             listen: None,
             data_dir: data_dir.into(),
             insecure: false,
+            backend: Backend::default(),
             core: None,
             idle: IdlePolicy::Park,
             election_timeout: Duration::from_millis(500),

@@ -4,8 +4,9 @@ use crate::config::{Config, ConfigError};
 use crate::driver::Driver;
 use crate::error::{StopCause, StopError};
 use crate::handle::{Handle, LocalHandle, Shared, Status};
-use crate::runtime::glommio::{self, GlommioOptions, LinkOptions};
-use crate::runtime::{RuntimeError, Wakeup};
+use crate::runtime::glommio::{self, GlommioOptions};
+use crate::runtime::uring::{self, UringOptions};
+use crate::runtime::{Backend, LinkOptions, RuntimeError, Wakeup};
 use crate::state_machine::StateMachine;
 use ringraft_wal::DataDirectory;
 use std::future::Future;
@@ -120,7 +121,7 @@ fn run_core<S: StateMachine>(
     machine: impl FnOnce() -> S + Send + 'static,
     tasks: Vec<LocalTask>,
 ) {
-    let outcome = run_glommio(config, seed, shared, machine, tasks);
+    let outcome = run_backend(config, seed, shared, machine, tasks);
     if let Err(StopError::Runtime(error @ RuntimeError::Panicked(_))) = &outcome {
         // A state machine that panicked half way through a batch has a state that no other member has.
         tracing::error!(%error, "aborting");
@@ -136,7 +137,7 @@ fn run_core<S: StateMachine>(
     });
 }
 
-fn run_glommio<S: StateMachine>(
+fn run_backend<S: StateMachine>(
     config: Config,
     seed: u64,
     shared: &Arc<Shared>,
@@ -144,24 +145,37 @@ fn run_glommio<S: StateMachine>(
     tasks: Vec<LocalTask>,
 ) -> Result<(), StopError> {
     let directory = DataDirectory::open(&config.data_dir, true)?;
-    let options = GlommioOptions {
-        core: config.core,
-        idle: config.idle,
-        name: format!("ringraft-{}", config.node),
-        ..GlommioOptions::default()
-    };
+    let name = format!("ringraft-{}", config.node);
+    let (core, idle) = (config.core, config.idle);
     let wakeup = Arc::clone(&shared.wakeup);
     let shared = Arc::clone(shared);
     let path = directory.path().to_owned();
-    glommio::run(options, wakeup, move |context| {
-        let disk = context.disk(&path)?;
-        let link = context.link(LinkOptions::default());
-        let driver = Driver::new(config, seed, Arc::clone(&shared), disk, link, machine());
-        for task in tasks {
-            context.spawn_local(task(driver.local_handle(context.local_wakeup())));
+    match config.backend {
+        Backend::Glommio => {
+            let options = GlommioOptions { core, idle, name, ..GlommioOptions::default() };
+            glommio::run(options, wakeup, move |context| {
+                let disk = context.disk(&path)?;
+                let link = context.link(LinkOptions::default());
+                let driver = Driver::new(config, seed, shared, disk, link, machine());
+                for task in tasks {
+                    context.spawn_local(task(driver.local_handle(context.local_wakeup())));
+                }
+                Ok::<_, RuntimeError>(driver)
+            })?;
         }
-        Ok::<_, RuntimeError>(driver)
-    })?;
+        Backend::Uring => {
+            let options = UringOptions { core, idle, name, ..UringOptions::default() };
+            uring::run(options, wakeup, move |context| {
+                let disk = context.disk(&path)?;
+                let link = context.link(LinkOptions::default());
+                let driver = Driver::new(config, seed, shared, disk, link, machine());
+                for task in tasks {
+                    context.spawn_local(task(driver.local_handle(context.local_wakeup())));
+                }
+                Ok::<_, RuntimeError>(driver)
+            })?;
+        }
+    }
     // Held until the last operation has ended.
     drop(directory);
     Ok(())

@@ -1,6 +1,7 @@
 //! Clusters of real processes: `testnode` members on loopback ports and a real disk, to be killed.
 
 use anyhow::{Context, Result, bail, ensure};
+use ringraft::runtime::Backend;
 use ringraft::{ClusterId, MemberConfig, NodeId};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io::{BufRead, BufReader, Write};
@@ -13,6 +14,8 @@ use std::time::{Duration, Instant};
 /// The settings of a test member that differ from the defaults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EngineFlags {
+    /// What runs the core.
+    pub backend: Backend,
     /// Size of a log segment: the smallest that the configuration allows, so that tests roll over.
     pub segment_bytes: u64,
     /// Segments prepared ahead.
@@ -27,6 +30,7 @@ pub struct EngineFlags {
 
 /// Small logs.
 pub const ENGINE_FLAGS: EngineFlags = EngineFlags {
+    backend: Backend::Glommio,
     segment_bytes: 48 << 20,
     segments_ahead: 1,
     batch_bytes_max: 256 << 10,
@@ -91,19 +95,36 @@ impl NodeArgs {
 
 impl EngineFlags {
     fn to_arg(self) -> String {
-        let Self { segment_bytes, segments_ahead, batch_bytes_max, command_bytes_max, disk_stall_stop_ms } =
-            self;
-        format!("{segment_bytes},{segments_ahead},{batch_bytes_max},{command_bytes_max},{disk_stall_stop_ms}")
+        let Self {
+            backend,
+            segment_bytes,
+            segments_ahead,
+            batch_bytes_max,
+            command_bytes_max,
+            disk_stall_stop_ms,
+        } = self;
+        let backend = match backend {
+            Backend::Glommio => "glommio",
+            Backend::Uring => "uring",
+        };
+        format!(
+            "{backend},{segment_bytes},{segments_ahead},{batch_bytes_max},{command_bytes_max},{disk_stall_stop_ms}"
+        )
     }
 
     fn parse(text: &str) -> Result<Self> {
         let parts: Vec<&str> = text.split(',').collect();
-        let [segment_bytes, segments_ahead, batch_bytes_max, command_bytes_max, disk_stall_stop_ms] =
+        let [backend, segment_bytes, segments_ahead, batch_bytes_max, command_bytes_max, disk_stall_stop_ms] =
             parts[..]
         else {
-            bail!("flags are five numbers, not {text:?}")
+            bail!("flags are a backend and five numbers, not {text:?}")
         };
         Ok(Self {
+            backend: match backend {
+                "glommio" => Backend::Glommio,
+                "uring" => Backend::Uring,
+                _ => bail!("there is no backend {backend:?}"),
+            },
             segment_bytes: segment_bytes.parse()?,
             segments_ahead: segments_ahead.parse()?,
             batch_bytes_max: batch_bytes_max.parse()?,
@@ -210,10 +231,10 @@ impl Cluster {
     ///
     /// # Errors
     /// When a member does not come up.
-    pub fn start(binary: &str, parent: &str, count: u64) -> Result<Self> {
+    pub fn start(binary: &str, engine: EngineFlags, parent: &str, count: u64) -> Result<Self> {
         let scratch = tempfile::Builder::new().prefix("cluster-").tempdir_in(parent)?;
         let program = Program { path: binary.into(), leading: Vec::new() };
-        let mut cluster = Self::stopped(program, ENGINE_FLAGS, scratch.path(), count)?;
+        let mut cluster = Self::stopped(program, engine, scratch.path(), count)?;
         cluster._scratch = Some(scratch);
         for id in 1..=count {
             cluster.spawn(id)?;
@@ -243,6 +264,11 @@ impl Cluster {
             running: BTreeMap::new(),
             ledger: Arc::default(),
         })
+    }
+
+    /// What is started from now on runs with these settings.
+    pub fn set_engine(&mut self, engine: EngineFlags) {
+        self.engine = engine;
     }
 
     /// Starts member `id`, again or for the first time, and waits until it has recovered.

@@ -1,10 +1,60 @@
-//! Real processes, real disk, real sockets, real kills: nothing that was acknowledged is lost.
+//! Real processes, real disk, real sockets, real kills: nothing that was acknowledged is lost. On each backend.
 
 use anyhow::Result;
-use ringraft_tests::process::{Cluster, ENGINE_FLAGS, Program};
+use ringraft::runtime::Backend;
+use ringraft_tests::process::{Cluster, ENGINE_FLAGS, EngineFlags, Program};
 
-fn cluster(count: u64) -> Result<Cluster> {
-    Cluster::start(env!("CARGO_BIN_EXE_testnode"), env!("CARGO_TARGET_TMPDIR"), count)
+/// Each of these for a backend.
+macro_rules! suite {
+    ($backend:ident, $module:ident) => {
+        suite! { $backend, $module:
+            a_leader_killed_under_load_is_replaced_and_nothing_acknowledged_is_lost
+            a_follower_killed_under_load_costs_nothing_and_catches_up_when_it_returns
+            all_members_killed_at_once_recover_everything_that_was_acknowledged
+            a_single_member_serves_alone_and_recovers_alone
+            a_cluster_grows_from_one_process_to_three_and_replaces_a_lost_one_under_load
+        }
+    };
+    ($backend:ident, $module:ident: $($test:ident)*) => {
+        mod $module {
+            use super::{Backend, Result};
+            $(
+                #[test]
+                fn $test() -> Result<()> {
+                    super::$test(Backend::$backend)
+                }
+            )*
+        }
+    };
+}
+
+suite!(Glommio, on_glommio);
+suite!(Uring, on_uring);
+
+fn flags(backend: Backend) -> EngineFlags {
+    EngineFlags { backend, ..ENGINE_FLAGS }
+}
+
+fn cluster(backend: Backend, count: u64) -> Result<Cluster> {
+    Cluster::start(env!("CARGO_BIN_EXE_testnode"), flags(backend), env!("CARGO_TARGET_TMPDIR"), count)
+}
+
+/// Members of one cluster may differ in their backend, and change it when they restart.
+#[test]
+fn members_on_different_backends_are_one_cluster_and_read_each_others_logs() -> Result<()> {
+    let mut cluster = cluster(Backend::Glommio, 3)?;
+    for (round, id) in (1..).zip([1, 2, 3, 1, 2, 3]) {
+        let leader = load(&mut cluster, round * 1_000)?;
+        cluster.wait_acks(500)?;
+        cluster.stop_load(leader)?;
+        cluster.kill(id)?;
+        let backend = if round <= 3 { Backend::Uring } else { Backend::Glommio };
+        cluster.set_engine(flags(backend));
+        cluster.restart(id)?;
+        cluster.wait_leader()?;
+        cluster.verify()?;
+    }
+    Ok(())
 }
 
 /// Puts the load, on streams of their own, on whoever leads now.
@@ -14,9 +64,8 @@ fn load(cluster: &mut Cluster, first_stream: u64) -> Result<u64> {
     Ok(leader)
 }
 
-#[test]
-fn a_leader_killed_under_load_is_replaced_and_nothing_acknowledged_is_lost() -> Result<()> {
-    let mut cluster = cluster(3)?;
+fn a_leader_killed_under_load_is_replaced_and_nothing_acknowledged_is_lost(backend: Backend) -> Result<()> {
+    let mut cluster = cluster(backend, 3)?;
     let killed = load(&mut cluster, 0)?;
     cluster.wait_acks(2_000)?;
     cluster.kill(killed)?;
@@ -33,9 +82,8 @@ fn a_leader_killed_under_load_is_replaced_and_nothing_acknowledged_is_lost() -> 
     Ok(())
 }
 
-#[test]
-fn a_follower_killed_under_load_costs_nothing_and_catches_up_when_it_returns() -> Result<()> {
-    let mut cluster = cluster(3)?;
+fn a_follower_killed_under_load_costs_nothing_and_catches_up_when_it_returns(backend: Backend) -> Result<()> {
+    let mut cluster = cluster(backend, 3)?;
     let leader = load(&mut cluster, 0)?;
     cluster.wait_acks(1_000)?;
     let follower = cluster.running().into_iter().find(|id| *id != leader).expect("three members");
@@ -50,9 +98,8 @@ fn a_follower_killed_under_load_costs_nothing_and_catches_up_when_it_returns() -
     cluster.verify()
 }
 
-#[test]
-fn all_members_killed_at_once_recover_everything_that_was_acknowledged() -> Result<()> {
-    let mut cluster = cluster(3)?;
+fn all_members_killed_at_once_recover_everything_that_was_acknowledged(backend: Backend) -> Result<()> {
+    let mut cluster = cluster(backend, 3)?;
     for round in 0..3 {
         let _leader = load(&mut cluster, round * 1_000)?;
         cluster.wait_acks(1_500)?;
@@ -66,9 +113,8 @@ fn all_members_killed_at_once_recover_everything_that_was_acknowledged() -> Resu
     cluster.verify()
 }
 
-#[test]
-fn a_single_member_serves_alone_and_recovers_alone() -> Result<()> {
-    let mut cluster = cluster(1)?;
+fn a_single_member_serves_alone_and_recovers_alone(backend: Backend) -> Result<()> {
+    let mut cluster = cluster(backend, 1)?;
     for round in 0..2 {
         let leader = load(&mut cluster, round * 1_000)?;
         cluster.wait_acks(1_000)?;
@@ -79,11 +125,12 @@ fn a_single_member_serves_alone_and_recovers_alone() -> Result<()> {
     cluster.verify()
 }
 
-#[test]
-fn a_cluster_grows_from_one_process_to_three_and_replaces_a_lost_one_under_load() -> Result<()> {
+fn a_cluster_grows_from_one_process_to_three_and_replaces_a_lost_one_under_load(
+    backend: Backend,
+) -> Result<()> {
     let scratch = tempfile::Builder::new().prefix("grows-").tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
     let program = Program { path: env!("CARGO_BIN_EXE_testnode").into(), leading: Vec::new() };
-    let mut cluster = Cluster::stopped(program, ENGINE_FLAGS, scratch.path(), 4)?;
+    let mut cluster = Cluster::stopped(program, flags(backend), scratch.path(), 4)?;
     cluster.start_as(1, &[1], false)?;
     assert_eq!(load(&mut cluster, 0)?, 1);
     cluster.wait_acks(500)?;

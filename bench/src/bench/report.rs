@@ -69,6 +69,7 @@ pub(crate) struct Config {
 /// The engine's configuration as it was in force.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Engine {
+    pub(crate) backend: String,
     pub(crate) idle: String,
     pub(crate) batch_bytes_max: usize,
     pub(crate) writes_in_flight_max: usize,
@@ -87,6 +88,7 @@ impl From<&ringraft::Config> for Engine {
     fn from(config: &ringraft::Config) -> Self {
         let ms = |time: std::time::Duration| time.as_secs_f64() * 1e3;
         Self {
+            backend: format!("{:?}", config.backend).to_lowercase(),
             idle: format!("{:?}", config.idle).to_lowercase(),
             batch_bytes_max: config.batch_bytes_max,
             writes_in_flight_max: config.writes_in_flight_max,

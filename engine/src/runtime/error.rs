@@ -13,9 +13,9 @@ pub enum RuntimeError {
     IoUringRefused(IoUringRefusal),
     /// Too little memory may be locked, or the machine is out of memory, for the rings and their buffers.
     #[error(
-        "too little memory may be locked for io_uring: the limit is {limit_bytes} bytes and {wanted_bytes} are \
-         wanted (three times io_memory_bytes). Raise it with `ulimit -l {kib}`, `LimitMEMLOCK={wanted_bytes}` in \
-         the systemd unit, `--ulimit memlock={wanted_bytes}` for a container, or lower io_memory_bytes",
+        "too little memory may be locked for io_uring, or the machine has too little: the limit is {limit_bytes} bytes \
+         and {wanted_bytes} are wanted. Raise it with `ulimit -l {kib}`, `LimitMEMLOCK={wanted_bytes}` in \
+         the systemd unit, `--ulimit memlock={wanted_bytes}` for a container, or give the backend less I/O memory",
         kib = wanted_bytes.div_ceil(1024)
     )]
     LockedMemory {
@@ -43,6 +43,9 @@ pub enum RuntimeError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// The kernel refuses to go on with the ring that it gave. What was in flight may still be, and its memory is kept.
+    #[error("io_uring_enter failed: {0}")]
+    Ring(std::io::Error),
     /// A [`Wakeup`](super::Wakeup) serves one core; this one serves, or served, another.
     #[error("this Wakeup belongs to another core; give each core a new one")]
     WakeupInUse,
@@ -70,6 +73,8 @@ pub enum IoUringRefusal {
     Missing,
     /// There, but older than Linux 5.11.
     TooOld,
+    /// There, but older than Linux 6.1: it does not put its work off until the core waits (IORING_SETUP_DEFER_TASKRUN).
+    NoDeferredWork,
     /// Another error number.
     Other(i32),
 }
@@ -95,6 +100,10 @@ impl fmt::Display for IoUringRefusal {
                  sandbox that hides system calls, allow io_uring_setup, io_uring_enter and io_uring_register",
             ),
             Self::TooOld => f.write_str("this kernel's io_uring is too old. Use Linux 5.11 or later"),
+            Self::NoDeferredWork => f.write_str(
+                "this kernel's io_uring cannot put its work off (IORING_SETUP_DEFER_TASKRUN). Use Linux 6.1 or later, \
+                 or the glommio backend",
+            ),
             Self::Other(number) => write!(f, "{}", std::io::Error::from_raw_os_error(*number)),
         }
     }

@@ -5,14 +5,38 @@
 //! is nothing to do: this is the only place in the engine where anything waits. The core is woken by a completion,
 //! by the deadline that the last turn named, or by another thread's [`Wakeup::signal`].
 //!
-//! [`glommio`] is the first backend. Nothing of it shows above this module.
+//! There are two: [`glommio`], and [`uring`], which uses the kernel's rings without an executor. Nothing of either shows
+//! above this module.
 
+mod directory;
 mod error;
 pub mod glommio;
 mod park;
+mod probe;
+mod sockets;
+pub mod uring;
 
 pub use error::{IoUringRefusal, RuntimeError};
 pub use park::{LocalWakeup, Wakeup};
+pub use sockets::LinkOptions;
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::Pin;
+
+/// What runs an engine's core.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Backend {
+    /// [`glommio`]: an executor, on which tasks of users may use all that glommio has. Linux 5.11.
+    #[default]
+    Glommio,
+    /// [`uring`]: one io_uring that does its work when the core waits for it. Fewer system calls and less processor time.
+    /// Tasks of users may await whatever needs no executor. Linux 6.1.
+    Uring,
+}
+
+/// A future of a user, run on the core between turns.
+pub type LocalFuture = Pin<Box<dyn Future<Output = ()>>>;
 
 /// What a core does when a turn found nothing to do.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -73,6 +97,16 @@ pub trait Turn {
     /// report in this turn: what a follower promises a leader counts from when it heard it, and a clock that was read
     /// before would make that shorter than the leader's lease.
     fn turn(&mut self, now: Now) -> TurnOutcome;
+}
+
+fn caught<R>(work: impl FnOnce() -> R) -> Result<R, RuntimeError> {
+    catch_unwind(AssertUnwindSafe(work))
+        .map_err(|panic| RuntimeError::Panicked(panic_message(&*panic).to_owned()))
+}
+
+fn panic_message(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message")
 }
 
 #[cfg(test)]

@@ -11,16 +11,18 @@
 //! With a full fence on both sides at least one of the two sees the other, so no work is left lying. Only the first
 //! signal after a park rings, so a million signals cost one wake.
 //!
-//! The bell is a socket pair. Neither end is the executor's own wake channel, whose events may be overlooked: see
-//! "Parking" in the glommio backend.
+//! The bell is a socket pair under glommio. Neither end is the executor's own wake channel, whose events may be overlooked:
+//! see "Parking" there. On a ring of our own it is an eventfd, which costs less and need not be read.
 
 use super::RuntimeError;
+use rustix::event::EventfdFlags;
 use rustix::net::SendFlags;
 use std::cell::{Cell, RefCell};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, Ordering, fence};
+use std::sync::{Arc, OnceLock};
 use std::task::Waker;
 
 /// Turns are being run, or will be: nothing needs to be done to have a queue looked into.
@@ -34,7 +36,13 @@ const SIGNALLED: u8 = 2;
 #[derive(Debug, Default)]
 pub struct Wakeup {
     state: AtomicU8,
-    bell: OnceLock<UnixStream>,
+    bell: OnceLock<Bell>,
+}
+
+#[derive(Debug)]
+enum Bell {
+    Socket(UnixStream),
+    Event(Arc<OwnedFd>),
 }
 
 impl Wakeup {
@@ -58,16 +66,30 @@ impl Wakeup {
     fn ring(&self) {
         let first = self.state.compare_exchange(PARKED, SIGNALLED, Ordering::AcqRel, Ordering::Relaxed);
         if let (Ok(_), Some(bell)) = (first, self.bell.get()) {
-            // A failure is harmless: a full socket is readable too, a closed one has nobody to wake.
-            let _ = rustix::net::send(bell, &[0], SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
+            // A failure is harmless: a full bell is readable too, a closed one has nobody to wake.
+            let _ = match bell {
+                Bell::Socket(bell) => {
+                    rustix::net::send(bell, &[0], SendFlags::DONTWAIT | SendFlags::NOSIGNAL).map(drop)
+                }
+                Bell::Event(bell) => rustix::io::write(bell, &1_u64.to_ne_bytes()).map(drop),
+            };
         }
     }
 
     /// The core's end of the bell, which becomes readable when the core is to wake.
     pub(super) fn connect(&self) -> Result<UnixStream, RuntimeError> {
         let (ours, theirs) = UnixStream::pair()?;
-        self.bell.set(theirs).map_err(|_| RuntimeError::WakeupInUse)?;
+        self.bell.set(Bell::Socket(theirs)).map_err(|_| RuntimeError::WakeupInUse)?;
         Ok(ours)
+    }
+
+    /// As [`Wakeup::connect`], with an eventfd for a bell. Each ring is an event of its own to who watches it, whether
+    /// or not it is read.
+    pub(super) fn connect_event(&self) -> Result<Arc<OwnedFd>, RuntimeError> {
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        let bell = Arc::new(rustix::event::eventfd(0, flags).map_err(std::io::Error::from)?);
+        self.bell.set(Bell::Event(Arc::clone(&bell))).map_err(|_| RuntimeError::WakeupInUse)?;
+        Ok(bell)
     }
 
     /// From now on a signal rings. The core must run one more turn before it sleeps.

@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
+use ringraft::runtime::Backend;
 use ringraft_tests::powercut::direct::member::{self, Failure};
 use ringraft_tests::powercut::direct::rig::DirectRig;
 use ringraft_tests::powercut::disk::Survived;
@@ -28,6 +29,9 @@ struct Arguments {
     /// What is under the nodes
     #[arg(long, value_enum, default_value = "ext4")]
     fs: Under,
+    /// What runs the members' cores
+    #[arg(long, value_enum, default_value = "glommio")]
+    backend: On,
     /// How many trials
     #[arg(long, default_value_t = 50)]
     trials: u64,
@@ -52,6 +56,24 @@ struct Arguments {
     /// Where mount points are made; a directory of the build by default
     #[arg(long)]
     dir: Option<PathBuf>,
+}
+
+/// What runs a member's core.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum On {
+    /// glommio
+    Glommio,
+    /// A ring of its own
+    Uring,
+}
+
+impl From<On> for Backend {
+    fn from(on: On) -> Self {
+        match on {
+            On::Glommio => Self::Glommio,
+            On::Uring => Self::Uring,
+        }
+    }
 }
 
 /// What is between the nodes and the disk.
@@ -117,7 +139,7 @@ fn cut_power(arguments: &Arguments, mut rig: impl Machine, program: &Program) ->
     let fault = if arguments.sabotage { Fault::Lie } else { arguments.fault };
     let mut sum = Sum::default();
     for seed in seeds(arguments)? {
-        let report = trial::run(&mut rig, program, fault, seed)?;
+        let report = trial::run(&mut rig, program, arguments.backend.into(), fault, seed)?;
         if !arguments.json {
             print(&report);
         }
@@ -136,7 +158,7 @@ fn fail_members(
 ) -> Result<ExitCode> {
     let (mut wrong, mut acked, mut leaders, mut died, mut seconds) = (Vec::new(), 0, 0, 0, 0.0);
     for seed in seeds(arguments)? {
-        let report = member::run(&mut rig, program, failure, seed)?;
+        let report = member::run(&mut rig, program, arguments.backend.into(), failure, seed)?;
         if !arguments.json {
             println!("{report:?}");
         }

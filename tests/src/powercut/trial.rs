@@ -6,11 +6,13 @@ use super::server::Server;
 use crate::process::{Cluster, EngineFlags, Lost, Program};
 use crate::sim::rng::Rng;
 use anyhow::{Result, bail};
+use ringraft::runtime::Backend;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// As small as the configuration allows with batches of this size: a trial zero-fills less and rolls over more.
 pub const ENGINE_FLAGS: EngineFlags = EngineFlags {
+    backend: Backend::Glommio,
     segment_bytes: 1 << 20,
     segments_ahead: 1,
     batch_bytes_max: 32 << 10,
@@ -137,7 +139,13 @@ pub trait Machine {
 ///
 /// # Errors
 /// When the rig does not work. What is wrong with the members is in the report.
-pub fn run(rig: &mut impl Machine, program: &Program, fault: Fault, seed: u64) -> Result<Report> {
+pub fn run(
+    rig: &mut impl Machine,
+    program: &Program,
+    backend: Backend,
+    fault: Fault,
+    seed: u64,
+) -> Result<Report> {
     let started = Instant::now();
     rig.reset()?;
     if let Boot::Refused(error) = rig.boot()? {
@@ -145,7 +153,8 @@ pub fn run(rig: &mut impl Machine, program: &Program, fault: Fault, seed: u64) -
     }
     let mut rng = Rng::new(seed);
     let moments = moments(&mut rng, fault);
-    let cluster = Cluster::stopped(program.clone(), ENGINE_FLAGS, rig.directory(), MEMBERS)?;
+    let engine = EngineFlags { backend, ..ENGINE_FLAGS };
+    let cluster = Cluster::stopped(program.clone(), engine, rig.directory(), MEMBERS)?;
     let mut trial =
         Trial { rig, rng, fault, cluster, streams: 0, survived: Survived::default(), triggered: 0 };
     let verdict = trial.outcome(&moments)?;

@@ -14,20 +14,21 @@
 //! ("the poll ring will be disabled for this device: Bad file descriptor"), which is what is wanted.
 
 use super::GlommioBuf;
+use crate::runtime::directory::{self, invalid, whole_blocks};
 use crate::runtime::{LocalWakeup, RuntimeError};
 use ::glommio::io::{DmaBuffer, DmaFile, OpenOptions};
 use ::glommio::{GlommioError, executor, spawn_local};
 use ringraft_block::{BLOCK_BYTES, Block, SharedBlock};
 use ringraft_wal::disk::{
-    Access, DirectoryEntry, Disk, DiskDone, DiskError, DiskErrorKind, DiskOp, DiskOpId, DiskOutput, FileId,
+    Access, Disk, DiskDone, DiskError, DiskErrorKind, DiskOp, DiskOpId, DiskOutput, FileId,
 };
-use rustix::fs::{AtFlags, CWD, FallocateFlags, FileType, Mode, OFlags};
+use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, VecDeque};
 use std::future::poll_fn;
 use std::mem::ManuallyDrop;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::rc::Rc;
@@ -67,8 +68,7 @@ impl GlommioDisk {
         blocking: Rc<Cell<usize>>,
     ) -> Result<Self, RuntimeError> {
         let failed = |errno: Errno| RuntimeError::DataDirectory { path: path.into(), source: errno.into() };
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let directory = rustix::fs::openat(CWD, path, flags, Mode::empty()).map_err(failed)?;
+        let directory = directory::open(path)?;
         let scratch = open_for_writing_only(&directory).map_err(failed)?;
         let shared = Rc::new(DiskShared {
             directory: Arc::new(directory),
@@ -158,24 +158,12 @@ impl GlommioDisk {
         }
         self.start(id, |shared| async move {
             let created_name = name.clone();
-            let created = shared.on_directory("create", move |directory| {
-                let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-                let file = rustix::fs::openat(directory, plain(&name)?, flags, Mode::RUSR | Mode::WUSR)?;
-                let allocated = match bytes {
-                    0 => Ok(()),
-                    _ => rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes),
-                };
-                if let Err(errno) = allocated {
-                    let _ = rustix::fs::unlinkat(directory, &name, AtFlags::empty());
-                    return Err(errno);
-                }
-                Ok(file)
-            });
+            let created =
+                shared.on_directory("create", move |directory| directory::create(directory, &name, bytes));
             let opened = shared.reopen("create", created.await?, bytes, access).await;
             if opened.is_err() {
-                let removed = shared.on_directory("create", move |directory| {
-                    rustix::fs::unlinkat(directory, &created_name, AtFlags::empty())
-                });
+                let removed = shared
+                    .on_directory("create", move |directory| directory::remove(directory, &created_name));
                 let _ = removed.await;
             }
             opened
@@ -184,15 +172,7 @@ impl GlommioDisk {
 
     fn open_file(&self, id: DiskOpId, name: String, access: Access) {
         self.start(id, |shared| async move {
-            let found = shared.on_directory("open", move |directory| {
-                let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-                let file = rustix::fs::openat(directory, plain(&name)?, flags, Mode::empty())?;
-                let status = rustix::fs::fstat(&file)?;
-                if FileType::from_raw_mode(status.st_mode) != FileType::RegularFile {
-                    return Err(Errno::INVAL);
-                }
-                Ok((file, u64::try_from(status.st_size).map_err(|_| Errno::INVAL)?))
-            });
+            let found = shared.on_directory("open", move |directory| directory::find(directory, &name));
             let (file, bytes) = found.await?;
             shared.reopen("open", file, bytes, access).await
         });
@@ -236,7 +216,7 @@ impl Disk for GlommioDisk {
     fn submit(&mut self, id: DiskOpId, op: DiskOp<GlommioBuf>) {
         match op {
             DiskOp::List => self.start(id, |shared| async move {
-                shared.on_directory("list", list).await.map(DiskOutput::Listed)
+                shared.on_directory("list", directory::list).await.map(DiskOutput::Listed)
             }),
             DiskOp::Create { name, bytes, access } => self.create(id, name, bytes, access),
             DiskOp::Open { name, access } => self.open_file(id, name, access),
@@ -250,12 +230,12 @@ impl Disk for GlommioDisk {
                 Err(error) => self.shared.complete(id, Err(error)),
             },
             DiskOp::Close { file } => self.close(id, file),
-            DiskOp::Rename { from, to } => self.on_names(id, "rename", move |directory| {
-                rustix::fs::renameat(directory, plain(&from)?, directory, plain(&to)?)
-            }),
-            DiskOp::Remove { name } => self.on_names(id, "remove", move |directory| {
-                rustix::fs::unlinkat(directory, plain(&name)?, AtFlags::empty())
-            }),
+            DiskOp::Rename { from, to } => {
+                self.on_names(id, "rename", move |directory| directory::rename(directory, &from, &to));
+            }
+            DiskOp::Remove { name } => {
+                self.on_names(id, "remove", move |directory| directory::remove(directory, &name));
+            }
             DiskOp::SyncDirectory => {
                 self.on_names(id, "sync the directory", |directory| rustix::fs::fsync(directory));
             }
@@ -388,7 +368,7 @@ fn open_for_writing_only(directory: &OwnedFd) -> Result<OwnedFd, Errno> {
     let owner = Mode::RUSR | Mode::WUSR;
     let nameless = rustix::fs::openat(directory, ".", write | OFlags::TMPFILE, owner);
     let Err(nameless) = nameless else { return nameless };
-    for entry in list(directory)? {
+    for entry in directory::list(directory)? {
         if let Ok(file) = rustix::fs::openat(directory, &entry.name, write | OFlags::NOFOLLOW, Mode::empty())
         {
             return Ok(file);
@@ -405,40 +385,7 @@ fn open_for_writing_only(directory: &OwnedFd) -> Result<OwnedFd, Errno> {
 
 /// Opens the file of a descriptor once more, with other options.
 async fn open_again(found: &OwnedFd, options: &OpenOptions) -> Result<DmaFile, GlommioError<()>> {
-    options.dma_open(format!("/proc/self/fd/{}", found.as_raw_fd())).await
-}
-
-fn list(directory: &OwnedFd) -> Result<Vec<DirectoryEntry>, Errno> {
-    let mut entries = Vec::new();
-    for entry in rustix::fs::Dir::read_from(directory)? {
-        let entry = entry?;
-        // A name that is not UTF-8 is none of ours.
-        let Ok(name) = entry.file_name().to_str() else { continue };
-        let status = match rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW) {
-            Err(Errno::NOENT) => continue,
-            status => status?,
-        };
-        if FileType::from_raw_mode(status.st_mode) == FileType::RegularFile {
-            let bytes = u64::try_from(status.st_size).unwrap_or(0);
-            entries.push(DirectoryEntry { name: name.to_owned(), bytes });
-        }
-    }
-    entries.sort_unstable_by(|a, b| a.name.cmp(&b.name));
-    Ok(entries)
-}
-
-/// A name within the directory.
-fn plain(name: &str) -> Result<&str, Errno> {
-    let elsewhere = matches!(name, "" | "." | "..") || name.contains(['/', '\0']);
-    if elsewhere { Err(Errno::INVAL) } else { Ok(name) }
-}
-
-fn whole_blocks(offset: u64, bytes: usize) -> bool {
-    bytes > 0 && bytes.is_multiple_of(BLOCK_BYTES) && offset.is_multiple_of(BLOCK_BYTES as u64)
-}
-
-fn invalid(operation: &'static str) -> DiskError {
-    DiskError { kind: DiskErrorKind::InvalidInput, operation, os_error: None }
+    options.dma_open(directory::again(found)).await
 }
 
 fn failed(operation: &'static str, error: &GlommioError<()>) -> DiskError {

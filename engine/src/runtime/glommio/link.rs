@@ -10,57 +10,23 @@
 
 use super::GlommioBuf;
 use crate::runtime::LocalWakeup;
+use crate::runtime::sockets::{self, LinkOptions, Sending, closed, failed, misuse, tcp_socket};
 use ::glommio::net::TcpStream;
 use ::glommio::spawn_local;
 use futures_io::{AsyncRead, AsyncWrite};
 use ringraft_net::link::{
-    ConnectionId, Link, LinkDone, LinkError, LinkErrorKind, LinkOp, LinkOpId, LinkOutput, ListenerId,
-    RecvInto, SendPart,
+    ConnectionId, Link, LinkDone, LinkError, LinkOp, LinkOpId, LinkOutput, ListenerId, RecvInto, SendPart,
 };
-use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, TcpKeepalive, Type};
+use socket2::{SockAddr, SockRef, Socket};
 use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, VecDeque};
 use std::future::poll_fn;
-use std::io::{self, ErrorKind, IoSlice};
+use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
-use std::time::Duration;
-
-/// How connections are set up. The defaults suit members of a cluster in one region.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LinkOptions {
-    /// TCP_USER_TIMEOUT: a connection whose bytes stay unacknowledged for so long is given up, and so is a dial that
-    /// nobody answers, soon after.
-    pub user_timeout_ms: u32,
-    /// TCP_NOTSENT_LOWAT: how many unsent bytes the kernel takes before a send has to wait. What waits here can
-    /// still be dropped when the connection is closed, and does not delay what the kernel holds.
-    pub notsent_lowat_bytes: u32,
-    /// SO_SNDBUF, where the system's own sizing is not wanted.
-    pub send_buffer_bytes: Option<usize>,
-    /// SO_RCVBUF, likewise.
-    pub recv_buffer_bytes: Option<usize>,
-}
-
-impl Default for LinkOptions {
-    fn default() -> Self {
-        Self {
-            user_timeout_ms: 10_000,
-            notsent_lowat_bytes: 128 * 1024,
-            send_buffer_bytes: None,
-            recv_buffer_bytes: None,
-        }
-    }
-}
-
-/// Connections that nobody has accepted yet, per listener.
-const BACKLOG: i32 = 1024;
-/// An idle connection is probed after so long, and again at this interval.
-const KEEPALIVE: Duration = Duration::from_secs(10);
-/// Pieces handed to the kernel in one call (its own limit is 1024).
-const PARTS_PER_CALL: usize = 32;
 
 /// The sockets of one engine, driven from the core that made it.
 pub struct GlommioLink {
@@ -94,20 +60,12 @@ struct ConnectionState {
     /// The task that is woken by readiness.
     task: Option<Waker>,
     recv: Option<Receiving>,
-    send: Option<Sending>,
+    send: Option<Sending<GlommioBuf>>,
 }
 
 struct Receiving {
     id: LinkOpId,
     into: RecvInto<GlommioBuf>,
-}
-
-struct Sending {
-    id: LinkOpId,
-    parts: Vec<SendPart<GlommioBuf>>,
-    /// The first part that is not sent, and how many bytes of it are.
-    part: usize,
-    part_sent_bytes: usize,
 }
 
 impl GlommioLink {
@@ -171,14 +129,11 @@ impl GlommioLink {
     }
 
     fn send(&self, id: LinkOpId, connection: ConnectionId, parts: Vec<SendPart<GlommioBuf>>) {
-        let fits = parts.iter().all(|part| match part {
-            SendPart::Bytes(_) => true,
-            SendPart::Block { block, range } => range.start <= range.end && range.end <= block.len(),
-        });
+        let sending = Sending::new(id, parts);
         self.shared.begin("send", id, connection, |state| {
-            let free = fits && state.send.is_none();
+            let free = sending.is_some() && state.send.is_none();
             if free {
-                state.send = Some(Sending { id, parts, part: 0, part_sent_bytes: 0 });
+                state.send = sending;
             }
             free
         });
@@ -205,7 +160,7 @@ impl Link for GlommioLink {
     fn submit(&mut self, id: LinkOpId, op: LinkOp<GlommioBuf>) {
         match op {
             LinkOp::Listen { address } => {
-                let listening = listen(address).map(|(socket, address)| {
+                let listening = sockets::listen(address, true).map(|(socket, address)| {
                     let listener = ListenerId(self.shared.next_id());
                     let opened = Listener { socket, accepting: Cell::new(false) };
                     self.shared.listeners.borrow_mut().insert(listener, Rc::new(opened));
@@ -272,7 +227,7 @@ impl LinkShared {
     }
 
     async fn connect(&self, id: LinkOpId, address: SocketAddr) -> io::Result<TcpStream> {
-        let socket = tcp_socket(address)?;
+        let socket = tcp_socket(address, true)?;
         self.options.apply(&socket)?;
         match socket.connect(&address.into()) {
             Ok(()) => {}
@@ -283,11 +238,7 @@ impl LinkShared {
         // To send nothing blocks for as long as the connection is being made, fails with the reason when it could
         // not be made, and otherwise does nothing.
         self.wait(id, |task| Pin::new(&mut stream).poll_write(task, &[])).await?;
-        let descriptor = borrow(&stream);
-        if SockRef::from(&descriptor).local_addr()?.as_socket() == Some(address) {
-            // With nobody listening on a local port of the ephemeral range, a socket can connect to itself.
-            return Err(io::Error::from_raw_os_error(libc::ECONNREFUSED));
-        }
+        sockets::refuse_oneself(SockRef::from(&borrow(&stream)), address)?;
         Ok(stream)
     }
 
@@ -365,7 +316,7 @@ impl Connection {
         }
     }
 
-    fn close(&self) -> (Option<Receiving>, Option<Sending>) {
+    fn close(&self) -> (Option<Receiving>, Option<Sending<GlommioBuf>>) {
         let mut state = self.state.borrow_mut();
         state.stream = None;
         let ended = (state.recv.take(), state.send.take());
@@ -392,7 +343,7 @@ impl ConnectionState {
             }
         }
         if let Some(mut send) = self.send.take() {
-            match send.advance(stream, context) {
+            match advance(&mut send, stream, context) {
                 Poll::Pending => self.send = Some(send),
                 Poll::Ready(Ok(())) => {
                     send.parts.clear();
@@ -413,85 +364,28 @@ fn receive(stream: &mut TcpStream, target: &mut [u8], context: &mut Context<'_>)
     }
 }
 
-impl Sending {
-    fn advance(&mut self, stream: &mut TcpStream, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        loop {
-            let sent = match self.send_parts(stream) {
-                Ok(None) => return Poll::Ready(Ok(())),
-                Ok(Some(sent)) => sent,
-                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                    // Tries once more, with the first part alone, and asks for readiness when that blocks too.
-                    let first = &self.parts[self.part].bytes()[self.part_sent_bytes..];
-                    match Pin::new(&mut *stream).poll_write(context, first) {
-                        Poll::Pending => return Poll::Pending,
-                        Poll::Ready(Err(error)) if error.kind() == ErrorKind::Interrupted => continue,
-                        Poll::Ready(sent) => sent?,
-                    }
+/// Sends until all is sent or the socket takes no more.
+fn advance(
+    send: &mut Sending<GlommioBuf>,
+    stream: &mut TcpStream,
+    context: &mut Context<'_>,
+) -> Poll<io::Result<()>> {
+    loop {
+        let sent = match send.send_parts(borrow(stream)) {
+            Ok(None) => return Poll::Ready(Ok(())),
+            Ok(Some(sent)) => sent,
+            Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                // Tries once more, with the first part alone, and asks for readiness when that blocks too.
+                match Pin::new(&mut *stream).poll_write(context, send.first_rest()) {
+                    Poll::Pending => return Poll::Pending,
+                    Poll::Ready(Err(error)) if error.kind() == ErrorKind::Interrupted => continue,
+                    Poll::Ready(sent) => sent?,
                 }
-                Err(error) => return Poll::Ready(Err(error)),
-            };
-            self.skip(sent);
-        }
-    }
-
-    /// One system call for as many parts as it takes. `None` when nothing is left to be sent.
-    fn send_parts(&mut self, stream: &TcpStream) -> io::Result<Option<usize>> {
-        self.skip(0);
-        let mut pieces: [IoSlice<'_>; PARTS_PER_CALL] = std::array::from_fn(|_| IoSlice::new(&[]));
-        let mut count = 0;
-        for (piece, part) in pieces.iter_mut().zip(&self.parts[self.part..]) {
-            let skipped = if count == 0 { self.part_sent_bytes } else { 0 };
-            *piece = IoSlice::new(&part.bytes()[skipped..]);
-            count += 1;
-        }
-        if count == 0 {
-            return Ok(None);
-        }
-        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
-        let descriptor = borrow(stream);
-        SockRef::from(&descriptor).send_vectored_with_flags(&pieces[..count], flags).map(Some)
-    }
-
-    /// Goes forward by `bytes`, and over parts that are finished or empty.
-    fn skip(&mut self, bytes: usize) {
-        self.part_sent_bytes += bytes;
-        while let Some(part) = self.parts.get(self.part) {
-            let Some(beyond) = self.part_sent_bytes.checked_sub(part.bytes().len()) else { return };
-            self.part_sent_bytes = beyond;
-            self.part += 1;
-        }
-    }
-}
-
-fn listen(address: SocketAddr) -> io::Result<(Socket, SocketAddr)> {
-    // glommio's own listener sets SO_REUSEPORT, with which two nodes would share a port without noticing.
-    let socket = tcp_socket(address)?;
-    socket.set_reuse_address(true)?;
-    socket.bind(&address.into())?;
-    socket.listen(BACKLOG)?;
-    let address = socket.local_addr()?.as_socket().ok_or(ErrorKind::Unsupported)?;
-    Ok((socket, address))
-}
-
-fn tcp_socket(address: SocketAddr) -> io::Result<Socket> {
-    let kind = Type::STREAM.nonblocking().cloexec();
-    Socket::new(Domain::for_address(address), kind, Some(Protocol::TCP))
-}
-
-impl LinkOptions {
-    fn apply(&self, socket: &Socket) -> io::Result<()> {
-        socket.set_tcp_nodelay(true)?;
-        socket.set_tcp_notsent_lowat(self.notsent_lowat_bytes)?;
-        socket.set_tcp_user_timeout(Some(Duration::from_millis(self.user_timeout_ms.into())))?;
-        socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE))?;
-        if let Some(bytes) = self.send_buffer_bytes {
-            socket.set_send_buffer_size(bytes)?;
-        }
-        if let Some(bytes) = self.recv_buffer_bytes {
-            socket.set_recv_buffer_size(bytes)?;
-        }
-        Ok(())
+            }
+            Err(error) => return Poll::Ready(Err(error)),
+        };
+        send.skip(sent);
     }
 }
 
@@ -503,34 +397,4 @@ fn into_stream(socket: Socket) -> TcpStream {
 fn borrow(stream: &TcpStream) -> BorrowedFd<'_> {
     // SAFETY: the stream keeps its descriptor open for as long as it lives, which the lifetime says.
     unsafe { BorrowedFd::borrow_raw(stream.as_raw_fd()) }
-}
-
-fn misuse(operation: &'static str) -> LinkError {
-    LinkError { kind: LinkErrorKind::Other, operation, os_error: None }
-}
-
-fn closed(operation: &'static str) -> LinkError {
-    LinkError { kind: LinkErrorKind::Closed, operation, os_error: None }
-}
-
-fn failed(operation: &'static str, error: &io::Error) -> LinkError {
-    let kind = match error.raw_os_error() {
-        Some(
-            libc::ECONNREFUSED
-            | libc::ECONNRESET
-            | libc::ECONNABORTED
-            | libc::EPIPE
-            | libc::ENOTCONN
-            | libc::ETIMEDOUT
-            | libc::EHOSTUNREACH
-            | libc::EHOSTDOWN
-            | libc::ENETUNREACH
-            | libc::ENETDOWN,
-        ) => LinkErrorKind::Disconnected,
-        Some(libc::EADDRINUSE | libc::EADDRNOTAVAIL) => LinkErrorKind::AddressUnavailable,
-        Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOBUFS) => LinkErrorKind::Exhausted,
-        Some(libc::EACCES | libc::EPERM) => LinkErrorKind::PermissionDenied,
-        _ => LinkErrorKind::Other,
-    };
-    LinkError { kind, operation, os_error: error.raw_os_error() }
 }

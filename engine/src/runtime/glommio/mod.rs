@@ -31,10 +31,14 @@ mod link;
 mod probe;
 
 pub use disk::GlommioDisk;
-pub use link::{GlommioLink, LinkOptions};
+pub use link::GlommioLink;
 pub use probe::warm_up;
 
-use super::{IdlePolicy, LocalWakeup, Now, RuntimeError, Turn, TurnOutcome, Wakeup};
+use super::{
+    IdlePolicy, LinkOptions, LocalFuture, LocalWakeup, Now, RuntimeError, Turn, TurnOutcome, Wakeup, caught,
+    directory, panic_message,
+};
+use crate::runtime::probe::{core as available_core, locked_memory_error};
 use ::glommio::channels::shared_channel;
 use ::glommio::io::DmaBuffer;
 use ::glommio::net::UnixStream;
@@ -45,9 +49,8 @@ use ::glommio::{
 };
 use disk::DiskShared;
 use futures_io::AsyncRead;
-use ringraft_block::{BLOCK_BYTES, BlockBuf};
-use ringraft_wal::disk::{DiskError, DiskErrorKind};
-use std::any::Any;
+use ringraft_block::BlockBuf;
+use ringraft_wal::disk::DiskError;
 use std::cell::{Cell, RefCell};
 use std::error::Error;
 use std::ffi::CString;
@@ -101,9 +104,6 @@ impl Default for GlommioOptions {
         }
     }
 }
-
-/// A future of a user, run on the core between turns.
-pub type LocalFuture = Pin<Box<dyn Future<Output = ()>>>;
 
 /// What an engine is made with, on the core that will run it. Clones refer to the same core.
 #[derive(Clone)]
@@ -214,7 +214,7 @@ fn start_user(future: &Rc<UserFuture>) {
             }
             Ok(Poll::Ready(())) => Poll::Ready(()),
             Err(panic) => {
-                tracing::error!(panic = message(&*panic), "a future of a user panicked and was ended");
+                tracing::error!(panic = panic_message(&*panic), "a future of a user panicked and was ended");
                 Poll::Ready(())
             }
         }
@@ -245,7 +245,7 @@ where
     probe::io_uring(locked_bytes_wanted)?;
     let placement = match options.core {
         Some(core) => {
-            probe::core(core)?;
+            available_core(core)?;
             Placement::Fixed(core)
         }
         None => Placement::Unbound,
@@ -504,14 +504,7 @@ pub struct GlommioBuf {
 
 impl GlommioBuf {
     fn zeroed(bytes: usize) -> Result<Self, DiskError> {
-        let failed = |kind| DiskError { kind, operation: "allocate", os_error: None };
-        if bytes == 0 || !bytes.is_multiple_of(BLOCK_BYTES) {
-            return Err(failed(DiskErrorKind::InvalidInput));
-        }
-        // glommio panics where no memory is left; ask first.
-        if Vec::<u8>::new().try_reserve_exact(bytes).is_err() {
-            return Err(failed(DiskErrorKind::OutOfMemory));
-        }
+        directory::may_allocate(bytes)?;
         let mut dma = ::glommio::allocate_dma_buffer(bytes);
         let start = dma.as_mut_ptr();
         // SAFETY: `start` points to as many bytes, which the buffer owns. It is done by pointer because the memory
@@ -541,22 +534,13 @@ impl fmt::Debug for GlommioBuf {
     }
 }
 
-fn caught<R>(work: impl FnOnce() -> R) -> Result<R, RuntimeError> {
-    catch_unwind(AssertUnwindSafe(work)).map_err(|panic| RuntimeError::Panicked(message(&*panic).to_owned()))
-}
-
-fn message(panic: &(dyn Any + Send)) -> &str {
-    let text = panic.downcast_ref::<&str>().copied();
-    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message")
-}
-
 fn setup_error(error: GlommioError<()>, locked_bytes_wanted: u64) -> RuntimeError {
     let source = match error {
         GlommioError::ReactorError(ReactorErrorKind::MemLockLimit(..)) => {
-            return probe::locked_memory_error(locked_bytes_wanted);
+            return locked_memory_error(locked_bytes_wanted);
         }
         GlommioError::BuilderError(BuilderErrorKind::NonExistentCpus { cpu }) => {
-            return probe::core(cpu)
+            return available_core(cpu)
                 .err()
                 .unwrap_or(RuntimeError::CoreUnavailable { core: cpu, available: vec![] });
         }
@@ -564,7 +548,7 @@ fn setup_error(error: GlommioError<()>, locked_bytes_wanted: u64) -> RuntimeErro
         other => std::io::Error::other(other.to_string()),
     };
     match source.raw_os_error() {
-        Some(libc::ENOMEM) => probe::locked_memory_error(locked_bytes_wanted),
+        Some(libc::ENOMEM) => locked_memory_error(locked_bytes_wanted),
         _ => RuntimeError::Setup(source),
     }
 }

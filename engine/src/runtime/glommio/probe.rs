@@ -1,8 +1,8 @@
 //! What is checked before an executor is made, because glommio answers a refusal with a panic or an exit.
 
+use crate::runtime::probe::{locked_memory_error, refused};
 use crate::runtime::{IoUringRefusal, RuntimeError};
 use rustix::process::{Resource, getrlimit};
-use rustix::thread::{CpuSet, sched_getaffinity};
 use std::fs;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::sync::Once;
@@ -35,16 +35,7 @@ pub(super) fn io_uring(locked_bytes_wanted: u64) -> Result<(), RuntimeError> {
     let returned = unsafe { libc::syscall(libc::SYS_io_uring_setup, 1u32, parameters.as_mut_ptr()) };
     if returned < 0 {
         let number = std::io::Error::last_os_error().raw_os_error().unwrap_or(0);
-        return Err(match number {
-            libc::EPERM | libc::EACCES => {
-                let sysctl = fs::read_to_string("/proc/sys/kernel/io_uring_disabled");
-                RuntimeError::IoUringRefused(who_refuses(sysctl.as_deref().unwrap_or("")))
-            }
-            libc::ENOSYS => RuntimeError::IoUringRefused(IoUringRefusal::Missing),
-            libc::ENOMEM => locked_memory_error(locked_bytes_wanted),
-            libc::EMFILE | libc::ENFILE => RuntimeError::Setup(std::io::Error::from_raw_os_error(number)),
-            number => RuntimeError::IoUringRefused(IoUringRefusal::Other(number)),
-        });
+        return Err(refused(number, locked_bytes_wanted));
     }
     let descriptor = RawFd::try_from(returned).expect("a descriptor is an int");
     // SAFETY: the kernel has just made this descriptor for us; nobody else knows it.
@@ -53,14 +44,6 @@ pub(super) fn io_uring(locked_bytes_wanted: u64) -> Result<(), RuntimeError> {
         return Err(RuntimeError::IoUringRefused(IoUringRefusal::TooOld));
     }
     Ok(())
-}
-
-/// Tells a refusal by the sysctl, whose value is given, from one by a filter. Kernels before 6.6 have no such sysctl.
-fn who_refuses(sysctl: &str) -> IoUringRefusal {
-    match sysctl.trim().parse() {
-        Err(_) | Ok(0) => IoUringRefusal::Policy,
-        Ok(value) => IoUringRefusal::Sysctl(value),
-    }
 }
 
 /// How much memory the executor would like to lock.
@@ -86,11 +69,6 @@ pub(super) fn locked_memory(wanted_bytes: u64) -> Result<(), RuntimeError> {
     Ok(())
 }
 
-pub(super) fn locked_memory_error(wanted_bytes: u64) -> RuntimeError {
-    let limit_bytes = getrlimit(Resource::Memlock).current.unwrap_or(u64::MAX);
-    RuntimeError::LockedMemory { limit_bytes, wanted_bytes }
-}
-
 /// CAP_IPC_LOCK, which lifts the limit.
 fn may_lock_any_amount() -> bool {
     const IPC_LOCK: u64 = 1 << 14;
@@ -101,16 +79,6 @@ fn may_lock_any_amount() -> bool {
         .is_some_and(|set| set & IPC_LOCK != 0)
 }
 
-/// Whether this thread may run on `core`.
-pub(super) fn core(core: usize) -> Result<(), RuntimeError> {
-    let allowed = sched_getaffinity(None).map_err(std::io::Error::from)?;
-    if core < CpuSet::MAX_CPU && allowed.is_set(core) {
-        return Ok(());
-    }
-    let available = (0..CpuSet::MAX_CPU).filter(|core| allowed.is_set(*core)).collect();
-    Err(RuntimeError::CoreUnavailable { core, available })
-}
-
 /// A write to a closed socket must be an error, not the end of a program that does not ignore SIGPIPE.
 pub(super) fn block_sigpipe() {
     // SAFETY: the set is initialised by sigemptyset before it is used; the mask is that of this thread alone.
@@ -119,18 +87,5 @@ pub(super) fn block_sigpipe() {
         libc::sigemptyset(&mut set);
         libc::sigaddset(&mut set, libc::SIGPIPE);
         libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut());
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_refusal_by_the_sysctl_is_told_from_one_by_a_filter() {
-        assert_eq!(who_refuses(""), IoUringRefusal::Policy);
-        assert_eq!(who_refuses("0\n"), IoUringRefusal::Policy);
-        assert_eq!(who_refuses("1\n"), IoUringRefusal::Sysctl(1));
-        assert_eq!(who_refuses("2\n"), IoUringRefusal::Sysctl(2));
     }
 }

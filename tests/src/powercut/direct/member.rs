@@ -10,6 +10,7 @@ use crate::powercut::trial::{ENGINE_FLAGS, MEMBERS, Machine};
 use crate::process::{Cluster, EngineFlags, PATIENCE, Program};
 use crate::sim::rng::Rng;
 use anyhow::{Context, Result, bail, ensure};
+use ringraft::runtime::Backend;
 use std::time::{Duration, Instant};
 
 /// A disk that hangs stops its member soon.
@@ -67,10 +68,17 @@ pub struct Report {
 ///
 /// # Errors
 /// When the rig does not work. What is wrong with the members is in the report.
-pub fn run(rig: &mut DirectRig, program: &Program, failure: Failure, seed: u64) -> Result<Report> {
+pub fn run(
+    rig: &mut DirectRig,
+    program: &Program,
+    backend: Backend,
+    failure: Failure,
+    seed: u64,
+) -> Result<Report> {
     let started = Instant::now();
     rig.reset()?;
-    let cluster = Cluster::stopped(program.clone(), FLAGS, rig.directory(), MEMBERS)?;
+    let engine = EngineFlags { backend, ..FLAGS };
+    let cluster = Cluster::stopped(program.clone(), engine, rig.directory(), MEMBERS)?;
     let mut rng = Rng::new(seed);
     let was_leader = rng.chance(500_000) && failure != Failure::Read;
     let mut trial = Trial { rig, rng, cluster, streams: 0, loading: None, victim: 0, was_leader, died: None };

@@ -1,0 +1,274 @@
+//! The second backend: one io_uring of its own, no executor.
+//!
+//! # A pass
+//!
+//! The loop takes the completions at hand to the disk and the link, reads the clocks, runs a turn, and lets the kernel have
+//! what the turn has started. A turn that made progress is followed by another one, which usually finds nothing; the kernel
+//! is entered between them for what the disk is to do, not for what waits for another machine. After a turn without progress
+//! the core parks: the same system call that hands over operations then waits for a completion, for the bell, or until
+//! the deadline.
+//!
+//! # What blocks
+//!
+//! Nothing on this thread. Names, opening and closing of files have a thread of their own per disk (`names`).
+//!
+//! # The end
+//!
+//! When the engine has been dropped, what its link had on the ring is cancelled; what its disk has there is awaited,
+//! however long that takes. Only then are buffers freed and files closed.
+
+mod disk;
+mod link;
+mod names;
+mod operation;
+mod ring;
+mod tasks;
+
+pub use disk::UringDisk;
+pub use link::UringLink;
+
+use super::{
+    IdlePolicy, IoUringRefusal, LinkOptions, LocalFuture, LocalWakeup, Now, RuntimeError, Turn, TurnOutcome,
+    Wakeup, caught, probe,
+};
+use disk::DiskShared;
+use operation::{Io, reap};
+use ring::Ring;
+use rustix::thread::{CpuSet, sched_getaffinity};
+use std::cell::RefCell;
+use std::error::Error;
+use std::ffi::CString;
+use std::path::Path;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+use tasks::Tasks;
+
+/// How a core is set up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UringOptions {
+    /// The core to run on; `None` lets the kernel move the thread.
+    pub core: Option<usize>,
+    /// What to do when there is nothing to do.
+    pub idle: IdlePolicy,
+    /// Entries of the submission ring, at least 1. More operations than that may be in flight, and may be started in one turn.
+    pub ring_depth: u32,
+    /// The thread's name, of which the system shows 15 bytes.
+    pub name: String,
+}
+
+impl Default for UringOptions {
+    fn default() -> Self {
+        Self { core: None, idle: IdlePolicy::default(), ring_depth: 256, name: "ringraft".to_owned() }
+    }
+}
+
+/// Turns that made progress before the kernel must have what they started, urgent or not, and has its say.
+const TURNS_PER_FLUSH: u32 = 2;
+
+/// Memory of a ring's entry and its completions, which old kernels count as locked: rounded up.
+const LOCKED_BYTES_PER_ENTRY: u64 = 256;
+
+/// What an engine is made with, on the core that will run it. Clones refer to the same core.
+#[derive(Clone)]
+pub struct CoreContext {
+    inner: Rc<CoreInner>,
+}
+
+struct CoreInner {
+    io: Rc<Io>,
+    wakeup: Arc<Wakeup>,
+    local: LocalWakeup,
+    disks: RefCell<Vec<Rc<DiskShared>>>,
+    tasks: Tasks,
+    /// The processors of this thread before it was pinned, if it was.
+    unpinned: Option<CpuSet>,
+}
+
+impl CoreContext {
+    /// The disk of a data directory, which must exist.
+    ///
+    /// # Errors
+    /// [`RuntimeError::DataDirectory`] when it cannot be opened.
+    pub fn disk(&self, directory: &Path) -> Result<UringDisk, RuntimeError> {
+        let CoreInner { io, wakeup, local, disks, unpinned, .. } = &*self.inner;
+        let disk = UringDisk::open(directory, Rc::clone(io), local.clone(), Arc::clone(wakeup), *unpinned)?;
+        disks.borrow_mut().push(disk.shared());
+        Ok(disk)
+    }
+
+    /// Sockets.
+    #[must_use]
+    pub fn link(&self, options: LinkOptions) -> UringLink {
+        UringLink::new(options, Rc::clone(&self.inner.io), self.inner.local.clone())
+    }
+
+    /// Runs a future of a user on this core, between turns, from the first turn on. When the core ends, it is
+    /// dropped. A panic in it ends it and is logged. It may await whatever needs no executor of its own: what another
+    /// thread completes, or the engine.
+    pub fn spawn_local(&self, future: LocalFuture) {
+        self.inner.tasks.spawn(future);
+    }
+
+    /// Wakes this core from its own thread.
+    #[must_use]
+    pub fn local_wakeup(&self) -> LocalWakeup {
+        self.inner.local.clone()
+    }
+
+    /// Wakes this core from any thread.
+    #[must_use]
+    pub fn wakeup(&self) -> Arc<Wakeup> {
+        Arc::clone(&self.inner.wakeup)
+    }
+}
+
+/// Runs an engine on this thread until it stops.
+///
+/// `make` is called on the core and may submit operations already. The thread should be the engine's own: it is pinned and
+/// named.
+///
+/// # Errors
+/// Those of [`RuntimeError`] which say why it could not start; [`RuntimeError::Make`] with the error of `make`;
+/// [`RuntimeError::Panicked`] after a panic in `make` or in a turn. In each case the operations in flight have been
+/// awaited and all files are closed. [`RuntimeError::Ring`] when the kernel would not go on with the ring: then they
+/// may be in flight, and what they use is kept.
+pub fn run<T, E>(
+    options: UringOptions,
+    wakeup: Arc<Wakeup>,
+    make: impl FnOnce(&CoreContext) -> Result<T, E>,
+) -> Result<(), RuntimeError>
+where
+    T: Turn,
+    E: Into<Box<dyn Error + Send + Sync>>,
+{
+    let unpinned = options.core.map(pin).transpose()?;
+    let name: Vec<u8> = options.name.bytes().filter(|byte| *byte != 0).take(15).collect();
+    if let Ok(name) = CString::new(name) {
+        // A name is a convenience: where it cannot be set, the thread goes without.
+        let _ = rustix::thread::set_name(&name);
+    }
+    let bell = wakeup.connect_event()?;
+    let ring = Ring::new(options.ring_depth, bell).map_err(|error| refused(&error, options.ring_depth))?;
+    let inner = CoreInner {
+        io: Rc::new(RefCell::new(ring)),
+        tasks: Tasks::new(Arc::clone(&wakeup)),
+        wakeup,
+        local: LocalWakeup::default(),
+        disks: RefCell::default(),
+        unpinned,
+    };
+    let context = CoreContext { inner: Rc::new(inner) };
+    let driven = match caught(|| make(&context)) {
+        Ok(Ok(mut turn)) => {
+            let driven = context.drive(options.idle, &mut turn);
+            let dropped = caught(|| drop(turn));
+            driven.and(dropped)
+        }
+        Ok(Err(error)) => Err(RuntimeError::Make(error.into())),
+        Err(panicked) => Err(panicked),
+    };
+    driven.and(context.end())
+}
+
+impl CoreContext {
+    /// Runs turns until one says stop.
+    fn drive(&self, idle: IdlePolicy, turn: &mut impl Turn) -> Result<(), RuntimeError> {
+        let CoreInner { io, wakeup, local, tasks, .. } = &*self.inner;
+        let mut progress_ns = 0;
+        let mut turns_since_flush = 0;
+        let mut armed = false;
+        loop {
+            self.take_completed();
+            // After what completed: see `Turn::turn`.
+            let now = Now::read();
+            local.take();
+            let TurnOutcome { progressed, next_deadline_ns, stop } = caught(|| turn.turn(now))?;
+            if stop {
+                return Ok(());
+            }
+            let ran = tasks.run();
+            if progressed || ran || local.is_pending() {
+                if std::mem::take(&mut armed) {
+                    wakeup.disarm();
+                }
+                progress_ns = now.monotonic_ns;
+                turns_since_flush += 1;
+                let mut ring = io.borrow_mut();
+                if ring.is_urgent() || turns_since_flush >= TURNS_PER_FLUSH {
+                    turns_since_flush = 0;
+                    ring.flush().map_err(RuntimeError::Ring)?;
+                }
+                continue;
+            }
+            let spinning = match idle {
+                IdlePolicy::Spin => true,
+                IdlePolicy::Adaptive { spin_us } => {
+                    now.monotonic_ns.saturating_sub(progress_ns) < spin_us.saturating_mul(1_000)
+                }
+                IdlePolicy::Park => false,
+            };
+            if spinning || next_deadline_ns <= now.monotonic_ns {
+                io.borrow_mut().flush().map_err(RuntimeError::Ring)?;
+                std::hint::spin_loop();
+            } else if armed {
+                let timeout = match next_deadline_ns {
+                    u64::MAX => None,
+                    deadline_ns => Some(Duration::from_nanos(deadline_ns - now.monotonic_ns)),
+                };
+                io.borrow_mut().wait(timeout).map_err(RuntimeError::Ring)?;
+                wakeup.disarm();
+                armed = false;
+                turns_since_flush = 0;
+            } else {
+                // Whoever signals from here on rings; what came before is found by one more turn.
+                wakeup.arm();
+                armed = true;
+            }
+        }
+    }
+
+    fn take_completed(&self) {
+        reap(&self.inner.io);
+        for disk in &*self.inner.disks.borrow() {
+            disk.collect();
+        }
+    }
+
+    /// Waits for all that is in flight, once nobody starts anything any more.
+    fn end(&self) -> Result<(), RuntimeError> {
+        let CoreInner { io, wakeup, disks, tasks, .. } = &*self.inner;
+        wakeup.disarm();
+        tasks.end();
+        loop {
+            reap(io);
+            if io.borrow().in_flight() == 0 {
+                break;
+            }
+            io.borrow_mut().wait(None).map_err(RuntimeError::Ring)?;
+        }
+        for disk in disks.take() {
+            disk.shut_down();
+        }
+        Ok(())
+    }
+}
+
+/// Pins this thread. Returns the processors that it could use before.
+fn pin(core: usize) -> Result<CpuSet, RuntimeError> {
+    probe::core(core)?;
+    let before = sched_getaffinity(None).map_err(std::io::Error::from)?;
+    if core_affinity::set_for_current(core_affinity::CoreId { id: core }) {
+        return Ok(before);
+    }
+    Err(RuntimeError::CoreUnavailable { core, available: vec![] })
+}
+
+fn refused(error: &std::io::Error, entries: u32) -> RuntimeError {
+    match error.raw_os_error() {
+        // The flags are what older kernels do not know.
+        Some(libc::EINVAL) => RuntimeError::IoUringRefused(IoUringRefusal::NoDeferredWork),
+        Some(number) => probe::refused(number, LOCKED_BYTES_PER_ENTRY * u64::from(entries)),
+        None => RuntimeError::Setup(std::io::Error::other(error.to_string())),
+    }
+}
