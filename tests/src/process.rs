@@ -3,9 +3,10 @@
 use anyhow::{Context, Result, bail, ensure};
 use ringraft::runtime::Backend;
 use ringraft::{ClusterId, MemberConfig, NodeId};
+use socket2::{Domain, Socket, Type};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io::{BufRead, BufReader, Write};
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex};
@@ -205,6 +206,8 @@ pub struct Cluster {
     program: Program,
     engine: EngineFlags,
     members: Vec<MemberConfig>,
+    /// They keep the ports for the members.
+    _ports: Vec<Socket>,
     directory: PathBuf,
     _scratch: Option<tempfile::TempDir>,
     running: BTreeMap<u64, Member>,
@@ -250,15 +253,13 @@ impl Cluster {
     /// # Errors
     /// When there are no ports for them.
     pub fn stopped(program: Program, engine: EngineFlags, directory: &Path, count: u64) -> Result<Self> {
-        let members: Vec<MemberConfig> = free_addresses(count)?
-            .into_iter()
-            .zip(1..)
-            .map(|(address, id)| MemberConfig { id: NodeId(id), address })
-            .collect();
+        let (addresses, ports) = reserve_addresses(count)?;
+        let member = |(address, id)| MemberConfig { id: NodeId(id), address };
         Ok(Self {
             program,
             engine,
-            members,
+            members: addresses.into_iter().zip(1..).map(member).collect(),
+            _ports: ports,
             directory: directory.into(),
             _scratch: None,
             running: BTreeMap::new(),
@@ -663,13 +664,40 @@ impl Answers {
     }
 }
 
-/// Loopback addresses with ports that the system gave and that are free at the moment.
-///
-/// # Errors
-/// When there are none.
-pub fn free_addresses(count: u64) -> Result<Vec<SocketAddr>> {
-    // Held together, so that they differ.
-    let listeners: Vec<TcpListener> =
-        (0..count).map(|_| TcpListener::bind("127.0.0.1:0")).collect::<std::io::Result<_>>()?;
-    Ok(listeners.iter().map(TcpListener::local_addr).collect::<std::io::Result<_>>()?)
+/// Loopback addresses with ports that the system gave, and sockets that keep them: bound, but not listening, they leave the
+/// port to a member, which sets SO_REUSEADDR as well, and to nobody else: no connection that goes out gets it as its own port
+/// while the member is down.
+fn reserve_addresses(count: u64) -> Result<(Vec<SocketAddr>, Vec<Socket>)> {
+    let mut sockets = Vec::new();
+    let mut addresses = Vec::new();
+    for _ in 0..count {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM.cloexec(), None)?;
+        socket.set_reuse_address(true)?;
+        socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into())?;
+        addresses.push(socket.local_addr()?.as_socket().context("an address of the internet")?);
+        sockets.push(socket);
+    }
+    Ok((addresses, sockets))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::TcpListener;
+
+    #[test]
+    fn a_reserved_port_is_for_a_listener_that_reuses_addresses_only() {
+        let (addresses, _sockets) = reserve_addresses(2).expect("two ports");
+        assert_ne!(addresses[0], addresses[1]);
+        let plain = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+        assert_eq!(
+            plain.bind(&addresses[0].into()).map_err(|error| error.kind()),
+            Err(std::io::ErrorKind::AddrInUse)
+        );
+        for _ in 0..2 {
+            // Sets SO_REUSEADDR.
+            let listener = TcpListener::bind(addresses[0]).expect("the port is free for a member");
+            assert_eq!(listener.local_addr().expect("an address"), addresses[0]);
+        }
+    }
 }
