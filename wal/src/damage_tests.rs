@@ -1067,6 +1067,35 @@ fn no_space_for_a_rebuild_is_tried_again_and_any_other_failed_write_stops_the_lo
     }
 }
 
+/// The device failed to open one segment, and no other was rebuilt before somebody asked again, and then not before that one.
+#[test]
+fn a_segment_that_cannot_be_opened_for_a_rebuild_is_passed_over_and_tried_again() {
+    let whole = Whole::new();
+    let (mut harness, _) = whole.rotten(&[2, 20, 40]).opens();
+    let closed = whole.batch(2).name.clone();
+    assert!([20, 40].iter().all(|first| whole.batch(*first).name != closed));
+    harness.disk.unopenable.push((closed.clone(), 2));
+    let opened = |harness: &Harness| {
+        let opening = format!("open {closed}");
+        harness.disk.trace.iter().filter(|what| **what == opening).count()
+    };
+    let before = opened(&harness);
+    for first in [2, 20, 40] {
+        whole.repair(&mut harness, first);
+    }
+    harness.settle();
+    assert_eq!(told(&mut harness), [(true, 20), (true, 40)], "the others are rebuilt");
+    assert_eq!(opened(&harness), before + 1, "it is not asked for again and again");
+    for attempts in [2, 3] {
+        harness.wal.retry_space();
+        harness.settle();
+        assert_eq!(opened(&harness), before + attempts);
+    }
+    assert_eq!(told(&mut harness), [(true, 2)], "it can be opened again");
+    whole.reads_back(&mut harness, &[]);
+    Sick::new(harness.shut_down()).opens();
+}
+
 #[test]
 fn a_truncation_that_overtakes_a_rebuild_stays_a_truncation() {
     let whole = Whole::new();
