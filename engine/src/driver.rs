@@ -287,6 +287,12 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         }
     }
 
+    /// Frames of other members that arrived damaged since the start.
+    pub fn frames_damaged(&self) -> u64 {
+        let counted = self.network.as_ref().map(Network::stats).unwrap_or_default();
+        counted.checksum_errors + counted.frame_errors
+    }
+
     /// The log.
     pub fn wal(&self) -> &Wal<D> {
         &self.wal
@@ -519,6 +525,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             let Peer { stages, no_space, .. } = *peer;
             Some(PeerStatus { id: *id, connected: peer.session.is_some(), matched, stages, no_space })
         });
+        let frames_damaged = self.frames_damaged();
         self.shared.status.publish(|status| {
             status.formed = true;
             status.role = raft.role();
@@ -533,6 +540,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             status.snapshot = snapshot;
             status.peers.clear();
             status.peers.extend(peers);
+            status.frames_damaged = frames_damaged;
             if !Arc::ptr_eq(&status.membership, self.members.view()) {
                 status.membership = Arc::clone(self.members.view());
             }

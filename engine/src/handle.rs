@@ -73,6 +73,8 @@ pub struct Status {
     pub snapshot: SnapshotStatus,
     /// What a leader knows of the other members, by id; empty while this node does not lead.
     pub peers: Vec<PeerStatus>,
+    /// Frames of other members that arrived damaged since the start. On a sound network there are none.
+    pub frames_damaged: u64,
     /// The address that it listens on, once it does.
     pub listening: Option<SocketAddr>,
     /// Why the node has stopped, if it has.
@@ -165,6 +167,7 @@ impl Status {
             damage: DamageStatus::default(),
             snapshot: SnapshotStatus::default(),
             peers: Vec::new(),
+            frames_damaged: 0,
             listening: None,
             stopped: None,
             membership: Arc::default(),

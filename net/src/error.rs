@@ -101,6 +101,9 @@ pub enum FrameError {
     /// A damaged body.
     #[error("the checksum of a frame body is wrong")]
     BodyChecksum,
+    /// A damaged attachment, as [`Network::refuse_attachment`](crate::Network::refuse_attachment) said.
+    #[error("the attachment of a frame is damaged")]
+    Attachment,
 }
 
 /// Why bytes are not a handshake message. The connection is closed without an answer.

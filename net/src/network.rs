@@ -145,7 +145,7 @@ pub struct NetStats {
     pub rejected: u64,
     /// Questions answered with a referral.
     pub referrals: u64,
-    /// Frames with a wrong checksum. On a sound network there are none.
+    /// Frames with a wrong checksum, and damaged attachments. On a sound network there are none.
     pub checksum_errors: u64,
     /// Frames that were wrong otherwise: a bug, or a hostile member.
     pub frame_errors: u64,
@@ -457,6 +457,16 @@ impl<L: Link> Network<L> {
         let Some(slot) = self.peers.get(&peer).and_then(|peer| peer.slot) else { return };
         let mut events = std::mem::take(&mut self.deferred);
         self.end(slot, DisconnectCause::Disconnected, link, &mut events);
+        self.deferred = events;
+    }
+
+    /// Ends the session with `peer` at once, since the attachment of one of its frames is not what was sent: whoever can verify that says
+    /// so here, and it is counted as a wrong checksum.
+    pub fn refuse_attachment(&mut self, peer: NodeId, link: &mut L) {
+        let Some(slot) = self.peers.get(&peer).and_then(|peer| peer.slot) else { return };
+        self.stats.checksum_errors += 1;
+        let mut events = std::mem::take(&mut self.deferred);
+        self.end(slot, DisconnectCause::Frame(FrameError::Attachment), link, &mut events);
         self.deferred = events;
     }
 

@@ -1,6 +1,10 @@
 //! Single nodes and small clusters of real drivers on the simulated disk, network and clock, where the test decides
 //! what happens when.
 
+#[path = "driver/disturbed.rs"]
+mod disturbed;
+#[path = "driver/flipped.rs"]
+mod flipped;
 #[path = "driver/membership.rs"]
 mod membership;
 #[path = "driver/reads.rs"]

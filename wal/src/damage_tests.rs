@@ -1067,6 +1067,35 @@ fn no_space_for_a_rebuild_is_tried_again_and_any_other_failed_write_stops_the_lo
     }
 }
 
+/// The device failed to open one segment, and no other was rebuilt before somebody asked again, and then not before that one.
+#[test]
+fn a_segment_that_cannot_be_opened_for_a_rebuild_is_passed_over_and_tried_again() {
+    let whole = Whole::new();
+    let (mut harness, _) = whole.rotten(&[2, 20, 40]).opens();
+    let closed = whole.batch(2).name.clone();
+    assert!([20, 40].iter().all(|first| whole.batch(*first).name != closed));
+    harness.disk.unopenable.push((closed.clone(), 2));
+    let opened = |harness: &Harness| {
+        let opening = format!("open {closed}");
+        harness.disk.trace.iter().filter(|what| **what == opening).count()
+    };
+    let before = opened(&harness);
+    for first in [2, 20, 40] {
+        whole.repair(&mut harness, first);
+    }
+    harness.settle();
+    assert_eq!(told(&mut harness), [(true, 20), (true, 40)], "the others are rebuilt");
+    assert_eq!(opened(&harness), before + 1, "it is not asked for again and again");
+    for attempts in [2, 3] {
+        harness.wal.retry_space();
+        harness.settle();
+        assert_eq!(opened(&harness), before + attempts);
+    }
+    assert_eq!(told(&mut harness), [(true, 2)], "it can be opened again");
+    whole.reads_back(&mut harness, &[]);
+    Sick::new(harness.shut_down()).opens();
+}
+
 #[test]
 fn a_truncation_that_overtakes_a_rebuild_stays_a_truncation() {
     let whole = Whole::new();
@@ -1579,6 +1608,71 @@ fn a_claim_and_what_is_kept_under_it_last_until_its_release_is_durable() {
             assert!(gone == names.len() - 2 && operations > 2);
             break;
         }
+    }
+}
+
+/// Nothing at all was purged under a claim. On a full disk the log could not go on, so it never reached what would have released
+/// the claim, and all the while held segments that a snapshot had long covered.
+#[test]
+fn a_full_disk_under_a_claim_is_freed_of_what_lies_before_the_cut_so_that_the_log_goes_on() {
+    let whole = Whole::new();
+    let cut_at = whole.batch(50);
+    let mut sick = Sick::new(whole.device.clone());
+    for name in sick.device.names().into_iter().filter(|name| name.ends_with(".free")) {
+        sick.device.remove(&name);
+    }
+    sick.flip(&cut_at.name, cut_at.at + 60);
+    let used: usize = sick.device.image().values().map(Vec::len).sum();
+    for anew in [false, true] {
+        let (mut harness, recovered) = {
+            let mut harness = sick.clone().start();
+            // For one more copy of the hard state, while both are made anew; not for a segment.
+            harness.disk.space = Some((used + HARD_STATE_FILE_BYTES) as u64);
+            let recovered = harness.open();
+            (harness, recovered)
+        };
+        assert_eq!((recovered.claim, harness.chains().len()), (certain(3, 60), 49));
+        let salvage: Vec<BatchInfo> = harness.wal.salvage().collect();
+        assert_eq!(salvage.len(), 10);
+        assert!(harness.events.iter().any(|event| matches!(event, WalEvent::NoSpace { .. })));
+        let (_, next) = harness.batch(9, 1, 100, 1);
+        assert!(!harness.wal.is_ready_for(next.slot_bytes()), "nothing can be appended");
+        // All that the log holds is covered by a snapshot, or a leader has sent one that lies far ahead.
+        let end = harness.wal.log_end();
+        let before =
+            whole.batches.iter().rfind(|batch| batch.name != cut_at.name && batch.info.last < end.index);
+        let before = before.expect("several segments").info.last;
+        if anew {
+            let start =
+                LogStart { index: LogIndex(end.index.get() + 5), term: Term(3), chain: Chain([7; 16]) };
+            harness.wal.start_anew(&mut harness.disk, start);
+        } else {
+            assert_eq!(harness.wal.purge_through(&mut harness.disk, end.index), before);
+        }
+        harness.settle();
+        // What lies in the segment of the cut, or behind, is there.
+        let names = harness.disk.device.names();
+        for batch in &whole.batches {
+            assert_eq!(names.contains(&batch.name), batch.info.last > before, "{}", batch.info.first);
+        }
+        assert_eq!(harness.wal.salvage().collect::<Vec<_>>(), salvage);
+        assert!(harness.wal.is_ready_for(next.slot_bytes()), "there is room again");
+        harness.append_durably(9, 1, 400, 1);
+        let mut expected = outcome(&harness);
+        let log_starts = harness.wal.log_start().index;
+        // What the snapshot covers is not looked at any more.
+        expected.salvage.retain(|batch| batch.first > log_starts);
+        let (mut harness, recovered) = Sick::new(harness.crash(|| false)).opens();
+        assert_eq!((outcome(&harness), recovered.claim), (expected, certain(3, 60)));
+        // The salvage is read as ever.
+        let batch = whole.batch(58);
+        harness.wal.read_salvage(&mut harness.disk, 5, batch.info.first, whole.batch(57).info.chain);
+        harness.settle();
+        assert_eq!(harness.take_read().unwrap()[0].image(), &batch.bytes[ENVELOPE_BYTES..]);
+        harness.wal.release_claim(&mut harness.disk);
+        harness.settle();
+        let (harness, recovered) = Sick::new(harness.crash(|| false)).opens();
+        assert_eq!((recovered.claim, harness.wal.log_start().index), (None, log_starts));
     }
 }
 

@@ -1,7 +1,9 @@
 //! What can go wrong, and what whoever meets it can do.
 
 use crate::disk::DiskError;
-use crate::format::{HardStateError, IMAGE_BYTES_MAX, IMAGE_BYTES_MIN, ImageError, SegmentHeaderError};
+use crate::format::{
+    EnvelopeError, HardStateError, IMAGE_BYTES_MAX, IMAGE_BYTES_MIN, ImageError, SegmentHeaderError,
+};
 use ringraft_block::{ClusterId, LogIndex, NodeId, Term};
 use std::fmt;
 
@@ -92,6 +94,27 @@ pub enum WalError {
         file: String,
         /// What its header says.
         error: SegmentHeaderError,
+    },
+    /// A batch was written by another version of this program. It is intact, so nothing is repaired, cut or overwritten.
+    #[error("{file} at offset {offset}: {error}")]
+    EnvelopeForeign {
+        /// The segment file.
+        file: String,
+        /// Where the slot begins in it.
+        offset: u64,
+        /// What its envelope says.
+        error: EnvelopeError,
+    },
+    /// A batch that this version of the program put on disk was sealed by another one. It is intact, so nothing is repaired, cut or
+    /// overwritten.
+    #[error("{file} at offset {offset}: {error}")]
+    ImageForeign {
+        /// The segment file.
+        file: String,
+        /// Where the slot begins in it.
+        offset: u64,
+        /// What its image says.
+        error: ImageError,
     },
     /// Every generation number has been used: 2^32 segments, restarts and truncations.
     #[error("the log has used up its segment generations: wipe the directory and add the node anew")]

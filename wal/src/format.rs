@@ -51,6 +51,8 @@ pub use hard_state_file::{
     CONFIGURATION_BYTES_MAX, Claim, Cut, HARD_STATE_FILE_BYTES, HardState, HardStateError, LogStart,
     read_hard_state, write_hard_state,
 };
+#[cfg(test)]
+pub(crate) use image::reseal;
 pub use image::{
     BatchBuilder, BatchFull, BatchInfo, BatchKind, BatchView, COUNT_MAX, Command, Commands, IMAGE_BYTES_MAX,
     IMAGE_BYTES_MIN, IMAGE_HEADER_BYTES, ImageError, PAYLOAD_BYTES_MAX, Seal, SectorChecksums, SessionRef,
@@ -65,7 +67,8 @@ pub use segment_header::{
 use ringraft_block::{SECTOR_BYTES, round_up_to_block};
 use std::fmt;
 
-/// Version of every layout in this file. A reader refuses any other.
+/// Version of every layout in this file. A reader refuses any other. So that it can tell what a newer build wrote from rot, in every
+/// version magic, version and checksum stand where they do now, and the checksum covers the bytes that it covers now.
 pub const FORMAT_VERSION: u16 = 1;
 
 /// The bytes that a slot takes on disk for an image of `image_bytes`: envelope, image, zeros to whole blocks.

@@ -132,12 +132,15 @@
 //!    does not read what is left of them, and removes it when it has saved its cut. Damage before the start no longer matters; a
 //!    segment that is missing behind it is noticed, since its successor names it.
 //!
+//! Under a claim the start stays before the segment in which the log was cut. Purging up to there is what makes room on a full disk
+//! for the log to reach what releases the claim.
+//!
 //! **Starting anew** behind a snapshot that is durable: the whole log goes.
 //! 1. Epoch + 1, the new start and a cut at it are saved to both copies in place, in one. *Crash between:* the log as it was, or an empty
 //!    one behind the snapshot, as the copy with the higher sequence says. [`WalEvent::TruncateDone`].
 //! 2. All older segments leave service as after a purge, a segment of the new epoch is headed. *Crash:* their generations lie before
-//!    the start, so the next start does not read them, and removes them. Under a claim they are kept and read, and void behind
-//!    the cut.
+//!    the start, so the next start does not read them, and removes them. Under a claim they are kept and read, from the one on
+//!    in which the log was cut, and void behind the cut.
 //!
 //! **Recycling** a segment that left service by a purge or a truncation, if this process wrote it; any other is removed, since a write of
 //! a dead process may be on its way to it.

@@ -7,7 +7,7 @@
 //! so far have reached only the device's cache; hand over.
 //!
 //! Failures: a directory of another node, a hard state of which no copy is usable, or one older than the log, stop the
-//! start with an error that names the cure. A sector that cannot be read is evidence, not an error, and so is a segment that
+//! start with an error that names the cure, and so does what another build of this program has written, which is no damage. A sector that cannot be read is evidence, not an error, and so is a segment that
 //! the device cannot even open, twice in a row: it counts as one of which no sector can be read. Damage is part of the
 //! result: batches that are known but for their bytes, and a claim where more than that is lost. No file that may hold
 //! a batch is removed here.
@@ -688,7 +688,7 @@ impl<B: BlockBuf> Recovery<B> {
             self.phase = Phase::ReadSegment(reading);
             return Ok(());
         }
-        self.scan_segment(&reading);
+        self.scan_segment(&reading)?;
         let Some(file) = reading.file else { return self.end_segment(disk, ops) };
         let newest = self.newest_epoch();
         let scanned = self.headed.get(self.next_scan).filter(|_| self.next_suspect == self.suspects.len());
@@ -714,13 +714,18 @@ impl<B: BlockBuf> Recovery<B> {
         self.next_segment(disk, ops)
     }
 
-    fn scan_segment(&mut self, reading: &Reading) {
-        let Some(buffer) = self.buffer.take() else { return };
+    fn scan_segment(&mut self, reading: &Reading) -> Result<(), WalError> {
+        let Some(buffer) = self.buffer.take() else { return Ok(()) };
         let bytes = buffer.bytes().get(..reading.length).unwrap_or_default();
         let bytes =
             SegmentBytes { bytes, unreadable: &reading.unreadable, verified: reading.arrival.verified() };
         if let Some(suspect) = self.suspects.get_mut(self.next_suspect) {
             suspect.testimony = self.hard_state.as_ref().map(|state| Testimony::of(&bytes, state));
+            let name = suspect.name;
+            let mut slots = (0..bytes.bytes.len()).step_by(BLOCK_BYTES);
+            if let Some(foreign) = slots.find_map(|at| bytes.foreign(name, at)) {
+                return Err(foreign);
+            }
         } else if let Some((segment, length)) = self.headed.get(self.next_scan).copied() {
             if self.is_misdirected(&segment, &bytes) {
                 self.doubted = Some((segment, length));
@@ -731,10 +736,14 @@ impl<B: BlockBuf> Recovery<B> {
                 }
                 if let Some(scan) = self.scan.as_mut() {
                     scan.segment(segment, &bytes);
+                    if let Some(foreign) = scan.take_foreign() {
+                        return Err(foreign);
+                    }
                 }
             }
         }
         self.buffer = Some(buffer);
+        Ok(())
     }
 
     /// All suspects have been read: says what each is.

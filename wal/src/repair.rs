@@ -10,8 +10,8 @@
 //!
 //! Failures: a block of the old file that cannot be read and holds no batch of the log becomes bytes that are damage to every reader. When it holds a batch that is not
 //! among the repaired ones, that batch is damaged too, and the rebuild is given up until it has come: it may be readable another
-//! time. Only when there are more of these than may wait in memory, their blocks become such bytes too, under an envelope made anew. No space gives up the rebuild until somebody asks to try again. Any other failed write stops the log.
-//! A segment that leaves the log is not rebuilt any further.
+//! time. Only when there are more of these than may wait in memory, their blocks become such bytes too, under an envelope made anew. No space gives up the rebuild until somebody asks to try again. A segment that cannot be opened is passed over until then, or until another of its batches
+//! comes: the others are rebuilt. Any other failed write stops the log. A segment that leaves the log is not rebuilt any further.
 
 mod check;
 
@@ -73,8 +73,10 @@ pub(crate) struct Repairs<B: BlockBuf> {
     fixes: BTreeMap<LogIndex, Fix<B>>,
     bytes: usize,
     work: Option<Rebuild>,
-    /// No space, or the segment could not be opened: not before somebody asks again.
+    /// No space: not before somebody asks again.
     blocked: bool,
+    /// Segments that could not be opened: not before somebody asks again, once each time.
+    unopened: BTreeSet<u32>,
     /// Batches without which a segment is not rebuilt, since they could not be read: its generation, and their first index.
     missing: BTreeSet<(u32, LogIndex)>,
     /// Segments that are to be rebuilt for their header, whether a batch waits for it or not. One attempt for each.
@@ -163,6 +165,7 @@ impl<B: BlockBuf> Repairs<B> {
             bytes: 0,
             work: None,
             blocked: false,
+            unopened: BTreeSet::new(),
             missing: BTreeSet::new(),
             headless: BTreeSet::new(),
             is_full: false,
@@ -209,6 +212,7 @@ impl<B: BlockBuf> Repairs<B> {
         self.bytes += bytes;
         self.missing.remove(&(place.generation, first));
         self.fixes.insert(first, Fix { info, place, block });
+        self.unopened.remove(&place.generation);
         self.blocked = false;
         Ok(())
     }
@@ -231,9 +235,10 @@ impl<B: BlockBuf> Repairs<B> {
         }
     }
 
-    /// Space may have come back.
+    /// Space may have come back, and what could not be opened may be.
     pub(crate) fn retry(&mut self) {
         self.blocked = false;
+        self.unopened.clear();
     }
 
     /// The segment that is to be rebuilt next.
@@ -243,7 +248,8 @@ impl<B: BlockBuf> Repairs<B> {
         }
         let waits = |generation: &u32| {
             let missing = (*generation, LogIndex(0))..=(*generation, LogIndex(u64::MAX));
-            !self.is_full && self.missing.range(missing).next().is_some()
+            self.unopened.contains(generation)
+                || !self.is_full && self.missing.range(missing).next().is_some()
         };
         let fixes = self.fixes.values().map(|fix| fix.place.generation);
         fixes.chain(self.headless.iter().copied()).filter(|generation| !waits(generation)).min()
@@ -353,7 +359,7 @@ impl<B: BlockBuf> Repairs<B> {
             }
             (Step::OpeningOld, Err(_)) => {
                 // Nothing was begun. It may be readable another time.
-                self.blocked = true;
+                self.unopened.insert(work.generation);
                 progress.ended = Some(work.generation);
             }
             (Step::Creating, Ok(DiskOutput::Opened { file, .. })) => {

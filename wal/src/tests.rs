@@ -2,6 +2,7 @@
 
 mod headers;
 mod segments;
+mod versions;
 
 use crate::disk::{DiskErrorKind, DiskOp};
 use crate::format::{

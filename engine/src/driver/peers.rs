@@ -15,6 +15,9 @@ use ringraft_wal::disk::Disk;
 use ringraft_wal::format::{BatchKind, Chain, ENVELOPE_BYTES, parse_image};
 use std::rc::Rc;
 
+/// Why a peer's batch is refused that is intact.
+pub(super) const ANOTHER_FORMAT: &str = "a batch of a format that this node does not know: upgrade it";
+
 impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     pub(super) fn on_network(&mut self) -> Result<bool, StopError> {
         let Some(network) = &mut self.network else { return Ok(false) };
@@ -144,6 +147,15 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         Ok(())
     }
 
+    /// What was attached to a peer's frame was damaged on its way.
+    pub(super) fn refuse_attachment(&mut self, peer: NodeId, why: &'static str) -> Result<(), StopError> {
+        tracing::error!(node = %self.config.node, %peer, why, "peer disconnected");
+        if let Some(network) = &mut self.network {
+            network.refuse_attachment(peer, &mut self.link);
+        }
+        Ok(())
+    }
+
     fn on_formation(&mut self, peer: NodeId, message: &FormationMessage) -> Result<(), StopError> {
         let Some(session) = self.peers.get(&peer).and_then(|peer| peer.session) else { return Ok(()) };
         let Life::Forming(formation) = &mut self.life else { return Ok(()) };
@@ -163,8 +175,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             (None, None) => None,
             (Some(run), Some((block, bytes))) => {
                 let image = block.get(ENVELOPE_BYTES..ENVELOPE_BYTES + bytes);
-                let Some(Ok(view)) = image.map(parse_image) else {
-                    return self.refuse(from, "damaged batch image");
+                let view = match image.map(parse_image) {
+                    Some(Ok(view)) => view,
+                    Some(Err(error)) if error.is_foreign() => return self.refuse(from, ANOTHER_FORMAT),
+                    _ => return self.refuse_attachment(from, "damaged batch image"),
                 };
                 let info = view.info();
                 if info.image_bytes as usize > self.config.image_bytes_max() {

@@ -137,6 +137,8 @@ pub struct Stats {
     pub lies: u64,
     /// Triggers that have come to pass.
     pub triggered: u64,
+    /// Operations that a fault has failed, or left without an answer, while the power was on.
+    pub refused: u64,
     /// Times the power went.
     pub cuts: u64,
     /// Writes and flushes that came after one had failed by [`Effect::Error`].
@@ -247,6 +249,7 @@ impl FaultDisk {
         }
         outcome?;
         if self.mode == Mode::Full {
+            self.stats.refused += 1;
             return Err(DiskError::Full);
         }
         self.stats.writes += 1;
@@ -294,8 +297,12 @@ impl FaultDisk {
         }
         match self.mode {
             Mode::Off => Err(DiskError::Io),
-            Mode::Hung => Err(DiskError::Hung),
+            Mode::Hung => {
+                self.stats.refused += 1;
+                Err(DiskError::Hung)
+            }
             _ if struck.contains(&Effect::Error) => {
+                self.stats.refused += 1;
                 self.failed |= operation != On::Read;
                 Err(DiskError::Io)
             }

@@ -5,6 +5,7 @@ use rustix::mount::{MountFlags, UnmountFlags};
 use rustix::thread::CapabilitySet;
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
+use std::io::Write as _;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -74,12 +75,23 @@ impl FsKind {
     }
 }
 
-/// Why this machine cannot run power cuts on `kind`; none if it can.
+/// Whether this machine can cut power under a file system, or directly under the log. Where it cannot, what was to do so is skipped, and
+/// this is the one place that says so, on standard error itself: what a test prints is not shown when it passes.
 #[must_use]
-pub fn missing(kind: FsKind) -> Option<String> {
+pub fn available(kind: Option<FsKind>) -> bool {
+    let Some(why) = missing(kind) else { return true };
+    let under = kind.map_or("the log itself", FsKind::name);
+    let _ = writeln!(std::io::stderr(), "SKIPPED: power is not cut under {under} here: {why}");
+    false
+}
+
+/// Why this machine cannot cut power under a file system, or directly under the log; none if it can.
+#[must_use]
+pub fn missing(kind: Option<FsKind>) -> Option<String> {
     if let Some(why) = missing_of_fuse() {
         return Some(why);
     }
+    let kind = kind?;
     if let Err(error) = OpenOptions::new().read(true).write(true).open(LOOP_CONTROL) {
         return Some(format!("{LOOP_CONTROL}: {error}"));
     }
@@ -91,8 +103,7 @@ pub fn missing(kind: FsKind) -> Option<String> {
 }
 
 /// Why this machine cannot mount a FUSE file system; none if it can.
-#[must_use]
-pub fn missing_of_fuse() -> Option<String> {
+fn missing_of_fuse() -> Option<String> {
     if !rustix::process::geteuid().is_root() {
         return Some("needs root, for mount(2)".to_owned());
     }

@@ -1,6 +1,6 @@
 //! One trial: a new file system and a new cluster, one or two power cuts, and a check of what was acknowledged.
 
-use super::disk::{Effect, On, Survival, Survived, Trigger};
+use super::disk::{Effect, On, Stats, Survival, Survived, Trigger};
 use super::rig::Boot;
 use super::server::Server;
 use crate::process::{Cluster, EngineFlags, Lost, Program};
@@ -35,6 +35,9 @@ const CUT_PATIENCE: Duration = Duration::from_secs(2);
 
 /// How long a failed disk is left to the members before its power is cut.
 const FAULT_LASTS: Duration = Duration::from_millis(300);
+
+/// A trial that did not meet its fault is repeated so often, with other seeds.
+pub const ATTEMPTS: u64 = 8;
 
 /// How long a new load is given before its leader is taken to have changed.
 const LOAD_PATIENCE: Duration = Duration::from_secs(10);
@@ -76,7 +79,7 @@ pub enum Verdict {
     Lost(String),
     /// The members do not recover, or disagree.
     Broken(String),
-    /// The kernel refuses its own file system after the cut: nothing was tried.
+    /// The kernel refuses its own file system after the cut, in each attempt: nothing was tried.
     NoFileSystem(String),
 }
 
@@ -94,8 +97,12 @@ pub struct Report {
     pub writes: u64,
     /// Flushes of the disk.
     pub flushes: u64,
-    /// Faults that came to pass, cuts included.
-    pub triggered: u64,
+    /// Operations that its fault refused, besides the cuts.
+    pub refused: u64,
+    /// It met its fault: writes that nobody had flushed were dropped, or an operation was refused. Without that it has tried nothing.
+    pub exercised: bool,
+    /// It is the last of so many trials of its kind, and those before did not meet their fault.
+    pub attempts: u64,
     /// What became of the writes in its cache, in all cuts.
     pub survived: Survived,
     /// The end of it.
@@ -131,15 +138,67 @@ pub trait Machine {
     /// When the file system is in use.
     fn power_on(&mut self, seed: u64, survival: Survival) -> Result<Survived>;
 
-    /// A cut waits until the cache holds a number of writes below this.
+    /// A cut waits until the cache holds a number of writes below this, and one at least.
     fn cached_at_cut(&self) -> u64;
 }
 
-/// Runs the trial of `seed`, with members run by `program`.
+/// Runs the trial of `seed`, with members run by `program`, and others like it as long as none has met its fault: at most
+/// [`ATTEMPTS`]. The report is that of the last one.
 ///
 /// # Errors
 /// When the rig does not work. What is wrong with the members is in the report.
 pub fn run(
+    rig: &mut impl Machine,
+    program: &Program,
+    backend: Backend,
+    fault: Fault,
+    seed: u64,
+) -> Result<Report> {
+    attempt(
+        seed,
+        |seed| moments(&mut Rng::new(seed), fault),
+        |seed, attempts| {
+            let report = Report { attempts, ..run_once(rig, program, backend, fault, seed)? };
+            let is_over = match report.verdict {
+                Verdict::Sound => report.exercised,
+                Verdict::Lost(_) | Verdict::Broken(_) => true,
+                Verdict::NoFileSystem(_) => false,
+            };
+            Ok((report, is_over))
+        },
+    )
+}
+
+/// Runs trials until one says that it is over, at most [`ATTEMPTS`], and returns the last: that of `seed`, and then of others
+/// with which the trial is of the same kind.
+pub(super) fn attempt<K: PartialEq, R>(
+    seed: u64,
+    kind: impl Fn(u64) -> K,
+    mut run: impl FnMut(u64, u64) -> Result<(R, bool)>,
+) -> Result<R> {
+    let mut alike =
+        (1..).map(|number| seed.wrapping_add(number << 32)).filter(|other| kind(*other) == kind(seed));
+    let (mut next, mut attempts) = (seed, 1);
+    loop {
+        let (report, is_over) = run(next, attempts)?;
+        if is_over || attempts == ATTEMPTS {
+            return Ok(report);
+        }
+        attempts += 1;
+        next = alike.next().unwrap_or(seed);
+    }
+}
+
+/// Whether the trial met its fault.
+fn is_exercised(fault: Fault, stats: &Stats, survived: &Survived) -> bool {
+    match fault {
+        Fault::None => survived.torn + survived.lost > 0,
+        Fault::Lie => stats.lies > 0 && survived.lost > 0,
+        Fault::ErrorWrite | Fault::ErrorFlush | Fault::Full | Fault::Hang => stats.refused > 0,
+    }
+}
+
+fn run_once(
     rig: &mut impl Machine,
     program: &Program,
     backend: Backend,
@@ -167,7 +226,9 @@ pub fn run(
         acked,
         writes: stats.writes,
         flushes: stats.flushes,
-        triggered: stats.triggered,
+        refused: stats.refused,
+        exercised: is_exercised(fault, &stats, &trial.survived),
+        attempts: 1,
         survived: trial.survived,
         verdict,
         took: started.elapsed(),
@@ -286,7 +347,8 @@ impl<M: Machine> Trial<'_, M> {
     }
 
     fn arm_cut(&mut self, after: u64) -> Result<()> {
-        let cached_min = self.rng.below(self.rig.cached_at_cut());
+        // Of an empty cache nothing can be lost.
+        let cached_min = self.rng.between(1, self.rig.cached_at_cut() - 1);
         self.rig.disk().arm(Trigger { on: On::Any, after, cached_min, effect: Effect::Cut })
     }
 
@@ -335,5 +397,46 @@ impl<M: Machine> Drop for Trial<'_, M> {
         // The members are killed next. One that waits for a hung disk would not end before its power is cut.
         let _ = self.rig.disk().strike(Effect::Cut);
         let _ = self.rig.disk().release();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The cut came after everything was flushed, or the error was never hit, and the trial passed for one that had tried something.
+    #[test]
+    fn a_trial_that_did_not_meet_its_fault_is_made_again_with_seeds_alike_and_not_for_ever() {
+        let kind = |seed| moments(&mut Rng::new(seed), Fault::None);
+        for seed in 1..20 {
+            for needed in 1..=ATTEMPTS + 1 {
+                let mut seeds = Vec::new();
+                let last = attempt(seed, kind, |seed, number| {
+                    seeds.push(seed);
+                    Ok((number, number == needed))
+                });
+                assert_eq!(last.unwrap(), needed.min(ATTEMPTS));
+                assert_eq!((seeds[0], seeds.len() as u64), (seed, needed.min(ATTEMPTS)));
+                assert!(seeds.iter().all(|other| kind(*other) == kind(seed)), "{seeds:?}");
+                assert!(seeds.is_sorted_by(|one, other| one < other), "another each time: {seeds:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_trial_has_met_its_fault_when_something_was_dropped_or_refused() {
+        let nothing = (Stats::default(), Survived { kept: 9, ..Survived::default() });
+        let dropped = |lost, torn| (Stats::default(), Survived { kept: 0, torn, lost });
+        let refused = (Stats { refused: 1, ..Stats::default() }, nothing.1);
+        let lied = |lost| (Stats { lies: 5, ..Stats::default() }, Survived { lost, ..Survived::default() });
+        let met = |fault, (stats, survived)| is_exercised(fault, &stats, &survived);
+        assert!(
+            !met(Fault::None, nothing) && met(Fault::None, dropped(1, 0)) && met(Fault::None, dropped(0, 1))
+        );
+        assert!(!met(Fault::None, refused));
+        assert!(!met(Fault::Lie, lied(0)) && met(Fault::Lie, lied(1)) && !met(Fault::Lie, dropped(1, 0)));
+        for fault in [Fault::ErrorWrite, Fault::ErrorFlush, Fault::Full, Fault::Hang] {
+            assert!(!met(fault, dropped(3, 3)) && met(fault, refused), "{fault:?}");
+        }
     }
 }

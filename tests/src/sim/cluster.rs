@@ -374,6 +374,10 @@ impl SimNode for EngineNode {
         })
     }
 
+    fn frames_damaged(&self) -> u64 {
+        self.driver.frames_damaged()
+    }
+
     fn lack(&self) -> Lack {
         let Some(raft) = self.driver.raft() else { return Lack::default() };
         let state = invariants::State::of(raft);

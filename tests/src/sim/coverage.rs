@@ -99,7 +99,15 @@ marks! {
     /// A write was reported and never arrived.
     LostWrite = "lost_writes", 0;
     /// An operation went to another place.
-    Misdirected = "misdirected_operations", 0;
+    Misdirected = "misdirected_operations", 200;
+    /// A bit was flipped on its way in the header or body of a frame, or in a handshake.
+    FrameFlipped = "frames_flipped", 200;
+    /// The same in the image of a batch.
+    ImageFlipped = "images_flipped", 200;
+    /// The same in a piece of a snapshot.
+    PieceFlipped = "snapshot_pieces_flipped", 600;
+    /// A node refused a frame for that, and counted it.
+    FlipRefused = "flips_refused", 200;
     /// Content at rest was damaged.
     Rot = "rot", 200;
     /// A node had more to apply than it may in one turn.

@@ -38,6 +38,7 @@ use super::coverage::Mark;
 use super::rng::Rng;
 use super::trace::What;
 use crash::Late;
+use faults::Astray;
 use file::Inode;
 use ringraft_block::{BLOCK_BYTES, SECTOR_BYTES};
 use ringraft_wal::disk::{
@@ -131,6 +132,7 @@ pub struct DiskState {
     late: Vec<Late>,
     /// The last write behind the first page of a file that was not of zeros.
     last_write: Option<(usize, u64)>,
+    astray: Vec<Astray>,
     /// Operations that a fault has struck.
     struck: u64,
     first_struck: Option<String>,
@@ -239,6 +241,7 @@ impl DiskState {
             completed: 0,
             late: Vec::new(),
             last_write: None,
+            astray: Vec::new(),
             struck: 0,
             first_struck: None,
             life: 0,
@@ -410,7 +413,8 @@ impl DiskState {
 
     fn carry_out(&mut self, entry: InFlight) -> Result<DiskOutput<SimBuf>, DiskError> {
         let InFlight { mut op, mut inode, covers, fault, .. } = entry;
-        let mut short = None;
+        let is_of_batch = (fault.is_some() || !self.astray.is_empty()) && self.is_of_batch(&op);
+        let (mut short, mut astray) = (None, None);
         match fault {
             Some(Fault::Io) => return Err(self.fail(op, inode, covers, DiskErrorKind::Io)),
             Some(Fault::NoSpace) => return Err(self.fail(op, inode, covers, DiskErrorKind::NoSpace)),
@@ -422,7 +426,9 @@ impl DiskState {
                     Some(inode),
                 ) = (&mut op, &mut inode)
                 {
-                    (*inode, *offset) = self.elsewhere(*inode, *offset, *bytes);
+                    let place = (*inode, *offset);
+                    (*inode, *offset) = self.elsewhere(*inode, *offset, *bytes, is_of_batch);
+                    astray = Some(place).filter(|place| is_of_batch && *place != (*inode, *offset));
                 }
             }
             Some(Fault::Stall(_)) | None => {}
@@ -439,6 +445,9 @@ impl DiskState {
             (DiskOp::Write { .. }, Some(0)) => return Ok(DiskOutput::Written { bytes: 0 }),
             (DiskOp::Write { bytes, .. } | DiskOp::Read { bytes, .. }, Some(short)) => *bytes = short,
             _ => {}
+        }
+        if is_of_batch {
+            self.batch_written(astray);
         }
         self.act(op, inode, covers)
     }

@@ -7,6 +7,7 @@
 //! - A directed link that is **cut** holds its bytes up, and the news of freed room, which travel the other way.
 //!   While it is cut, each end may time out on its own and see a reset; after it heals, the bytes go on.
 //! - A **reset** ends a connection behind a random byte.
+//! - A **flip** changes a bit of what is sent, on request. Whoever receives it must end the connection.
 //! - A **killed** process's connections end orderly or by reset, as its kernel sees fit. A machine that **loses
 //!   power** says nothing: its peers time out, or are reset when they reach it after its return.
 //! - A dial is refused where nobody listens, and times out where nobody is or a link of the pair is cut.
@@ -48,8 +49,9 @@ pub struct LinkConfig {
     pub silence_timeout: RangeInclusive<Time>,
     /// How often, in a million, a dial fails for no reason.
     pub dial_failure_ppm: u32,
-    /// How often, in a million, a chunk has a bit flipped that no transport checksum saw.
-    pub corrupt_chunk_ppm: u32,
+    /// How often, in a million, a part of a send has a bit flipped on its way that no transport checksum sees; attachments, which are
+    /// longer and rarer, eight times as often.
+    pub flip_ppm: u32,
 }
 
 impl Default for LinkConfig {
@@ -63,7 +65,7 @@ impl Default for LinkConfig {
             dial_timeout: 200 * MILLISECOND..=1_000 * MILLISECOND,
             silence_timeout: 100 * MILLISECOND..=2_000 * MILLISECOND,
             dial_failure_ppm: 0,
-            corrupt_chunk_ppm: 0,
+            flip_ppm: 0,
         }
     }
 }
@@ -87,6 +89,38 @@ pub struct Fabric {
     listeners: u64,
     queue: BinaryHeap<Scheduled>,
     scheduled: u64,
+    flips: u64,
+    /// The next part of this kind has a bit flipped at a place that its length decides.
+    flip_next: Option<(Sent, fn(usize) -> usize)>,
+}
+
+/// What is sent as one part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sent {
+    /// The header of a frame with its body, or a handshake.
+    Frame,
+    /// The image of a batch.
+    Image,
+    /// A piece of a snapshot.
+    Piece,
+}
+
+impl Sent {
+    fn of(part: &SendPart<SimBuf>) -> Self {
+        match part {
+            SendPart::Bytes(_) => Self::Frame,
+            SendPart::Block { .. } if part.bytes().starts_with(b"RRba") => Self::Image,
+            SendPart::Block { .. } => Self::Piece,
+        }
+    }
+
+    fn flipped(self) -> Mark {
+        match self {
+            Self::Frame => Mark::FrameFlipped,
+            Self::Image => Mark::ImageFlipped,
+            Self::Piece => Mark::PieceFlipped,
+        }
+    }
 }
 
 struct Host {
@@ -108,6 +142,8 @@ struct Connection {
     ends: [End; 2],
     /// `pipes[e]` carries what `ends[e]` sends.
     pipes: [Pipe; 2],
+    /// A bit of what was sent was flipped.
+    flipped: bool,
 }
 
 struct End {
@@ -308,6 +344,8 @@ impl Fabric {
             listeners: 0,
             queue: BinaryHeap::new(),
             scheduled: 0,
+            flips: 0,
+            flip_next: None,
         }))
     }
 
@@ -447,6 +485,23 @@ impl Fabric {
     #[must_use]
     pub fn hosts(&self) -> usize {
         self.hosts.len()
+    }
+
+    /// Flips a bit of the next part of that kind, at the place that `at` chooses for its length.
+    pub fn flip_next(&mut self, what: Sent, at: fn(usize) -> usize) {
+        self.flip_next = Some((what, at));
+    }
+
+    /// How many bits were flipped.
+    #[must_use]
+    pub fn flips(&self) -> u64 {
+        self.flips
+    }
+
+    /// Whether a connection goes on although a bit was flipped of what was sent over it.
+    #[must_use]
+    pub fn goes_on_after_a_flip(&self) -> bool {
+        self.connections.iter().flatten().any(|connection| connection.flipped)
     }
 
     /// How many connections there are.
@@ -663,7 +718,8 @@ impl Fabric {
             finished: false,
         };
         let ends = [end(host, life, address), end(target, self.hosts[target].life, local)];
-        self.connections.push(Some(Box::new(Connection { ends, pipes: [Pipe::default(), Pipe::default()] })));
+        let pipes = [Pipe::default(), Pipe::default()];
+        self.connections.push(Some(Box::new(Connection { ends, pipes, flipped: false })));
         self.present.push(serial);
         self.schedule(back, Event::Dialed { serial, id });
         let listener = &mut self.hosts[target].listeners[listener];
@@ -708,6 +764,20 @@ impl Fabric {
             let count = bytes.len().min(room - moved);
             pipe.bytes.extend(&bytes[..count]);
             moved += count;
+            let (what, whole, moving) =
+                (Sent::of(part), part.bytes().len(), sending.sent..sending.sent + count);
+            let asked = self.flip_next.take_if(|(wanted, at)| *wanted == what && moving.contains(&at(whole)));
+            let often = self.config.flip_ppm * if what == Sent::Frame { 1 } else { 8 };
+            let by_chance = count > 0 && self.rng.chance(often);
+            let flipped = asked.map(|(_, at)| at(whole));
+            if let Some(at) = flipped.or_else(|| by_chance.then(|| moving.start + self.rng.index(count))) {
+                let position = pipe.bytes.len() - (moving.end - at);
+                pipe.bytes[position] ^= 1 << self.rng.below(8);
+                connection.flipped = true;
+                self.flips += 1;
+                self.context.record(this.host, What::Flip, serial as u64, at as u64);
+                self.context.cover(what.flipped());
+            }
             if count < bytes.len() {
                 sending.sent += count;
                 break;
@@ -813,10 +883,6 @@ impl Fabric {
             }
             Travelling::Bytes(bytes) => {
                 self.context.record(to, What::Arrive, serial as u64, bytes as u64);
-                if self.rng.chance(self.config.corrupt_chunk_ppm) {
-                    let position = pipe.arrived + self.rng.index(bytes);
-                    pipe.bytes[position] ^= 1 << self.rng.below(8);
-                }
                 pipe.arrived += bytes;
                 self.deliver(serial, 1 - end);
             }

@@ -100,6 +100,10 @@ pub enum Trouble {
     NoSpace,
     /// Content of the log rots, on the one disk of the run to which that happens.
     Rot,
+    /// A batch that is written to that disk goes to another place of it.
+    Misdirect,
+    /// Bits are flipped on their way from one node to another.
+    FlipBits,
 }
 
 /// What a run must allow for a trouble to be in it.
@@ -172,6 +176,10 @@ pub const TROUBLES: &[Entry] = &[
 pub const SCHEMES: &[Entry] =
     &[entry(Trouble::StaleAnswer, 6, Needs::Nothing), entry(Trouble::CutOffWrite, 6, Needs::Nothing)];
 
+/// Kinds that are drawn apart from those.
+pub const FLAWS: &[Entry] =
+    &[entry(Trouble::Misdirect, 6, Needs::RottingDisk), entry(Trouble::FlipBits, 8, Needs::Nothing)];
+
 /// What a run allows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Allowed {
@@ -243,12 +251,16 @@ impl Nemesis {
         let perjury_ppm = [0, 0, 0, 300_000][rng.index(4)];
         let seed = rng.bits();
         let mut apart = Rng::new(!seed);
-        for entry in SCHEMES.iter().filter(|entry| allowed.has(entry.needs, changes)) {
-            if apart.chance(250_000) {
-                weights.push((entry.trouble, entry.weight * apart.between(1, 4)));
+        let mut draw = |entries: &[Entry]| {
+            for entry in entries.iter().filter(|entry| allowed.has(entry.needs, changes)) {
+                if apart.chance(250_000) {
+                    weights.push((entry.trouble, entry.weight * apart.between(1, 4)));
+                }
             }
-        }
-        let unrest_ppm = [0, 150_000, 500_000][apart.index(3)];
+            apart.index(3)
+        };
+        let unrest_ppm = [0, 150_000, 500_000][draw(SCHEMES)];
+        draw(FLAWS);
         Self { seed, rng, weights, pause, length, regicide_ppm, perjury_ppm, unrest_ppm }
     }
 

@@ -323,6 +323,11 @@ pub trait SimNode {
         let _ = out;
     }
 
+    /// Frames that it has refused as damaged.
+    fn frames_damaged(&self) -> u64 {
+        0
+    }
+
     /// Asks it to stop in good order.
     fn shutdown(&mut self);
 

@@ -97,6 +97,8 @@ kinds! {
     Changed: "changed",
     /// The run's phase changed: phase.
     Phase: "phase",
+    /// A bit was flipped on its way: connection, where in its part.
+    Flip: "flip",
 }
 
 impl What {

@@ -245,6 +245,8 @@ struct Machine<N> {
     wiped: bool,
     /// So many durabilities are yet to be looked at.
     suspect: u64,
+    /// Frames that its process has refused as damaged.
+    frames_damaged: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -279,6 +281,7 @@ enum Plan {
         node: usize,
     },
     DialNormal,
+    WireNormal,
     LinkNormal {
         from: usize,
         to: usize,
@@ -423,6 +426,7 @@ impl<'a, C: Cluster> World<'a, C> {
                 joins: node >= founders,
                 wiped: false,
                 suspect: 0,
+                frames_damaged: 0,
             }
         };
         let machines = (0..nodes).map(|node| machine(node, &mut rng)).collect();
@@ -576,6 +580,7 @@ impl<'a, C: Cluster> World<'a, C> {
             Plan::CutOff { number } => self.cut_off(number),
             Plan::EndPlot { number } => self.end_plot(number),
             Plan::Wipe { node } => self.wipe(node),
+            Plan::WireNormal => self.fabric.borrow_mut().config_mut().flip_ppm = 0,
             Plan::DialNormal => self.fabric.borrow_mut().config_mut().dial_failure_ppm = 0,
             Plan::Client { client } => self.client_acts(client),
             Plan::Look => self.look(),
@@ -616,6 +621,7 @@ impl<'a, C: Cluster> World<'a, C> {
         machine.core_reading = None;
         machine.closing = false;
         machine.doomed = None;
+        machine.frames_damaged = 0;
         machine.woke_at = now;
         machine.lack = Lack::default();
         machine.committed_at_boot = self.history.borrow().committed_end();
@@ -652,6 +658,15 @@ impl<'a, C: Cluster> World<'a, C> {
         }
         if turned.apply_paused {
             self.context.cover(Mark::ApplyPaused);
+        }
+        let damaged = process.frames_damaged();
+        if damaged > std::mem::replace(&mut machine.frames_damaged, damaged) {
+            self.context.cover(Mark::FlipRefused);
+            if self.fabric.borrow().flips() == 0 {
+                self.history
+                    .borrow_mut()
+                    .fail(|| format!("node {node} refuses a frame that nothing has damaged"));
+            }
         }
         if turned.stopped {
             self.context.record(node, What::Stopped, 0, 0);
@@ -848,6 +863,7 @@ impl<'a, C: Cluster> World<'a, C> {
         self.set_phase_end(self.progress.steps.get());
         self.fabric.borrow_mut().heal_all();
         self.fabric.borrow_mut().config_mut().dial_failure_ppm = 0;
+        self.fabric.borrow_mut().config_mut().flip_ppm = 0;
         for node in 0..self.machines.len() {
             let machine = &mut self.machines[node];
             machine.paused_until = 0;
@@ -880,6 +896,10 @@ impl<'a, C: Cluster> World<'a, C> {
                     if now >= until {
                         if !self.all_errands_done() {
                             let told = "an operator was not answered".to_owned();
+                            return self.history.borrow_mut().fail(|| told);
+                        }
+                        if self.fabric.borrow().goes_on_after_a_flip() {
+                            let told = "a connection goes on over which a flipped bit came".to_owned();
                             return self.history.borrow_mut().fail(|| told);
                         }
                         self.context.cover(Mark::Stable);

@@ -82,11 +82,21 @@ pub enum EnvelopeError {
     #[error("the envelope's checksum does not fit")]
     Checksum,
     /// Written by another version of the format.
-    #[error("envelope of format version {0}; this build reads version {FORMAT_VERSION}")]
+    #[error(
+        "envelope of format version {0}; this build reads version {FORMAT_VERSION}: use the build that wrote it"
+    )]
     Version(u16),
     /// A value that no writer of this version produces.
     #[error("the envelope's {0} is out of range")]
     Range(&'static str),
+}
+
+impl EnvelopeError {
+    /// The envelope is intact, but not for this build: it is no damage.
+    #[must_use]
+    pub fn is_foreign(&self) -> bool {
+        matches!(self, Self::Version(_))
+    }
 }
 
 /// Writes `envelope` to the first 512 bytes of `slot`.

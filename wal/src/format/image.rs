@@ -483,7 +483,9 @@ pub enum ImageError {
     #[error("the checksum of the image's sector {0} does not fit")]
     SectorChecksum(u32),
     /// Written by another version of the format.
-    #[error("image of format version {0}; this build reads version {FORMAT_VERSION}")]
+    #[error(
+        "image of format version {0}; this build reads version {FORMAT_VERSION}: use the build that wrote it"
+    )]
     Version(u16),
     /// The image needs features that this build does not know.
     #[error("the image needs unknown features {0:#x}: upgrade this node")]
@@ -503,6 +505,14 @@ pub enum ImageError {
     /// An entry of the table breaks a rule.
     #[error("entry {0} of the image's entry table is invalid")]
     Entry(u32),
+}
+
+impl ImageError {
+    /// The image is intact, but not for this build: it is no damage.
+    #[must_use]
+    pub fn is_foreign(&self) -> bool {
+        matches!(self, Self::Version(_) | Self::Features(_) | Self::Kind(_))
+    }
 }
 
 /// Verifies an image and gives access to it. Nothing is copied.
@@ -926,7 +936,7 @@ fn chain_of(previous: Chain, header: &Header, checksums: &[u8]) -> Chain {
 
 /// Makes all checksums of an altered image fit again, so that tests reach the rules behind them.
 #[cfg(test)]
-pub(super) fn reseal(image: &mut [u8]) {
+pub(crate) fn reseal(image: &mut [u8]) {
     let checksums_at = image.len() - 4 * checksum_count(image.len());
     let (content, checksums) = image.split_at_mut(checksums_at);
     let header = content.first_chunk::<IMAGE_HEADER_BYTES>().copied().unwrap();

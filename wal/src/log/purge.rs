@@ -47,19 +47,21 @@ pub(super) struct Removal {
 impl<D: Disk> Wal<D> {
     /// Moves the log's start to `index`, or as near to it as leaves `retain_bytes` of log, and returns where it starts now. Reads
     /// before it find nothing any more. Damaged batches are not retained. [`WalEvent::Purged`] says that it is durable; only then do segments leave
-    /// service. Does nothing when the log starts there already, or later, and while a claim is in force.
+    /// service. Does nothing when the log starts there already, or later. Under a claim the start stays before the segment in which the
+    /// log was cut.
     ///
     /// # Panics
     /// When the log is not open, or `index` lies behind the log's start and is not the end of a durable batch.
     pub fn purge_through(&mut self, disk: &mut D, index: LogIndex) -> LogIndex {
         assert_eq!(self.stage, Stage::Open, "an open log is purged");
         let start = self.index.start().index;
-        // Under a claim, older segments may hold what the log is to go on with.
-        if index <= start || self.salvage.is_kept() {
+        if index <= start {
             return start;
         }
         assert!(self.index.chain_at(index).is_some(), "the log is purged through the end of a batch");
         assert!(index <= self.window.durable_through(), "only what is durable is purged");
+        let claimed = self.claimed_from().map(|generation| self.index.end_before(generation));
+        let index = index.min(claimed.unwrap_or(index));
         let droppable = self.index.last_droppable(self.config.retain_bytes);
         // A batch that cannot be read is of no use to anyone.
         let damaged = self.index.damaged().map(|(first, _)| first).take_while(|first| *first <= index).last();
@@ -93,8 +95,8 @@ impl<D: Disk> Wal<D> {
 
     /// Drops the whole log and lets it begin behind `start`, the end of a snapshot that is durable. Returns the new epoch. The
     /// index shows it at once; appends wait until it is durable and a fresh segment is there. [`WalEvent::TruncateDone`] tells
-    /// the former. After a crash before that the log is as it was. Under a claim the old files are kept, and what was salvage
-    /// stays readable, since some of it may follow the snapshot.
+    /// the former. After a crash before that the log is as it was. Under a claim the old files are kept from the one on in which the log
+    /// was cut, and what was salvage stays readable, since some of it may follow the snapshot.
     ///
     /// # Panics
     /// When the log is not open, or `start` does not lie behind the present one.
@@ -102,12 +104,14 @@ impl<D: Disk> Wal<D> {
         assert_eq!(self.stage, Stage::Open, "an open log is started anew");
         assert!(start.index > self.index.start().index, "the log's start does not go back");
         self.epoch += 1;
+        let claimed_from = self.claimed_from().unwrap_or(0);
         self.index = Index::new(self.config.group, start);
         self.window.start_behind(start.index);
         self.reads.cut_after(LogIndex(0));
         self.scrub.reads.cut_after(LogIndex(0));
         self.persisted_told = start.index;
         self.active = None;
+        self.removal.segments.extend(self.segments.take_if(|segment| segment.generation() < claimed_from));
         for segment in self.segments.take_after(0) {
             self.let_go(segment);
         }
@@ -125,6 +129,23 @@ impl<D: Disk> Wal<D> {
         self.cut = Some(PendingCut { phase, cut, after: start, announce });
         self.try_advance_cut(disk);
         self.epoch
+    }
+
+    /// Under a claim, the segment from which on all that are older than the claim may hold what the log is to go on with: the one in
+    /// which the log was cut. What lies before is log like any other: were it kept, a full disk could keep the log from ever
+    /// reaching what would release the claim.
+    fn claimed_from(&self) -> Option<u32> {
+        if !self.salvage.is_kept() {
+            return None;
+        }
+        let mut cut_in = None;
+        for segment in self.segments.iter().filter(|segment| self.salvage.keeps(segment)) {
+            if !self.index.uses(segment.generation()) {
+                return cut_in.or(Some(segment.generation()));
+            }
+            cut_in = Some(segment.generation());
+        }
+        Some(cut_in.unwrap_or(0))
     }
 
     /// The last index that [`Self::purge_through`] could move the start to if it had to leave `bytes` of log.

@@ -16,7 +16,7 @@ use super::arrival::Verified;
 use super::placement::has_own_slot;
 use super::prior::Prior;
 use super::table::{Disposition, EnvelopeEvidence, Evidence, ImageEvidence, dispose};
-use crate::error::{Damage, DamageCause};
+use crate::error::{Damage, DamageCause, WalError};
 use crate::format::{
     BatchInfo, BatchKind, BatchView, Claim, Cut, ENVELOPE_BYTES, Envelope, HardState, ImageError, LogStart,
     SectorChecksums, SegmentHeader, SegmentOrigin, named_chain, parse_image, read_envelope, slot_bytes,
@@ -47,6 +47,25 @@ impl<'a> SegmentBytes<'a> {
     pub(super) fn envelope(&self, offset: usize) -> Option<Envelope> {
         let sector = self.readable(offset..offset.saturating_add(ENVELOPE_BYTES))?;
         read_envelope(sector).ok().filter(|envelope| envelope.offset == offset as u64)
+    }
+
+    /// Says so when the slot at `offset` is intact, and written by a build whose format this one does not know.
+    pub(super) fn foreign(&self, name: SegmentName, offset: usize) -> Option<WalError> {
+        let start = offset.saturating_add(ENVELOPE_BYTES);
+        let envelope = match read_envelope(self.readable(offset..start)?) {
+            Ok(envelope) => envelope,
+            Err(error) if error.is_foreign() => {
+                return Some(WalError::EnvelopeForeign {
+                    file: name.to_string(),
+                    offset: offset as u64,
+                    error,
+                });
+            }
+            Err(_) => return None,
+        };
+        let image = self.readable(start..start.saturating_add(envelope.image_bytes as usize))?;
+        let error = parse_image(image).err().filter(ImageError::is_foreign)?;
+        Some(WalError::ImageForeign { file: name.to_string(), offset: offset as u64, error })
     }
 }
 
@@ -160,6 +179,8 @@ pub(crate) struct LogScan {
     /// The highest term and index that any intact envelope of this log names.
     highest_term: Term,
     highest_last: LogIndex,
+    /// A batch that another build has written.
+    foreign: Option<WalError>,
 }
 
 impl LogScan {
@@ -182,7 +203,13 @@ impl LogScan {
             unread: None,
             highest_term: Term(0),
             highest_last: LogIndex(0),
+            foreign: None,
         }
+    }
+
+    /// The first batch that another build has written: with it the scan has ended, and says nothing.
+    pub(crate) fn take_foreign(&mut self) -> Option<WalError> {
+        self.foreign.take()
     }
 
     /// Takes note of a file of the log that cannot be placed: it may have held any batch, the last ones too.
@@ -595,6 +622,9 @@ impl LogScan {
             match self.judge_next(segment, bytes, place, is_first) {
                 Judged::Below(bytes) => offset += bytes,
                 Judged::Batch { info, image, durable_through } => {
+                    if image != ImageEvidence::Good {
+                        self.look_for_foreign(segment, bytes, offset);
+                    }
                     self.went_on_under_claim |= self.is_under_claim(segment);
                     self.durable_through = self.durable_through.max(durable_through);
                     self.highest_term = self.highest_term.max(info.term);
@@ -610,6 +640,9 @@ impl LogScan {
                     self.went_on_under_claim |=
                         slot.envelope != EnvelopeEvidence::Prior && self.is_under_claim(segment);
                     self.bad(segment, place, slot, is_first);
+                    if slot.envelope != EnvelopeEvidence::Prior {
+                        self.look_for_foreign(segment, bytes, offset);
+                    }
                     let Some(at) = self.find_known(segment, bytes, offset) else { return };
                     offset = at;
                 }
@@ -775,6 +808,7 @@ impl LogScan {
             if self.known(segment, bytes, at).is_some() {
                 return Some(at);
             }
+            self.look_for_foreign(segment, bytes, at);
             self.beyond.torn_bytes += BLOCK_BYTES as u64;
             let header = &segment.header;
             let is_younger = |envelope: &Envelope| {
@@ -790,6 +824,13 @@ impl LogScan {
             }
         }
         None
+    }
+
+    /// What is no batch of this log may be one that another build has written.
+    fn look_for_foreign(&mut self, segment: Scanned, bytes: &SegmentBytes<'_>, offset: usize) {
+        if self.foreign.is_none() {
+            self.foreign = bytes.foreign(segment.name, offset);
+        }
     }
 
     fn doubt(&mut self, name: SegmentName, generation: u32, offset: u64, cause: DamageCause) {

@@ -228,7 +228,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         };
         let Some(data) = block.get(ENVELOPE_BYTES..ENVELOPE_BYTES + bytes) else { return Ok(()) };
         if crc32c(data) != piece.crc {
-            return self.refuse(from, "a damaged piece of a snapshot");
+            return self.refuse_attachment(from, "a damaged piece of a snapshot");
         }
         let Some(receiving) = &mut self.snapshots.installs.receiving else { return Ok(()) };
         let OfferMessage { last, digest, bytes: all, .. } = receiving.offer;

@@ -2,6 +2,7 @@
 
 use super::{Asked, BUSY_RETRY_NS, Outgoing, Own, ReadFor};
 use crate::driver::membership::configuration_in;
+use crate::driver::peers::ANOTHER_FORMAT;
 use crate::driver::{Driver, GROUP, invariant, run_of, take_block};
 use crate::error::StopError;
 use crate::raft::{Answer, Event, Reach, Role};
@@ -44,8 +45,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                     return self.refuse(from, "a fetched batch without its image");
                 };
                 let image = block.get(ENVELOPE_BYTES..ENVELOPE_BYTES + bytes);
-                let Some(Ok(view)) = image.map(parse_image) else {
-                    return self.refuse(from, "a fetched batch whose image is damaged");
+                let view = match image.map(parse_image) {
+                    Some(Ok(view)) => view,
+                    Some(Err(error)) if error.is_foreign() => return self.refuse(from, ANOTHER_FORMAT),
+                    _ => return self.refuse_attachment(from, "a fetched batch whose image is damaged"),
                 };
                 let info = view.info();
                 let (wanted, previous) = asked.on_the_way.unwrap_or((first, search.previous));

@@ -6,7 +6,7 @@
 
 use super::rig::DirectRig;
 use crate::powercut::disk::{Effect, On, Survival, Trigger};
-use crate::powercut::trial::{ENGINE_FLAGS, MEMBERS, Machine};
+use crate::powercut::trial::{ENGINE_FLAGS, MEMBERS, Machine, attempt};
 use crate::process::{Cluster, EngineFlags, PATIENCE, Program};
 use crate::sim::rng::Rng;
 use anyhow::{Context, Result, bail, ensure};
@@ -54,6 +54,10 @@ pub struct Report {
     pub victim: u64,
     /// It was the leader.
     pub was_leader: bool,
+    /// The disk has failed an operation, or left it without an answer. Without that the trial has tried nothing.
+    pub exercised: bool,
+    /// It is the last of so many trials of its kind, and in those before the disk failed nothing.
+    pub attempts: u64,
     /// What it said when it ended, if it did.
     pub died: Option<String>,
     /// Acknowledged commands, of all members.
@@ -64,11 +68,31 @@ pub struct Report {
     pub took: Duration,
 }
 
-/// Runs the trial of `seed`, with members run by `program`.
+/// Runs the trial of `seed`, with members run by `program`, and others like it as long as the disk has failed nothing: at most
+/// [`ATTEMPTS`](crate::powercut::trial::ATTEMPTS). The report is that of the last one.
 ///
 /// # Errors
 /// When the rig does not work. What is wrong with the members is in the report.
 pub fn run(
+    rig: &mut DirectRig,
+    program: &Program,
+    backend: Backend,
+    failure: Failure,
+    seed: u64,
+) -> Result<Report> {
+    let is_leader = |seed| fails_leader(&mut Rng::new(seed), failure);
+    attempt(seed, is_leader, |seed, attempts| {
+        let report = Report { attempts, ..run_once(rig, program, backend, failure, seed)? };
+        let is_over = report.exercised || report.wrong.is_some();
+        Ok((report, is_over))
+    })
+}
+
+fn fails_leader(rng: &mut Rng, failure: Failure) -> bool {
+    rng.chance(500_000) && failure != Failure::Read
+}
+
+fn run_once(
     rig: &mut DirectRig,
     program: &Program,
     backend: Backend,
@@ -80,14 +104,17 @@ pub fn run(
     let engine = EngineFlags { backend, ..FLAGS };
     let cluster = Cluster::stopped(program.clone(), engine, rig.directory(), MEMBERS)?;
     let mut rng = Rng::new(seed);
-    let was_leader = rng.chance(500_000) && failure != Failure::Read;
+    let was_leader = fails_leader(&mut rng, failure);
     let mut trial = Trial { rig, rng, cluster, streams: 0, loading: None, victim: 0, was_leader, died: None };
     let outcome = trial.run(failure);
     trial.kill_all()?;
+    let refused = trial.rig.disk().stats()?.refused;
     Ok(Report {
         seed,
         victim: trial.victim,
         was_leader,
+        exercised: refused > 0,
+        attempts: 1,
         died: trial.died.take(),
         acked: trial.cluster.ledger().acked.len(),
         wrong: outcome.err().map(|wrong| format!("{wrong:#}")),

@@ -271,6 +271,7 @@ impl FaultVolume {
         let top = if directory == ROOT { name.to_owned() } else { above.clone() };
         self.answers(&top)?;
         if self.mode(&top) == Mode::Full {
+            self.stats.refused += 1;
             return Err(VolumeError::Full);
         }
         let content = match is_directory {
@@ -343,6 +344,7 @@ impl FaultVolume {
         let file = self.file_mut(node)?;
         if bytes > file.current.bytes() {
             if is_full {
+                self.stats.refused += 1;
                 return Err(VolumeError::Full);
             }
             file.current.grow(bytes);
@@ -398,6 +400,7 @@ impl FaultVolume {
         outcome?;
         if end > file.current.bytes() {
             if mode == Mode::Full {
+                self.stats.refused += 1;
                 return Err(VolumeError::Full);
             }
             file.current.grow(end);
@@ -469,9 +472,11 @@ impl FaultVolume {
             self.strike(under.as_deref(), *effect);
         }
         if !self.powered || self.mode(top) == Mode::Hung {
+            self.stats.refused += u64::from(self.powered);
             return Err(VolumeError::Hung);
         }
         if struck.iter().any(|(_, effect)| *effect == Effect::Error) {
+            self.stats.refused += 1;
             if operation != On::Read {
                 self.failed.insert(top.to_owned());
             }

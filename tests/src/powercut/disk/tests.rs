@@ -167,7 +167,7 @@ fn a_failed_write_does_not_happen_and_a_failed_flush_makes_nothing_durable() {
     assert_eq!(disk.flush(), Err(DiskError::Io));
     assert_eq!(fill(&mut disk, 1, 1, 2), Err(DiskError::Io));
     assert_eq!(values(&mut disk, 0, 2), [2, 1]);
-    assert_eq!(disk.stats().triggered, 2);
+    assert_eq!((disk.stats().triggered, disk.stats().refused), (2, 2));
     disk.power_on(1, Survival::None);
     assert_eq!(values(&mut disk, 0, 2), [1, 1]);
 }
@@ -183,6 +183,7 @@ fn a_full_disk_takes_no_writes_but_flushes_what_it_has() {
     disk.power_on(1, Survival::None);
     assert_eq!(values(&mut disk, 0, 2), [2, 1]);
     fill(&mut disk, 1, 1, 2).unwrap();
+    assert_eq!(disk.stats().refused, 2);
 }
 
 #[test]
@@ -194,6 +195,7 @@ fn a_hung_disk_answers_nothing_until_its_power_is_cut() {
     assert_eq!(disk.read(0, &mut [0; 512]), Err(DiskError::Hung));
     disk.strike(Effect::Cut);
     assert_eq!(disk.flush(), Err(DiskError::Io));
+    assert_eq!(disk.stats().refused, 3, "without power nothing refuses");
 }
 
 #[test]

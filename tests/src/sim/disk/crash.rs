@@ -75,6 +75,7 @@ impl DiskState {
                 self.tear(inode, offset, &block[..fits - fits % SECTOR_BYTES]);
             }
         }
+        self.close_the_gap();
         if how == Crash::PowerCut {
             self.lose_power();
         }

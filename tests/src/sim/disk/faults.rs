@@ -1,6 +1,6 @@
 //! What a disk does wrong on request.
 
-use super::{BLOCK_BYTES, DiskOp, DiskState, KINDS, Rng, SECTOR_BYTES, error, kind_of};
+use super::{Access, BLOCK_BYTES, DiskOp, DiskState, KINDS, OpenFile, Rng, SECTOR_BYTES, error, kind_of};
 use crate::sim::buffer::SimBuf;
 use crate::sim::context::Time;
 use crate::sim::coverage::Mark;
@@ -75,6 +75,8 @@ pub enum On {
     Flush,
     /// Reads.
     Read,
+    /// Writes of batches: to a segment in service, behind its header.
+    Batch,
 }
 
 /// A fault of one operation.
@@ -118,18 +120,59 @@ impl Fault {
     }
 }
 
-impl On {
-    fn counts(self, op: &DiskOp<SimBuf>) -> bool {
-        match self {
-            Self::Any => true,
-            Self::Write => matches!(op, DiskOp::Write { .. }),
-            Self::Flush => matches!(op, DiskOp::Flush { .. } | DiskOp::SyncDirectory),
-            Self::Read => matches!(op, DiskOp::Read { .. }),
-        }
-    }
+/// A batch that went elsewhere, and whose place still holds what it held before. The log's contract leaves a gap here: as long as nothing
+/// later vouches for it, that looks like a write that was never made.
+pub(super) struct Astray {
+    inode: usize,
+    offset: u64,
+    /// Batches that were written since.
+    since: u64,
 }
 
+/// So many later batches vouch for one for sure: some of them were submitted when it had completed.
+const VOUCHERS: u64 = 16;
+
 impl DiskState {
+    fn counts(&self, on: On, op: &DiskOp<SimBuf>) -> bool {
+        match on {
+            On::Any => true,
+            On::Write => matches!(op, DiskOp::Write { .. }),
+            On::Flush => matches!(op, DiskOp::Flush { .. } | DiskOp::SyncDirectory),
+            On::Read => matches!(op, DiskOp::Read { .. }),
+            On::Batch => self.is_of_batch(op),
+        }
+    }
+
+    /// Whether an operation writes a batch.
+    pub(super) fn is_of_batch(&self, op: &DiskOp<SimBuf>) -> bool {
+        let DiskOp::Write { file, offset, .. } = op else { return false };
+        let open = self.files.get(file.0 as usize).copied().flatten();
+        let segment = |open: OpenFile| {
+            self.names.iter().any(|(name, inode)| *inode == open.inode && name.ends_with(".wal"))
+        };
+        *offset >= BLOCK_BYTES as u64
+            && open.is_some_and(|open| open.access == Access::DurableWrite && segment(open))
+    }
+
+    /// A batch was written, at its own place or not.
+    pub(super) fn batch_written(&mut self, astray: Option<(usize, u64)>) {
+        self.astray.iter_mut().for_each(|astray| astray.since += 1);
+        self.astray.retain(|astray| astray.since < VOUCHERS);
+        self.astray.extend(astray.map(|(inode, offset)| Astray { inode, offset, since: 0 }));
+    }
+
+    /// The process ends. What the contract cannot promise is not asked of it: where nothing vouches for a batch that went elsewhere, its
+    /// place is found damaged instead of untouched.
+    pub(super) fn close_the_gap(&mut self) {
+        for Astray { inode, offset, .. } in std::mem::take(&mut self.astray) {
+            let name = self.names.iter().find(|(_, named)| **named == inode).map(|(name, _)| name.clone());
+            if let Some(name) = name {
+                let seed = self.rng.bits();
+                self.damage(&name, offset, SECTOR_BYTES, &Rot::Garbage(seed));
+            }
+        }
+    }
+
     /// What was to take longer takes no longer than it would have without: a stalled operation in flight is due when it
     /// would have been, or at once. The switches of [`DiskFaults`] cannot take that back.
     pub fn end_stalls(&mut self) {
@@ -168,8 +211,10 @@ impl DiskState {
             None => {}
         }
         let mut position = 0;
+        let mut counted: Vec<bool> =
+            self.faults.scheduled.iter().map(|scheduled| self.counts(scheduled.on, op)).collect();
         while let Some(scheduled) = self.faults.scheduled.get_mut(position) {
-            if !scheduled.on.counts(op) {
+            if !counted[position] {
                 position += 1;
             } else if scheduled.skip > 0 {
                 scheduled.skip -= 1;
@@ -177,6 +222,7 @@ impl DiskState {
             } else {
                 fault = fault.or(Some(scheduled.fault));
                 self.faults.scheduled.remove(position);
+                counted.remove(position);
             }
         }
         let writes = matches!(op, DiskOp::Write { .. });
@@ -244,10 +290,19 @@ impl DiskState {
         BLOCK_BYTES * self.rng.index((bytes / BLOCK_BYTES).max(1))
     }
 
-    /// Another place for `bytes`, in any file: where a misdirected operation goes.
-    pub(super) fn elsewhere(&mut self, inode: usize, offset: u64, bytes: usize) -> (usize, u64) {
+    /// Another place for `bytes`, in any file, but for a batch in none that holds more than the log: where a misdirected operation goes.
+    pub(super) fn elsewhere(
+        &mut self,
+        inode: usize,
+        offset: u64,
+        bytes: usize,
+        is_batch: bool,
+    ) -> (usize, u64) {
         let mut places = Vec::new();
-        for other in self.names.values() {
+        for (name, other) in &self.names {
+            if is_batch && name.starts_with("hard") {
+                continue;
+            }
             let size = self.inodes[*other].as_ref().map_or(0, |inode| inode.bytes);
             let blocks = (size + BLOCK_BYTES as u64).saturating_sub(bytes as u64) / BLOCK_BYTES as u64;
             let at = self.rng.below(blocks) * BLOCK_BYTES as u64;

@@ -463,6 +463,38 @@ fn a_misdirected_write_lands_elsewhere_and_a_misdirected_read_brings_what_is_els
     assert_eq!(files.len(), 2);
 }
 
+/// A batch that the device lost, with nothing that vouches for it, is the gap in the log's contract: here it is found damaged instead.
+#[test]
+fn a_batch_that_goes_elsewhere_spares_the_hard_state_and_its_place_is_damaged_unless_others_vouch_for_it() {
+    let mut hit = 0;
+    for seed in 0..40 {
+        for (later, damaged) in [(0, true), (15, true), (16, false)] {
+            let mut machine = Machine::new(seed);
+            machine.create_durably("hard-a", 64, Access::DurableWrite);
+            let file = machine.create_durably("segment-00000001.wal", 32, Access::DurableWrite);
+            machine.schedule(On::Batch, 0, Fault::Misdirected);
+            machine.run(machine.write(file, 0, 1, 8)).unwrap();
+            assert_eq!(machine.read(file, 0, 1)[0], 8, "a header is no batch");
+            machine.run(machine.write(file, 1, 1, 9)).unwrap();
+            if machine.read(file, 1, 1)[0] == 9 {
+                // The only file has offered its own place.
+                continue;
+            }
+            for _ in 0..later {
+                machine.run(machine.write(file, 31, 1, 7)).unwrap();
+            }
+            machine.crash(Crash::Kill);
+            let state = machine.state.borrow();
+            assert!(state.content("hard-a").unwrap().iter().all(|byte| *byte == 0));
+            let content = state.content("segment-00000001.wal").unwrap();
+            hit += usize::from(content.chunks(BLOCK_BYTES).any(|block| block == [9; BLOCK_BYTES]));
+            let own = &content[BLOCK_BYTES..BLOCK_BYTES + SECTOR_BYTES];
+            assert_eq!(own.iter().any(|byte| *byte != 0), damaged, "seed {seed}, {later} later");
+        }
+    }
+    assert!(hit > 100, "{hit} of 120 went to where they can be seen");
+}
+
 #[test]
 fn a_stalled_operation_is_overtaken_by_those_after_it() {
     let (mut machine, file) = Machine::numbered(1);

@@ -1,7 +1,7 @@
 //! Trouble: what the nemesis does to machines, disks, links and clocks.
 
 use super::*;
-use crate::sim::disk::Rot;
+use crate::sim::disk::{Fault, On, Rot, Scheduled};
 use ringraft_block::SECTOR_BYTES;
 
 impl<C: Cluster> World<'_, C> {
@@ -194,6 +194,12 @@ impl<C: Cluster> World<'_, C> {
                 self.plan(length, Plan::ClockNormal { node });
             }
             Trouble::Rot => self.rot(),
+            Trouble::Misdirect => self.misdirect(),
+            Trouble::FlipBits => {
+                let often = [5_000, 30_000, 100_000][self.nemesis.rng().index(3)];
+                self.fabric.borrow_mut().config_mut().flip_ppm = often;
+                self.plan(length, Plan::WireNormal);
+            }
             Trouble::FailDisk => {
                 let (after, for_ever) = (self.nemesis.rng().below(50), self.nemesis.rng().chance(500_000));
                 let mut disk = self.machines[node].disk.borrow_mut();
@@ -279,6 +285,16 @@ impl<C: Cluster> World<'_, C> {
                 machine.doomed = Some((0, Doom::One(Crash::Kill)));
             }
         }
+    }
+
+    /// One of the next batches goes to another place of the disk to which that happens: what was there is lost, and so is the batch.
+    fn misdirect(&mut self) {
+        let Some(node) = self.allowed.rotting_disk else { return };
+        let skip = self.nemesis.rng().below(20);
+        let machine = &mut self.machines[node];
+        let fault = Scheduled { on: On::Batch, skip, fault: Fault::Misdirected };
+        machine.disk.borrow_mut().faults_mut().scheduled.push(fault);
+        machine.rotten = true;
     }
 
     pub(super) fn mend_disk(&mut self, node: usize) {

@@ -150,6 +150,7 @@ fn a_fault_of_one_directory_is_none_of_the_others() {
     volume.strike(Some("node-1"), Effect::Hang);
     assert_eq!(volume.read(first, 0, 1), Err(VolumeError::Hung));
     assert_eq!(volume.read(second, 0, 1), Ok(vec![2]));
+    assert_eq!(volume.stats().refused, 2);
 }
 
 #[test]
@@ -184,7 +185,7 @@ fn a_full_volume_takes_what_it_has_space_for_until_there_is_more() {
     volume.rename(directory, "file", "renamed").unwrap();
     volume.strike(Some("node-1"), Effect::Free);
     volume.grow(file, 3 * SECTOR as u64).unwrap();
-    assert_eq!(values(&mut volume, file), [2, 2, 0]);
+    assert_eq!((values(&mut volume, file), volume.stats().refused), (vec![2, 2, 0], 3));
 }
 
 #[test]
