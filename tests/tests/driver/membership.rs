@@ -661,12 +661,7 @@ fn a_member_that_was_away_for_long_finds_a_leader_that_its_configuration_does_no
     for (sleeper, staying, leaving, coming) in [(0, 1, 2, 3), (3, 1, 2, 0)] {
         let mut rig = Rig::new(4);
         let first = [sleeper, staying, leaving];
-        founded_by(&mut rig, &first);
-        let leader = rig.run_until_led();
-        let index = rig.commit(leader, 100);
-        rig.run_until_all_apply(&first, index);
-        rig.kill(sleeper);
-        let leader = rig.run_until_led();
+        let leader = founded_and_left(&mut rig, &first, sleeper);
         rig.boot(joining(coming, &[staying, leaving]));
         rig.change(leader, adding(&[coming])).expect("added");
         if leader != coming {
@@ -723,12 +718,7 @@ fn a_leader_makes_itself_known_to_a_member_whose_configuration_does_not_name_it(
     for (sleeper, leaving, coming) in [(0, [1, 2], 3), (3, [1, 2], 0)] {
         let mut rig = Rig::new(4);
         let first = [sleeper, leaving[0], leaving[1]];
-        founded_by(&mut rig, &first);
-        let leader = rig.run_until_led();
-        let index = rig.commit(leader, 100);
-        rig.run_until_all_apply(&first, index);
-        rig.kill(sleeper);
-        let leader = rig.run_until_led();
+        let leader = founded_and_left(&mut rig, &first, sleeper);
         rig.boot(joining(coming, &leaving));
         rig.change(leader, adding(&[coming])).expect("added");
         let demote = MembershipChange { demote: vec![id(sleeper)], ..MembershipChange::default() };
@@ -765,12 +755,7 @@ fn a_candidate_gets_the_vote_of_a_member_whose_configuration_does_not_name_it() 
     for (sleeper, leaving, coming) in [(0, [1, 2], [3, 4]), (4, [1, 2], [0, 3])] {
         let mut rig = Rig::new(5);
         let first = [sleeper, leaving[0], leaving[1]];
-        founded_by(&mut rig, &first);
-        let leader = rig.run_until_led();
-        let index = rig.commit(leader, 100);
-        rig.run_until_all_apply(&first, index);
-        rig.kill(sleeper);
-        let leader = rig.run_until_led();
+        let leader = founded_and_left(&mut rig, &first, sleeper);
         for node in coming {
             rig.boot(joining(node, &leaving));
         }
@@ -801,10 +786,16 @@ fn founder(node: usize, all: &[usize]) -> Config {
     }
 }
 
-fn founded_by(rig: &mut Rig, all: &[usize]) {
+/// These found a cluster, and one of them falls asleep: who leads the others.
+fn founded_and_left(rig: &mut Rig, all: &[usize], sleeper: usize) -> usize {
     for node in all {
         rig.boot(founder(*node, all));
     }
+    let leader = rig.run_until_led();
+    let index = rig.commit(leader, 100);
+    rig.run_until_all_apply(all, index);
+    rig.kill(sleeper);
+    rig.run_until_led()
 }
 
 /// Flips a bit in the newest configuration of a node that is down.

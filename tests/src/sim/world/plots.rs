@@ -35,7 +35,19 @@ pub(super) enum Plot {
 }
 
 impl<C: Cluster> World<'_, C> {
+    /// Whether a plot against this leader may begin: one of three members at least, none of whom come and go. All links are
+    /// mended then.
+    fn opens_plot(&mut self, leader: usize) -> bool {
+        let leads = self.machines[leader].view.role == LEADER;
+        let opens = leads && self.plot.is_none() && self.founders >= 3 && !self.changes;
+        if opens {
+            self.fabric.borrow_mut().heal_all();
+        }
+        opens
+    }
+
     fn begin_plot(&mut self, plot: Plot, timeouts: u64) {
+        self.context.cover(Mark::PlotBegun);
         self.plots += 1;
         self.plot = Some(plot);
         let patience = timeouts * self.tuning.election_timeout_ms * MILLISECOND;
@@ -51,12 +63,9 @@ impl<C: Cluster> World<'_, C> {
 
     /// Figure 8: entries of an older term are on a quorum, and another node may win without them.
     pub(super) fn plot_figure_8(&mut self, leader: usize) {
-        let leads = self.machines[leader].view.role == LEADER;
-        if self.plot.is_some() || self.founders < 3 || self.changes || !leads {
+        if !self.opens_plot(leader) {
             return;
         }
-        self.context.cover(Mark::PlotBegun);
-        self.fabric.borrow_mut().heal_all();
         self.begin_plot(Plot::LeaderCutOff { first: leader }, 20);
         self.sever(|from, to| (from == leader) != (to == leader));
     }
@@ -64,15 +73,12 @@ impl<C: Cluster> World<'_, C> {
     /// A voter is started anew, perhaps more than once, when another one is about to campaign.
     pub(super) fn plot_forgetful_voter(&mut self, leader: usize) {
         let nodes = self.machines.len();
-        let leads = self.machines[leader].view.role == LEADER;
-        if self.plot.is_some() || nodes < 3 || self.changes || !leads {
+        if !self.opens_plot(leader) {
             return;
         }
         let rng = self.nemesis.rng();
         let deaf = (leader + 1 + rng.index(nodes - 1)) % nodes;
         let Some(voter) = (0..nodes).find(|node| *node != leader && *node != deaf) else { return };
-        self.context.cover(Mark::PlotBegun);
-        self.fabric.borrow_mut().heal_all();
         self.begin_plot(Plot::VoterRestarts { voter }, 4);
         self.watch(leader, 4);
         // Of more than three, those that are left cannot hear the leader either: the voter's word decides.
@@ -91,12 +97,9 @@ impl<C: Cluster> World<'_, C> {
     /// Answers that were given long ago reach a leader that nobody hears any more.
     pub(super) fn plot_slow_answers(&mut self, leader: usize) {
         let nodes = self.machines.len();
-        let leads = self.machines[leader].view.role == LEADER;
-        if self.plot.is_some() || nodes < 3 || self.changes || !leads {
+        if !self.opens_plot(leader) {
             return;
         }
-        self.context.cover(Mark::PlotBegun);
-        self.fabric.borrow_mut().heal_all();
         self.begin_plot(Plot::SlowAnswers { leader }, 6);
         let election = self.tuning.election_timeout_ms * MILLISECOND;
         let by = election / 100 * self.nemesis.rng().between(60, 90);
@@ -111,12 +114,9 @@ impl<C: Cluster> World<'_, C> {
     /// An answer of a leader is under way to a follower that asks its successor meanwhile.
     pub(super) fn plot_stale_answer(&mut self, leader: usize) {
         let nodes = self.machines.len();
-        let leads = self.machines[leader].view.role == LEADER;
-        if self.plot.is_some() || nodes < 3 || self.changes || !leads {
+        if !self.opens_plot(leader) {
             return;
         }
-        self.context.cover(Mark::PlotBegun);
-        self.fabric.borrow_mut().heal_all();
         let first = self.nemesis.rng().index(nodes - 1);
         let second = (first + 1 + self.nemesis.rng().index(nodes - 2)) % (nodes - 1);
         let [reader, next] = [first, second].map(|at| (leader + 1 + at) % nodes);
@@ -144,19 +144,15 @@ impl<C: Cluster> World<'_, C> {
         if self.plot.is_some() || self.machines.len() < 3 || !leads || self.nemesis.rng().chance(300_000) {
             return false;
         }
-        self.context.cover(Mark::PlotBegun);
         self.begin_plot(Plot::SuccessorTold { leader }, 4);
         true
     }
 
     /// A write that is cut off lands when what took its place is under way.
     pub(super) fn plot_cut_off_write(&mut self, leader: usize) {
-        let leads = self.machines[leader].view.role == LEADER;
-        if self.plot.is_some() || self.founders < 3 || self.changes || !leads {
+        if !self.opens_plot(leader) {
             return;
         }
-        self.context.cover(Mark::PlotBegun);
-        self.fabric.borrow_mut().heal_all();
         self.begin_plot(Plot::CutOffWrite { leader }, 10);
         self.sever(|from, to| (from == leader) != (to == leader));
         let length = 12 * self.tuning.election_timeout_ms * MILLISECOND;
@@ -172,7 +168,6 @@ impl<C: Cluster> World<'_, C> {
         if self.plot.is_some() || leader == voter {
             return;
         }
-        self.context.cover(Mark::PlotBegun);
         self.begin_plot(Plot::VoterRestarts { voter }, 3);
         self.sever(|from, to| (from == voter) != (to == voter));
         self.watch(leader, 3);
@@ -199,12 +194,9 @@ impl<C: Cluster> World<'_, C> {
 
     /// An old vote reaches a candidate of a later term.
     pub(super) fn plot_late_vote(&mut self, leader: usize) {
-        let leads = self.machines[leader].view.role == LEADER;
-        if self.plot.is_some() || self.founders != 5 || self.changes || !leads {
+        if self.founders != 5 || !self.opens_plot(leader) {
             return;
         }
-        self.context.cover(Mark::PlotBegun);
-        self.fabric.borrow_mut().heal_all();
         self.begin_plot(Plot::CandidateAwaited { leader }, 10);
         self.sever(|from, to| (from == leader) != (to == leader));
     }
