@@ -66,6 +66,8 @@
 //! [`Config`] has every limit. [`Handle`] is for all threads and executors, [`LocalHandle`] for tasks on the node's
 //! own core; [`reads`] says how to read without writing. [`raft`] is the protocol as a pure function, [`runtime`] what drives it.
 
+#[cfg(test)]
+mod allocations;
 mod answer;
 mod apply;
 pub mod config;
