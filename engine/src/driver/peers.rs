@@ -51,6 +51,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 (state.session, state.number) = (Some(incarnation), Some(session));
                 state.outbox.clear();
                 self.repair.session_changed(peer);
+                self.referrals.begin_anew(self.now.monotonic_ns);
                 let leads = self.raft().and_then(Raft::leader) == Some(peer);
                 self.snapshots.installs.session_changed(peer, leads);
                 tracing::info!(node = %self.config.node, %peer, "session begins");

@@ -4,6 +4,7 @@ use super::*;
 use ringraft::Answer;
 use ringraft::Incarnation;
 use ringraft::membership::{ChangeError, Changed, MemberRole, MembershipChange, MembershipError, NewMember};
+use ringraft_tests::sim::coverage::Mark;
 
 type Outcome<T> = Result<T, MembershipError>;
 
@@ -775,6 +776,52 @@ fn a_candidate_gets_the_vote_of_a_member_whose_configuration_does_not_name_it() 
         let index = rig.commit(coming[0], 10);
         rig.run_until_all_apply(&[sleeper], index);
         assert_eq!(rig.members(sleeper), rig.members(coming[0]));
+    }
+}
+
+/// They asked twice a second, for ever.
+#[test]
+fn who_has_left_or_is_not_added_asks_less_and_less_and_is_met_at_once_when_it_is_added() {
+    let mut rig = grown(3, 5);
+    // The one with the highest id of all dials; of the others each must be dialed by some.
+    for (newcomer, leaves, knows) in [(3, false, true), (2, true, true), (1, true, false)] {
+        if leaves {
+            let leader = rig.run_until_led();
+            if leader == newcomer {
+                drop(rig.transfer(leader, Some(0)));
+                rig.run_until("another leads", |rig| rig.leader() == Some(0));
+            }
+            let leader = rig.run_until_led();
+            if !knows {
+                rig.kill(newcomer);
+                rig.run_for(2 * SECOND);
+            }
+            rig.change(leader, removing(&[newcomer])).expect("removed");
+            if !knows {
+                rig.boot(config(newcomer, 3));
+            }
+        } else {
+            rig.boot(joining(newcomer, &[0, 1, 2]));
+        }
+        rig.run_for(60 * SECOND);
+        assert_eq!(rig.status(newcomer).leader, None);
+        let asked = |rig: &Rig| rig.context.coverage().of(Mark::Asked);
+        let before = asked(&rig);
+        rig.run_for(40 * SECOND);
+        let questions = asked(&rig) - before;
+        assert!((4..=20).contains(&questions), "{questions} questions in 40 s by {newcomer}");
+
+        // Also by a leader that it was not told of.
+        let leader = rig.run_until_led();
+        let other = (0..3).find(|node| *node != leader && *node != newcomer).expect("a voter");
+        drop(rig.transfer(leader, Some(other)));
+        rig.run_until("another leads", |rig| rig.leader() == Some(other));
+        let begun = rig.context.now();
+        rig.change(other, adding(&[newcomer])).expect("added");
+        let took = rig.context.now() - begun;
+        assert!(took < 4 * SECOND, "{newcomer} was met after {} ms", took / MILLISECOND);
+        let index = rig.commit(other, 10);
+        rig.run_until_all_apply(&[newcomer], index);
     }
 }
 
