@@ -53,6 +53,7 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 pub use transfer::Transferred;
 
 /// The only group of this version.
@@ -63,6 +64,8 @@ const APPLY_READ: u64 = u64::MAX;
 const WITNESS_DELAY_NS: u64 = 1_000_000_000;
 /// How often a log without space tries again to reserve some.
 const SPACE_RETRY_NS: u64 = 1_000_000_000;
+/// It is looked so often when a leader's peers were active.
+const ACTIVITY_INTERVAL_NS: u64 = 1_000_000;
 /// Bytes of one read of the log, for apply or for a peer that is behind.
 const READ_BYTES: usize = 4 << 20;
 
@@ -104,6 +107,8 @@ pub struct Driver<D: Disk, L: Link<Buf = D::Buf>, S> {
     no_space: bool,
     space_retry_at_ns: u64,
     witness_at_ns: u64,
+    /// When to look again when peers were active.
+    activity_at_ns: u64,
     clock: clock::LogClock,
     repair: repair::Repairer<D::Buf>,
     stall: stall::StallWatch,
@@ -156,11 +161,20 @@ struct Peer<B: BlockBuf> {
     stages: Option<AckStages>,
     /// It said that its log has no space.
     no_space: bool,
+    /// When it was last heard, and last sent to, as of [`Driver::note_activity`].
+    active_ns: (Option<u64>, Option<u64>),
 }
 
 impl<B: BlockBuf> Peer<B> {
     fn new() -> Self {
-        Self { outbox: Outbox::new(), session: None, number: None, stages: None, no_space: false }
+        Self {
+            outbox: Outbox::new(),
+            session: None,
+            number: None,
+            stages: None,
+            no_space: false,
+            active_ns: (None, None),
+        }
     }
 }
 
@@ -242,6 +256,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             no_space: false,
             space_retry_at_ns: u64::MAX,
             witness_at_ns: u64::MAX,
+            activity_at_ns: 0,
             clock: clock::LogClock::default(),
             repair: repair::Repairer::new(&config),
             stall: stall::StallWatch::default(),
@@ -520,10 +535,13 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let leader = self.leader_hint();
         let damage = self.damage_status(raft);
         let snapshot = self.snapshots.status(lost);
+        let now_ns = self.now.monotonic_ns;
+        let age = |at_ns: Option<u64>| Some(Duration::from_nanos(now_ns.saturating_sub(at_ns?)));
         let peers = self.peers.iter().filter_map(|(id, peer)| {
             let matched = raft.progress(*id)?.matched;
-            let Peer { stages, no_space, .. } = *peer;
-            Some(PeerStatus { id: *id, connected: peer.session.is_some(), matched, stages, no_space })
+            let Peer { stages, no_space, active_ns: (heard_ns, sent_ns), .. } = *peer;
+            let (connected, heard_age, sent_age) = (peer.session.is_some(), age(heard_ns), age(sent_ns));
+            Some(PeerStatus { id: *id, connected, matched, stages, no_space, heard_age, sent_age })
         });
         let frames_damaged = self.frames_damaged();
         self.shared.status.publish(|status| {
@@ -555,6 +573,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Turn for Driver<D, L, S> {
         }
         match self.run_turn() {
             Ok(progressed) => {
+                self.note_activity();
                 self.publish();
                 let raft = self.raft().filter(|_| !self.closing);
                 let core = raft.map_or(u64::MAX, |raft| raft.next_deadline().0);

@@ -149,6 +149,15 @@ pub struct PeerStatus {
     pub stages: Option<AckStages>,
     /// Its log has no space for more.
     pub no_space: bool,
+    /// How long ago something of it last arrived here, in the present session or the last one. `None`: there has been none
+    /// since this node started, or since that one became a member. What has waited unread here does not count.
+    ///
+    /// This and [`PeerStatus::sent_age`] are by the node's clock, to a millisecond, as of the leader's last turn; it takes one
+    /// with each heartbeat at least.
+    pub heard_age: Option<Duration>,
+    /// How long ago the transport last took something for it, whether or not that has arrived; `None` as with
+    /// [`PeerStatus::heard_age`]. Large beside a session: the transport is full, the peer does not read.
+    pub sent_age: Option<Duration>,
 }
 
 impl Status {

@@ -66,6 +66,8 @@
 //! [`Config`] has every limit. [`Handle`] is for all threads and executors, [`LocalHandle`] for tasks on the node's
 //! own core; [`reads`] says how to read without writing. [`raft`] is the protocol as a pure function, [`runtime`] what drives it.
 
+#[cfg(test)]
+mod allocations;
 mod answer;
 mod apply;
 pub mod config;
@@ -99,6 +101,8 @@ pub use raft::Role;
 pub use reads::{Consistency, ReadOptions};
 pub use ringraft_block::{ClusterId, Incarnation, LogIndex, NodeId, Term};
 pub use state_machine::StateMachine;
+#[doc(hidden)]
+pub use wire::{TOLD_TO_CAMPAIGN, told_to_campaign};
 
 /// The example in the README, compiled with the documentation tests.
 #[cfg(doctest)]

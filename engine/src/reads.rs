@@ -9,9 +9,10 @@ use crate::answer::{Answer, AnswerSlot};
 use crate::error::{ReadError, StopCause};
 use crate::handle::{Handle, LocalHandle, Shared};
 use bytes::Bytes;
-use crossbeam_queue::ArrayQueue;
+use crossbeam_queue::SegQueue;
 use ringraft_block::LogIndex;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 /// How current a read is.
@@ -134,34 +135,42 @@ impl ReadTicket {
     }
 }
 
-/// Reads between any thread and the core.
+/// Reads between any thread and the core: so many at the most, and memory for those that are there. (All places at once would
+/// be megabytes, whose pages the first reads would have to wait for.)
 pub(crate) struct ReadQueue {
     capacity: usize,
-    /// Made by the first read, since it may take megabytes, and many a node is never asked to read.
-    queue: OnceLock<ArrayQueue<ReadRequest>>,
+    /// Those in the queue, or about to be.
+    count: AtomicUsize,
+    queue: SegQueue<ReadRequest>,
 }
 
 impl ReadQueue {
     pub(crate) fn new(capacity: usize) -> Self {
-        Self { capacity, queue: OnceLock::new() }
+        Self { capacity, count: AtomicUsize::new(0), queue: SegQueue::new() }
     }
 
     /// Queues a read, or refuses it. `stopped` is looked at after it is in the queue: see [`Ingress`](crate::ingress::Ingress).
     pub(crate) fn push(&self, request: ReadRequest) {
-        let queue = self.queue.get_or_init(|| ArrayQueue::new(self.capacity));
-        if let Err(ReadRequest { ticket, .. }) = queue.push(request) {
-            ticket.refuse(ReadError::Busy);
+        // Counted before it is there, so that it is never taken before it is counted.
+        if self.count.fetch_add(1, Ordering::Relaxed) < self.capacity {
+            return self.queue.push(request);
         }
+        self.count.fetch_sub(1, Ordering::Relaxed);
+        request.ticket.refuse(ReadError::Busy);
     }
 
     /// The next read. As with commands, nothing is fenced when there is none.
     pub(crate) fn pop(&self) -> Option<ReadRequest> {
-        self.queue.get().filter(|queue| !queue.is_empty())?.pop()
+        if self.queue.is_empty() {
+            return None;
+        }
+        let request = self.queue.pop()?;
+        self.count.fetch_sub(1, Ordering::Relaxed);
+        Some(request)
     }
 
     pub(crate) fn refuse_all(&self, cause: &StopCause) {
-        let Some(queue) = self.queue.get() else { return };
-        while let Some(request) = queue.pop() {
+        while let Some(request) = self.pop() {
             request.ticket.refuse(ReadError::Stopped(cause.clone()));
         }
     }
@@ -296,5 +305,53 @@ impl LocalHandle {
         let answer = index(&self.shared, Wanted::Applied(at), timeout);
         self.wakeup.wake();
         answer
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::allocations::bytes_allocated_by;
+    use crate::error::StopError;
+
+    fn request() -> (Read<LogIndex>, ReadRequest) {
+        let (answer, slot) = Answer::new();
+        (answer, ReadRequest { wanted: Wanted::Round, timeout: None, ticket: ReadTicket::Index(slot) })
+    }
+
+    #[test]
+    fn a_full_queue_refuses_and_takes_again_once_one_has_left() {
+        let queue = ReadQueue::new(3);
+        let push = || {
+            let (answer, request) = request();
+            queue.push(request);
+            answer
+        };
+        let mut answers: Vec<_> = (0..5).map(|_| push()).collect();
+        let told: Vec<_> = answers.iter_mut().map(Answer::try_take).collect();
+        assert_eq!(told, [None, None, None, Some(Err(ReadError::Busy)), Some(Err(ReadError::Busy))]);
+        assert!(queue.pop().is_some());
+        answers.push(push());
+        assert_eq!(push().wait(), Err(ReadError::Busy));
+        let cause = StopCause::from(StopError::Requested);
+        queue.refuse_all(&cause);
+        assert!(queue.pop().is_none());
+        assert_eq!(answers.pop().map(Answer::wait), Some(Err(ReadError::Stopped(cause))));
+        (0..3).for_each(|_| drop(push()));
+        assert_eq!(push().wait(), Err(ReadError::Busy), "as many places as before");
+    }
+
+    /// All its places were made by the first read: 6 MB with the default bound, on the core if the read came from there.
+    #[test]
+    fn reads_take_memory_for_themselves_and_not_for_those_that_might_come() {
+        let queue = ReadQueue::new(65_536);
+        let requests: Vec<_> = (0..100).map(|_| request()).collect();
+        let bytes = bytes_allocated_by(|| {
+            for (_, request) in requests {
+                queue.push(request);
+            }
+        });
+        let own = 100 * size_of::<ReadRequest>();
+        assert!((own..3 * own).contains(&bytes), "{bytes} bytes for {own}");
     }
 }

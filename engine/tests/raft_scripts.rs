@@ -508,6 +508,7 @@ impl Cluster {
         let term = node.disk.term.max(last.term);
         let boot = Boot {
             term,
+            term_saved: term,
             vote: node.disk.vote.filter(|_| term == node.disk.term),
             start: node.disk.start,
             batches: node.disk.log.clone(),

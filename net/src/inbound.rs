@@ -45,8 +45,10 @@ pub(crate) struct Inbound<B: BlockBuf> {
     partial: Option<Partial<B>>,
     /// When the first byte of the frame that is arriving came.
     frame_started_ns: u64,
-    /// When the last byte came.
+    /// When the last byte came, or the peer was excused.
     pub(crate) received_ns: u64,
+    /// When the last byte came.
+    pub(crate) heard_ns: u64,
 }
 
 struct Partial<B: BlockBuf> {
@@ -85,6 +87,7 @@ impl<B: BlockBuf> Inbound<B> {
             partial: None,
             frame_started_ns: now,
             received_ns: now,
+            heard_ns: now,
         }
     }
 
@@ -103,7 +106,7 @@ impl<B: BlockBuf> Inbound<B> {
         if self.frame_started_ns().is_none() {
             self.frame_started_ns = now;
         }
-        self.received_ns = now;
+        (self.received_ns, self.heard_ns) = (now, now);
         match into {
             RecvInto::Bytes { bytes, range } => {
                 assert!(count <= range.len(), "the link filled no more than was asked for");

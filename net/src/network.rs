@@ -166,6 +166,10 @@ pub struct PeerStatus {
     pub queued_bytes: usize,
     /// Whether [`Network::pause`] is in effect.
     pub paused: bool,
+    /// When the last bytes of it came, handshakes included, in this session or the last one; none before the first.
+    pub heard_ns: Option<u64>,
+    /// When the transport took the last bytes for it, in the same way.
+    pub sent_ns: Option<u64>,
 }
 
 /// The links of one node to all its peers.
@@ -480,12 +484,15 @@ impl<L: Link> Network<L> {
             let Some(connection) = self.slots.get_mut(slot) else { continue };
             match std::mem::replace(&mut connection.phase, Phase::Closed) {
                 Phase::Open(open) if connection.condemned.is_none() => {
+                    let active_ns = Some(open.active_ns());
                     let Open { session, mut outbound, .. } = *open;
                     outbound.queue_own(KIND_GOODBYE);
                     let deadline_ns = self.now.saturating_add(GOODBYE_TIMEOUT_NS);
                     connection.phase = Phase::Draining { deadline_ns, outbound: Box::new(outbound) };
                     if let Some(peer) = connection.peer {
-                        self.peers.entry(peer).and_modify(|peer| peer.slot = None);
+                        self.peers
+                            .entry(peer)
+                            .and_modify(|peer| (peer.slot, peer.active_ns) = (None, active_ns));
                         let cause = DisconnectCause::Closing;
                         events.push_back(NetEvent::PeerDisconnected { peer, session, cause });
                     }
@@ -519,13 +526,22 @@ impl<L: Link> Network<L> {
     #[must_use]
     pub fn peer_status(&self, peer: NodeId) -> Option<PeerStatus> {
         let peer = self.peers.get(&peer)?;
-        let mut status = PeerStatus { session: None, queued_frames: 0, queued_bytes: 0, paused: peer.paused };
+        let mut status = PeerStatus {
+            session: None,
+            queued_frames: 0,
+            queued_bytes: 0,
+            paused: peer.paused,
+            heard_ns: peer.active_ns.map(|(heard_ns, _)| heard_ns),
+            sent_ns: peer.active_ns.map(|(_, sent_ns)| sent_ns),
+        };
         if let Some(connection) = peer.slot.and_then(|slot| self.slots.get(slot))
             && let Phase::Open(open) = &connection.phase
             && connection.condemned.is_none()
         {
             status.session = Some(open.session);
             (status.queued_frames, status.queued_bytes) = open.outbound.depth();
+            let (heard_ns, sent_ns) = open.active_ns();
+            (status.heard_ns, status.sent_ns) = (Some(heard_ns), Some(sent_ns));
         }
         Some(status)
     }
@@ -1148,9 +1164,11 @@ impl<L: Link> Network<L> {
     fn end(&mut self, slot: usize, cause: DisconnectCause, link: &mut L, events: &mut Events<L::Buf>) {
         let Some(connection) = self.slots.get_mut(slot) else { return };
         let mut lasted = false;
+        let mut active_ns = None;
         match std::mem::replace(&mut connection.phase, Phase::Closed) {
             Phase::Closed => return,
             Phase::Open(open) => {
+                active_ns = Some(open.active_ns());
                 let lasted_ns = open.inbound.received_ns.saturating_sub(open.since_ns);
                 lasted = lasted_ns >= self.limits.reconnect_delay_max_ns;
                 if let Some(peer) = connection.peer {
@@ -1168,6 +1186,7 @@ impl<L: Link> Network<L> {
             && peer.slot == Some(slot)
         {
             peer.slot = None;
+            peer.active_ns = active_ns.or(peer.active_ns);
             if lasted {
                 peer.succeeded();
             }
@@ -1198,6 +1217,11 @@ enum Judged {
 }
 
 impl<B: BlockBuf> Open<B> {
+    /// When the peer was last heard, and last sent to.
+    fn active_ns(&self) -> (u64, u64) {
+        (self.inbound.heard_ns, self.outbound.sent_ns)
+    }
+
     /// Why this session has run out of time, if it has.
     fn overdue(&self, now: u64, receiving: bool, limits: &NetLimits) -> Option<DisconnectCause> {
         let causes =

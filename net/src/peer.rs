@@ -26,6 +26,8 @@ pub(crate) struct Peer {
     pub(crate) slot: Option<usize>,
     /// The engine wants nothing from it for now.
     pub(crate) paused: bool,
+    /// When it was last heard, and last sent to, in the sessions that have ended.
+    pub(crate) active_ns: Option<(u64, u64)>,
     /// When it may be dialed.
     pub(crate) dial_at_ns: u64,
     /// Dials and sessions that failed since the last success.
@@ -40,6 +42,7 @@ impl Peer {
             newest: None,
             slot: None,
             paused: false,
+            active_ns: None,
             dial_at_ns: 0,
             failures: 0,
         }

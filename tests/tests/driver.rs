@@ -32,6 +32,7 @@ use std::cell::{Cell, RefCell};
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 #[path = "driver/snapshots.rs"]
@@ -409,6 +410,64 @@ fn a_leader_sees_how_long_a_followers_disk_took_and_how_long_a_batch_waited_for_
     let told = told.expect("it has reported");
     assert!(told.durable_us > 0 && u64::from(told.durable_us) < stall / MICROSECOND, "{told:?}");
     assert_eq!(rig.status(slow).peers, [], "only a leader knows its peers");
+}
+
+#[test]
+fn k11_a_leader_tells_when_it_last_heard_each_member_and_when_it_last_sent_to_it() {
+    let (mut rig, leader) = Rig::started(3);
+    let [quiet, other] = [(leader + 1) % 3, (leader + 2) % 3];
+    // As of now: the last turn may have been a heartbeat ago.
+    let ages = |rig: &mut Rig, leader: usize, node: usize| {
+        rig.turn(leader);
+        let peers = rig.status(leader).peers;
+        let peer = peers.iter().find(|peer| peer.id == NodeId(node as u64 + 1)).expect("a peer");
+        let millis = |age: Option<Duration>| age.map(|age| age.as_millis());
+        (peer.connected, millis(peer.heard_age), millis(peer.sent_age))
+    };
+    let beat = config(0, 3).heartbeat_interval.as_millis() + 5;
+    rig.run_for(SECOND);
+    for node in [quiet, other] {
+        let (connected, heard, sent) = ages(&mut rig, leader, node);
+        assert!(
+            connected && heard.expect("heard") <= beat && sent.expect("sent to") <= beat,
+            "{heard:?} {sent:?}"
+        );
+    }
+
+    // What it says does not arrive; what it is told is sent.
+    rig.fabric.borrow_mut().cut(quiet, leader);
+    rig.run_for(90 * MILLISECOND);
+    let (connected, heard, sent) = ages(&mut rig, leader, quiet);
+    assert!(connected, "nobody has given the connection up yet");
+    assert!((90..=90 + beat).contains(&heard.expect("heard")), "{heard:?}");
+    assert!(sent.expect("sent to") <= beat, "{sent:?}");
+    let (_, heard, _) = ages(&mut rig, leader, other);
+    assert!(heard.expect("heard") <= beat, "{heard:?}");
+
+    // It is gone, with its session.
+    rig.fabric.borrow_mut().heal_all();
+    rig.run_for(SECOND);
+    rig.kill(quiet);
+    rig.run_for(SECOND);
+    let (connected, heard, sent) = ages(&mut rig, leader, quiet);
+    assert!(!connected);
+    for age in [heard, sent] {
+        assert!((995..=1_000 + beat).contains(&age.expect("before")), "{heard:?} {sent:?}");
+    }
+    rig.boot(config(quiet, 3));
+    rig.run_for(2 * SECOND);
+    let (connected, heard, sent) = ages(&mut rig, leader, quiet);
+    assert!(
+        connected && heard.expect("heard") <= beat && sent.expect("sent to") <= beat,
+        "{heard:?} {sent:?}"
+    );
+
+    // A leader that has had no session with it since its start.
+    (0..3).for_each(|node| rig.kill(node));
+    rig.boot(config(leader, 3));
+    rig.boot(config(other, 3));
+    let leader = rig.run_until_led();
+    assert_eq!(ages(&mut rig, leader, quiet), (false, None, None));
 }
 
 // ---- Back-pressure

@@ -244,12 +244,13 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let (saved, vote) =
             self.wal.hard_state().map_or((start.term, None), |state| (state.term, state.vote));
         // A log that was started anew behind a snapshot may be of a term whose save a crash has prevented. An entry of a term
-        // is proof of the term, though not of a vote in it.
+        // is proof of the term, though not of a vote in it; the core has it saved before it says anything.
         let term = saved.max(self.wal.log_end().term);
         let vote = vote.filter(|_| term == saved);
         let runs: Vec<BatchRun> = self.wal.batches().map(|info| run_of(&info)).collect();
         let boot = Boot {
             term,
+            term_saved: saved,
             vote,
             start,
             batches: runs,
@@ -296,8 +297,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
 #[cfg(test)]
 mod tests {
     use super::super::repair::testing::{Bench, TERM};
-    use crate::raft::{Action, AppendAck, AppendOutcome, LogId, Message, Round};
-    use ringraft_block::{LogIndex, NodeId};
+    use crate::outbox::{Head, Outgoing};
+    use crate::raft::{Action, AppendAck, AppendOutcome, Event, LogId, Message, Round, Vote};
+    use ringraft_block::{LogIndex, NodeId, Term};
     use ringraft_wal::format::{Chain, LogStart};
 
     /// Its place was looked up when it left, and a log that starts behind it by then stopped the node.
@@ -319,11 +321,42 @@ mod tests {
         driver.peers.get_mut(&NodeId(2)).expect("a member").outbox.clear();
         driver.saved(1_000).expect("it goes on");
         let outbox = &mut driver.peers.get_mut(&NodeId(2)).expect("a member").outbox;
-        let crate::outbox::Head::Light(crate::outbox::Outgoing::Ack(ack)) =
-            outbox.head(&driver.recent, LogIndex(0))
-        else {
+        let Head::Light(Outgoing::Ack(ack)) = outbox.head(&driver.recent, LogIndex(0)) else {
             panic!("no ack");
         };
         assert_eq!((ack.ack.outcome.clone(), ack.chain), (AppendOutcome::Matched { matched }, chain));
+    }
+
+    /// The crash came between a snapshot of a later term and the save of that term. The next start spoke in it all the same.
+    #[test]
+    fn a_log_that_began_anew_in_a_later_term_has_it_saved_before_the_node_speaks_in_it() {
+        let mut bench = Bench::new();
+        bench.append(5, 3);
+        let driver = &mut bench.driver;
+        let configuration = driver.raft().expect("it runs").configuration().clone();
+        let (last, later) = (driver.raft().expect("it runs").last(), Term(7));
+        let start = LogStart { index: LogIndex(40), term: later, chain: Chain([1; 16]) };
+        driver.wal.start_anew(&mut driver.disk, start);
+        bench.settle();
+        bench.memory.borrow_mut().holds_writes = true;
+        let driver = &mut bench.driver;
+        driver.peers.get_mut(&NodeId(2)).expect("a member").outbox.clear();
+        driver.start_core((LogIndex(0), configuration), Vec::new(), start.index).expect("it starts");
+        let ask = Message::Vote(Vote { term: later, last, pre: false, transfer: false });
+        driver.step(Event::Received { from: NodeId(2), message: ask }).expect("it goes on");
+        let said = |bench: &mut Bench| {
+            let driver = &mut bench.driver;
+            let outbox = &mut driver.peers.get_mut(&NodeId(2)).expect("a member").outbox;
+            match outbox.head(&driver.recent, LogIndex(0)) {
+                Head::Light(Outgoing::VoteReply(reply)) => Some(reply.term),
+                _ => None,
+            }
+        };
+        bench.settle();
+        assert_eq!(said(&mut bench), None, "the disk has not answered");
+        bench.memory.borrow_mut().holds_writes = false;
+        bench.settle();
+        assert_eq!(said(&mut bench), Some(later));
+        assert_eq!(bench.driver.wal.hard_state().map(|state| state.term), Some(later));
     }
 }

@@ -106,6 +106,11 @@ impl Members {
         self.addresses.iter().map(|(id, address)| (*id, *address))
     }
 
+    /// Who is being added, and where.
+    pub(super) fn guests(&self) -> impl Iterator<Item = (NodeId, SocketAddr)> + '_ {
+        self.guests.iter().map(|(id, address)| (*id, *address))
+    }
+
     /// Whether this node insists on the members and incarnations of its own log: not while it hears no leader of them.
     pub(super) fn pins(&self) -> bool {
         self.pins

@@ -1,7 +1,7 @@
 //! The driver and the peers: frames that arrive, messages that leave.
 
 use super::membership::configuration_in;
-use super::{Blocks, Driver, GROUP, Life, READ_BYTES, invariant, run_of};
+use super::{ACTIVITY_INTERVAL_NS, Blocks, Driver, GROUP, Life, READ_BYTES, invariant, run_of};
 use crate::error::StopError;
 use crate::formation::FormationError;
 use crate::outbox::{Head, Outgoing};
@@ -54,6 +54,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 (state.session, state.number) = (Some(incarnation), Some(session));
                 state.outbox.clear();
                 self.repair.session_changed(peer);
+                self.referrals.begin_anew(self.now.monotonic_ns);
                 let leads = self.raft().and_then(Raft::leader) == Some(peer);
                 self.snapshots.installs.session_changed(peer, leads);
                 tracing::info!(node = %self.config.node, %peer, "session begins");
@@ -136,6 +137,19 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             Body::Offer(offer) => self.on_snapshot_offer(peer, offer),
             Body::Request(request) => self.on_snapshot_request(peer, request),
             Body::Piece(piece) => self.on_snapshot_piece(peer, piece, attachment.map(|a| (a.block, a.bytes))),
+        }
+    }
+
+    /// Looks when the peers were last heard and sent to, now and then: the network knows, and only a leader's status tells.
+    pub(super) fn note_activity(&mut self) {
+        let (now_ns, leads) = (self.now.monotonic_ns, self.raft().map(Raft::role) == Some(Role::Leader));
+        let Some(network) = self.network.as_ref().filter(|_| leads && now_ns >= self.activity_at_ns) else {
+            return;
+        };
+        self.activity_at_ns = now_ns.saturating_add(ACTIVITY_INTERVAL_NS);
+        for (id, peer) in &mut self.peers {
+            peer.active_ns =
+                network.peer_status(*id).map_or((None, None), |status| (status.heard_ns, status.sent_ns));
         }
     }
 

@@ -19,7 +19,11 @@
 //! that made it the leader, and nobody be left who follows it and could refer the member to it.
 //!
 //! Nothing depends on the answer, or on the introduction, being true: it is one more place to look for the cluster, until a
-//! configuration names this node or a leader is heard.
+//! configuration names this node or a leader is heard. Hearsay replaces no address that an operator or a configuration gave.
+//!
+//! **How often.** Who has left may not know it, and who joins may never be added: nobody would ever answer them otherwise than
+//! before. So after each round of all whom it knows a node that seeks waits twice as long, up to a bound, until there is news.
+//! Whoever asks it is asked back before that; and a leader asks also those whom it has been told to add.
 
 use super::{Driver, Life, Peer};
 use crate::error::StopError;
@@ -33,8 +37,14 @@ use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
 use std::ops::Bound;
 
-/// A member is asked so often.
+/// The next one is asked after so long.
 const ASK_INTERVAL_NS: u64 = 500_000_000;
+
+/// The longest wait between two rounds of questions.
+const ASK_PAUSE_NS_MAX: u64 = 8_000_000_000;
+
+/// Who was asked so recently is not asked back: two that seek would go on asking each other.
+const ASK_BACK_NS: u64 = 4 * ASK_INTERVAL_NS;
 
 /// So many are remembered that are in no configuration here; the oldest is forgotten for a new one.
 const ACQUAINTANCES_MAX: usize = 32;
@@ -42,14 +52,38 @@ const ACQUAINTANCES_MAX: usize = 32;
 #[derive(Default)]
 pub(super) struct Referrals {
     ask_at_ns: u64,
-    /// Who was asked last.
+    /// Who was asked last in the round.
     asked: NodeId,
+    /// When each was asked.
+    asked_ns: BTreeMap<NodeId, u64>,
+    /// How long is waited after this round.
+    pause_ns: u64,
+    /// Who has asked this node, and is asked next.
+    asker: Option<(NodeId, SocketAddr)>,
     /// Whom this node was referred to last.
     told: Option<Referral>,
     /// Whom it refers others to.
     given: Option<Referral>,
     /// Of a member that hears no leader: whom it was referred to, and who introduced themselves.
     acquaintances: VecDeque<(NodeId, SocketAddr)>,
+    /// How many there have been.
+    met: u64,
+}
+
+/// What is asked next.
+struct Question {
+    to: NodeId,
+    address: SocketAddr,
+    place: Place,
+}
+
+enum Place {
+    /// It has asked this node.
+    Back,
+    /// In a round of all who are known.
+    Amid,
+    /// At the end of one.
+    Last,
 }
 
 impl Referrals {
@@ -72,6 +106,38 @@ impl Referrals {
         self.acquaintances.iter().any(|(known, _)| *known == id)
     }
 
+    /// There is news for one that seeks: it asks as often as at first.
+    pub(super) fn begin_anew(&mut self, now_ns: u64) {
+        self.pause_ns = 0;
+        self.ask_at_ns = self.ask_at_ns.min(now_ns.saturating_add(ASK_INTERVAL_NS));
+    }
+
+    fn has_asked(&mut self, question: Question, now_ns: u64) {
+        if self.asked_ns.len() > ACQUAINTANCES_MAX {
+            self.asked_ns.clear();
+        }
+        self.asked_ns.insert(question.to, now_ns);
+        match question.place {
+            Place::Back => self.asker = None,
+            Place::Amid => self.asked = question.to,
+            Place::Last => {
+                self.asked = question.to;
+                self.pause_ns = (2 * self.pause_ns).clamp(ASK_INTERVAL_NS, ASK_PAUSE_NS_MAX);
+                self.ask_at_ns = now_ns.saturating_add(self.pause_ns);
+            }
+        }
+    }
+
+    /// One that this node may not know seeks, or leads: it is asked back, unless this node has just asked it.
+    fn asked_by(&mut self, by: NodeId, address: SocketAddr, now_ns: u64) {
+        let asked_ns = self.asked_ns.get(&by).map_or(0, |asked_ns| asked_ns.saturating_add(ASK_BACK_NS));
+        if now_ns >= asked_ns && self.asker.is_none() {
+            self.asker = Some((by, address));
+            let last_ns = self.asked_ns.values().max().copied().unwrap_or(0);
+            self.ask_at_ns = self.ask_at_ns.min(last_ns.saturating_add(ASK_INTERVAL_NS));
+        }
+    }
+
     /// Whether that is news.
     fn meet(&mut self, id: NodeId, address: SocketAddr) -> bool {
         if self.acquaintances.contains(&(id, address)) {
@@ -82,6 +148,7 @@ impl Referrals {
             self.acquaintances.pop_front();
         }
         self.acquaintances.push_back((id, address));
+        self.met += 1;
         true
     }
 }
@@ -90,24 +157,28 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// Asks the next member, if it is time to, and keeps what this node tells others up to date.
     pub(super) fn ask_around(&mut self) {
         let leader = self.leader_hint().map(|hint| Referral { node: hint.id, address: hint.address });
-        let due = self.referrals_deadline() <= self.now.monotonic_ns;
+        let (now_ns, deadline_ns) = (self.now.monotonic_ns, self.referrals_deadline());
+        let (seeks, due) = (deadline_ns < u64::MAX, deadline_ns <= now_ns);
         let next = if due { self.whom_to_ask() } else { None };
         let Some(network) = &mut self.network else { return };
         if self.referrals.given != leader {
             self.referrals.given = leader;
             network.refer_to(leader);
         }
-        if due {
-            self.referrals.ask_at_ns = self.now.monotonic_ns.saturating_add(ASK_INTERVAL_NS);
+        if !seeks {
+            (self.referrals.pause_ns, self.referrals.asker) = (0, None);
         }
-        let Some((node, address)) = next else { return };
+        if due {
+            self.referrals.ask_at_ns = now_ns.saturating_add(ASK_INTERVAL_NS);
+        }
+        let Some(question) = next else { return };
         let own = self.config.node;
         let configured =
             self.config.members.iter().find(|member| member.id == own).map(|member| member.address);
         // What an operator says of this node is newer than what an old log does.
         network.introduce_at(configured.or_else(|| self.members.address_of(own)));
-        if network.ask(node, address, &mut self.link) {
-            self.referrals.asked = node;
+        if network.ask(question.to, question.address, &mut self.link) {
+            self.referrals.has_asked(question, now_ns);
         }
     }
 
@@ -126,31 +197,48 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         if seeks && !self.closing && self.network.is_some() { self.referrals.ask_at_ns } else { u64::MAX }
     }
 
-    /// Members of the configuration in force that there is no session with.
+    /// Members of the configuration in force, and who is being added, that there is no session with.
     fn unmet(&self) -> impl Iterator<Item = NodeId> + '_ {
         let members = self.raft().map(|raft| raft.configuration().members()).unwrap_or_default();
-        let others = members.iter().map(|member| member.id).filter(|id| *id != self.config.node);
-        others.filter(|id| !self.has_session_with(*id))
+        let ids = members.iter().map(|member| member.id).chain(self.members.guests().map(|(id, _)| id));
+        ids.filter(|id| *id != self.config.node && !self.has_session_with(*id))
+    }
+
+    /// How often this node, as a member that heard no leader, has taken up with somebody whom no configuration names.
+    pub fn acquaintances_met(&self) -> u64 {
+        self.referrals.met
     }
 
     fn leads_now(&self) -> bool {
         self.raft().is_some_and(|raft| raft.leader() == Some(self.config.node))
     }
 
-    /// The next one in the order of ids, of all who are known; of a leader, of those whom it misses.
-    fn whom_to_ask(&self) -> Option<(NodeId, SocketAddr)> {
+    /// Who has asked this node; otherwise the next one in the order of ids, of all who are known, and of a leader, of those whom it
+    /// misses.
+    fn whom_to_ask(&self) -> Option<Question> {
         let mut known: BTreeMap<NodeId, SocketAddr> =
             self.config.members.iter().map(|member| (member.id, member.address)).collect();
-        known.extend(self.members.addresses());
-        known.extend(self.referrals.told());
+        known.extend(self.members.addresses().filter(|(id, _)| !self.referrals.has_met(*id)));
+        known.extend(self.members.guests());
+        for (id, address) in self.referrals.acquaintances().chain(self.referrals.told()) {
+            known.entry(id).or_insert(address);
+        }
         known.remove(&self.config.node);
-        if self.leads_now() {
+        let leads = self.leads_now();
+        if let Some((to, address)) = self.referrals.asker.filter(|_| !leads) {
+            let address = known.get(&to).copied().unwrap_or(address);
+            return Some(Question { to, address, place: Place::Back });
+        }
+        if leads {
             let unmet: Vec<NodeId> = self.unmet().collect();
             known.retain(|id, _| unmet.contains(id));
         }
         let behind = (Bound::Excluded(self.referrals.asked), Bound::Unbounded);
-        let next = known.range(behind).next().or_else(|| known.first_key_value());
-        next.map(|(node, address)| (*node, *address))
+        let (to, address) = known.range(behind).next().or_else(|| known.first_key_value())?;
+        // A leader is the one that those whom it misses wait for.
+        let is_last = !leads && known.last_key_value().is_some_and(|(last, _)| last == to);
+        let place = if is_last { Place::Last } else { Place::Amid };
+        Some(Question { to: *to, address: *address, place })
     }
 
     /// A member has answered.
@@ -164,6 +252,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             return Ok(());
         }
         tracing::info!(node = %self.config.node, %by, leader = %to.node, address = %to.address, "the leader is looked for there");
+        self.referrals.begin_anew(self.now.monotonic_ns);
         let before = self.referrals.told.replace(to);
         if !matches!(self.life, Life::Forming(_)) {
             // The peers are those of the configuration, and this one.
@@ -188,6 +277,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// Another node has asked this one, and said where it listens. To a member that hears no leader it may be the candidate that
     /// lacks this vote.
     pub(super) fn introduced(&mut self, by: NodeId, address: SocketAddr) {
+        if self.referrals_deadline() < u64::MAX && by != self.config.node {
+            self.referrals.asked_by(by, address, self.now.monotonic_ns);
+        }
         let leaderless = self.raft().is_some_and(|raft| raft.leader().is_none()) && !self.members.pins();
         if !leaderless || self.closing || by == self.config.node {
             return;
@@ -203,5 +295,37 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     fn take_up_with(&mut self, id: NodeId, address: SocketAddr) -> bool {
         let named = self.members.address_of(id).is_some() && !self.referrals.has_met(id);
         !named && self.referrals.meet(id, address)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::repair::testing::Bench;
+    use super::*;
+
+    /// What a referral said of a member that the operator had named was asked from then on instead, and nobody at the named
+    /// address any more.
+    #[test]
+    fn who_is_asked_is_asked_where_it_was_configured_and_others_where_hearsay_has_them() {
+        let mut bench = Bench::new();
+        let elsewhere: SocketAddr = "127.0.0.9:9".parse().expect("an address");
+        let referrals = &mut bench.driver.referrals;
+        referrals.told = Some(Referral { node: NodeId(3), address: elsewhere });
+        referrals.meet(NodeId(7), elsewhere);
+        let mut asked = Vec::new();
+        for _ in 0..3 {
+            let question = bench.driver.whom_to_ask().expect("somebody is known");
+            asked.push((question.to.get(), question.address.port(), matches!(question.place, Place::Last)));
+            bench.driver.referrals.has_asked(question, 0);
+        }
+        assert_eq!(asked, [(2, 7_002, false), (3, 7_003, false), (7, 9, true)]);
+        // Who asks is asked back, and where is as before.
+        for (asker, port) in [(2, 7_002), (8, 9)] {
+            bench.driver.referrals.asked_by(NodeId(asker), elsewhere, ASK_BACK_NS);
+            let question = bench.driver.whom_to_ask().expect("it has asked");
+            assert_eq!((question.to.get(), question.address.port()), (asker, port));
+            bench.driver.referrals.has_asked(question, ASK_BACK_NS);
+        }
+        assert_eq!(bench.driver.whom_to_ask().map(|question| question.to), Some(NodeId(2)), "the next round");
     }
 }

@@ -22,9 +22,9 @@ pub(super) struct HardState {
 }
 
 impl HardState {
-    /// As recovered, hence durable.
-    pub(super) fn recovered(term: Term, vote: Option<NodeId>) -> Self {
-        Self { term, vote, asked: 0, saved: 0, changed: false }
+    /// As recovered. It is to be saved first where something else than the hard state has told of the term.
+    pub(super) fn recovered(term: Term, vote: Option<NodeId>, is_saved: bool) -> Self {
+        Self { term, vote, asked: 0, saved: 0, changed: !is_saved }
     }
 
     pub(super) fn term(&self) -> Term {

@@ -104,7 +104,10 @@ const INDEX_MAX: LogIndex = LogIndex(1 << 62);
 pub struct Boot<I> {
     /// The highest term known: of the hard state, or of the last batch.
     pub term: Term,
-    /// Whom the node voted for in that term.
+    /// The term of the hard state. Where `term` is a later one, of which only the log tells, it is saved before anything is
+    /// said in it.
+    pub term_saved: Term,
+    /// Whom the node voted for in `term`.
     pub vote: Option<NodeId>,
     /// What precedes the first batch: a batch end, and committed.
     pub start: LogId,
@@ -268,7 +271,7 @@ impl Raft {
         let mut raft = Self {
             random: Random::new(config.seed),
             now: boot.now,
-            hard: HardState::recovered(term, vote),
+            hard: HardState::recovered(term, vote, boot.term <= boot.term_saved),
             durable: Durable::recovered(log.last().index, boot.epoch),
             commit: boot.commit,
             role: RoleState::Follower,
@@ -728,8 +731,13 @@ mod tests {
     }
 
     fn boot(term: u64, batches: &[BatchRun], commit: u64) -> Result<Raft, BootError> {
+        boot_with(term, term, batches, commit)
+    }
+
+    fn boot_with(saved: u64, term: u64, batches: &[BatchRun], commit: u64) -> Result<Raft, BootError> {
         let boot = Boot {
             term: Term(term),
+            term_saved: Term(saved),
             vote: None,
             start: LogId { term: Term(2), index: LogIndex(10) },
             batches: batches.to_vec(),
@@ -771,6 +779,7 @@ mod tests {
         let configuration = three().with_settings(Settings { lease: Some(lease) });
         let boot = Boot {
             term: Term(0),
+            term_saved: Term(0),
             vote: None,
             start: LogId::default(),
             batches: [],
@@ -797,6 +806,7 @@ mod tests {
             let (vote, epoch, changes) = (None, Epoch(0), Vec::new());
             let boot = Boot {
                 term,
+                term_saved: term,
                 vote,
                 start,
                 batches,
@@ -818,6 +828,26 @@ mod tests {
             assert_eq!(draw(seed, Some(255)), draw(seed, None));
             assert!(draw(seed, Some(0)) >= draw(seed, None) + 999);
         }
+    }
+
+    #[test]
+    fn a_term_that_only_the_log_tells_of_is_saved_before_anything_is_said_in_it() {
+        let mut raft = boot_with(2, 3, &[run(11, 12, 2), run(13, 13, 3)], 12).expect("consistent");
+        let mut refuse = |event: Option<Event>| {
+            let vote = Vote { term: Term(3), last: raft.log_start(), pre: false, transfer: false };
+            let asked = Event::Received { from: NodeId(2), message: Message::Vote(vote) };
+            let mut actions = Vec::new();
+            raft.handle(Nanos(6), event.unwrap_or(asked), &mut actions);
+            actions
+        };
+        let reply = VoteReply { term: Term(3), granted: false, pre: false };
+        let (to, message) = (NodeId(2), Message::VoteReply(reply));
+        let save = Action::SaveHardState { sequence: 1, term: Term(3), vote: None };
+        let after = Action::SendAfterSave { sequence: 1, to, message: message.clone() };
+        assert_eq!(refuse(None), [save, after.clone()]);
+        assert_eq!(refuse(None), [after], "it is not durable yet");
+        assert_eq!(refuse(Some(Event::HardStateSaved { sequence: 1 })), []);
+        assert_eq!(refuse(None), [Action::SendNow { to, message }]);
     }
 
     /// A broken driver is told so, too.

@@ -271,6 +271,7 @@ impl Simulation {
         let node = &mut self.nodes[at];
         let boot = Boot {
             term,
+            term_saved: term,
             vote: node.disk.vote.filter(|_| term == node.disk.term),
             start: node.disk.start,
             batches: node.disk.log.clone(),

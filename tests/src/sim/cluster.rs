@@ -140,7 +140,6 @@ fn config(node: usize, founders: usize, tuning: &Tuning) -> Config {
         snapshot_log_bytes: 0,
         snapshot_log_entries: tuning.snapshot_log_entries,
         log_retention_bytes: tuning.log_retention_bytes,
-        // The queue is allocated whole by the first read of a life.
         reads_max: 256,
         lease_drift_ppm: tuning.lease_drift_ppm,
         session_timeout: Duration::from_millis(tuning.session_timeout_ms),
@@ -266,6 +265,12 @@ impl SimNode for EngineNode {
         true
     }
 
+    fn snapshot(&mut self) -> bool {
+        // Nobody waits for the answer.
+        drop(self.handle.snapshot());
+        true
+    }
+
     fn members(&self) -> Members {
         let Some(raft) = self.driver.raft() else { return Members::default() };
         let configuration = raft.configuration();
@@ -323,6 +328,7 @@ impl SimNode for EngineNode {
             applied: self.driver.applied().0.get(),
             epoch: raft.epoch().0,
             rollovers: self.driver.wal().rollovers(),
+            met: self.driver.acquaintances_met(),
         }
     }
 

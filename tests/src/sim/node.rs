@@ -45,6 +45,8 @@ pub struct View {
     pub epoch: u64,
     /// Times that its log went on in another segment, in this life.
     pub rollovers: u64,
+    /// Times that it took up with somebody whom no configuration names, in this life.
+    pub met: u64,
 }
 
 /// What a node whose disk has lost something knows of that.
@@ -316,6 +318,11 @@ pub trait SimNode {
     /// Who counts, by its log. Only asked where members change.
     fn members(&self) -> Members {
         Members::default()
+    }
+
+    /// Asks it for a snapshot of all that it has applied. False if nodes of its kind make none.
+    fn snapshot(&mut self) -> bool {
+        false
     }
 
     /// Moves what has become of an operator's requests to `out`.

@@ -4,6 +4,7 @@ use super::*;
 use ringraft::Answer;
 use ringraft::Incarnation;
 use ringraft::membership::{ChangeError, Changed, MemberRole, MembershipChange, MembershipError, NewMember};
+use ringraft_tests::sim::coverage::Mark;
 
 type Outcome<T> = Result<T, MembershipError>;
 
@@ -661,12 +662,7 @@ fn a_member_that_was_away_for_long_finds_a_leader_that_its_configuration_does_no
     for (sleeper, staying, leaving, coming) in [(0, 1, 2, 3), (3, 1, 2, 0)] {
         let mut rig = Rig::new(4);
         let first = [sleeper, staying, leaving];
-        founded_by(&mut rig, &first);
-        let leader = rig.run_until_led();
-        let index = rig.commit(leader, 100);
-        rig.run_until_all_apply(&first, index);
-        rig.kill(sleeper);
-        let leader = rig.run_until_led();
+        let leader = founded_and_left(&mut rig, &first, sleeper);
         rig.boot(joining(coming, &[staying, leaving]));
         rig.change(leader, adding(&[coming])).expect("added");
         if leader != coming {
@@ -723,12 +719,7 @@ fn a_leader_makes_itself_known_to_a_member_whose_configuration_does_not_name_it(
     for (sleeper, leaving, coming) in [(0, [1, 2], 3), (3, [1, 2], 0)] {
         let mut rig = Rig::new(4);
         let first = [sleeper, leaving[0], leaving[1]];
-        founded_by(&mut rig, &first);
-        let leader = rig.run_until_led();
-        let index = rig.commit(leader, 100);
-        rig.run_until_all_apply(&first, index);
-        rig.kill(sleeper);
-        let leader = rig.run_until_led();
+        let leader = founded_and_left(&mut rig, &first, sleeper);
         rig.boot(joining(coming, &leaving));
         rig.change(leader, adding(&[coming])).expect("added");
         let demote = MembershipChange { demote: vec![id(sleeper)], ..MembershipChange::default() };
@@ -765,12 +756,7 @@ fn a_candidate_gets_the_vote_of_a_member_whose_configuration_does_not_name_it() 
     for (sleeper, leaving, coming) in [(0, [1, 2], [3, 4]), (4, [1, 2], [0, 3])] {
         let mut rig = Rig::new(5);
         let first = [sleeper, leaving[0], leaving[1]];
-        founded_by(&mut rig, &first);
-        let leader = rig.run_until_led();
-        let index = rig.commit(leader, 100);
-        rig.run_until_all_apply(&first, index);
-        rig.kill(sleeper);
-        let leader = rig.run_until_led();
+        let leader = founded_and_left(&mut rig, &first, sleeper);
         for node in coming {
             rig.boot(joining(node, &leaving));
         }
@@ -793,6 +779,52 @@ fn a_candidate_gets_the_vote_of_a_member_whose_configuration_does_not_name_it() 
     }
 }
 
+/// They asked twice a second, for ever.
+#[test]
+fn who_has_left_or_is_not_added_asks_less_and_less_and_is_met_at_once_when_it_is_added() {
+    let mut rig = grown(3, 5);
+    // The one with the highest id of all dials; of the others each must be dialed by some.
+    for (newcomer, leaves, knows) in [(3, false, true), (2, true, true), (1, true, false)] {
+        if leaves {
+            let leader = rig.run_until_led();
+            if leader == newcomer {
+                drop(rig.transfer(leader, Some(0)));
+                rig.run_until("another leads", |rig| rig.leader() == Some(0));
+            }
+            let leader = rig.run_until_led();
+            if !knows {
+                rig.kill(newcomer);
+                rig.run_for(2 * SECOND);
+            }
+            rig.change(leader, removing(&[newcomer])).expect("removed");
+            if !knows {
+                rig.boot(config(newcomer, 3));
+            }
+        } else {
+            rig.boot(joining(newcomer, &[0, 1, 2]));
+        }
+        rig.run_for(60 * SECOND);
+        assert_eq!(rig.status(newcomer).leader, None);
+        let asked = |rig: &Rig| rig.context.coverage().of(Mark::Asked);
+        let before = asked(&rig);
+        rig.run_for(40 * SECOND);
+        let questions = asked(&rig) - before;
+        assert!((4..=20).contains(&questions), "{questions} questions in 40 s by {newcomer}");
+
+        // Also by a leader that it was not told of.
+        let leader = rig.run_until_led();
+        let other = (0..3).find(|node| *node != leader && *node != newcomer).expect("a voter");
+        drop(rig.transfer(leader, Some(other)));
+        rig.run_until("another leads", |rig| rig.leader() == Some(other));
+        let begun = rig.context.now();
+        rig.change(other, adding(&[newcomer])).expect("added");
+        let took = rig.context.now() - begun;
+        assert!(took < 4 * SECOND, "{newcomer} was met after {} ms", took / MILLISECOND);
+        let index = rig.commit(other, 10);
+        rig.run_until_all_apply(&[newcomer], index);
+    }
+}
+
 /// One of those who found a cluster.
 fn founder(node: usize, all: &[usize]) -> Config {
     Config {
@@ -801,10 +833,16 @@ fn founder(node: usize, all: &[usize]) -> Config {
     }
 }
 
-fn founded_by(rig: &mut Rig, all: &[usize]) {
+/// These found a cluster, and one of them falls asleep: who leads the others.
+fn founded_and_left(rig: &mut Rig, all: &[usize], sleeper: usize) -> usize {
     for node in all {
         rig.boot(founder(*node, all));
     }
+    let leader = rig.run_until_led();
+    let index = rig.commit(leader, 100);
+    rig.run_until_all_apply(all, index);
+    rig.kill(sleeper);
+    rig.run_until_led()
 }
 
 /// Flips a bit in the newest configuration of a node that is down.

@@ -148,6 +148,13 @@ pub(super) const ROWS: &[Entry] = &[
     ),
     (
         "K11",
+        "the last activity of each follower",
+        &[
+            "tests/tests/driver.rs: k11_a_leader_tells_when_it_last_heard_each_member_and_when_it_last_sent_to_it",
+        ],
+    ),
+    (
+        "K11",
         "peers that do not read, write or answer in time are given up",
         &[
             "net/tests/strangers.rs: a_silent_peer_is_given_up_and_so_is_one_that_never_reads",

@@ -152,6 +152,7 @@ impl Model {
         let found = |batch: &BatchRun| Some((batch.first, Some(self.configuration_in(batch)?.clone())));
         let boot = Boot {
             term,
+            term_saved: term,
             vote: disk.vote.filter(|_| term == disk.term),
             start: LogId::default(),
             batches: disk.log.clone(),
