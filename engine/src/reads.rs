@@ -159,6 +159,10 @@ impl ReadQueue {
         self.queue.get().filter(|queue| !queue.is_empty())?.pop()
     }
 
+    pub(crate) fn is_empty(&self) -> bool {
+        self.queue.get().is_none_or(ArrayQueue::is_empty)
+    }
+
     pub(crate) fn refuse_all(&self, cause: &StopCause) {
         let Some(queue) = self.queue.get() else { return };
         while let Some(request) = queue.pop() {

@@ -42,6 +42,8 @@ const ACQUAINTANCES_MAX: usize = 32;
 #[derive(Default)]
 pub(super) struct Referrals {
     ask_at_ns: u64,
+    /// As the last turn has found it ([`Driver::referrals_deadline`]).
+    deadline_ns: u64,
     /// Who was asked last.
     asked: NodeId,
     /// Whom this node was referred to last.
@@ -53,6 +55,11 @@ pub(super) struct Referrals {
 }
 
 impl Referrals {
+    /// When the next member is to be asked, after a turn.
+    pub(super) fn next_deadline(&self) -> u64 {
+        self.deadline_ns
+    }
+
     /// Whom to look for the cluster at, besides those known otherwise.
     pub(super) fn told(&self) -> Option<(NodeId, SocketAddr)> {
         self.told.map(|to| (to.node, to.address))
@@ -90,7 +97,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// Asks the next member, if it is time to, and keeps what this node tells others up to date.
     pub(super) fn ask_around(&mut self) {
         let leader = self.leader_hint().map(|hint| Referral { node: hint.id, address: hint.address });
-        let due = self.referrals_deadline() <= self.now.monotonic_ns;
+        self.referrals.deadline_ns = self.referrals_deadline();
+        let due = self.referrals.deadline_ns <= self.now.monotonic_ns;
         let next = if due { self.whom_to_ask() } else { None };
         let Some(network) = &mut self.network else { return };
         if self.referrals.given != leader {
@@ -99,6 +107,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         }
         if due {
             self.referrals.ask_at_ns = self.now.monotonic_ns.saturating_add(ASK_INTERVAL_NS);
+            self.referrals.deadline_ns = self.referrals.ask_at_ns;
         }
         let Some((node, address)) = next else { return };
         let own = self.config.node;
@@ -112,7 +121,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     }
 
     /// When the next member is to be asked.
-    pub(super) fn referrals_deadline(&self) -> u64 {
+    fn referrals_deadline(&self) -> u64 {
         let seeks = match &self.life {
             Life::Forming(_) => self.config.join,
             Life::Running(raft) if raft.leader() == Some(self.config.node) => self.unmet().next().is_some(),
