@@ -128,7 +128,8 @@ impl Turn for Living<'_> {
         let result = self.step();
         let progressed = result.as_ref().is_ok_and(|(progressed, _)| *progressed);
         *self.life.borrow_mut() = result.map(|(_, life)| life).transpose();
-        TurnOutcome { progressed, next_deadline_ns: u64::MAX, stop: self.life.borrow().is_some() }
+        let stop = self.life.borrow().is_some();
+        TurnOutcome { progressed, more: progressed, next_deadline_ns: u64::MAX, stop }
     }
 }
 

@@ -117,7 +117,11 @@ pub struct Driver<D: Disk, L: Link<Buf = D::Buf>, S> {
     snapshots: snapshots::Snapshots<D::Buf>,
     members: membership::Members,
     referrals: referrals::Referrals,
+    /// There is something to apply, and nothing to wait for.
+    apply_due: bool,
     closing: bool,
+    /// The last turn began to close, or to hand over before that.
+    ends: bool,
     /// The log has closed; what is under way with snapshots has not.
     closed: bool,
 
@@ -265,7 +269,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             snapshots: snapshots::Snapshots::new(&config),
             members: membership::Members::default(),
             referrals: referrals::Referrals::default(),
+            apply_due: false,
             closing: false,
+            ends: false,
             closed: false,
             encoder: Encoder::default(),
             actions: Vec::new(),
@@ -328,30 +334,47 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.applier.sessions()
     }
 
+    /// What each stage makes of the time and of what has come, in an order in which hardly any leaves something to one before
+    /// it; what it does leave there, [`Self::has_more`] knows. Returns whether anything was done.
     fn run_turn(&mut self) -> Result<bool, StopError> {
         let mut progressed = self.on_disk()?;
         progressed |= self.on_network()?;
         progressed |= self.take_requests();
         self.watch_disk()?;
+        self.step(Event::Tick)?;
         self.mend()?;
-        self.mind_snapshots()?;
-        self.keep_members()?;
-        self.ask_around();
         progressed |= self.take_proposals();
         self.begin_transfers()?;
         progressed |= self.take_reads()?;
-        self.step(Event::Tick)?;
         self.write_pending();
         progressed |= self.seal()?;
         self.advance_handover()?;
-        progressed |= self.seal_barrier()?;
+        self.keep_members()?;
+        self.ask_around();
         progressed |= self.apply()?;
         progressed |= self.serve_reads()?;
+        progressed |= self.seal_barrier()?;
+        self.mind_snapshots()?;
         self.send_queued();
         self.deliveries.flush();
         self.keep_log();
-        progressed |= self.close_if_asked()?;
-        Ok(progressed)
+        self.ends = self.close_if_asked()?;
+        self.note_operation();
+        Ok(progressed || self.ends)
+    }
+
+    /// Whether another turn at the same moment would do more.
+    fn has_more(&self) -> bool {
+        let proposals = self.proposals.borrow();
+        let takes = proposals.has_room() || !proposals.is_gate_open();
+        let stale = self.members.is_stale() && self.raft().is_some();
+        self.ends
+            || self.wal.is_due()
+            || stale
+            || self.apply_due
+            || self.has_reads_to_answer()
+            || takes && self.shared.ingress.has_commands()
+            || self.takes_reads() && self.shared.ingress.has_reads()
     }
 
     // ---- The core
@@ -401,6 +424,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             }
             // `apply` reads the commit index from the core.
             Action::Commit { up_to } => {
+                self.apply_due = true;
                 self.members.committed(up_to);
                 Ok(())
             }
@@ -480,10 +504,11 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
 
     // ---- The end
 
-    /// True when it begins to close: a log with nothing in flight closes in the next turn, which no completion calls for.
+    /// True when it begins to close, or to hand over before that: neither need wait for anything.
     fn close_if_asked(&mut self) -> Result<bool, StopError> {
-        let begins = !self.closing && self.shared.ingress.shutdown_requested() && self.is_drained()?;
-        if begins {
+        let asked = !self.closing && self.shared.ingress.shutdown_requested();
+        let drains = asked && !self.is_draining();
+        if asked && self.is_drained()? {
             self.closing = true;
             let stopped = Refusal::Stopped(StopError::Requested.into());
             self.proposals.borrow_mut().set_gate(Err(stopped));
@@ -493,7 +518,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             }
             self.wal.close(&mut self.disk);
         }
-        Ok(begins)
+        Ok(drains || asked && self.closing)
     }
 
     fn stop(&mut self, error: StopError) {
@@ -569,7 +594,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Turn for Driver<D, L, S> {
     fn turn(&mut self, now: Now) -> TurnOutcome {
         self.now = now;
         if matches!(self.life, Life::Stopped) {
-            return TurnOutcome { progressed: false, next_deadline_ns: u64::MAX, stop: true };
+            return TurnOutcome { progressed: false, more: false, next_deadline_ns: u64::MAX, stop: true };
         }
         match self.run_turn() {
             Ok(progressed) => {
@@ -581,16 +606,17 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Turn for Driver<D, L, S> {
                 let log = self.witness_at_ns.min(self.space_retry_at_ns);
                 let repair = if self.closing { u64::MAX } else { self.repair.next_deadline() };
                 let members = self.members.next_deadline(self.pin_patience_ns());
-                let log =
-                    log.min(repair).min(self.stall_deadline()).min(members).min(self.referrals_deadline());
+                let referrals = if self.closing { u64::MAX } else { self.referrals.next_deadline() };
+                let log = log.min(repair).min(self.stall_deadline()).min(members).min(referrals);
                 let log = log.min(self.handover.next_deadline()).min(self.reads_deadline());
                 let snapshots = self.snapshots.next_deadline(now.monotonic_ns);
                 let log = log.min(if self.closing { u64::MAX } else { snapshots });
-                TurnOutcome { progressed, next_deadline_ns: core.min(network).min(log), stop: false }
+                let next_deadline_ns = core.min(network).min(log);
+                TurnOutcome { progressed, more: self.has_more(), next_deadline_ns, stop: false }
             }
             Err(error) => {
                 self.stop(error);
-                TurnOutcome { progressed: true, next_deadline_ns: u64::MAX, stop: true }
+                TurnOutcome { progressed: true, more: false, next_deadline_ns: u64::MAX, stop: true }
             }
         }
     }

@@ -133,6 +133,11 @@ impl Ingress {
         if self.queue.is_empty() { None } else { self.queue.pop() }
     }
 
+    /// Whether commands wait.
+    pub(crate) fn has_commands(&self) -> bool {
+        !self.queue.is_empty()
+    }
+
     /// Commands that cost so much have been popped: told once for all of a turn.
     pub(crate) fn taken(&self, cost: usize) {
         if cost > 0 {
@@ -182,6 +187,11 @@ impl Ingress {
         if let Some(cause) = self.stopped.get() {
             self.drain_stopped(cause);
         }
+    }
+
+    /// Whether reads wait.
+    pub(crate) fn has_reads(&self) -> bool {
+        !self.reads.is_empty()
     }
 
     pub(crate) fn pop_read(&self) -> Option<ReadRequest> {

@@ -111,6 +111,8 @@ pub enum Mutant {
     WaitersKeptAfterDeposition,
     /// What is appended is applied before it is committed.
     AppliedBeforeCommit,
+    /// A turn that has applied as much as it may does not say that there is more.
+    TurnLeavesWork,
 }
 
 impl Mutant {
@@ -153,7 +155,7 @@ impl Mutant {
     ];
 
     /// Those that the simulation of the core alone cannot show, or does not.
-    pub const CLUSTER: [Self; 16] = [
+    pub const CLUSTER: [Self; 17] = [
         Self::NextBelowOne,
         Self::WindowNotResetOnReconnect,
         Self::StaleReplyTakenForNewTerm,
@@ -170,6 +172,7 @@ impl Mutant {
         Self::RefusedAlthoughInLog,
         Self::WaitersKeptAfterDeposition,
         Self::AppliedBeforeCommit,
+        Self::TurnLeavesWork,
     ];
 
     /// All others but those that only a driver can have.

@@ -169,6 +169,10 @@ impl ReadQueue {
         Some(request)
     }
 
+    pub(crate) fn is_empty(&self) -> bool {
+        self.queue.get().is_none_or(ArrayQueue::is_empty)
+    }
+
     pub(crate) fn refuse_all(&self, cause: &StopCause) {
         while let Some(request) = self.pop() {
             request.ticket.refuse(ReadError::Stopped(cause.clone()));

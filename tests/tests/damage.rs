@@ -156,8 +156,7 @@ impl Lab {
         let now = self.context.now();
         let Some(process) = &mut self.processes[node] else { return };
         let outcome = process.driver.turn(Now { monotonic_ns: now, wall_ms: now / MILLISECOND });
-        process.wake_at =
-            if outcome.progressed { now + 2_000 } else { outcome.next_deadline_ns.max(now + 1) };
+        process.wake_at = if outcome.more { now + 2_000 } else { outcome.next_deadline_ns.max(now + 1) };
         if outcome.stop {
             self.stopped[node] = Some(process.handle.status());
             self.kill(node);

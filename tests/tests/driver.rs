@@ -253,7 +253,7 @@ impl Rig {
             .driver
             .turn(Now { monotonic_ns: now, wall_ms: now / MILLISECOND + machine.wall_ahead_ms });
         process.turns += 1;
-        process.wake_at = if outcome.progressed { now + MICROSECOND } else { outcome.next_deadline_ns };
+        process.wake_at = if outcome.more { now + MICROSECOND } else { outcome.next_deadline_ns };
         if outcome.stop {
             machine.ended = Some(process.handle.status());
             // After an error the runtime awaits what is under way; who stops in good order has seen to that itself.

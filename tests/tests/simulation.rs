@@ -51,6 +51,39 @@ fn an_acknowledgement_before_durability_is_noticed() {
     assert!(why.iter().any(|word| message.contains(word)), "noticed for another reason: {message}");
 }
 
+/// A driver that says that it has nothing more to do is not called until something happens: what it left lying would wait.
+#[test]
+fn after_a_turn_that_leaves_nothing_to_do_another_one_does_nothing_and_the_run_is_the_same() {
+    let kinds = [(None, None), (Some(true), Some(false)), (Some(false), Some(true))];
+    for (seed, (changes, disk_faults)) in (0..9).zip(kinds.into_iter().cycle()) {
+        let options = |rest_check_every| Options {
+            rest_check_every,
+            changes,
+            disk_faults,
+            steps: 10_000,
+            ..Options::default()
+        };
+        let report = run(&Engine, seed, &options(1));
+        if report.failure.is_some() {
+            panic!("{}", describe(&report));
+        }
+        assert_eq!(report.hash, run(&Engine, seed, &options(0)).hash, "seed {seed}");
+    }
+}
+
+#[test]
+fn a_turn_that_leaves_work_without_saying_so_is_noticed() {
+    let make = || {
+        mutants::set(Some(Mutant::TurnLeavesWork));
+        Engine
+    };
+    let options = Options { rest_check_every: 1, ..Options::default() };
+    let summary = run_range(make, 0..10, &options, 1, |_| {});
+    mutants::set(None);
+    let message = &summary.failure.expect("noticed").failure.expect("a failed run").message;
+    assert!(message.contains("had nothing more to do, and did"), "noticed for another reason: {message}");
+}
+
 #[test]
 fn failing_disks_and_late_writes_lose_nothing_that_was_acknowledged() {
     let options = Options { disk_faults: Some(true), late_writes: Some(true), ..Options::default() };

@@ -336,6 +336,8 @@ pub struct Wal<D: Disk> {
     repairs: Repairs<D::Buf>,
     scrub: Scrub<D::Buf>,
     short_of_space: bool,
+    /// The next [`Wal::advance`] has something to do without news.
+    unfinished: bool,
     stats: WalStats,
 }
 
@@ -378,6 +380,7 @@ impl<D: Disk> Wal<D> {
             repairs: Repairs::new(),
             scrub: Scrub::new(),
             short_of_space: false,
+            unfinished: true,
             stats: WalStats::default(),
         }
     }
@@ -813,6 +816,7 @@ impl<D: Disk> Wal<D> {
     pub fn truncate_after(&mut self, disk: &mut D, index: LogIndex) -> u64 {
         assert_eq!(self.stage, Stage::Open, "an open log is truncated");
         assert!(self.index.chain_at(index).is_some(), "the log is cut at the end of a batch");
+        self.unfinished = true;
         self.epoch += 1;
         self.salvage.cut_after(index);
         self.index.truncate_after(index);
@@ -919,14 +923,14 @@ impl<D: Disk> Wal<D> {
 
     /// Space may have come back: the next [`Self::advance`] tries again to make segments, or to start.
     pub fn retry_space(&mut self) {
-        self.space_freed = true;
+        (self.space_freed, self.unfinished) = (true, true);
         self.repairs.retry();
     }
 
     /// Finishes what is in flight, records how far the log is durable, and closes the files. [`WalEvent::Closed`] is the last event. A
     /// start that is under way is finished first; reads that wait are refused.
     pub fn close(&mut self, disk: &mut D) {
-        self.close_asked = true;
+        (self.close_asked, self.unfinished) = (true, true);
         if self.stage == Stage::Open && self.poison.is_none() {
             self.begin_closing();
             self.has_drained(disk);
@@ -939,6 +943,7 @@ impl<D: Disk> Wal<D> {
     pub fn handle(&mut self, disk: &mut D, done: DiskDone<D::Buf>, events: &mut VecDeque<WalEvent<D::Buf>>) {
         let Some(owner) = owner_of(done.id) else { return };
         self.ops.ended(done.id);
+        self.unfinished = true;
         if self.poison.is_some() || self.stage >= Stage::ClosingFiles {
             // Nothing is acknowledged any more; what comes back is only let go.
             return;
@@ -948,8 +953,24 @@ impl<D: Disk> Wal<D> {
         }
     }
 
-    /// Starts what can be started, and reports how far the log is durable. Called once per turn, after the completions.
+    /// Whether [`Self::advance`] has something to do: something has completed since the last one, or what was asked of the log,
+    /// or that one itself, has left it a part.
+    #[must_use]
+    pub fn is_due(&self) -> bool {
+        let scrubs = self.stage == Stage::Open && self.poison.is_none();
+        self.unfinished
+            || self.poison.is_some() && !self.poison_told
+            || self.reads.has_finished()
+            || scrubs && self.scrub.reads.has_finished()
+    }
+
+    /// Starts what can be started, and reports how far the log is durable. Called once per turn, after the completions; without
+    /// any it does nothing, unless [`Self::is_due`].
     pub fn advance(&mut self, disk: &mut D, events: &mut VecDeque<WalEvent<D::Buf>>) {
+        if !self.is_due() {
+            return;
+        }
+        self.unfinished = false;
         if self.poison.is_none()
             && self.stage < Stage::ClosingFiles
             && let Err(error) = self.advance_parts(disk, events)
@@ -1361,6 +1382,8 @@ impl<D: Disk> Wal<D> {
             sums: counts.then(|| SectorSums::new(header.segment_bytes)),
         });
         self.active = Some(active);
+        // Another one is to be made ready.
+        self.unfinished = true;
         if let Some(maker) = self.maker.as_mut() {
             // One attempt per segment used up, besides those that the user asks for.
             maker.retry();

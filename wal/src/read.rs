@@ -234,9 +234,14 @@ impl<B: BlockBuf> Reads<B> {
         }
     }
 
+    /// Whether [`Self::finished`] has one.
+    pub(crate) fn has_finished(&self) -> bool {
+        self.requests.front().is_some_and(Request::is_finished)
+    }
+
     /// The next request that is finished, in the order of the requests.
     pub(crate) fn finished(&mut self) -> Option<ReadResult<B>> {
-        if !self.requests.front()?.is_finished() {
+        if !self.has_finished() {
             return None;
         }
         let request = self.requests.pop_front()?;

@@ -130,6 +130,8 @@ pub(crate) struct Recovery<B: BlockBuf> {
     outcome: Option<ScanOutcome>,
     /// Position in `headed`.
     next_scan: usize,
+    /// The segment that is being read: in the block that all of it was read to, or else put together here.
+    whole: Option<Block<B>>,
     buffer: Option<AlignedBuf>,
     /// The device has failed to open the segment that is to be opened.
     open_failed: bool,
@@ -200,6 +202,7 @@ impl<B: BlockBuf> Recovery<B> {
             former: None,
             outcome: None,
             next_scan: 0,
+            whole: None,
             buffer: None,
             open_failed: false,
             next_serial: 0,
@@ -606,9 +609,7 @@ impl<B: BlockBuf> Recovery<B> {
         };
         // No segment is larger; a file that claims to be must not be believed with memory.
         let length = length.min(SEGMENT_BYTES_MAX);
-        if self.buffer.as_ref().is_none_or(|buffer| buffer.bytes().len() < length) {
-            self.buffer = Some(AlignedBuf::zeroed(length));
-        }
+        self.whole = None;
         // What a file that was cut short should hold behind its end cannot be read.
         let in_file = if file.is_some() { in_file.min(length) } else { 0 };
         let wanted = (0..in_file).step_by(READ_BYTES).map(|at| at..(at + READ_BYTES).min(in_file)).collect();
@@ -618,9 +619,7 @@ impl<B: BlockBuf> Recovery<B> {
         if in_file < length {
             arrival.stop();
             unreadable.push(in_file..length);
-            if let Some(rest) =
-                self.buffer.as_mut().and_then(|buffer| buffer.bytes_mut().get_mut(in_file..length))
-            {
+            if let Some(rest) = self.room(length).get_mut(in_file..length) {
                 rest.fill(0);
             }
         }
@@ -628,7 +627,14 @@ impl<B: BlockBuf> Recovery<B> {
         self.read_on(disk, ops, reading)
     }
 
-    /// Copies a piece to its place. One that failed is asked for again block by block; a block that failed is lost.
+    /// Room for the pieces of a segment of so many bytes.
+    fn room(&mut self, length: usize) -> &mut [u8] {
+        let large = self.buffer.take().filter(|buffer| buffer.bytes().len() >= length);
+        self.buffer.insert(large.unwrap_or_else(|| AlignedBuf::zeroed(length))).bytes_mut()
+    }
+
+    /// Copies a piece to its place, unless it is the whole. One that failed is asked for again block by block; a block that failed
+    /// is lost.
     fn take_piece(
         &mut self,
         id: DiskOpId,
@@ -639,15 +645,15 @@ impl<B: BlockBuf> Recovery<B> {
             return Err(WalError::Protocol { what: WHAT });
         };
         let (_, range) = reading.in_flight.swap_remove(at);
-        let Some(place) = self.buffer.as_mut().and_then(|buffer| buffer.bytes_mut().get_mut(range.clone()))
-        else {
-            return Err(WalError::Protocol { what: WHAT });
-        };
         match result {
             Err(error) if !is_evidence(&error) => return Err(WalError::Disk { what: WHAT, error }),
             Ok(DiskOutput::Read { block, bytes }) if bytes >= range.len() => {
-                place.copy_from_slice(&block[..range.len()]);
                 self.report.scanned_bytes += range.len() as u64;
+                if range == (0..reading.length) {
+                    self.whole = Some(block);
+                } else if let Some(place) = self.room(reading.length).get_mut(range.clone()) {
+                    place.copy_from_slice(&block[..range.len()]);
+                }
                 reading.arrival.add(range);
             }
             Ok(DiskOutput::Read { .. }) | Err(_) if range.len() > BLOCK_BYTES => {
@@ -656,7 +662,9 @@ impl<B: BlockBuf> Recovery<B> {
                 reading.wanted.extend(blocks);
             }
             Ok(DiskOutput::Read { .. }) | Err(_) => {
-                place.fill(0);
+                if let Some(place) = self.room(reading.length).get_mut(range.clone()) {
+                    place.fill(0);
+                }
                 reading.arrival.stop();
                 reading.unreadable.push(range);
             }
@@ -681,9 +689,8 @@ impl<B: BlockBuf> Recovery<B> {
             reading.in_flight.push((id, range));
         }
         // The device goes on meanwhile.
-        if let Some(buffer) = &self.buffer {
-            reading.arrival.verify(buffer.bytes());
-        }
+        let arrived = self.whole.as_deref().or(self.buffer.as_ref().map(BlockBuf::bytes));
+        reading.arrival.verify(arrived.unwrap_or_default());
         if !reading.in_flight.is_empty() {
             self.phase = Phase::ReadSegment(reading);
             return Ok(());
@@ -715,8 +722,9 @@ impl<B: BlockBuf> Recovery<B> {
     }
 
     fn scan_segment(&mut self, reading: &Reading) -> Result<(), WalError> {
-        let Some(buffer) = self.buffer.take() else { return Ok(()) };
-        let bytes = buffer.bytes().get(..reading.length).unwrap_or_default();
+        let (whole, buffer) = (self.whole.take(), self.buffer.take());
+        let bytes = whole.as_deref().or(buffer.as_ref().map(BlockBuf::bytes)).unwrap_or_default();
+        let bytes = bytes.get(..reading.length).unwrap_or_default();
         let bytes =
             SegmentBytes { bytes, unreadable: &reading.unreadable, verified: reading.arrival.verified() };
         if let Some(suspect) = self.suspects.get_mut(self.next_suspect) {
@@ -742,7 +750,7 @@ impl<B: BlockBuf> Recovery<B> {
                 }
             }
         }
-        self.buffer = Some(buffer);
+        self.buffer = buffer;
         Ok(())
     }
 

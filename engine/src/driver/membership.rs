@@ -120,6 +120,11 @@ impl Members {
         self.stale = true;
     }
 
+    /// Whether network and status are yet to be brought in step.
+    pub(super) fn is_stale(&self) -> bool {
+        self.stale
+    }
+
     /// The commit index has risen.
     pub(super) fn committed(&mut self, up_to: LogIndex) {
         self.stale |= self.open.is_some_and(|open| open <= up_to);

@@ -152,6 +152,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     }
 
     pub(super) fn apply(&mut self) -> Result<bool, StopError> {
+        self.apply_due = false;
         let Some(commit) = self.raft().map(Raft::commit) else { return Ok(false) };
         let commit = match self.raft() {
             Some(raft) if mutants::active(Mutant::AppliedBeforeCommit) => raft.last().index,
@@ -174,7 +175,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             Applied::Fetch(first) if !self.closing => {
                 self.wal.read(&mut self.disk, APPLY_READ, first, READ_BYTES)
             }
-            Applied::Fetch(_) | Applied::Current | Applied::More | Applied::Waiting => {}
+            Applied::More => self.apply_due = !mutants::active(Mutant::TurnLeavesWork),
+            Applied::Fetch(_) | Applied::Current | Applied::Waiting => {}
         }
         let wanted = self.wanted_from();
         self.recent.trim(wanted, self.wal.durable_through());

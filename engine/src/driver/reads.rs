@@ -134,7 +134,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     pub(super) fn take_reads(&mut self) -> Result<bool, StopError> {
         let (mut rounds, mut leased, mut quorum) = (Vec::new(), Vec::new(), Vec::new());
         let mut taken = 0;
-        while taken < self.config.reads_max && self.reads.count < self.config.reads_max {
+        while taken < self.config.reads_max && self.takes_reads() {
             let Some(ReadRequest { wanted, timeout, ticket }) = self.shared.ingress.pop_read() else { break };
             taken += 1;
             if self.closing {
@@ -167,6 +167,11 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.ask_core(ReadKind::Lease, leased)?;
         self.ask_core(ReadKind::Quorum, quorum)?;
         Ok(taken > 0)
+    }
+
+    /// Whether there is room for another one.
+    pub(super) fn takes_reads(&self) -> bool {
+        self.reads.count < self.config.reads_max
     }
 
     fn ask_core(&mut self, kind: ReadKind, reads: Vec<Waiting>) -> Result<(), StopError> {
@@ -320,6 +325,13 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 self.reads.refuse(vec![read], &ReadError::TooStale { age, lag });
             }
         }
+    }
+
+    /// Whether reads are ready that a turn's bound has left, or that have become so behind [`Self::serve_reads`].
+    pub(super) fn has_reads_to_answer(&self) -> bool {
+        let applied = self.applier.applied();
+        let first = self.reads.applying.first_key_value().filter(|_| !self.applier.is_suspended());
+        first.is_some_and(|(index, _)| *index <= applied)
     }
 
     /// When reads have something to do, if nothing happens before.

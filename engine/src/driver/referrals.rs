@@ -52,6 +52,8 @@ const ACQUAINTANCES_MAX: usize = 32;
 #[derive(Default)]
 pub(super) struct Referrals {
     ask_at_ns: u64,
+    /// Whether this node looks for others, as the last turn has found it.
+    seeks: bool,
     /// Who was asked last in the round.
     asked: NodeId,
     /// When each was asked.
@@ -87,6 +89,11 @@ enum Place {
 }
 
 impl Referrals {
+    /// When the next member is to be asked, after a turn.
+    pub(super) fn next_deadline(&self) -> u64 {
+        if self.seeks { self.ask_at_ns } else { u64::MAX }
+    }
+
     /// Whom to look for the cluster at, besides those known otherwise.
     pub(super) fn told(&self) -> Option<(NodeId, SocketAddr)> {
         self.told.map(|to| (to.node, to.address))
@@ -157,15 +164,16 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// Asks the next member, if it is time to, and keeps what this node tells others up to date.
     pub(super) fn ask_around(&mut self) {
         let leader = self.leader_hint().map(|hint| Referral { node: hint.id, address: hint.address });
-        let (now_ns, deadline_ns) = (self.now.monotonic_ns, self.referrals_deadline());
-        let (seeks, due) = (deadline_ns < u64::MAX, deadline_ns <= now_ns);
+        let now_ns = self.now.monotonic_ns;
+        self.referrals.seeks = self.seeks();
+        let due = self.referrals.next_deadline() <= now_ns;
         let next = if due { self.whom_to_ask() } else { None };
         let Some(network) = &mut self.network else { return };
         if self.referrals.given != leader {
             self.referrals.given = leader;
             network.refer_to(leader);
         }
-        if !seeks {
+        if !self.referrals.seeks {
             (self.referrals.pause_ns, self.referrals.asker) = (0, None);
         }
         if due {
@@ -182,8 +190,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         }
     }
 
-    /// When the next member is to be asked.
-    pub(super) fn referrals_deadline(&self) -> u64 {
+    /// Whether there is a member to look for.
+    fn seeks(&self) -> bool {
         let seeks = match &self.life {
             Life::Forming(_) => self.config.join,
             Life::Running(raft) if raft.leader() == Some(self.config.node) => self.unmet().next().is_some(),
@@ -194,7 +202,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             }
             _ => false,
         };
-        if seeks && !self.closing && self.network.is_some() { self.referrals.ask_at_ns } else { u64::MAX }
+        seeks && !self.closing && self.network.is_some()
     }
 
     /// Members of the configuration in force, and who is being added, that there is no session with.

@@ -431,12 +431,12 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let Life::Running(_) = &self.life else { return Ok(()) };
         self.take_if_due();
         self.write_on();
-        self.clean();
         self.mind_installs()?;
         if self.now.monotonic_ns >= self.snapshots.purge_at_ns {
             self.snapshots.purge_at_ns = u64::MAX;
             self.purge(self.snapshots.newest_index())?;
         }
+        self.clean();
         Ok(())
     }
 
@@ -655,7 +655,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.purge(self.snapshots.newest_index())
     }
 
-    /// What is retained is looked at in the next turn.
+    /// What is retained is looked at again, in this turn or the next.
     pub(super) fn purge_soon(&mut self) {
         self.snapshots.purge_at_ns = self.now.monotonic_ns;
     }

@@ -14,7 +14,7 @@ use std::time::Duration;
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct StallWatch {
     operation: Option<u64>,
-    /// When it was first seen, which is in the turn that submitted it or the next.
+    /// When it was first seen, which is in the turn that submitted it.
     since_ns: u64,
     looked_ns: u64,
     stalled: bool,
@@ -39,10 +39,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// Looks at the oldest durable operation, after what completed has been taken.
     pub(super) fn watch_disk(&mut self) -> Result<(), StopError> {
         let now = self.now.monotonic_ns;
-        let operation = self.wal.oldest_operation();
-        if operation != self.stall.operation {
-            (self.stall.operation, self.stall.since_ns) = (operation, now);
-        }
+        self.note_operation();
+        let operation = self.stall.operation;
         // This process, or its machine, was stopped meanwhile: that says nothing about the disk.
         let paused = now.saturating_sub(self.stall.looked_ns);
         if paused > nanos(self.config.disk_stall_timeout()).saturating_mul(2) {
@@ -64,6 +62,15 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             self.step(Event::DiskStalled { stalled })?;
         }
         Ok(())
+    }
+
+    /// Takes note of the oldest durable operation, for its age: also at the end of a turn, since the next one may be called by
+    /// nothing but its deadline.
+    pub(super) fn note_operation(&mut self) {
+        let operation = self.wal.oldest_operation();
+        if operation != self.stall.operation {
+            (self.stall.operation, self.stall.since_ns) = (operation, self.now.monotonic_ns);
+        }
     }
 
     /// When the operation under way will have taken too long.

@@ -82,9 +82,12 @@ impl Now {
 /// What a turn wants to happen next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TurnOutcome {
-    /// Something was done, so that another turn may find more. A turn that left work undone because its budget
-    /// was used up says so too.
+    /// Something was done.
     pub progressed: bool,
+    /// Another turn at the same moment would do more: a bound of this one was reached, or one of its stages has left something
+    /// to a stage that comes before it. Otherwise no turn is needed until there is a completion, a signal or the deadline; one
+    /// that comes earlier does nothing.
+    pub more: bool,
     /// Call again at this [`Now::monotonic_ns`] at the latest; `u64::MAX` for never.
     pub next_deadline_ns: u64,
     /// This was the last turn.

@@ -83,7 +83,7 @@ macro_rules! suite {
             a_signal_from_another_thread_wakes_a_core_under_each_idle_policy
             the_deadline_wakes_a_parked_core
             a_core_with_a_deadline_in_the_past_runs_on_and_still_does_its_io
-            a_core_that_always_progresses_still_does_its_io
+            a_core_that_always_has_more_to_do_still_does_its_io
             a_hundred_thousand_signals_from_each_of_four_threads_overflow_nothing
             no_completion_is_overlooked_while_other_threads_signal
             users_futures_run_on_the_core_wake_it_and_end_with_it
@@ -361,7 +361,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>> Turn for ScriptTurn<D, L> {
         }
         let ended = self.script.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_ready();
         let inner = self.io.inner.borrow();
-        TurnOutcome { progressed: inner.submitted, next_deadline_ns: u64::MAX, stop: ended }
+        let progressed = inner.submitted;
+        TurnOutcome { progressed, more: false, next_deadline_ns: u64::MAX, stop: ended }
     }
 }
 
@@ -883,8 +884,9 @@ impl<F: FnMut(Now) -> TurnOutcome> Turn for FnTurn<F> {
     }
 }
 
-const IDLE: TurnOutcome = TurnOutcome { progressed: false, next_deadline_ns: u64::MAX, stop: false };
-const PROGRESS: TurnOutcome = TurnOutcome { progressed: true, ..IDLE };
+const IDLE: TurnOutcome =
+    TurnOutcome { progressed: false, more: false, next_deadline_ns: u64::MAX, stop: false };
+const PROGRESS: TurnOutcome = TurnOutcome { progressed: true, more: true, ..IDLE };
 const STOP: TurnOutcome = TurnOutcome { stop: true, ..IDLE };
 
 /// Runs a closure as a core on a thread of its own.
@@ -962,12 +964,12 @@ pub(crate) fn a_core_with_a_deadline_in_the_past_runs_on_and_still_does_its_io<B
     .unwrap();
 }
 
-pub(crate) fn a_core_that_always_progresses_still_does_its_io<B: Backend>() {
+pub(crate) fn a_core_that_always_has_more_to_do_still_does_its_io<B: Backend>() {
     let directory = directory();
     B::run(Setup::default(), Arc::new(Wakeup::new()), |core| {
         let disk = B::disk(core, directory.path())?;
         let mut script = ScriptTurn::new(disk, B::link(core, LinkOptions::default()), disk_conformance);
-        Ok::<_, RuntimeError>(FnTurn(move |now| TurnOutcome { progressed: true, ..script.turn(now) }))
+        Ok::<_, RuntimeError>(FnTurn(move |now| TurnOutcome { more: true, ..script.turn(now) }))
     })
     .unwrap();
 }

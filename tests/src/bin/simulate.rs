@@ -36,6 +36,9 @@ struct Arguments {
     /// Check one in so many advances of the commit index against recovered disk images; 0 for none
     #[arg(long, default_value_t = Options::default().image_check_every)]
     image_check_every: u64,
+    /// Check after about one in so many turns that leave nothing to do that another one does nothing; 0 for none
+    #[arg(long, default_value_t = Options::default().rest_check_every)]
+    rest_check_every: u64,
     /// Whether disks fail, run full, write short and rot, instead of what the seed decides
     #[arg(long)]
     disk_faults: Option<bool>,
@@ -106,6 +109,7 @@ fn main() -> anyhow::Result<ExitCode> {
         steps: arguments.steps,
         trace: arguments.trace,
         image_check_every: arguments.image_check_every,
+        rest_check_every: arguments.rest_check_every,
         disk_faults: arguments.disk_faults,
         late_writes: arguments.late_writes,
         changes: arguments.changes,

@@ -8,8 +8,8 @@ use super::rng::Rng;
 /// What a turn came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Turned {
-    /// Something happened; another turn may find more to do.
-    pub progressed: bool,
+    /// Another turn at the same moment would do more; otherwise it does nothing.
+    pub more: bool,
     /// When the node wants a turn at the latest, by its monotonic clock.
     pub next_deadline_ns: u64,
     /// The node has stopped for good.

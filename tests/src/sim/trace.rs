@@ -152,6 +152,7 @@ pub struct Trace {
     /// A ring; the oldest is at `oldest` once it is full.
     tail: Vec<TraceEvent>,
     oldest: usize,
+    lines: u64,
     events: u64,
     print: bool,
 }
@@ -168,6 +169,7 @@ impl Trace {
             unhashed: Vec::with_capacity(UNHASHED_BYTES),
             tail: Vec::with_capacity(TAIL_EVENTS),
             oldest: 0,
+            lines: 0,
             events: 0,
             print,
         }
@@ -192,6 +194,7 @@ impl Trace {
             self.tail[self.oldest] = event;
             self.oldest = if self.oldest + 1 == TAIL_EVENTS { 0 } else { self.oldest + 1 };
         }
+        self.lines += 1;
         self.events += u64::from(event.what.counts(event.a));
         if self.print {
             println!("{event}");
@@ -211,6 +214,12 @@ impl Trace {
         let mut hasher = self.hasher.clone();
         hasher.update(&self.unhashed);
         hasher.digest()
+    }
+
+    /// How many lines it has.
+    #[must_use]
+    pub fn lines(&self) -> u64 {
+        self.lines
     }
 
     /// How many events there were: delivered chunks, I/O completions, timers and clients' calls.

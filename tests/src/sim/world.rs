@@ -13,7 +13,7 @@ use super::disk::{Crash, DiskConfig, DiskFaults, DiskState, SimDisk};
 use super::kv::{Command, CommandId, KEYS};
 use super::link::{Fabric, LinkConfig, SimLink};
 use super::nemesis::{Allowed, Nemesis, Trouble};
-use super::node::{Answer, Boot, CANDIDATE, Cluster, LEADER, Lack, Members, SimNode, Tuning, View};
+use super::node::{Answer, Boot, CANDIDATE, Cluster, LEADER, Lack, Members, SimNode, Tuning, Turned, View};
 use super::rng::Rng;
 use super::trace::{Trace, What};
 use clients::Client;
@@ -38,6 +38,8 @@ pub struct Options {
     /// About one in so many advances of the commit index is checked against recovered disk images, fewer in a long
     /// log; 0 for none.
     pub image_check_every: u64,
+    /// After about one in so many turns that leave nothing to do, another one is taken at once, which must do nothing; 0 for none.
+    pub rest_check_every: u64,
     /// Whether disks fail, run full, write short and rot; without it the seed decides.
     pub disk_faults: Option<bool>,
     /// Whether writes of a killed process may arrive when the next one is running; without it the seed decides.
@@ -66,6 +68,7 @@ impl Default for Options {
             steps: 20_000,
             trace: false,
             image_check_every: 256,
+            rest_check_every: 512,
             disk_faults: None,
             late_writes: None,
             changes: None,
@@ -356,6 +359,8 @@ struct World<'a, C: Cluster> {
     phase_steps_end: u64,
     commits_seen: u64,
     image_check_at: u64,
+    /// Turns that left nothing to do.
+    rests: u64,
     swept_at: u64,
     /// The term of the converged cluster, and until when it must stay.
     stable: Option<(u64, Time)>,
@@ -463,6 +468,7 @@ impl<'a, C: Cluster> World<'a, C> {
             phase_steps_end: options.steps,
             commits_seen: 0,
             image_check_at: seed % options.image_check_every.max(1),
+            rests: seed,
             swept_at: 0,
             stable: None,
             answers: Vec::new(),
@@ -642,8 +648,8 @@ impl<'a, C: Cluster> World<'a, C> {
         let turned = process.turn(monotonic_ns, wall_ms);
         machine.busy_until = now + machine.rng.around(2 * MICROSECOND);
         let timer = !called && machine.wake_at != 0;
-        machine.wake_at = if turned.progressed { 0 } else { machine.clock.time_of(turned.next_deadline_ns) };
-        let flags = u64::from(turned.progressed) | u64::from(timer) << 1;
+        machine.wake_at = if turned.more { 0 } else { machine.clock.time_of(turned.next_deadline_ns) };
+        let flags = u64::from(turned.more) | u64::from(timer) << 1;
         self.context.record(node, What::Turn, flags, machine.wake_at);
         if called {
             (machine.idle_turns, machine.idle_since) = (0, now);
@@ -712,6 +718,7 @@ impl<'a, C: Cluster> World<'a, C> {
         }
         self.answers = answers;
         self.take_outcomes(node);
+        self.check_rest(node, &turned, (monotonic_ns, wall_ms));
 
         let doomed = &mut self.machines[node].doomed;
         match doomed {

@@ -103,6 +103,7 @@ impl<D: Disk> Wal<D> {
     pub fn start_anew(&mut self, disk: &mut D, start: LogStart) -> u64 {
         assert_eq!(self.stage, Stage::Open, "an open log is started anew");
         assert!(start.index > self.index.start().index, "the log's start does not go back");
+        self.unfinished = true;
         self.epoch += 1;
         let claimed_from = self.claimed_from().unwrap_or(0);
         self.index = Index::new(self.config.group, start);
@@ -211,6 +212,8 @@ impl<D: Disk> Wal<D> {
         let Segment { name, header, sums, .. } = segment;
         match sums {
             Some(sums) if used < self.config.recycled_segments_max => {
+                // The next one can be closed meanwhile.
+                self.unfinished = true;
                 let (bytes, prior) = (header.segment_bytes, header.prior_content);
                 self.recycler.begin(disk, &mut self.ops, Retired { name, bytes, prior, sums });
             }

@@ -6,8 +6,8 @@
 //! *reactor pass*, and its executor does not come to one while any task can run: `yield_now` never gets there. A
 //! task that waits for a channel that nobody connects to is woken once in each pass: that is how the loop has one.
 //! A pass costs three to four system calls (two timers are armed and cancelled each time), so the loop does not pass
-//! after every turn: a second turn, which usually finds nothing, costs far less than a pass for nothing, and
-//! then the core parks, which submits too.
+//! after every turn: when there is no more to do, and one more turn has not found anything that other threads ask, the core
+//! parks, which submits too.
 //!
 //! # Parking
 //!
@@ -364,21 +364,18 @@ impl Core {
         loop {
             let now = Now::read();
             inner.local.take();
-            let TurnOutcome { progressed, next_deadline_ns, stop } = caught(|| turn.turn(now))?;
+            let TurnOutcome { progressed, more, next_deadline_ns, stop } = caught(|| turn.turn(now))?;
             if stop {
                 return Ok(());
             }
-            if progressed || inner.local.is_pending() {
-                if std::mem::take(&mut armed) {
-                    inner.wakeup.disarm();
-                }
+            let more = more || inner.local.is_pending();
+            if progressed || more {
                 progress_ns = now.monotonic_ns;
                 turns_since_pass += 1;
                 if turns_since_pass >= TURNS_PER_PASS {
                     self.pass.once().await;
                     turns_since_pass = 0;
                 }
-                continue;
             }
             let spinning = match self.idle {
                 IdlePolicy::Spin => true,
@@ -387,10 +384,14 @@ impl Core {
                 }
                 IdlePolicy::Park => false,
             };
-            if spinning || next_deadline_ns <= now.monotonic_ns {
+            if more || progressed && spinning {
+                if std::mem::take(&mut armed) {
+                    inner.wakeup.disarm();
+                }
+            } else if spinning || next_deadline_ns <= now.monotonic_ns {
                 self.pass.once().await;
                 turns_since_pass = 0;
-            } else if armed {
+            } else if armed && !progressed {
                 self.sleep(now.monotonic_ns, next_deadline_ns).await;
                 inner.wakeup.disarm();
                 armed = false;

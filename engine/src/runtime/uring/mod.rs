@@ -3,10 +3,10 @@
 //! # A pass
 //!
 //! The loop takes the completions at hand to the disk and the link, reads the clocks, runs a turn, and lets the kernel have
-//! what the turn has started. A turn that made progress is followed by another one, which usually finds nothing; the kernel
-//! is entered between them for what the disk is to do, not for what waits for another machine. After a turn without progress
-//! the core parks: the same system call that hands over operations then waits for a completion, for the bell, or until
-//! the deadline.
+//! what the turn has started. A turn after which there is more to do is followed by another one; the kernel is entered between
+//! them for what the disk is to do, not for what waits for another machine. Otherwise the core parks after one more look at
+//! what other threads ask: the same system call that hands over operations then waits for a completion, for the bell, or
+//! until the deadline.
 //!
 //! # What blocks
 //!
@@ -183,15 +183,12 @@ impl CoreContext {
             // After what completed: see `Turn::turn`.
             let now = Now::read();
             local.take();
-            let TurnOutcome { progressed, next_deadline_ns, stop } = caught(|| turn.turn(now))?;
+            let TurnOutcome { progressed, more, next_deadline_ns, stop } = caught(|| turn.turn(now))?;
             if stop {
                 return Ok(());
             }
-            let ran = tasks.run();
-            if progressed || ran || local.is_pending() {
-                if std::mem::take(&mut armed) {
-                    wakeup.disarm();
-                }
+            let more = tasks.run() || more || local.is_pending();
+            if progressed || more {
                 progress_ns = now.monotonic_ns;
                 turns_since_flush += 1;
                 let mut ring = io.borrow_mut();
@@ -199,7 +196,6 @@ impl CoreContext {
                     turns_since_flush = 0;
                     ring.flush().map_err(RuntimeError::Ring)?;
                 }
-                continue;
             }
             let spinning = match idle {
                 IdlePolicy::Spin => true,
@@ -208,10 +204,14 @@ impl CoreContext {
                 }
                 IdlePolicy::Park => false,
             };
-            if spinning || next_deadline_ns <= now.monotonic_ns {
+            if more || progressed && spinning {
+                if std::mem::take(&mut armed) {
+                    wakeup.disarm();
+                }
+            } else if spinning || next_deadline_ns <= now.monotonic_ns {
                 io.borrow_mut().flush().map_err(RuntimeError::Ring)?;
                 std::hint::spin_loop();
-            } else if armed {
+            } else if armed && !progressed {
                 let timeout = match next_deadline_ns {
                     u64::MAX => None,
                     deadline_ns => Some(Duration::from_nanos(deadline_ns - now.monotonic_ns)),

@@ -293,14 +293,14 @@ impl Cluster {
         let wall_ms = machine.clock.wall_ms(now);
         let turned = process.driver.turn(Now { monotonic_ns, wall_ms });
         machine.busy_until = now + machine.rng.around(2 * MICROSECOND);
-        machine.wake_at = if turned.progressed { 0 } else { machine.clock.time_of(turned.next_deadline_ns) };
-        self.context.record(node, What::Turn, u64::from(turned.progressed), machine.wake_at);
+        machine.wake_at = if turned.more { 0 } else { machine.clock.time_of(turned.next_deadline_ns) };
+        self.context.record(node, What::Turn, u64::from(turned.more), machine.wake_at);
         machine.idle = if called { (0, now) } else { (machine.idle.0 + 1, machine.idle.1) };
         if machine.idle.0 == SPIN_TURNS && now - machine.idle.1 < SPIN_TIME {
-            let (progressed, wake_at) = (turned.progressed, machine.wake_at);
-            self.history.borrow_mut().fail(|| {
-                format!("node {node} spins at {now}: progressed {progressed}, to wake at {wake_at}")
-            });
+            let (more, wake_at) = (turned.more, machine.wake_at);
+            self.history
+                .borrow_mut()
+                .fail(|| format!("node {node} spins at {now}: more {more}, to wake at {wake_at}"));
         }
 
         process.local.completions(&mut process.completions);

@@ -64,6 +64,41 @@ impl<C: Cluster> World<'_, C> {
         }
     }
 
+    /// A node that says that it has nothing more to do has not: another turn at the same moment, by the clocks of its last one,
+    /// submits nothing, answers nobody, changes nothing that is seen of it, and asks for no earlier turn.
+    pub(super) fn check_rest(&mut self, node: usize, turned: &Turned, clocks: (u64, u64)) {
+        let now = self.context.now();
+        let machine = &mut self.machines[node];
+        let news = self.fabric.borrow().has_done(node)
+            || machine.disk.borrow().next_due().is_some_and(|due| due <= now)
+            || machine.called;
+        let Some(process) = machine.process.as_mut() else { return };
+        if news || turned.more || turned.next_deadline_ns <= clocks.0 {
+            return;
+        }
+        self.rests += 1;
+        if self.options.rest_check_every == 0 || !self.rests.is_multiple_of(self.options.rest_check_every) {
+            return;
+        }
+        let seen = |process: &C::Node| (process.view(), process.members(), process.describe());
+        let (before, lines) = (seen(process), self.context.trace().borrow().lines());
+        let again = process.turn(clocks.0, clocks.1);
+        let (after, lines_after) = (seen(process), self.context.trace().borrow().lines());
+        let (mut answers, mut outcomes) = (Vec::new(), Vec::new());
+        process.answers(&mut answers);
+        process.outcomes(&mut outcomes);
+        let idle = lines_after == lines && answers.is_empty() && outcomes.is_empty() && after == before;
+        let rests = !again.more && !again.stopped && again.next_deadline_ns >= turned.next_deadline_ns;
+        if !idle || !rests {
+            self.history.borrow_mut().fail(|| {
+                let lines = lines_after - lines;
+                format!(
+                    "node {node} had nothing more to do, and did: {turned:?}, then {again:?}, {lines} lines, {answers:?}, {outcomes:?}\n  {before:?}\n  {after:?}"
+                )
+            });
+        }
+    }
+
     /// What a node does about what its disk has lost: it acknowledges nothing anew that it cannot read, and is sure of its log
     /// again only when that holds whatever the node may have acknowledged and forgotten.
     pub(super) fn check_lack(&mut self, node: usize) {

@@ -156,7 +156,7 @@ impl SimNode for Scribe {
     fn turn(&mut self, _monotonic_ns: u64, _wall_ms: u64) -> Turned {
         let mut done = std::mem::take(&mut self.done);
         self.disk.poll(&mut done);
-        let mut progressed = !done.is_empty();
+        let mut more = !done.is_empty();
         for completion in done.drain(..) {
             self.proceed(completion);
         }
@@ -169,7 +169,7 @@ impl SimNode for Scribe {
         let quiet = self.stage == Stage::Ready && !self.writing;
         let stopped = self.closing && (quiet || self.wrong == Wrong::CloseEarly);
         if quiet && !stopped && !self.waiting.is_empty() {
-            progressed = true;
+            more = true;
             self.writing = true;
             self.last += 1;
             let bytes = round_up_to_block(self.waiting[0].1.len() + 8);
@@ -182,7 +182,7 @@ impl SimNode for Scribe {
                 self.finish();
             }
         }
-        Turned { progressed, next_deadline_ns: u64::MAX, stopped, apply_paused: false }
+        Turned { more, next_deadline_ns: u64::MAX, stopped, apply_paused: false }
     }
 
     fn propose(&mut self, tag: u64, command: &[u8]) -> Result<(), RefusedAtOnce> {
