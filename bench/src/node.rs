@@ -7,7 +7,7 @@ use crate::cli::EngineArgs;
 use crate::exit;
 use crate::load::{self, Applied, Counter, Job, Mailbox};
 use anyhow::{Context as _, anyhow, bail};
-use ringraft::{Config, Handle, LocalHandle, LocalTask, MemberConfig, Node};
+use ringraft::{Config, Handle, LocalHandle, LocalTask, MemberConfig, Node, Role};
 use ringraft_block::{ClusterId, NodeId};
 use rustix::event::{PollFd, PollFlags};
 use rustix::process::{Pid, Signal};
@@ -58,13 +58,17 @@ pub(crate) struct NodeArgs {
     #[arg(long, hide = true, conflicts_with = "drive")]
     control: bool,
     /// Where the load of a benchmark comes from
-    #[arg(long, hide = true, value_enum, default_value_t = LoadFrom::Thread)]
+    #[arg(long, value_enum, default_value_t = LoadFrom::Thread, help_heading = "Driven")]
     load: LoadFrom,
-    /// Take orders of a neutral driver: `bench PAYLOAD IN-FLIGHT WARM-MS RUN-MS`; replica 1 should lead
-    #[arg(long, hide = true, requires = "ports")]
+    /// Be a replica of a benchmark that a driver conducts
+    ///
+    /// Replica 1 leads, says LEADER, and takes orders on its standard input, a line each: `bench PAYLOAD-BYTES IN-FLIGHT
+    /// WARM-MS RUN-MS`. It keeps so many commands in flight, says BEGIN when the first span is over, and at the end of the
+    /// second END with the figures as JSON. A replica stops when its standard input ends.
+    #[arg(long, requires = "ports", help_heading = "Driven")]
     drive: bool,
-    /// The ports of replicas 1, 2, … on loopback
-    #[arg(long, hide = true, value_delimiter = ',')]
+    /// The ports of replicas 1, 2, … on loopback, instead of --members
+    #[arg(long, value_name = "PORT,...", value_delimiter = ',', help_heading = "Driven")]
     ports: Vec<u16>,
     /// The process without which this one ends
     #[arg(long, hide = true)]
@@ -255,9 +259,14 @@ impl Service {
         let mut input = Lines::default();
         let mut leads = false;
         while self.goes_on() {
-            if id == 1 && !leads && self.handle.status().role == ringraft::raft::Role::Leader {
-                leads = true;
-                say("LEADER")?;
+            if !leads && self.handle.status().role == Role::Leader {
+                leads = id == 1;
+                if leads {
+                    say("LEADER")?;
+                } else {
+                    // It was too slow to campaign first: as long as this replica leads it is asked again.
+                    drop(self.handle.transfer_leadership(Some(NodeId(1))));
+                }
             }
             let line = match input.next(if leads { LOOK_AGAIN } else { LOOK_AGAIN / 10 })? {
                 Input::Nothing => continue,
@@ -270,11 +279,19 @@ impl Service {
             let [payload_bytes, in_flight, warm_ms, run_ms] = numbers[..] else {
                 bail!("not an order: {line}")
             };
+            // What was ordered, or nothing.
+            let payload_bytes = usize::try_from(payload_bytes)?;
+            if payload_bytes < load::COMMAND_BYTES_MIN || in_flight == 0 {
+                bail!(
+                    "a command has {} bytes at least, and one is in flight: {line}",
+                    load::COMMAND_BYTES_MIN
+                );
+            }
             let begin_ns = load::now_ns() + warm_ms * 1_000_000;
             let plan = Plan {
                 run: 0,
                 streams: u32::try_from(in_flight)?,
-                payload_bytes: usize::try_from(payload_bytes)?.max(load::COMMAND_BYTES_MIN),
+                payload_bytes,
                 rate: None,
                 due_from_ns: begin_ns,
                 begin_ns,

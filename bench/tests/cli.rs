@@ -3,11 +3,11 @@
 
 use serde_json::Value;
 use std::ffi::CString;
-use std::io::{BufRead as _, BufReader, Read as _};
+use std::io::{BufRead as _, BufReader, Lines, Read as _};
 use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, ChildStdout, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 /// Everything below waits at most this long for anything.
@@ -511,39 +511,102 @@ fn an_io_uring_that_the_sysctl_disables_is_told_from_one_that_a_filter_refuses()
     }
 }
 
-#[test]
-fn a_neutral_driver_can_drive_three_replicas() {
-    let dir = on_disk();
+/// Three replicas that a driver conducts, the last to be started is the first; and what that one says.
+fn driven(
+    dir: &Path,
+    more: impl Fn(&str) -> Vec<&'static str>,
+) -> (Vec<Guard>, Lines<BufReader<ChildStdout>>) {
     let ports: Vec<_> = (0..3).map(|_| free_port().to_string()).collect();
     let mut replicas = Vec::new();
     for id in ["3", "2", "1"] {
         let mut command = ringraft();
         command.args(["node", "--drive", "--id", id, "--ports", &ports.join(","), "--dir"]);
-        command.arg(dir.path().join(id)).args(SMALL);
+        command.arg(dir.join(id)).args(SMALL).args(more(id));
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         replicas.push(Guard::spawn(command));
     }
-    let leader = replicas.last_mut().unwrap().child();
-    let mut lines = BufReader::new(leader.stdout.take().unwrap()).lines();
+    let said = replicas[2].child().stdout.take().unwrap();
+    let mut lines = BufReader::new(said).lines();
     assert_eq!(lines.next().unwrap().unwrap(), "LEADER");
-    for payload in ["128", "4096"] {
-        use std::io::Write as _;
-        // On a busy machine nothing may come through in so short a time: then once more.
-        let entries = (0..50).find_map(|_| {
-            writeln!(leader.stdin.as_mut().unwrap(), "bench {payload} 16 50 200").unwrap();
-            assert_eq!(lines.next().unwrap().unwrap(), "BEGIN");
-            let line = lines.next().unwrap().unwrap();
-            let result: Value = serde_json::from_str(line.strip_prefix("END ").unwrap()).unwrap();
-            result["entries"].as_u64().filter(|entries| *entries > 0)
-        });
-        assert!(entries.is_some(), "nothing of {payload} bytes was ever committed");
-    }
-    for replica in replicas {
-        let mut child = replica.take();
-        drop(child.stdin.take());
+    (replicas, lines)
+}
+
+/// Their standard input ends: each stops in good order, and has said nothing more. Returns their logs, the first's last.
+fn dismissed(replicas: Vec<Guard>, lines: Lines<BufReader<ChildStdout>>) -> Vec<String> {
+    let mut children: Vec<Child> = replicas.into_iter().map(Guard::take).collect();
+    children.iter_mut().for_each(|child| drop(child.stdin.take()));
+    let stopped = |mut child: Child| {
         let mut said = String::new();
         child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
         let status = child.wait().unwrap();
         assert!(status.success() && status.signal().is_none(), "{status:?} {said}");
+        said
+    };
+    let logs = children.into_iter().map(stopped).collect();
+    assert_eq!(lines.map(Result::unwrap).collect::<Vec<_>>(), [""; 0]);
+    logs
+}
+
+#[test]
+fn a_neutral_driver_can_drive_three_replicas() {
+    let dir = on_disk();
+    for (run, more) in [&["--load", "thread"], &["--load", "core"]].into_iter().enumerate() {
+        let (mut replicas, mut lines) = driven(&dir.path().join(run.to_string()), |_| more.to_vec());
+        let mut order = |order: &str| {
+            use std::io::Write as _;
+            writeln!(replicas[2].child().stdin.as_mut().unwrap(), "{order}").unwrap();
+            let asked = Instant::now();
+            assert_eq!(lines.next().unwrap().unwrap(), "BEGIN");
+            let began = asked.elapsed();
+            let line = lines.next().unwrap().unwrap();
+            let result: Value = serde_json::from_str(line.strip_prefix("END ").unwrap()).unwrap();
+            (result, began, asked.elapsed())
+        };
+        for payload in ["128", "4096"] {
+            // On a busy machine nothing may come through in so short a time: then once more.
+            let result = (0..50).find_map(|_| {
+                let (result, began, ended) = order(&format!("bench {payload} 16 50 200"));
+                assert!(began.as_millis() >= 50 && ended.as_millis() >= 250, "{began:?} {ended:?}");
+                result["entries"].as_u64().filter(|entries| *entries > 0).map(|_| result)
+            });
+            let result = result.expect("something is committed");
+            let [mean, p50, p99, p999] =
+                ["mean_us", "p50_us", "p99_us", "p999_us"].map(|name| result[name].as_f64().unwrap());
+            assert!(0.0 < p50 && p50 <= p99 && p99 <= p999 && mean <= p999, "{result}");
+            assert_eq!(result["secs"], 0.2);
+        }
+        dismissed(replicas, lines);
+    }
+}
+
+#[test]
+fn a_driven_replica_that_was_elected_before_the_first_hands_over_to_it() {
+    let dir = on_disk();
+    let slow = ["--election-timeout", "5s", "--heartbeat-interval", "20ms"];
+    let quick = ["--election-timeout", "60ms", "--heartbeat-interval", "20ms"];
+    let more = |id: &str| if id == "1" { slow.to_vec() } else { quick.to_vec() };
+    let (replicas, lines) = driven(dir.path(), more);
+    let logs = dismissed(replicas, lines);
+    let led = |log: &String| log.contains("role=Leader");
+    assert!(logs[..2].iter().any(led) && led(&logs[2]), "{logs:?}");
+}
+
+#[test]
+fn a_driven_replica_does_what_it_is_ordered_or_nothing() {
+    let dir = on_disk();
+    for order in
+        ["bench 15 1 1 1", "bench 16 0 1 1", "bench 16 1 1", "bench 16 1 1 1 1", "bench 16 x 1 1", "go"]
+    {
+        let mut command = ringraft();
+        let port = free_port().to_string();
+        command
+            .args(["node", "--drive", "--id", "1", "--ports", &port, "--dir"])
+            .arg(dir.path().join("data"));
+        command.args(SMALL).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+        let mut child = Guard::spawn(command).take();
+        use std::io::Write as _;
+        writeln!(child.stdin.as_mut().unwrap(), "{order}").unwrap();
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{order}: {}", String::from_utf8_lossy(&output.stderr));
     }
 }

@@ -219,7 +219,6 @@ mod tests {
     use ringraft_block::{AlignedBuf, GroupId, Pool, Term};
     use ringraft_wal::format::{BatchBuilder, BatchInfo, Seal};
     use std::convert::Infallible;
-    use std::rc::Rc;
 
     #[derive(Default)]
     struct Journal(String);
@@ -248,7 +247,7 @@ mod tests {
             time_ms: 0,
             previous_chain: Chain::default(),
         });
-        StoredBatch { info, block: Rc::new(block) }
+        StoredBatch { info, block: block.share() }
     }
 
     fn push(recent: &mut Recent<AlignedBuf>, batch: StoredBatch<AlignedBuf>) -> BatchInfo {

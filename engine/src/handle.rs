@@ -22,6 +22,7 @@ pub use crate::snapshots::requests::{SnapshotError, SnapshotTaken};
 pub use crate::wire::AckStages;
 use bytes::Bytes;
 use ringraft_block::{LogIndex, NodeId, Term};
+use std::cell::RefCell;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -266,7 +267,7 @@ impl Handle {
     /// Proposes `command`. The future resolves when it is durable on a majority and applied here, or with a typed
     /// error.
     pub fn propose(&self, command: impl Into<Bytes>) -> Proposal {
-        let slot = Arc::new(ProposalSlot::default());
+        let slot = ProposalSlot::spare_or_new();
         let ticket = Ticket::Proposal(Arc::clone(&slot));
         if let Err(refused) = self.submit(command.into(), None, ticket) {
             slot.complete(Err(refused.into()));
@@ -277,7 +278,7 @@ impl Handle {
     /// Proposes `command` under a sequence of a session, without the bookkeeping of a
     /// [`Session`](crate::sessions::Session).
     pub(crate) fn propose_in_session(&self, session: u64, sequence: u64, command: Bytes) -> Proposal {
-        let slot = Arc::new(ProposalSlot::default());
+        let slot = ProposalSlot::spare_or_new();
         let ticket = Ticket::Proposal(Arc::clone(&slot));
         if let Err(refused) = self.submit(command, Some((session, sequence)), ticket) {
             slot.complete(Err(refused.into()));
@@ -287,7 +288,7 @@ impl Handle {
 
     /// Proposes a request about sessions.
     pub(crate) fn propose_control(&self, control: Control) -> Proposal {
-        let slot = Arc::new(ProposalSlot::default());
+        let slot = ProposalSlot::spare_or_new();
         let ticket = Ticket::Control(Arc::clone(&slot));
         if let Err(refused) = self.submit(control.encode(), None, ticket) {
             slot.complete(Err(refused.into()));
@@ -297,7 +298,7 @@ impl Handle {
 
     /// A proposal that came to nothing at once.
     pub(crate) fn refused_proposal(&self, refused: Refused) -> Proposal {
-        let slot = Arc::new(ProposalSlot::default());
+        let slot = ProposalSlot::spare_or_new();
         slot.complete(Err(refused.into()));
         Proposal { slot }
     }
@@ -330,7 +331,8 @@ impl Handle {
         } else {
             match self.shared.ingress.push(Submission { command, session, ticket }) {
                 Ok(()) => {
-                    self.shared.wakeup.signal();
+                    // The queue has a fence behind what it took.
+                    self.shared.wakeup.signal_after_fence();
                     return Ok(());
                 }
                 Err(Submission { command, .. }) => return Err(Refused { reason: Refusal::Busy, command }),
@@ -399,7 +401,7 @@ pub struct LocalHandle {
 impl LocalHandle {
     /// As [`Handle::propose`]. `command` is copied.
     pub fn propose(&self, command: &[u8]) -> Proposal {
-        let slot = Arc::new(ProposalSlot::default());
+        let slot = ProposalSlot::spare_or_new();
         if let Err(refused) = self.submit(command, None, Ticket::Proposal(Arc::clone(&slot))) {
             slot.complete(Err(refused.into()));
         }
@@ -536,6 +538,12 @@ pub struct Proposal {
     slot: Arc<ProposalSlot>,
 }
 
+impl Drop for Proposal {
+    fn drop(&mut self) {
+        ProposalSlot::keep_spare(&mut self.slot);
+    }
+}
+
 impl Proposal {
     /// Blocks until the outcome is known.
     ///
@@ -658,7 +666,34 @@ struct SlotState {
     taken: bool,
 }
 
+thread_local! {
+    /// Of proposals that this thread has done with, for its next ones: so a thread that waits for its own allocates none.
+    static SPARE_SLOTS: RefCell<Vec<Arc<ProposalSlot>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// A thread keeps so many.
+const SPARE_SLOTS_MAX: usize = 1024;
+
 impl ProposalSlot {
+    fn spare_or_new() -> Arc<Self> {
+        // A thread that ends has none left.
+        let spare = SPARE_SLOTS.try_with(|spare| spare.borrow_mut().pop());
+        spare.ok().flatten().unwrap_or_default()
+    }
+
+    /// Keeps the slot for another proposal, if the core has let go of it.
+    fn keep_spare(slot: &mut Arc<Self>) {
+        let Some(unused) = Arc::get_mut(slot) else { return };
+        *unused.state.get_mut().unwrap_or_else(PoisonError::into_inner) = SlotState::default();
+        // When the thread ends it is simply dropped.
+        let _ = SPARE_SLOTS.try_with(|spare| {
+            let mut spare = spare.borrow_mut();
+            if spare.len() < SPARE_SLOTS_MAX {
+                spare.push(Arc::clone(slot));
+            }
+        });
+    }
+
     #[cfg(test)]
     pub(crate) fn take_outcome(&self) -> Option<Outcome> {
         lock(&self.state).outcome.take()
@@ -791,5 +826,38 @@ impl PipelineShared {
         }
         state.take(out);
         Poll::Ready(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_slot_of_a_proposal_serves_the_next_one_if_the_core_has_let_go_of_it() {
+        let outcome = || Ok(Committed { index: LogIndex(1), term: Term(1), reply: Bytes::new() });
+        let slot = ProposalSlot::spare_or_new();
+        let (place, core) = (Arc::as_ptr(&slot), Arc::clone(&slot));
+        core.complete(outcome());
+        drop(Proposal { slot });
+        let other = ProposalSlot::spare_or_new();
+        assert_ne!(Arc::as_ptr(&other), place, "the core has it still");
+        drop((core, Proposal { slot: other }));
+        let slot = ProposalSlot::spare_or_new();
+        let (place, core) = (Arc::as_ptr(&slot), Arc::clone(&slot));
+        core.complete(outcome());
+        drop(core);
+        drop(Proposal { slot });
+        let slot = ProposalSlot::spare_or_new();
+        assert_eq!(Arc::as_ptr(&slot), place);
+        assert!(slot.take_outcome().is_none(), "it is as new");
+    }
+
+    #[test]
+    fn a_thread_keeps_a_bounded_number_of_slots() {
+        let many: Vec<Proposal> =
+            (0..2 * SPARE_SLOTS_MAX).map(|_| Proposal { slot: ProposalSlot::spare_or_new() }).collect();
+        drop(many);
+        assert_eq!(SPARE_SLOTS.with(|spare| spare.borrow().len()), SPARE_SLOTS_MAX);
     }
 }

@@ -163,12 +163,9 @@ impl<B: BlockBuf> Proposals<B> {
     fn copy_into_open(&mut self, command: &[u8], session: Option<(u64, u64)>) -> bool {
         let Some(builder) = self.builder.as_mut().filter(|builder| builder.is_armed()) else { return false };
         // Blocks come in powers of two, so the limit may lie below what this one would hold.
-        let slot_bytes = builder.slot_bytes_with(command.len(), session.is_some());
-        if !builder.is_empty() && slot_bytes > self.limits.slot_bytes {
-            return false;
-        }
+        let slot_bytes_max = if builder.is_empty() { usize::MAX } else { self.limits.slot_bytes };
         let session = session.map(|(session, sequence)| SessionRef { session, sequence });
-        builder.push(command, session).is_ok()
+        builder.push_within(slot_bytes_max, command, session).is_ok()
     }
 
     /// The capacity that the open batch needs, if it needs another block: there is none, or it is empty and too

@@ -71,6 +71,11 @@ pub enum SendPart<B: BlockBuf> {
 }
 
 impl<B: BlockBuf> SendPart<B> {
+    /// Of parts that have been sent, what goes back with [`LinkOutput::Sent`]: blocks are let go of.
+    pub fn let_go_of_blocks(parts: &mut Vec<Self>) {
+        parts.retain(|part| matches!(part, Self::Bytes(_)));
+    }
+
     /// The bytes to be sent.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
@@ -111,7 +116,7 @@ pub enum LinkOp<B: BlockBuf> {
     Send {
         /// An open connection.
         connection: ConnectionId,
-        /// What is sent; the vector comes back empty, for its capacity.
+        /// What is sent. The vector comes back with the parts that are no blocks, for their memory.
         parts: Vec<SendPart<B>>,
     },
     /// Closes the connection at once; bytes that are still unsent are dropped. Completes with
@@ -152,7 +157,7 @@ pub enum LinkOutput<B: BlockBuf> {
     },
     /// All parts were handed to the transport.
     Sent {
-        /// The vector of the operation, empty.
+        /// The vector of the operation, without the blocks.
         parts: Vec<SendPart<B>>,
     },
     /// The connection is closed.

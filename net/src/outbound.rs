@@ -158,7 +158,7 @@ impl<B: BlockBuf> Outbound<B> {
     /// The send completed: `(frames, bytes)` of it.
     pub(crate) fn sent(&mut self, now: u64, mut parts: Vec<SendPart<B>>) -> (u64, u64) {
         for part in parts.drain(..) {
-            // A backend may leave the parts in the vector: their memory serves again.
+            // Their memory serves again.
             if let SendPart::Bytes(mut part) = part
                 && self.spare_parts.len() < SPARE_PARTS_MAX
             {
@@ -200,11 +200,10 @@ mod tests {
     use super::*;
     use ringraft_block::{AlignedBuf, Pool};
     use std::convert::Infallible;
-    use std::rc::Rc;
 
     fn block(bytes: usize) -> SharedBlock<AlignedBuf> {
         let pool = Pool::new(1 << 20);
-        Rc::new(pool.take(bytes, |bytes| Ok::<_, Infallible>(AlignedBuf::zeroed(bytes))).unwrap())
+        pool.take(bytes, |bytes| Ok::<_, Infallible>(AlignedBuf::zeroed(bytes))).unwrap().share()
     }
 
     fn plain(body: &[u8]) -> Outgoing<'_, AlignedBuf> {
@@ -212,7 +211,7 @@ mod tests {
     }
 
     fn with(block: &SharedBlock<AlignedBuf>, range: Range<usize>) -> Outgoing<'static, AlignedBuf> {
-        Outgoing { kind: 16, group: GroupId(0), body: b"append", attachment: Some((Rc::clone(block), range)) }
+        Outgoing { kind: 16, group: GroupId(0), body: b"append", attachment: Some((block.clone(), range)) }
     }
 
     fn outbound() -> Outbound<AlignedBuf> {
@@ -250,9 +249,9 @@ mod tests {
         let sizes: Vec<_> = parts.iter().map(|part| part.bytes().len()).collect();
         assert_eq!(sizes, [2 * HEADER_BYTES + 11, 1000, HEADER_BYTES + 6, 88, HEADER_BYTES + 4]);
         assert_eq!(parts[1].bytes().as_ptr(), block[512..].as_ptr());
-        assert_eq!(Rc::strong_count(&block), 3);
+        assert_eq!(block.holders(), 3);
         drop(parts);
-        assert_eq!(Rc::strong_count(&block), 1);
+        assert_eq!(block.holders(), 1);
     }
 
     #[test]

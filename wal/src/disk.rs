@@ -1,7 +1,7 @@
 //! The seam between the log and the disk: operations in, completions out.
 //!
 //! A backend implements [`Disk`]. The log submits an operation under an id of its own choosing and learns
-//! the outcome from a later [`Disk::poll`]. An operation owns what it needs (its buffer by `Rc` or by value)
+//! the outcome from a later [`Disk::poll`]. An operation owns what it needs (its buffer, shared or by value)
 //! until its completion, so nothing borrowed can outlive a cancelled future: there are no futures here, and
 //! no operation is ever cancelled. Each operation completes exactly once.
 //!

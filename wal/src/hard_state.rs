@@ -18,7 +18,6 @@ use crate::mutants::{self, Mutant};
 use crate::ops::{Ops, Owner, take};
 use crate::scrub::AtRest;
 use ringraft_block::{BlockBuf, Pool, SharedBlock};
-use std::rc::Rc;
 
 /// The names of the copies.
 pub(crate) const COPY_NAMES: [&str; 2] = ["hard-a", "hard-b"];
@@ -133,7 +132,7 @@ impl<B: BlockBuf> HardStateStore<B> {
         let bytes = write_hard_state(&mut block, &self.state);
         let sequence = self.state.sequence;
         let copy = std::mem::take(&mut self.first);
-        let save = Save { block: Rc::new(block), bytes, sequence, copy, is_first: true, anew: false };
+        let save = Save { block: block.share(), bytes, sequence, copy, is_first: true, anew: false };
         self.begin_copy(disk, ops, save);
         Ok(())
     }
@@ -203,7 +202,7 @@ impl<B: BlockBuf> HardStateStore<B> {
     }
 
     fn write<D: Disk<Buf = B>>(&mut self, disk: &mut D, ops: &mut Ops, file: FileId, save: Save<B>) {
-        let block = Rc::clone(&save.block);
+        let block = save.block.clone();
         let op = DiskOp::Write { file, offset: 0, block, bytes: save.bytes };
         ops.submit(disk, Owner::HardState, op);
         self.phase = Phase::Writing(save);

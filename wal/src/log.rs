@@ -33,7 +33,6 @@ use ringraft_block::{
 };
 use std::collections::VecDeque;
 use std::fmt;
-use std::rc::Rc;
 
 /// Whose log it is, and its limits.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -795,8 +794,8 @@ impl<D: Disk> Wal<D> {
                 sums.add(offset, &block[..bytes], &info);
             }
         }
-        let block = Rc::new(block);
-        let op = DiskOp::Write { file, offset, block: Rc::clone(&block), bytes };
+        let block = block.share();
+        let op = DiskOp::Write { file, offset, block: block.clone(), bytes };
         let id = self.ops.submit(disk, Owner::Append, op);
 
         self.window.begin(id, active.generation, info.last, bytes);

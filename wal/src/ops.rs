@@ -2,7 +2,6 @@
 
 use crate::disk::{Disk, DiskOp, DiskOpId};
 use ringraft_block::{Block, BlockBuf, Pool, SharedBlock};
-use std::rc::Rc;
 
 /// The top byte of every id that the log submits; other users of the same disk choose another.
 const TAG: u64 = 0x57;
@@ -101,7 +100,7 @@ pub(crate) fn take<D: Disk>(
 /// A block of zeros, to be shared.
 pub(crate) fn zeros<B: BlockBuf>(mut block: Block<B>, bytes: usize) -> SharedBlock<B> {
     block[..bytes].fill(0);
-    Rc::new(block)
+    block.share()
 }
 
 /// SplitMix64: nonces and incarnations need to differ from life to life, not to resist anyone.

@@ -16,7 +16,6 @@ use crate::segment::{Descriptor, Segment, SegmentTable};
 use ringraft_block::{BlockBuf, LogIndex, Pool, SharedBlock};
 use std::collections::VecDeque;
 use std::fmt;
-use std::rc::Rc;
 
 /// So many reads of batches are on their way at once for the log's user.
 pub(crate) const READS_IN_FLIGHT: usize = 8;
@@ -51,7 +50,7 @@ impl<B: BlockBuf> fmt::Debug for StoredBatch<B> {
 
 impl<B: BlockBuf> Clone for StoredBatch<B> {
     fn clone(&self) -> Self {
-        Self { info: self.info, block: Rc::clone(&self.block) }
+        Self { info: self.info, block: self.block.clone() }
     }
 }
 
@@ -377,7 +376,7 @@ impl<B: BlockBuf> Reads<B> {
             Err(ReadError::Damaged { .. } | ReadError::Truncated) if is_salvage => {
                 item.state = ItemState::Failed
             }
-            Ok(block) => item.state = ItemState::Here(Rc::new(block)),
+            Ok(block) => item.state = ItemState::Here(block.share()),
             Err(failure) => *error = error.take().or(Some(failure)),
         }
         Some(generation)

@@ -21,7 +21,6 @@ use crate::format::{PriorContent, content_checksum, prior_checksum_at, slots_sta
 use crate::ops::{Ops, Owner, take, zeros};
 use crate::segment::{SectorSums, SegmentName, Stage};
 use ringraft_block::{BLOCK_BYTES, Block, Pool, SECTOR_BYTES};
-use std::rc::Rc;
 
 /// The region is read and written in pieces of at most so much: larger ones delay the log's own writes behind them.
 const PIECE_BYTES: usize = 256 * 1024;
@@ -230,7 +229,7 @@ impl Recycler {
             };
             *entry = sum.to_le_bytes();
         }
-        let op = DiskOp::Write { file, offset: at, block: Rc::new(block), bytes };
+        let op = DiskOp::Write { file, offset: at, block: block.share(), bytes };
         ops.submit(disk, Owner::Recycle, op);
         self.phase = Phase::Writing(retired, file, at, bytes);
     }

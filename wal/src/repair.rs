@@ -27,7 +27,6 @@ use crate::segment::{Segment, SegmentName, SegmentTable, Stage};
 use ringraft_block::{BLOCK_BYTES, Block, BlockBuf, LogIndex, Pool};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
-use std::rc::Rc;
 
 /// Segments are copied in pieces of so much: larger ones delay the log's own writes behind them.
 const COPY_BYTES: u64 = 256 * 1024;
@@ -508,7 +507,7 @@ impl<B: BlockBuf> Repairs<B> {
         }
         self.overlay(tools.index, work, &range, &mut block);
         let Some(file) = work.new else { return Err(WalError::Protocol { what: WHAT }) };
-        let id = tools.submit(DiskOp::Write { file, offset: range.start, block: Rc::new(block), bytes });
+        let id = tools.submit(DiskOp::Write { file, offset: range.start, block: block.share(), bytes });
         work.copies.push(Copy { id, range, writing: true });
         Ok(())
     }

@@ -17,7 +17,6 @@ use crate::ops::{Ops, Owner, take, zeros};
 use crate::segment::{SegmentName, Stage};
 use ringraft_block::{BLOCK_BYTES, BlockBuf, Pool, SharedBlock};
 use std::collections::VecDeque;
-use std::rc::Rc;
 
 /// Zeros are written in pieces of at most so much: larger ones delay the log's own writes behind them.
 const FILL_BYTES: u64 = 256 * 1024;
@@ -195,7 +194,7 @@ impl<B: BlockBuf> Maker<B> {
     fn fill<D: Disk<Buf = B>>(&mut self, disk: &mut D, ops: &mut Ops, mut fill: Fill<B>) {
         while !fill.failed && fill.in_flight < FILLS_IN_FLIGHT && fill.next < self.segment_bytes {
             let bytes = FILL_BYTES.min(self.segment_bytes - fill.next) as usize;
-            let block = Rc::clone(&fill.zeros);
+            let block = fill.zeros.clone();
             let op = DiskOp::Write { file: fill.file, offset: fill.next, block, bytes };
             ops.submit(disk, Owner::Maker, op);
             fill.next += bytes as u64;
@@ -366,7 +365,7 @@ impl Standby {
         let mut block = block.map_err(|error| WalError::Disk { what: WHAT_STANDBY, error })?;
         block[..BLOCK_BYTES].fill(0);
         write_segment_header(&mut block, &header);
-        let op = DiskOp::Write { file, offset: 0, block: Rc::new(block), bytes: BLOCK_BYTES };
+        let op = DiskOp::Write { file, offset: 0, block: block.share(), bytes: BLOCK_BYTES };
         ops.submit(disk, Owner::Standby, op);
         self.phase = Readying::Heading(name, file, header);
         Ok(())

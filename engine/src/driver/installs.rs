@@ -32,7 +32,6 @@ use ringraft_net::link::Link;
 use ringraft_wal::disk::{Access, Disk, DiskDone, DiskOp, DiskOpId, DiskOutput, FileId};
 use std::collections::{BTreeSet, VecDeque};
 use std::ops::Range;
-use std::rc::Rc;
 
 /// What travels at once.
 pub(crate) const PIECE_BYTES: usize = 64 << 10;
@@ -184,7 +183,7 @@ impl<B: BlockBuf> Installs<B> {
                 Outgoing::Offer(offer) => (wire::kind::SNAPSHOT_OFFER, encoder.offer(offer), None),
                 Outgoing::Request(request) => (wire::kind::SNAPSHOT_REQUEST, encoder.request(request), None),
                 Outgoing::Piece(piece, block, bytes) => {
-                    let attachment = Some((Rc::clone(block), 0..*bytes));
+                    let attachment = Some((block.clone(), 0..*bytes));
                     (wire::kind::SNAPSHOT_PIECE, encoder.piece(piece), attachment)
                 }
             };
@@ -425,7 +424,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 serving.offer_at_ns = now.saturating_add(installs.patience_ns);
                 let piece =
                     PieceMessage { last: serving.file.meta.last, digest: serving.file.digest, offset, crc };
-                installs.outgoing.push_back((to, Outgoing::Piece(piece, Rc::new(block), bytes)));
+                installs.outgoing.push_back((to, Outgoing::Piece(piece, block.share(), bytes)));
             }
             (Err(error), _) => {
                 let (to, last) = (serving.to.take(), serving.file.meta.last.index);

@@ -13,7 +13,6 @@ use ringraft_net::link::Link;
 use ringraft_net::{Frame, NetEvent, RejectReason, Rejection};
 use ringraft_wal::disk::Disk;
 use ringraft_wal::format::{BatchKind, Chain, ENVELOPE_BYTES, parse_image};
-use std::rc::Rc;
 
 /// Why a peer's batch is refused that is intact.
 pub(super) const ANOTHER_FORMAT: &str = "a batch of a format that this node does not know: upgrade it";
@@ -329,7 +328,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                     }
                     Head::Batch(message, batch) => {
                         let image = ENVELOPE_BYTES..ENVELOPE_BYTES + batch.info.image_bytes as usize;
-                        let attachment = Some((Rc::clone(&batch.block), image));
+                        let attachment = Some((batch.block.clone(), image));
                         (wire::kind::APPEND, self.encoder.append(message), attachment)
                     }
                     Head::Light(message) => {

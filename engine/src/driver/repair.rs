@@ -36,7 +36,6 @@ use ringraft_wal::disk::Disk;
 use ringraft_wal::format::{BatchInfo, Chain, ENVELOPE_BYTES};
 use ringraft_wal::{Damage, DamagedBatch, RepairError, StoredBatch};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::rc::Rc;
 use std::time::Duration;
 
 /// Tokens of this file's reads of the log. Those of apply and of peers are far from it: node ids are small.
@@ -246,7 +245,7 @@ impl<B: BlockBuf> Repairer<B> {
                 Outgoing::Reply(reply, batch) => {
                     let attachment = batch.as_ref().map(|batch| {
                         let image = ENVELOPE_BYTES..ENVELOPE_BYTES + batch.info.image_bytes as usize;
-                        (Rc::clone(&batch.block), image)
+                        (batch.block.clone(), image)
                     });
                     (wire::kind::FETCH_REPLY, encoder.fetch_reply(reply), attachment)
                 }

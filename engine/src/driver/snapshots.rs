@@ -31,7 +31,6 @@ use ringraft_net::link::Link;
 use ringraft_wal::disk::{Disk, DiskDone, DiskErrorKind, DiskOp, DiskOpId, DiskOutput};
 use ringraft_wal::format::LogStart;
 use std::collections::VecDeque;
-use std::rc::Rc;
 
 /// The file that is being taken.
 const TAKING: &str = "snapshot-taking.part";
@@ -826,7 +825,7 @@ impl Taking {
             }
         };
         throttle.spend(bytes as u64, now_ns);
-        self.part.write(tools, self.offset, Rc::new(block), bytes);
+        self.part.write(tools, self.offset, block.share(), bytes);
         self.offset += bytes as u64;
         Ok(())
     }

@@ -32,6 +32,12 @@ struct Run {
 
 const _: () = assert!(size_of::<Slot>() <= 24, "the budget per batch");
 
+impl Slot {
+    fn first(&self) -> LogIndex {
+        LogIndex(self.last.get() - u64::from(self.count) + 1)
+    }
+}
+
 impl LogIds {
     /// An empty log after `start`.
     #[must_use]
@@ -122,6 +128,10 @@ impl LogIds {
         if index < self.start.index || index > self.last().index {
             return None;
         }
+        // Most ask for the newest term.
+        if let Some(newest) = self.runs.back().filter(|newest| newest.first <= index) {
+            return Some(newest.term);
+        }
         let after = self.runs.partition_point(|run| run.first <= index);
         Some(self.runs.get(after.checked_sub(1)?)?.term)
     }
@@ -139,9 +149,17 @@ impl LogIds {
         if index <= self.start.index {
             return None;
         }
-        let slot = self.batches.get(self.batches.partition_point(|slot| slot.last < index))?;
-        let first = LogIndex(slot.last.get() - u64::from(slot.count) + 1);
-        Some(BatchRun { first, last: slot.last, term: self.term_at(slot.last)?, bytes: slot.bytes })
+        let newest = self.batches.back()?;
+        if index > newest.last {
+            return None;
+        }
+        // Most ask for the end of the log.
+        let slot = match newest.first() <= index {
+            true => newest,
+            false => self.batches.get(self.batches.partition_point(|slot| slot.last < index))?,
+        };
+        let term = self.term_at(slot.last)?;
+        Some(BatchRun { first: slot.first(), last: slot.last, term, bytes: slot.bytes })
     }
 
     /// The batch whose first index is `index`.

@@ -57,6 +57,11 @@ impl Wakeup {
     /// Costs a fence and a load unless the core is parked. Never blocks. Does nothing once the core has ended.
     pub fn signal(&self) {
         fence(Ordering::SeqCst);
+        self.signal_after_fence();
+    }
+
+    /// As [`Wakeup::signal`], for who has had a full fence between the queueing and this.
+    pub(crate) fn signal_after_fence(&self) {
         if self.state.load(Ordering::Relaxed) == PARKED {
             self.ring();
         }

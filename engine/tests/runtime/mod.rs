@@ -205,7 +205,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>> Io<D, L> {
     }
 
     async fn write(&self, file: FileId, offset: u64, block: &SharedBlock<D::Buf>, bytes: usize) {
-        let op = DiskOp::Write { file, offset, block: Rc::clone(block), bytes };
+        let op = DiskOp::Write { file, offset, block: block.clone(), bytes };
         match self.disk(op).await.unwrap() {
             DiskOutput::Written { bytes: written } => assert_eq!(written, bytes),
             _ => panic!("another output"),
@@ -417,9 +417,9 @@ async fn disk_conformance<D: Disk, L: Link<Buf = D::Buf>>(io: Io<D, L>) {
     assert_eq!(io.disk_kind(missing).await, DiskErrorKind::NotFound);
 
     // The first bytes of a block are written, no more.
-    let block = Rc::new(io.block(4 * BLOCK_BYTES, 0x11));
+    let block = io.block(4 * BLOCK_BYTES, 0x11).share();
     io.write(a, BLOCK, &block, 3 * BLOCK_BYTES).await;
-    assert_eq!(Rc::strong_count(&block), 1, "an operation lets go of its block");
+    assert_eq!(block.holders(), 1, "an operation lets go of its block");
     let read = io.read(a, 0, 5 * BLOCK_BYTES).await;
     assert!(read[..BLOCK_BYTES].iter().all(|byte| *byte == 0));
     assert!(read[BLOCK_BYTES..4 * BLOCK_BYTES].iter().all(|byte| *byte == 0x11));
@@ -431,9 +431,9 @@ async fn disk_conformance<D: Disk, L: Link<Buf = D::Buf>>(io: Io<D, L>) {
 
     // One block can be written to two places at the same time.
     let b = io.create("b", 4 * BLOCK, Access::Write).await;
-    let block = Rc::new(block);
+    let block = block.share();
     let both = [(a, 8 * BLOCK), (b, 0)].map(|(file, offset)| {
-        let op = DiskOp::Write { file, offset, block: Rc::clone(&block), bytes: 4 * BLOCK_BYTES };
+        let op = DiskOp::Write { file, offset, block: block.clone(), bytes: 4 * BLOCK_BYTES };
         io.start_disk(op)
     });
     for write in both {
@@ -452,7 +452,7 @@ async fn disk_conformance<D: Disk, L: Link<Buf = D::Buf>>(io: Io<D, L>) {
     // What breaks the rules is refused, and nothing is written by it.
     let (reader, bytes) = io.open(DiskOp::Open { name: "b".into(), access: Access::Read }).await;
     assert_eq!(bytes, 4 * BLOCK);
-    let write = |file, offset, bytes| DiskOp::Write { file, offset, block: Rc::clone(&block), bytes };
+    let write = |file, offset, bytes| DiskOp::Write { file, offset, block: block.clone(), bytes };
     for (what, op) in [
         ("beyond the end", write(b, 4 * BLOCK, BLOCK_BYTES)),
         ("over the end", write(b, 3 * BLOCK, 2 * BLOCK_BYTES)),
@@ -478,7 +478,7 @@ async fn disk_conformance<D: Disk, L: Link<Buf = D::Buf>>(io: Io<D, L>) {
     let mut writes = Vec::new();
     for number in 0..128usize {
         let blocks = 1 + number % 13;
-        let block = Rc::new(io.block(blocks * BLOCK_BYTES, number as u8 + 1));
+        let block = io.block(blocks * BLOCK_BYTES, number as u8 + 1).share();
         let bytes = blocks * BLOCK_BYTES;
         writes.push((
             io.start_disk(DiskOp::Write { file: c, offset, block, bytes }),
@@ -586,7 +586,7 @@ pub(crate) fn an_empty_file_opened_first_does_not_turn_the_device_into_a_polled_
         on::<B, _>(directory.path(), move |io| async move {
             io.create("empty", 0, access).await;
             let file = io.create("log", 1 << 20, Access::DurableWrite).await;
-            let block = Rc::new(io.block(8192, 0x5a));
+            let block = io.block(8192, 0x5a).share();
             io.write(file, 4096, &block, 8192).await;
             assert_eq!(io.read(file, 4096, 8192).await, block[..]);
         });
@@ -602,7 +602,7 @@ pub(crate) fn allocated_but_unwritten_files_opened_first_do_not_turn_the_device_
     on::<B, _>(directory.path(), |io| async move {
         let (file, bytes) = io.open(DiskOp::Open { name: "log".into(), access: Access::DurableWrite }).await;
         assert_eq!(bytes, 1 << 20);
-        let block = Rc::new(io.block(4096, 0x5a));
+        let block = io.block(4096, 0x5a).share();
         io.write(file, 4096, &block, 4096).await;
         assert_eq!(io.read(file, 4096, 4096).await, block[..]);
     });
@@ -614,7 +614,7 @@ pub(crate) fn a_core_that_stops_awaits_its_writes_and_closes_its_files<B: Backen
     on::<B, _>(directory.path(), |io| async move {
         let file = io.create("log", 64 << 20, Access::DurableWrite).await;
         for number in 0..64 {
-            let block = Rc::new(io.block(1 << 20, 0x77));
+            let block = io.block(1 << 20, 0x77).share();
             io.start_disk(DiskOp::Write { file, offset: number << 20, block, bytes: 1 << 20 });
         }
     });
@@ -667,17 +667,21 @@ async fn link_conformance<D: Disk, L: Link<Buf = D::Buf>>(io: Io<D, L>) {
     }
     io.send(right, b"back").await;
     assert_eq!(io.recv(left, 100).await, b"back");
-    let parts = vec![SendPart::Bytes(Vec::new())];
-    assert!(matches!(
-        io.link(LinkOp::Send { connection: left, parts }).await.unwrap(),
-        LinkOutput::Sent { parts } if parts.is_empty() && parts.capacity() > 0
-    ));
+    let block = SendPart::Block { block: io.block(4096, 0).share(), range: 0..0 };
+    let parts = vec![block, SendPart::Bytes(Vec::with_capacity(100))];
+    assert!(
+        matches!(
+            &io.link(LinkOp::Send { connection: left, parts }).await.unwrap(),
+            LinkOutput::Sent { parts } if matches!(&parts[..], [SendPart::Bytes(bytes)] if bytes.capacity() >= 100)
+        ),
+        "memory comes back, blocks do not"
+    );
 
     // What breaks the rules.
     for into in [bytes_of(0), RecvInto::Block { block: io.block(4096, 0), range: 4000..5000 }] {
         assert_eq!(io.link_kind(LinkOp::Recv { connection: right, into }).await, LinkErrorKind::Other);
     }
-    let beyond = SendPart::Block { block: Rc::new(io.block(4096, 0)), range: 4000..5000 };
+    let beyond = SendPart::Block { block: io.block(4096, 0).share(), range: 4000..5000 };
     let send = LinkOp::Send { connection: right, parts: vec![beyond] };
     assert_eq!(io.link_kind(send).await, LinkErrorKind::Other);
     let unknown = ConnectionId(u64::MAX);
@@ -707,7 +711,7 @@ async fn link_conformance<D: Disk, L: Link<Buf = D::Buf>>(io: Io<D, L>) {
             let (send, sent) = &mut sends[index];
             let ended = io.inner.borrow_mut().link_done.remove(send);
             if let Some(ended) = ended {
-                assert!(matches!(ended.unwrap(), LinkOutput::Sent { parts } if parts.is_empty()));
+                assert!(matches!(ended.unwrap(), LinkOutput::Sent { .. }));
                 *sent += MESSAGE_BYTES;
                 if *sent < STREAM_BYTES {
                     *send = io.start_link(send_of(&io, from, *sent));
@@ -803,7 +807,7 @@ fn send_of<D: Disk, L: Link<Buf = D::Buf>>(
         } else {
             let mut block = io.block(512 + bytes, 0xee);
             block[512..512 + bytes].iter_mut().zip(at..).for_each(|(byte, at)| *byte = pattern(at));
-            parts.push(SendPart::Block { block: Rc::new(block), range: 512..512 + bytes });
+            parts.push(SendPart::Block { block: block.share(), range: 512..512 + bytes });
         }
         at += bytes;
     }
@@ -1031,7 +1035,7 @@ pub(crate) fn no_completion_is_overlooked_while_other_threads_signal<B: Backend>
         let disk = B::disk(core, directory.path())?;
         Ok::<_, RuntimeError>(ScriptTurn::new(disk, B::link(core, LinkOptions::default()), |io| async move {
             let file = io.create("log", 1 << 20, Access::DurableWrite).await;
-            let block = Rc::new(io.block(4096, 0x5a));
+            let block = io.block(4096, 0x5a).share();
             let (left, right) = io.connection().await;
             for round in 0..ROUNDS {
                 io.write(file, round % 256 * 4096, &block, 4096).await;
@@ -1103,7 +1107,7 @@ pub(crate) fn a_users_future_that_never_rests_does_not_keep_completions_away_for
         let disk = B::disk(core, directory.path())?;
         Ok::<_, RuntimeError>(ScriptTurn::new(disk, B::link(core, LinkOptions::default()), |io| async move {
             let file = io.create("log", 4096, Access::DurableWrite).await;
-            let block = Rc::new(io.block(4096, 0x5a));
+            let block = io.block(4096, 0x5a).share();
             io.write(file, 0, &block, 4096).await;
         }))
     })
@@ -1116,7 +1120,7 @@ pub(crate) fn a_panic_in_a_turn_is_told_after_the_writes_in_flight_have_ended<B:
     let told =
         with_options::<B, _>(directory.path(), Setup::default(), LinkOptions::default(), |io| async move {
             let file = io.create("log", 1 << 20, Access::DurableWrite).await;
-            let block = Rc::new(io.block(1 << 20, 0x77));
+            let block = io.block(1 << 20, 0x77).share();
             io.start_disk(DiskOp::Write { file, offset: 0, block, bytes: 1 << 20 });
             panic!("a broken invariant");
         });

@@ -410,7 +410,7 @@ impl Inner {
                 other.inbox.extend(moved);
             }
             if complete && let (Some(host), Some(mut sent)) = (ends[side].host, ends[side].send.take()) {
-                sent.parts.clear();
+                SendPart::let_go_of_blocks(&mut sent.parts);
                 self.done(host, sent.id, Ok(LinkOutput::Sent { parts: sent.parts }));
             }
         }
@@ -674,7 +674,7 @@ fn shared(pool: &Pool<AlignedBuf>, attachment: &[u8]) -> SharedBlock<AlignedBuf>
     let bytes = ATTACHMENT_OFFSET + attachment.len();
     let mut block = pool.take(bytes, |bytes| Ok::<_, Infallible>(AlignedBuf::zeroed(bytes))).unwrap();
     block[ATTACHMENT_OFFSET..bytes].copy_from_slice(attachment);
-    Rc::new(block)
+    block.share()
 }
 
 fn see(event: NetEvent<AlignedBuf>) -> Seen {

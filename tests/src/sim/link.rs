@@ -808,8 +808,7 @@ impl Fabric {
         let host = this.host;
         if complete {
             let mut sending = this.sending.take().expect("just seen");
-            // The memory of headers and bodies serves again.
-            sending.parts.retain(|part| matches!(part, SendPart::Bytes(_)));
+            SendPart::let_go_of_blocks(&mut sending.parts);
             self.done(host, SEND, sending.id, Ok(LinkOutput::Sent { parts: sending.parts }));
         } else {
             self.context.cover(Mark::SendWaited);

@@ -4,7 +4,7 @@
 //! A batch of commands lives in one buffer from the moment the leader seals it, or a follower receives it,
 //! until the log has written it, every socket has sent it and the state machine has read it. Such a buffer
 //! is a [`Block`]: memory that the disk backend can write with direct I/O, owned by one holder while it is
-//! filled and shared by `Rc` afterwards. When the last holder lets go, it returns to its [`Pool`].
+//! filled, and shared afterwards ([`SharedBlock`]). When the last holder lets go, it returns to its [`Pool`].
 //!
 //! This crate does no I/O, knows no file format and no protocol.
 

@@ -6,9 +6,6 @@ use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::rc::Rc;
 
-/// A filled block, shared between the log's write, the links' sends and the state machine.
-pub type SharedBlock<B> = Rc<Block<B>>;
-
 /// Free buffers by size class (powers of two from one block), for one core.
 ///
 /// `take` hands out the smallest class that fits, asking `allocate` when none is free. A dropped [`Block`]
@@ -26,18 +23,24 @@ pub struct PoolStats {
     pub free_bytes: usize,
 }
 
-struct Shelves<B> {
+struct Shelves<B: BlockBuf> {
     /// `free[c]` holds buffers of `BLOCK_BYTES << c` bytes.
     free: Vec<Vec<B>>,
     free_bytes_max: usize,
+    /// Empty: what is shared next is put there.
+    shares: Vec<Rc<Option<Block<B>>>>,
     stats: PoolStats,
 }
+
+/// A pool keeps the memory of so many shares.
+const SHARES_MAX: usize = 1024;
 
 impl<B: BlockBuf> Pool<B> {
     /// A pool that keeps at most `free_bytes_max` of unused capacity.
     #[must_use]
     pub fn new(free_bytes_max: usize) -> Self {
-        let shelves = Shelves { free: Vec::new(), free_bytes_max, stats: PoolStats::default() };
+        let stats = PoolStats::default();
+        let shelves = Shelves { free: Vec::new(), free_bytes_max, shares: Vec::new(), stats };
         Self { shelves: Rc::new(RefCell::new(shelves)) }
     }
 
@@ -82,7 +85,7 @@ fn class_of(bytes: usize) -> usize {
     bytes.max(1).div_ceil(BLOCK_BYTES).next_power_of_two().trailing_zeros() as usize
 }
 
-/// One buffer of a [`Pool`], owned by one holder. Wrap it in `Rc` to share it; it returns to its pool when
+/// One buffer of a [`Pool`], owned by one holder, to be filled and then shared ([`Block::share`]). It returns to its pool when
 /// the last holder drops it.
 pub struct Block<B: BlockBuf> {
     /// Always present until `drop`.
@@ -96,6 +99,16 @@ impl<B: BlockBuf> Block<B> {
     #[must_use]
     pub fn capacity(&self) -> usize {
         BLOCK_BYTES << self.class
+    }
+
+    /// Shares the block, which does not change any more from now on.
+    #[must_use]
+    pub fn share(self) -> SharedBlock<B> {
+        let spare = self.home.borrow_mut().shares.pop();
+        let mut shared = spare.unwrap_or_default();
+        let place = Rc::get_mut(&mut shared).expect("nobody else has an empty share");
+        *place = Some(self);
+        SharedBlock { shared }
     }
 
     /// The backend's own buffer, for the backend to hand to the kernel.
@@ -150,6 +163,61 @@ impl<B: BlockBuf> Drop for Block<B> {
     }
 }
 
+/// A filled block, shared between the log's write, the links' sends and the state machine. Its clones are the same block.
+pub struct SharedBlock<B: BlockBuf> {
+    /// Always holds a block until the last one is dropped.
+    shared: Rc<Option<Block<B>>>,
+}
+
+impl<B: BlockBuf> SharedBlock<B> {
+    /// The block, if nobody else shares it.
+    ///
+    /// # Errors
+    /// With itself, if somebody does.
+    pub fn try_into_block(mut self) -> Result<Block<B>, Self> {
+        let block = Rc::get_mut(&mut self.shared).and_then(Option::take);
+        block.ok_or(self)
+    }
+
+    /// How many share the block, this one included.
+    #[must_use]
+    pub fn holders(&self) -> usize {
+        Rc::strong_count(&self.shared)
+    }
+}
+
+impl<B: BlockBuf> Clone for SharedBlock<B> {
+    fn clone(&self) -> Self {
+        Self { shared: Rc::clone(&self.shared) }
+    }
+}
+
+impl<B: BlockBuf> Deref for SharedBlock<B> {
+    type Target = Block<B>;
+
+    fn deref(&self) -> &Block<B> {
+        Option::as_ref(&self.shared).expect("a share holds its block until the last one is dropped")
+    }
+}
+
+impl<B: BlockBuf> fmt::Debug for SharedBlock<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("SharedBlock").field(&**self).finish()
+    }
+}
+
+impl<B: BlockBuf> Drop for SharedBlock<B> {
+    fn drop(&mut self) {
+        let Some(block) = Rc::get_mut(&mut self.shared).and_then(Option::take) else { return };
+        let home = Rc::clone(&block.home);
+        drop(block);
+        let shares = &mut home.borrow_mut().shares;
+        if shares.len() < SHARES_MAX {
+            shares.push(Rc::clone(&self.shared));
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -166,14 +234,37 @@ mod tests {
         let block = take(&pool, 5000);
         assert_eq!(block.capacity(), 8192);
         let address = block.as_ptr();
-        let shared = Rc::new(block);
-        let other = Rc::clone(&shared);
+        let shared = block.share();
+        let other = shared.clone();
+        assert_eq!(other.holders(), 2);
         drop(shared);
         assert_eq!(pool.stats(), PoolStats { used_bytes: 8192, free_bytes: 0 });
         drop(other);
         assert_eq!(pool.stats(), PoolStats { used_bytes: 0, free_bytes: 8192 });
         assert_ne!(take(&pool, 4096).as_ptr(), address);
         assert_eq!(take(&pool, 8192).as_ptr(), address);
+    }
+
+    #[test]
+    fn a_share_is_used_again_once_the_last_holder_has_dropped_it() {
+        let pool = Pool::new(1 << 20);
+        let shares = || pool.shelves.borrow().shares.len();
+        let first = take(&pool, 4096).share();
+        let (place, other) = (Rc::as_ptr(&first.shared), first.clone());
+        drop(first);
+        assert_eq!(shares(), 0);
+        drop(other);
+        assert_eq!(shares(), 1);
+        let mut block = take(&pool, 4096);
+        block.fill(7);
+        let second = block.share();
+        assert_eq!((Rc::as_ptr(&second.shared), shares()), (place, 0));
+        assert!(second.iter().all(|byte| *byte == 7));
+        let other = second.clone();
+        let second = second.try_into_block().expect_err("it is shared");
+        drop(other);
+        let block = second.try_into_block().expect("it is not any more");
+        assert_eq!((block[0], pool.stats().used_bytes), (7, 4096));
     }
 
     #[test]

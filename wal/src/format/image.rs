@@ -301,6 +301,22 @@ impl<B: BlockBuf> BatchBuilder<B> {
     /// # Panics
     /// When no block is armed.
     pub fn push(&mut self, command: &[u8], session: Option<SessionRef>) -> Result<(), BatchFull> {
+        self.push_within(usize::MAX, command, session)
+    }
+
+    /// As [`BatchBuilder::push`], if the slot takes no more than `slot_bytes_max` with the command, however large the block is.
+    ///
+    /// # Errors
+    /// As there.
+    ///
+    /// # Panics
+    /// As there.
+    pub fn push_within(
+        &mut self,
+        slot_bytes_max: usize,
+        command: &[u8],
+        session: Option<SessionRef>,
+    ) -> Result<(), BatchFull> {
         let block = self.block.as_mut().expect("a builder is armed while commands are pushed");
         let count = self.table.entries.len() + 1;
         let sessions = self.table.sessions.len() + usize::from(session.is_some());
@@ -309,7 +325,7 @@ impl<B: BlockBuf> BatchBuilder<B> {
             return Err(BatchFull::Cap);
         }
         let slot_bytes = slot_bytes(image_bytes_for(count, sessions, payload_bytes));
-        if slot_bytes > block.capacity() {
+        if slot_bytes > slot_bytes_max.min(block.capacity()) {
             return Err(BatchFull::Block { slot_bytes });
         }
         let at = ENVELOPE_BYTES + IMAGE_HEADER_BYTES + self.payload_bytes;
@@ -355,17 +371,6 @@ impl<B: BlockBuf> BatchBuilder<B> {
     #[must_use]
     pub fn image_bytes_if_sealed(&self) -> usize {
         image_bytes_for(self.len().max(1), self.table.sessions.len(), self.payload_bytes)
-    }
-
-    /// The bytes that the slot would take with one more command of `command_bytes`.
-    #[must_use]
-    pub fn slot_bytes_with(&self, command_bytes: usize, session: bool) -> usize {
-        let sessions = self.table.sessions.len() + usize::from(session);
-        slot_bytes(image_bytes_for(
-            self.len() + 1,
-            sessions,
-            self.payload_bytes.saturating_add(command_bytes),
-        ))
     }
 
     /// Gives the commands of the open batch back, in order, and empties it; its block stays.

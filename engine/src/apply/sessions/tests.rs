@@ -13,7 +13,6 @@ use bytes::Bytes;
 use ringraft_block::{AlignedBuf, Block, GroupId, LogIndex, Pool, Term};
 use ringraft_wal::format::{BatchBuilder, BatchInfo, BatchKind, Chain, Seal, SessionRef};
 use std::convert::Infallible;
-use std::rc::Rc;
 use std::sync::Arc;
 
 mod allocations;
@@ -92,7 +91,7 @@ impl Rig {
 
     fn append(&mut self, (block, info): (Block<AlignedBuf>, BatchInfo)) {
         self.last = info.last;
-        self.recent.push(info, Rc::new(block));
+        self.recent.push(info, block.share());
     }
 
     /// A batch that another member sealed.

@@ -24,7 +24,6 @@ use ringraft_net::link::Link;
 use ringraft_wal::disk::{Disk, DiskDone, DiskOpId};
 use ringraft_wal::format::{ENVELOPE_BYTES, LogStart};
 use std::collections::VecDeque;
-use std::rc::Rc;
 
 /// What has arrived is made durable each time that so much has come: at the default rate, four times a second.
 const SAVE_BYTES: u64 = 16 << 20;
@@ -250,7 +249,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         // To the block's start, where direct I/O wants it.
         own[..bytes].copy_from_slice(data);
         let Some(receiving) = &mut self.snapshots.installs.receiving else { return Ok(()) };
-        receiving.arrived.push_back((Rc::new(own), bytes));
+        receiving.arrived.push_back((own.share(), bytes));
         receiving.arrived_bytes += bytes as u64;
         receiving.heard_at_ns = self.now.monotonic_ns;
         Ok(())

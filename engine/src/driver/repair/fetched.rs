@@ -13,7 +13,6 @@ use ringraft_net::link::Link;
 use ringraft_wal::disk::Disk;
 use ringraft_wal::format::{BatchInfo, BatchKind, BatchView, ENVELOPE_BYTES, parse_image};
 use ringraft_wal::{ReadError, StoredBatch};
-use std::rc::Rc;
 
 impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     pub(in crate::driver) fn on_fetch_reply(
@@ -244,7 +243,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// The batch in a block of its own: nobody else may write to one that is shared.
     pub(super) fn own_block(&mut self, batch: StoredBatch<D::Buf>) -> Result<Block<D::Buf>, StopError> {
         let StoredBatch { info, block } = batch;
-        match Rc::try_unwrap(block) {
+        match block.try_into_block() {
             Ok(block) => Ok(block),
             Err(shared) => {
                 let bytes = info.slot_bytes();

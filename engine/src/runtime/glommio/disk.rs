@@ -25,7 +25,7 @@ use ringraft_wal::disk::{
 use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 use std::cell::{Cell, RefCell};
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::future::poll_fn;
 use std::mem::ManuallyDrop;
 use std::os::fd::OwnedFd;
@@ -44,7 +44,7 @@ pub struct GlommioDisk {
 pub(super) struct DiskShared {
     directory: Arc<OwnedFd>,
     done: RefCell<VecDeque<DiskDone<GlommioBuf>>>,
-    files: RefCell<HashMap<FileId, Rc<OpenFile>>>,
+    files: RefCell<BTreeMap<FileId, Rc<OpenFile>>>,
     files_opened: Cell<u32>,
     in_flight: Cell<usize>,
     blocking: Rc<Cell<usize>>,

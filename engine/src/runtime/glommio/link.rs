@@ -19,7 +19,7 @@ use ringraft_net::link::{
 };
 use socket2::{SockAddr, SockRef, Socket};
 use std::cell::{Cell, RefCell};
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::future::poll_fn;
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
@@ -36,11 +36,11 @@ pub struct GlommioLink {
 struct LinkShared {
     options: LinkOptions,
     done: RefCell<VecDeque<LinkDone<GlommioBuf>>>,
-    listeners: RefCell<HashMap<ListenerId, Rc<Listener>>>,
-    connections: RefCell<HashMap<ConnectionId, Rc<Connection>>>,
+    listeners: RefCell<BTreeMap<ListenerId, Rc<Listener>>>,
+    connections: RefCell<BTreeMap<ConnectionId, Rc<Connection>>>,
     ids: Cell<u64>,
     /// The tasks that accept and dial, to be woken when the link is dropped: they hold descriptors.
-    waiting: RefCell<HashMap<LinkOpId, Waker>>,
+    waiting: RefCell<BTreeMap<LinkOpId, Waker>>,
     ended: Cell<bool>,
     completed: LocalWakeup,
 }
@@ -346,7 +346,7 @@ impl ConnectionState {
             match advance(&mut send, stream, context) {
                 Poll::Pending => self.send = Some(send),
                 Poll::Ready(Ok(())) => {
-                    send.parts.clear();
+                    SendPart::let_go_of_blocks(&mut send.parts);
                     shared.complete(send.id, Ok(LinkOutput::Sent { parts: send.parts }));
                 }
                 Poll::Ready(Err(error)) => shared.complete(send.id, Err(failed("send", &error))),

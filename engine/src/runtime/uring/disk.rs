@@ -12,7 +12,7 @@ use ringraft_block::{AlignedBuf, BLOCK_BYTES, Block, SharedBlock};
 use ringraft_wal::disk::{Access, Disk, DiskDone, DiskError, DiskOp, DiskOpId, DiskOutput, FileId};
 use rustix::thread::CpuSet;
 use std::cell::{Cell, RefCell};
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 use std::rc::Rc;
@@ -30,7 +30,7 @@ pub struct UringDisk {
 pub(super) struct DiskShared {
     io: Rc<Io>,
     done: RefCell<VecDeque<DiskDone<AlignedBuf>>>,
-    files: RefCell<HashMap<FileId, Rc<OpenFile>>>,
+    files: RefCell<BTreeMap<FileId, Rc<OpenFile>>>,
     files_opened: Cell<u32>,
     names: RefCell<Names>,
     completed: LocalWakeup,
@@ -364,7 +364,7 @@ mod tests {
             let access = Access::DurableWrite;
             self.disk.submit(DiskOpId(0), DiskOp::Create { name: "log".into(), bytes: bytes as u64, access });
             let Ok(DiskOutput::Opened { file, .. }) = self.next() else { panic!("created") };
-            let block = Rc::new(self.block(blocks, 0x11));
+            let block = self.block(blocks, 0x11).share();
             self.disk.submit(DiskOpId(0), DiskOp::Write { file, offset: 0, block, bytes });
             self.next().unwrap();
             self.disk.file(file, "open").unwrap()
@@ -407,14 +407,14 @@ mod tests {
         let mut rig = Rig::new();
         let file = rig.file(4);
         for errno in [libc::EINTR, libc::EAGAIN] {
-            let block = Rc::new(rig.block(4, 0x22));
-            rig.returned(&file, 0, Kind::Write { offset: 0, block: Rc::clone(&block), bytes: BYTES }, -errno);
+            let block = rig.block(4, 0x22).share();
+            rig.returned(&file, 0, Kind::Write { offset: 0, block: block.clone(), bytes: BYTES }, -errno);
             assert!(matches!(rig.next(), Ok(DiskOutput::Written { bytes }) if bytes == BYTES as usize));
-            assert_eq!(Rc::strong_count(&block), 1);
+            assert_eq!(block.holders(), 1);
         }
         let written = std::fs::read(rig._directory.path().join("log")).unwrap();
         assert!(written.iter().all(|byte| *byte == 0x22));
-        let block = Rc::new(rig.block(4, 0x33));
+        let block = rig.block(4, 0x33).share();
         rig.returned(&file, 0, Kind::Write { offset: 0, block, bytes: BYTES }, 512);
         assert!(matches!(rig.next(), Ok(DiskOutput::Written { bytes: 512 })));
     }

@@ -21,7 +21,7 @@ use ringraft_net::link::{
 };
 use socket2::{SockAddr, SockRef, Socket};
 use std::cell::{Cell, RefCell};
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -41,8 +41,8 @@ pub(super) struct LinkShared {
     io: Rc<Io>,
     options: LinkOptions,
     done: RefCell<VecDeque<LinkDone<AlignedBuf>>>,
-    listeners: RefCell<HashMap<ListenerId, Rc<Listener>>>,
-    connections: RefCell<HashMap<ConnectionId, Rc<Connection>>>,
+    listeners: RefCell<BTreeMap<ListenerId, Rc<Listener>>>,
+    connections: RefCell<BTreeMap<ConnectionId, Rc<Connection>>>,
     ids: Cell<u64>,
     /// The link was dropped: what completes goes nowhere.
     ended: Cell<bool>,
@@ -367,7 +367,7 @@ impl LinkShared {
         let send = state.send.take();
         drop(state);
         if let Some(Sending { id, mut parts, .. }) = send {
-            parts.clear();
+            SendPart::let_go_of_blocks(&mut parts);
             self.complete(id, result.map(|()| LinkOutput::Sent { parts }));
         }
     }

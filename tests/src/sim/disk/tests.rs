@@ -73,7 +73,7 @@ impl Machine {
     }
 
     fn write(&self, file: FileId, block: u64, blocks: usize, fill: u8) -> DiskOp<SimBuf> {
-        let data: SharedBlock<SimBuf> = Rc::new(self.block(blocks, fill));
+        let data: SharedBlock<SimBuf> = self.block(blocks, fill).share();
         DiskOp::Write { file, offset: block * BLOCK_BYTES as u64, block: data, bytes: blocks * BLOCK_BYTES }
     }
 

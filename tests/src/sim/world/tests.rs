@@ -177,7 +177,7 @@ impl SimNode for Scribe {
             frame(&self.waiting[0].1, &mut block);
             let (file, offset) = (self.file.unwrap(), self.end);
             self.end += bytes as u64;
-            self.submit(DiskOp::Write { file, offset, block: Rc::new(block), bytes });
+            self.submit(DiskOp::Write { file, offset, block: block.share(), bytes });
             if self.wrong == Wrong::AckEarly {
                 self.finish();
             }
