@@ -170,7 +170,7 @@ impl ReadQueue {
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.queue.get().is_none_or(ArrayQueue::is_empty)
+        self.queue.is_empty()
     }
 
     pub(crate) fn refuse_all(&self, cause: &StopCause) {

@@ -252,7 +252,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// A member has answered.
     pub(super) fn referred(&mut self, by: NodeId, to: Option<Referral>) -> Result<(), StopError> {
         let Some(to) = to.filter(|to| to.node != self.config.node) else { return Ok(()) };
-        if self.referrals_deadline() == u64::MAX || self.leads_now() {
+        if !self.seeks() || self.leads_now() {
             return Ok(());
         }
         let met = !matches!(self.life, Life::Forming(_)) && self.take_up_with(to.node, to.address);
@@ -285,7 +285,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// Another node has asked this one, and said where it listens. To a member that hears no leader it may be the candidate that
     /// lacks this vote.
     pub(super) fn introduced(&mut self, by: NodeId, address: SocketAddr) {
-        if self.referrals_deadline() < u64::MAX && by != self.config.node {
+        if self.seeks() && by != self.config.node {
             self.referrals.asked_by(by, address, self.now.monotonic_ns);
         }
         let leaderless = self.raft().is_some_and(|raft| raft.leader().is_none()) && !self.members.pins();

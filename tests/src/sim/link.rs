@@ -96,8 +96,11 @@ pub struct Fabric {
     told_to_campaign: BTreeSet<(usize, usize, u64)>,
     flips: u64,
     /// The next part of this kind has a bit flipped at a place that its length decides.
-    flip_next: Option<(Sent, fn(usize) -> usize)>,
+    flip_next: Option<(Sent, Place)>,
 }
+
+/// Which byte of so many.
+pub type Place = fn(usize) -> usize;
 
 /// What is sent as one part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -507,7 +510,7 @@ impl Fabric {
     }
 
     /// Flips a bit of the next part of that kind, at the place that `at` chooses for its length.
-    pub fn flip_next(&mut self, what: Sent, at: fn(usize) -> usize) {
+    pub fn flip_next(&mut self, what: Sent, at: Place) {
         self.flip_next = Some((what, at));
     }
 
