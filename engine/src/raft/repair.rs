@@ -240,7 +240,9 @@ impl Raft {
         if damaged {
             self.cut(after, actions);
         }
-        if self.repair.claim.is_some() {
+        // A certain claim stands for what followed the damaged batch, and goes with it. An uncertain one may stand for others in
+        // their place, which were written after a cut that is forgotten too: nobody has been asked about those.
+        if self.repair.claim.is_some_and(|claim| claim.certain || !damaged) {
             self.release(actions);
         } else {
             self.restart_election_timer();
