@@ -423,7 +423,7 @@ async fn disk_conformance<D: Disk, L: Link<Buf = D::Buf>>(io: Io<D, L>) {
     assert!(read[..BLOCK_BYTES].iter().all(|byte| *byte == 0));
     assert!(read[BLOCK_BYTES..4 * BLOCK_BYTES].iter().all(|byte| *byte == 0x11));
     assert!(read[4 * BLOCK_BYTES..].iter().all(|byte| *byte == 0));
-    let mut block = Rc::into_inner(block).unwrap();
+    let mut block = block.try_into_block().unwrap();
     assert!(block.iter().all(|byte| *byte == 0x11), "a written block is whole");
     block.fill(0x22);
     assert!(block.iter().all(|byte| *byte == 0x22), "and can be filled again");
