@@ -235,13 +235,13 @@ impl Member {
         Self { driver, handle, files, is_called: false, deadline_ns: 0 }
     }
 
-    /// Turns until one finds nothing; how many.
+    /// Turns until there is no more to do; how many.
     fn turns(&mut self, now: Now) -> u64 {
         for turns in 1.. {
             let outcome = self.driver.turn(now);
             assert!(!outcome.stop, "nothing fails here");
             self.deadline_ns = outcome.next_deadline_ns;
-            if !outcome.progressed {
+            if !outcome.more {
                 return turns;
             }
         }

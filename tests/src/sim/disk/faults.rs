@@ -124,6 +124,8 @@ impl Fault {
 /// later vouches for it, that looks like a write that was never made.
 pub(super) struct Astray {
     inode: usize,
+    /// The name of its file: another one says that it was removed, or has another life.
+    name: String,
     offset: u64,
     /// Batches that were written since.
     since: u64,
@@ -158,15 +160,16 @@ impl DiskState {
     pub(super) fn batch_written(&mut self, astray: Option<(usize, u64)>) {
         self.astray.iter_mut().for_each(|astray| astray.since += 1);
         self.astray.retain(|astray| astray.since < VOUCHERS);
-        self.astray.extend(astray.map(|(inode, offset)| Astray { inode, offset, since: 0 }));
+        let Some((inode, offset)) = astray else { return };
+        let named = self.names.iter().find(|(_, named)| **named == inode);
+        self.astray.extend(named.map(|(name, _)| Astray { inode, name: name.clone(), offset, since: 0 }));
     }
 
     /// The process ends. What the contract cannot promise is not asked of it: where nothing vouches for a batch that went elsewhere, its
     /// place is found damaged instead of untouched.
     pub(super) fn close_the_gap(&mut self) {
-        for Astray { inode, offset, .. } in std::mem::take(&mut self.astray) {
-            let name = self.names.iter().find(|(_, named)| **named == inode).map(|(name, _)| name.clone());
-            if let Some(name) = name {
+        for Astray { inode, name, offset, .. } in std::mem::take(&mut self.astray) {
+            if self.names.get(&name) == Some(&inode) {
                 let seed = self.rng.bits();
                 self.damage(&name, offset, SECTOR_BYTES, &Rot::Garbage(seed));
             }

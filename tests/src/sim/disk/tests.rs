@@ -496,6 +496,22 @@ fn a_batch_that_goes_elsewhere_spares_the_hard_state_and_its_place_is_damaged_un
 }
 
 #[test]
+fn what_went_elsewhere_is_forgotten_with_its_file() {
+    let mut machine = Machine::new(1);
+    machine.create_durably("other", 64, Access::DurableWrite);
+    let file = machine.create_durably("segment-00000001.wal", 32, Access::DurableWrite);
+    machine.schedule(On::Batch, 0, Fault::Misdirected);
+    machine.run(machine.write(file, 31, 1, 9)).unwrap();
+    machine.run(DiskOp::Close { file }).unwrap();
+    machine.run(DiskOp::Remove { name: "segment-00000001.wal".into() }).unwrap();
+    machine.run(DiskOp::SyncDirectory).unwrap();
+    // It may get the number of the file that was removed.
+    machine.create_durably("snapshot", 1, Access::DurableWrite);
+    machine.crash(Crash::Kill);
+    assert!(machine.state.borrow().content("snapshot").unwrap().iter().all(|byte| *byte == 0));
+}
+
+#[test]
 fn a_stalled_operation_is_overtaken_by_those_after_it() {
     let (mut machine, file) = Machine::numbered(1);
     machine.schedule(On::Write, 0, Fault::Stall(1_000_000_000));
