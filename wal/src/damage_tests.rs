@@ -1554,6 +1554,34 @@ fn a_segment_that_cannot_be_opened_at_a_start_is_as_good_as_one_that_cannot_be_r
     }
 }
 
+/// What the suspects are was settled once more when an open was tried again: a segment with a rotten header was in the log and, by
+/// the same file, something that could not be placed, to be removed one day.
+#[test]
+fn an_open_that_is_tried_again_settles_nothing_twice() {
+    let (device, names) = sixty_batches();
+    for times in [1, usize::MAX] {
+        let mut device = device.clone();
+        device.corrupt(&names[2], 20, |bytes| bytes[0] ^= 1, 1);
+        let (plain, _) = Sick::new(device.clone()).opens();
+        let mut harness = Harness::start(device);
+        let opening = format!("open {}", names[0]);
+        harness.turn();
+        while !harness.disk.trace.contains(&opening) {
+            assert!(harness.step());
+        }
+        assert!(harness.step(), "for its header");
+        harness.disk.unopenable.push((names[0].clone(), times));
+        harness.open();
+        if times == 1 {
+            assert_eq!(outcome(&harness), outcome(&plain));
+        }
+        harness.settle();
+        let left = harness.disk.device.names();
+        assert!(names.iter().all(|name| left.contains(name)), "{left:?}");
+        harness.shut_down();
+    }
+}
+
 #[test]
 fn a_claim_and_what_is_kept_under_it_last_until_its_release_is_durable() {
     let (device, names) = sixty_batches();

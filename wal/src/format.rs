@@ -45,6 +45,7 @@ mod segment_header;
 mod tests;
 
 pub(crate) use content::slot_content_checksums;
+pub(crate) use envelope::envelope_place;
 pub use envelope::{ENVELOPE_BYTES, Envelope, EnvelopeError, read_envelope, write_envelope};
 pub use fields::FieldAt;
 pub use hard_state_file::{
@@ -68,7 +69,8 @@ use ringraft_block::{SECTOR_BYTES, round_up_to_block};
 use std::fmt;
 
 /// Version of every layout in this file. A reader refuses any other. So that it can tell what a newer build wrote from rot, in every
-/// version magic, version and checksum stand where they do now, and the checksum covers the bytes that it covers now.
+/// version magic, version and checksum stand where they do now, and the checksum covers the bytes that it covers now; and so do an
+/// envelope's cluster, nonce, generation and offset, by which it is told from a command that looks like one.
 pub const FORMAT_VERSION: u16 = 1;
 
 /// The bytes that a slot takes on disk for an image of `image_bytes`: envelope, image, zeros to whole blocks.

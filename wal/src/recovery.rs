@@ -303,7 +303,8 @@ impl<B: BlockBuf> Recovery<B> {
                         tracing::warn!(segment = %name, %error, "a segment cannot be opened");
                         self.begin_reading(disk, ops, None, length)?;
                     }
-                    _ => self.next_segment(disk, ops)?,
+                    // Only that: what the suspects are has been settled, and cannot be settled twice.
+                    _ => drop(self.open_segment(disk, ops)),
                 }
             }
             (Phase::ReadSegment(reading), result) => {
@@ -578,18 +579,23 @@ impl<B: BlockBuf> Recovery<B> {
                 self.judge_epochs()?;
             }
         }
+        if !self.open_segment(disk, ops) {
+            self.buffer = None;
+            self.outcome = self.scan.take().map(LogScan::finish);
+            self.remove(disk, ops, 0);
+        }
+        Ok(())
+    }
+
+    /// Opens the segment that is to be read, if there is one left.
+    fn open_segment<D: Disk<Buf = B>>(&mut self, disk: &mut D, ops: &mut Ops) -> bool {
         let suspect = self.suspects.get(self.next_suspect).map(|suspect| suspect.name);
         let headed = self.headed.get(self.next_scan).map(|(segment, _)| segment.name);
-        if let Some(name) = suspect.or(headed) {
-            // With write access, since the newest are flushed.
-            self.submit(disk, ops, DiskOp::Open { name: name.to_string(), access: Access::Write });
-            self.phase = Phase::OpenSegment;
-            return Ok(());
-        }
-        self.buffer = None;
-        self.outcome = self.scan.take().map(LogScan::finish);
-        self.remove(disk, ops, 0);
-        Ok(())
+        let Some(name) = suspect.or(headed) else { return false };
+        // With write access, since the newest are flushed.
+        self.submit(disk, ops, DiskOp::Open { name: name.to_string(), access: Access::Write });
+        self.phase = Phase::OpenSegment;
+        true
     }
 
     /// Reads a segment whose file has so many bytes. Without a `file`, none of them can be read.
@@ -730,8 +736,8 @@ impl<B: BlockBuf> Recovery<B> {
         if let Some(suspect) = self.suspects.get_mut(self.next_suspect) {
             suspect.testimony = self.hard_state.as_ref().map(|state| Testimony::of(&bytes, state));
             let name = suspect.name;
-            let mut slots = (0..bytes.bytes.len()).step_by(BLOCK_BYTES);
-            if let Some(foreign) = slots.find_map(|at| bytes.foreign(name, at)) {
+            let cluster = self.hard_state.as_ref().map(|state| state.cluster);
+            if let Some(foreign) = cluster.and_then(|cluster| bytes.first_foreign(name, cluster)) {
                 return Err(foreign);
             }
         } else if let Some((segment, length)) = self.headed.get(self.next_scan).copied() {

@@ -130,6 +130,23 @@ pub fn write_envelope(slot: &mut [u8], envelope: &Envelope) {
     slot[..ENVELOPE_BYTES].copy_from_slice(&bytes);
 }
 
+/// Where an envelope was written, as it says itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct EnvelopePlace {
+    pub(crate) cluster: ClusterId,
+    pub(crate) nonce: u64,
+    pub(crate) generation: u32,
+    pub(crate) offset: u64,
+}
+
+/// The place of an intact envelope of any version.
+pub(crate) fn envelope_place(slot: &[u8]) -> Option<EnvelopePlace> {
+    let bytes = slot.first_chunk::<ENVELOPE_BYTES>()?;
+    let Layout { magic, cluster, nonce, generation, offset, crc, .. } = Layout::decode(bytes);
+    let intact = magic == MAGIC && crc_without(0, bytes, CRC_FIELD) == crc;
+    intact.then_some(EnvelopePlace { cluster, nonce, generation, offset })
+}
+
 /// Reads an envelope from the start of `slot`. A checked envelope says that these bytes were written as one; whether
 /// they belong here is for the caller to compare.
 ///

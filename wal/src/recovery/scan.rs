@@ -19,13 +19,13 @@ use super::table::{Disposition, EnvelopeEvidence, Evidence, ImageEvidence, dispo
 use crate::error::{Damage, DamageCause, WalError};
 use crate::format::{
     BatchInfo, BatchKind, BatchView, Claim, Cut, ENVELOPE_BYTES, Envelope, HardState, ImageError, LogStart,
-    SectorChecksums, SegmentHeader, SegmentOrigin, named_chain, parse_image, read_envelope, slot_bytes,
-    slots_start, table_sector_fits,
+    SectorChecksums, SegmentHeader, SegmentOrigin, envelope_place, named_chain, parse_image, read_envelope,
+    slot_bytes, slots_start, table_sector_fits,
 };
 use crate::index::{Index, Place};
 use crate::salvage::Salvaged;
 use crate::segment::SegmentName;
-use ringraft_block::{BLOCK_BYTES, LogIndex, SECTOR_BYTES, Term};
+use ringraft_block::{BLOCK_BYTES, ClusterId, LogIndex, SECTOR_BYTES, Term};
 use std::ops::Range;
 
 /// A segment file in memory.
@@ -49,23 +49,46 @@ impl<'a> SegmentBytes<'a> {
         read_envelope(sector).ok().filter(|envelope| envelope.offset == offset as u64)
     }
 
-    /// Says so when the slot at `offset` is intact, and written by a build whose format this one does not know.
-    pub(super) fn foreign(&self, name: SegmentName, offset: usize) -> Option<WalError> {
+    /// Says so when the slot at `offset` is intact, was written there, and by a build whose format this one does not know. Bytes
+    /// of a command may look like an envelope: so it must name the place, and, where the segment's header is known, its life.
+    pub(super) fn foreign(
+        &self,
+        name: SegmentName,
+        offset: usize,
+        cluster: ClusterId,
+        life: Option<(u32, u64)>,
+    ) -> Option<WalError> {
         let start = offset.saturating_add(ENVELOPE_BYTES);
-        let envelope = match read_envelope(self.readable(offset..start)?) {
-            Ok(envelope) => envelope,
-            Err(error) if error.is_foreign() => {
-                return Some(WalError::EnvelopeForeign {
-                    file: name.to_string(),
-                    offset: offset as u64,
-                    error,
-                });
+        let sector = self.readable(offset..start)?;
+        let place = envelope_place(sector)?;
+        let is_here = place.cluster == cluster && place.offset == offset as u64;
+        if !is_here || life.is_some_and(|life| life != (place.generation, place.nonce)) {
+            return None;
+        }
+        let (file, offset) = (name.to_string(), offset as u64);
+        match read_envelope(sector) {
+            Ok(envelope) => {
+                let image = self.readable(start..start.saturating_add(envelope.image_bytes as usize))?;
+                let error = parse_image(image).err().filter(ImageError::is_foreign)?;
+                Some(WalError::ImageForeign { file, offset, error })
             }
-            Err(_) => return None,
-        };
-        let image = self.readable(start..start.saturating_add(envelope.image_bytes as usize))?;
-        let error = parse_image(image).err().filter(ImageError::is_foreign)?;
-        Some(WalError::ImageForeign { file: name.to_string(), offset: offset as u64, error })
+            Err(error) if error.is_foreign() => Some(WalError::EnvelopeForeign { file, offset, error }),
+            Err(_) => None,
+        }
+    }
+
+    /// The first such slot of a segment whose header is not known. Within a known slot there is none.
+    pub(super) fn first_foreign(&self, name: SegmentName, cluster: ClusterId) -> Option<WalError> {
+        let mut at = 0;
+        while at < self.bytes.len() {
+            let foreign = self.foreign(name, at, cluster, None);
+            if foreign.is_some() {
+                return foreign;
+            }
+            let known = self.envelope(at).filter(|envelope| envelope.cluster == cluster);
+            at += known.map_or(BLOCK_BYTES, |envelope| slot_bytes(envelope.image_bytes as usize));
+        }
+        None
     }
 }
 
@@ -829,7 +852,9 @@ impl LogScan {
     /// What is no batch of this log may be one that another build has written.
     fn look_for_foreign(&mut self, segment: Scanned, bytes: &SegmentBytes<'_>, offset: usize) {
         if self.foreign.is_none() {
-            self.foreign = bytes.foreign(segment.name, offset);
+            let header = &segment.header;
+            let life = (header.generation, header.nonce);
+            self.foreign = bytes.foreign(segment.name, offset, header.cluster, Some(life));
         }
     }
 

@@ -7,7 +7,7 @@ use crate::format::{
     SegmentHeaderError, read_envelope, reseal,
 };
 use crate::testing::{Device, Harness};
-use ringraft_block::{SECTOR_BYTES, crc32c};
+use ringraft_block::{BLOCK_BYTES, SECTOR_BYTES, crc32c};
 use std::ops::Range;
 
 const NEWER: u16 = FORMAT_VERSION + 1;
@@ -61,6 +61,30 @@ fn a_batch_in_an_envelope_of_a_newer_version_refuses_the_start() {
                 newer.corrupt(&slots[0].0, slots[0].1 + 60, |bytes| bytes[0] ^= 1, 1);
                 assert_eq!(refused(&newer), expected);
             }
+        }
+    }
+}
+
+/// A command may hold the bytes of another segment, of whatever build. When the rest of its slot was torn, or the header of its segment
+/// is lost, it was taken for a batch of that build.
+#[test]
+fn what_a_command_holds_is_no_batch_of_a_newer_build() {
+    let (device, slots) = four_batches(false);
+    let (name, at) = &slots[3];
+    for (generation, offset) in [(0, 0), (1, 0), (0, BLOCK_BYTES)] {
+        let mut device = device.clone();
+        let mut held = device.content(name)[*at..at + SECTOR_BYTES].to_vec();
+        held[field("envelope", "generation")][0] ^= generation;
+        let stands_at = (at + BLOCK_BYTES) as u64;
+        let says = stands_at - offset as u64;
+        held[field("envelope", "offset")].copy_from_slice(&says.to_le_bytes());
+        make_newer("envelope", &mut held);
+        device.corrupt(name, stands_at as usize, |bytes| bytes.copy_from_slice(&held), SECTOR_BYTES);
+        device.corrupt(name, *at, |bytes| bytes.fill(0), SECTOR_BYTES);
+        match generation == 0 && offset == 0 {
+            // Nothing tells it from one that such a build has written.
+            true => drop(refused(&device)),
+            false => assert_eq!(Harness::start(device).open().report.damage.len(), 0),
         }
     }
 }
