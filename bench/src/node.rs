@@ -287,7 +287,14 @@ impl Service {
                     load::COMMAND_BYTES_MIN
                 );
             }
-            let begin_ns = load::now_ns() + warm_ms * 1_000_000;
+            if !leads {
+                bail!("this replica does not lead: {line}");
+            }
+            let later = |from_ns: u64, ms: u64| {
+                let sum = ms.checked_mul(1_000_000).and_then(|ns| from_ns.checked_add(ns));
+                sum.with_context(|| format!("too long: {line}"))
+            };
+            let begin_ns = later(load::now_ns(), warm_ms)?;
             let plan = Plan {
                 run: 0,
                 streams: u32::try_from(in_flight)?,
@@ -295,7 +302,7 @@ impl Service {
                 rate: None,
                 due_from_ns: begin_ns,
                 begin_ns,
-                end_ns: begin_ns + run_ms * 1_000_000,
+                end_ns: later(begin_ns, run_ms)?,
             };
             self.drive_one(&plan)?;
         }
@@ -303,11 +310,18 @@ impl Service {
     }
 
     fn drive_one(&self, plan: &Plan) -> anyhow::Result<()> {
+        let ended = |ledger: &Ledger| match ledger.ending() {
+            ledger::Ending::Completed => Ok(()),
+            ending => Err(anyhow!("the load ended early: {ending:?}")),
+        };
         let ledger = Arc::new(Ledger::private(plan.streams as usize)?);
         self.start_job(Arc::clone(&ledger), plan.clone())?;
         cleanup::sleep(Duration::from_nanos(plan.begin_ns.saturating_sub(load::now_ns())))?;
         say("BEGIN")?;
         cleanup::sleep(Duration::from_nanos(plan.end_ns.saturating_sub(load::now_ns())))?;
+        if ledger.phase() == Phase::Ended {
+            ended(&ledger)?;
+        }
         // The driver samples when it reads the next line, so it must not wait for the last outcomes; the window's
         // figures change no more once the generator has seen its end, which takes it one completion.
         let entries = ledger.get(Figure::Measured);
@@ -322,13 +336,11 @@ impl Service {
             us(0.99),
             us(0.999)
         ))?;
-        while ledger.phase() != Phase::Ended {
+        // With the node a load on its core ends without a word.
+        while ledger.phase() != Phase::Ended && self.goes_on() {
             cleanup::sleep(Duration::from_millis(1))?;
         }
-        match ledger.ending() {
-            ledger::Ending::Completed => Ok(()),
-            ending => Err(anyhow!("the load ended early: {ending:?}")),
-        }
+        ended(&ledger)
     }
 }
 

@@ -594,19 +594,25 @@ fn a_driven_replica_that_was_elected_before_the_first_hands_over_to_it() {
 #[test]
 fn a_driven_replica_does_what_it_is_ordered_or_nothing() {
     let dir = on_disk();
-    for order in
-        ["bench 15 1 1 1", "bench 16 0 1 1", "bench 16 1 1", "bench 16 1 1 1 1", "bench 16 x 1 1", "go"]
-    {
+    for (order, why) in [
+        ("bench 15 1 1 1", "a command has 16 bytes at least"),
+        ("bench 16 0 1 1", "one is in flight"),
+        ("bench 16 1 1", "not an order"),
+        ("bench 16 1 1 1 1", "not an order"),
+        ("bench 16 x 1 1", "invalid digit"),
+        ("go", "not an order"),
+    ] {
         let mut command = ringraft();
         let port = free_port().to_string();
-        command
-            .args(["node", "--drive", "--id", "1", "--ports", &port, "--dir"])
-            .arg(dir.path().join("data"));
-        command.args(SMALL).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+        command.args(["node", "--drive", "--id", "1", "--ports", &port, "--dir"]).arg(dir.path().join(&port));
+        command.args(SMALL).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = Guard::spawn(command).take();
         use std::io::Write as _;
         writeln!(child.stdin.as_mut().unwrap(), "{order}").unwrap();
         let output = child.wait_with_output().unwrap();
-        assert_eq!(output.status.code(), Some(1), "{order}: {}", String::from_utf8_lossy(&output.stderr));
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{order}: {errors}");
+        assert!(errors.contains(why), "{order}: {errors}");
+        assert!(!String::from_utf8_lossy(&output.stdout).contains("BEGIN"), "{order} is not begun");
     }
 }
