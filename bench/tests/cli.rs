@@ -554,8 +554,8 @@ fn a_neutral_driver_can_drive_three_replicas() {
         let (mut replicas, mut lines) = driven(&dir.path().join(run.to_string()), |_| more.to_vec());
         let mut order = |order: &str| {
             use std::io::Write as _;
-            writeln!(replicas[2].child().stdin.as_mut().unwrap(), "{order}").unwrap();
             let asked = Instant::now();
+            writeln!(replicas[2].child().stdin.as_mut().unwrap(), "{order}").unwrap();
             assert_eq!(lines.next().unwrap().unwrap(), "BEGIN");
             let began = asked.elapsed();
             let line = lines.next().unwrap().unwrap();
