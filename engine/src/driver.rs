@@ -117,6 +117,8 @@ pub struct Driver<D: Disk, L: Link<Buf = D::Buf>, S> {
     snapshots: snapshots::Snapshots<D::Buf>,
     members: membership::Members,
     referrals: referrals::Referrals,
+    /// Since when the address to listen at is in use.
+    address_in_use_since_ns: Option<u64>,
     /// There is something to apply, and nothing to wait for.
     apply_due: bool,
     closing: bool,
@@ -269,6 +271,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             snapshots: snapshots::Snapshots::new(&config),
             members: membership::Members::default(),
             referrals: referrals::Referrals::default(),
+            address_in_use_since_ns: None,
             apply_due: false,
             closing: false,
             ends: false,

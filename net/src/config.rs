@@ -65,7 +65,7 @@ pub struct NetLimits {
     pub reconnect_delay_max_ns: u64,
     /// The wait before accepting again after a failure other than the remote side's: 100 ms.
     pub accept_retry_ns: u64,
-    /// The wait before listening again after a failure: 1 s.
+    /// The wait before listening again after a failure: 100 ms.
     pub listen_retry_ns: u64,
     /// Accepted connections that have not identified themselves: 32. Beyond it, those that come from an address of
     /// no peer are closed first, the oldest first.
@@ -101,7 +101,7 @@ impl Default for NetLimits {
             reconnect_delay_min_ns: 20 * MILLISECOND,
             reconnect_delay_max_ns: 1_000 * MILLISECOND,
             accept_retry_ns: 100 * MILLISECOND,
-            listen_retry_ns: 1_000 * MILLISECOND,
+            listen_retry_ns: 100 * MILLISECOND,
             handshakes_max: 32,
             lingering_max: 8,
             frames_per_turn_max: 256,

@@ -267,6 +267,16 @@ impl Cluster {
         })
     }
 
+    /// Where member `id` listens.
+    ///
+    /// # Panics
+    /// When there is no such member.
+    #[must_use]
+    pub fn address(&self, id: u64) -> SocketAddr {
+        let member = self.members.iter().find(|member| member.id.get() == id);
+        member.expect("an address is set aside for every id").address
+    }
+
     /// What is started from now on runs with these settings.
     pub fn set_engine(&mut self, engine: EngineFlags) {
         self.engine = engine;

@@ -3,7 +3,8 @@
 use anyhow::Result;
 use ringraft::runtime::Backend;
 use ringraft_tests::process::{Cluster, ENGINE_FLAGS, EngineFlags, Program};
-use std::time::Duration;
+use std::net::TcpListener;
+use std::time::{Duration, Instant};
 
 /// Each of these for a backend.
 macro_rules! suite {
@@ -13,6 +14,7 @@ macro_rules! suite {
             a_follower_killed_under_load_costs_nothing_and_catches_up_when_it_returns
             all_members_killed_at_once_recover_everything_that_was_acknowledged
             a_single_member_serves_alone_and_recovers_alone
+            a_member_waits_for_its_port_while_a_killed_process_may_still_have_it
             a_cluster_grows_from_one_process_to_three_and_replaces_a_lost_one_under_load
         }
     };
@@ -141,6 +143,31 @@ fn a_single_member_serves_alone_and_recovers_alone(backend: Backend) -> Result<(
         cluster.wait_leader()?;
     }
     cluster.verify()
+}
+
+/// The kernel closes the sockets of a process with operations on a ring some time after the process has gone: whoever starts it
+/// again at once was refused. One that is in use for longer is another's.
+fn a_member_waits_for_its_port_while_a_killed_process_may_still_have_it(backend: Backend) -> Result<()> {
+    let scratch = tempfile::Builder::new().prefix("port-").tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+    let program = Program { path: env!("CARGO_BIN_EXE_testnode").into(), leading: Vec::new() };
+    let mut cluster = Cluster::stopped(program, flags(backend), scratch.path(), 1)?;
+    let taken = TcpListener::bind(cluster.address(1))?;
+    cluster.spawn(1)?;
+    std::thread::sleep(Duration::from_millis(300));
+    drop(taken);
+    load(&mut cluster, 0)?;
+    cluster.wait_acks(10)?;
+    cluster.kill(1)?;
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let _taken = loop {
+        match TcpListener::bind(cluster.address(1)) {
+            Err(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(10)),
+            bound => break bound?,
+        }
+    };
+    cluster.spawn(1)?;
+    assert!(cluster.wait_leader().is_err(), "the port stays taken");
+    Ok(())
 }
 
 fn a_cluster_grows_from_one_process_to_three_and_replaces_a_lost_one_under_load(

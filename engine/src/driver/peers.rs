@@ -9,11 +9,14 @@ use crate::raft::{AppendOutcome, Event, Message, Raft, Role};
 use crate::state_machine::StateMachine;
 use crate::wire::{self, AckMessage, AppendMessage, Body, Encoder, FormationMessage};
 use ringraft_block::{Block, LogIndex, NodeId};
-use ringraft_net::link::Link;
+use ringraft_net::link::{Link, LinkError};
 use ringraft_net::{Frame, NetEvent, RejectReason, Rejection};
 use ringraft_wal::disk::Disk;
 use ringraft_wal::format::{BatchKind, Chain, ENVELOPE_BYTES, parse_image};
+use std::io::ErrorKind;
 
+/// How long an address may be in use at a start.
+const VACATED_WITHIN_NS: u64 = 2_000_000_000;
 /// Why a peer's batch is refused that is intact.
 pub(super) const ANOTHER_FORMAT: &str = "a batch of a format that this node does not know: upgrade it";
 
@@ -45,6 +48,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 self.shared.status.publish(|status| status.listening = Some(address));
                 Ok(())
             }
+            NetEvent::ListenFailed { error } if self.may_be_vacated(&error) => Ok(()),
             NetEvent::ListenFailed { error } => {
                 Err(StopError::Listen { address: self.config.listen_address()?, error })
             }
@@ -158,6 +162,15 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             network.disconnect(peer, &mut self.link);
         }
         Ok(())
+    }
+
+    /// Whether the address to listen at is in use for a short time only: the kernel may close the sockets of a process that was
+    /// killed some time after it has gone, when it had operations on a ring.
+    fn may_be_vacated(&mut self, error: &LinkError) -> bool {
+        let in_use = |number| std::io::Error::from_raw_os_error(number).kind() == ErrorKind::AddrInUse;
+        let now_ns = self.now.monotonic_ns;
+        let since_ns = *self.address_in_use_since_ns.get_or_insert(now_ns);
+        error.os_error.is_some_and(in_use) && now_ns.saturating_sub(since_ns) < VACATED_WITHIN_NS
     }
 
     /// What was attached to a peer's frame was damaged on its way.
