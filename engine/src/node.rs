@@ -6,9 +6,11 @@ use crate::error::{StopCause, StopError};
 use crate::handle::{Handle, LocalHandle, Shared, Status};
 use crate::runtime::glommio::{self, GlommioOptions};
 use crate::runtime::uring::{self, UringOptions};
-use crate::runtime::{Backend, LinkOptions, RuntimeError, Wakeup};
+use crate::runtime::{Backend, LinkOptions, LocalFuture, LocalWakeup, RuntimeError, Wakeup};
 use crate::state_machine::StateMachine;
+use ringraft_net::link::Link;
 use ringraft_wal::DataDirectory;
+use ringraft_wal::disk::Disk;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -154,24 +156,18 @@ fn run_backend<S: StateMachine>(
         Backend::Glommio => {
             let options = GlommioOptions { core, idle, name, ..GlommioOptions::default() };
             glommio::run(options, wakeup, move |context| {
-                let disk = context.disk(&path)?;
-                let link = context.link(LinkOptions::default());
+                let (disk, link) = (context.disk(&path)?, context.link(LinkOptions::default()));
                 let driver = Driver::new(config, seed, shared, disk, link, machine());
-                for task in tasks {
-                    context.spawn_local(task(driver.local_handle(context.local_wakeup())));
-                }
+                begin(&driver, tasks, &context.local_wakeup(), |task| context.spawn_local(task));
                 Ok::<_, RuntimeError>(driver)
             })?;
         }
         Backend::Uring => {
             let options = UringOptions { core, idle, name, ..UringOptions::default() };
             uring::run(options, wakeup, move |context| {
-                let disk = context.disk(&path)?;
-                let link = context.link(LinkOptions::default());
+                let (disk, link) = (context.disk(&path)?, context.link(LinkOptions::default()));
                 let driver = Driver::new(config, seed, shared, disk, link, machine());
-                for task in tasks {
-                    context.spawn_local(task(driver.local_handle(context.local_wakeup())));
-                }
+                begin(&driver, tasks, &context.local_wakeup(), |task| context.spawn_local(task));
                 Ok::<_, RuntimeError>(driver)
             })?;
         }
@@ -179,6 +175,18 @@ fn run_backend<S: StateMachine>(
     // Held until the last operation has ended.
     drop(directory);
     Ok(())
+}
+
+/// The users' futures begin on the core.
+fn begin<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine>(
+    driver: &Driver<D, L, S>,
+    tasks: Vec<LocalTask>,
+    wakeup: &LocalWakeup,
+    spawn: impl Fn(LocalFuture),
+) {
+    for task in tasks {
+        spawn(task(driver.local_handle(wakeup.clone())));
+    }
 }
 
 fn entropy() -> Result<u64, String> {

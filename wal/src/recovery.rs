@@ -7,10 +7,10 @@
 //! so far have reached only the device's cache; hand over.
 //!
 //! Failures: a directory of another node, a hard state of which no copy is usable, or one older than the log, stop the
-//! start with an error that names the cure, and so does what another build of this program has written, which is no damage. A sector that cannot be read is evidence, not an error, and so is a segment that
-//! the device cannot even open, twice in a row: it counts as one of which no sector can be read. Damage is part of the
-//! result: batches that are known but for their bytes, and a claim where more than that is lost. No file that may hold
-//! a batch is removed here.
+//! start with an error that names the cure, and so does what another build of this program has written, which is no
+//! damage. A sector that cannot be read is evidence, not an error, and so is a segment that the device cannot even open,
+//! twice in a row: it counts as one of which no sector can be read. Damage is part of the result: batches that are known
+//! but for their bytes, and a claim where more than that is lost. No file that may hold a batch is removed here.
 
 mod arrival;
 mod placement;
@@ -304,7 +304,9 @@ impl<B: BlockBuf> Recovery<B> {
                         self.begin_reading(disk, ops, None, length)?;
                     }
                     // Only that: what the suspects are has been settled, and cannot be settled twice.
-                    _ => drop(self.open_segment(disk, ops)),
+                    _ => {
+                        self.open_segment(disk, ops);
+                    }
                 }
             }
             (Phase::ReadSegment(reading), result) => {

@@ -45,6 +45,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     fn on_net_event(&mut self, event: NetEvent<D::Buf>) -> Result<(), StopError> {
         match event {
             NetEvent::Listening { address } => {
+                self.address_in_use_since_ns = None;
                 self.shared.status.publish(|status| status.listening = Some(address));
                 Ok(())
             }
@@ -168,9 +169,15 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// killed some time after it has gone, when it had operations on a ring.
     fn may_be_vacated(&mut self, error: &LinkError) -> bool {
         let in_use = |number| std::io::Error::from_raw_os_error(number).kind() == ErrorKind::AddrInUse;
+        if !error.os_error.is_some_and(in_use) {
+            return false;
+        }
         let now_ns = self.now.monotonic_ns;
-        let since_ns = *self.address_in_use_since_ns.get_or_insert(now_ns);
-        error.os_error.is_some_and(in_use) && now_ns.saturating_sub(since_ns) < VACATED_WITHIN_NS
+        let since_ns = *self.address_in_use_since_ns.get_or_insert_with(|| {
+            tracing::warn!(node = %self.config.node, %error, "the address may be vacated in a moment");
+            now_ns
+        });
+        now_ns.saturating_sub(since_ns) < VACATED_WITHIN_NS
     }
 
     /// What was attached to a peer's frame was damaged on its way.
