@@ -303,7 +303,7 @@ fn accepting_goes_on_after_failures_and_waits_when_the_system_is_exhausted() {
 
 #[test]
 fn a_listener_that_fails_is_reported_and_tried_again() {
-    let mut world = World::new(2, &NetLimits::default());
+    let mut world = World::new(2, &NetLimits { listen_retry_ns: SECOND, ..NetLimits::default() });
     world.hub.listen(address(1));
     world.run_for(2500 * MILLISECOND);
     assert_eq!(world.node(1).seen, [Seen::ListenFailed, Seen::ListenFailed, Seen::ListenFailed]);

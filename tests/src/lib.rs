@@ -10,3 +10,23 @@ pub mod faults;
 pub mod powercut;
 pub mod process;
 pub mod sim;
+
+/// Makes a test of each function named, for each backend: `fn(Backend) -> anyhow::Result<()>` in the scope around it.
+#[macro_export]
+macro_rules! on_each_backend {
+    ($($test:ident)*) => {
+        mod on_glommio {
+            $(#[test]
+            fn $test() -> ::anyhow::Result<()> {
+                super::$test(::ringraft::runtime::Backend::Glommio)
+            })*
+        }
+
+        mod on_uring {
+            $(#[test]
+            fn $test() -> ::anyhow::Result<()> {
+                super::$test(::ringraft::runtime::Backend::Uring)
+            })*
+        }
+    };
+}

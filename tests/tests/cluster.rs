@@ -6,33 +6,14 @@ use ringraft_tests::process::{Cluster, ENGINE_FLAGS, EngineFlags, Program};
 use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
-/// Each of these for a backend.
-macro_rules! suite {
-    ($backend:ident, $module:ident) => {
-        suite! { $backend, $module:
-            a_leader_killed_under_load_is_replaced_and_nothing_acknowledged_is_lost
-            a_follower_killed_under_load_costs_nothing_and_catches_up_when_it_returns
-            all_members_killed_at_once_recover_everything_that_was_acknowledged
-            a_single_member_serves_alone_and_recovers_alone
-            a_member_waits_for_its_port_while_a_killed_process_may_still_have_it
-            a_cluster_grows_from_one_process_to_three_and_replaces_a_lost_one_under_load
-        }
-    };
-    ($backend:ident, $module:ident: $($test:ident)*) => {
-        mod $module {
-            use super::{Backend, Result};
-            $(
-                #[test]
-                fn $test() -> Result<()> {
-                    super::$test(Backend::$backend)
-                }
-            )*
-        }
-    };
+ringraft_tests::on_each_backend! {
+    a_leader_killed_under_load_is_replaced_and_nothing_acknowledged_is_lost
+    a_follower_killed_under_load_costs_nothing_and_catches_up_when_it_returns
+    all_members_killed_at_once_recover_everything_that_was_acknowledged
+    a_single_member_serves_alone_and_recovers_alone
+    a_member_waits_for_its_port_while_a_killed_process_may_still_have_it
+    a_cluster_grows_from_one_process_to_three_and_replaces_a_lost_one_under_load
 }
-
-suite!(Glommio, on_glommio);
-suite!(Uring, on_uring);
 
 fn flags(backend: Backend) -> EngineFlags {
     EngineFlags { backend, ..ENGINE_FLAGS }

@@ -10,37 +10,18 @@ use ringraft_tests::powercut::trial::{self, Fault, Machine, Moment, Report, Verd
 use ringraft_tests::process::Program;
 use std::path::Path;
 
-/// Each of these for a backend.
-macro_rules! suite {
-    ($backend:ident, $module:ident) => {
-        suite! { $backend, $module:
-            nothing_acknowledged_is_lost_when_the_power_fails_under_ext4
-            nothing_acknowledged_is_lost_when_the_power_fails_under_xfs
-            nothing_acknowledged_is_lost_when_a_write_or_a_flush_fails_before_the_power_does
-            on_a_disk_that_lies_about_flushes_acknowledged_commands_are_lost
-            nothing_acknowledged_is_lost_when_the_power_fails_directly_under_the_log
-            a_member_whose_disk_fails_a_write_ends_by_name_and_nobody_counts_on_it
-            a_member_whose_disk_fails_a_flush_ends_by_name_and_nobody_counts_on_it
-            a_member_that_cannot_read_its_disk_once_comes_back
-            a_leader_without_space_lets_another_lead_and_a_follower_stays_behind_until_there_is_some
-            a_member_whose_disk_hangs_gives_way_and_ends_by_name
-        }
-    };
-    ($backend:ident, $module:ident: $($test:ident)*) => {
-        mod $module {
-            use super::{Backend, Result};
-            $(
-                #[test]
-                fn $test() -> Result<()> {
-                    super::$test(Backend::$backend)
-                }
-            )*
-        }
-    };
+ringraft_tests::on_each_backend! {
+    nothing_acknowledged_is_lost_when_the_power_fails_under_ext4
+    nothing_acknowledged_is_lost_when_the_power_fails_under_xfs
+    nothing_acknowledged_is_lost_when_a_write_or_a_flush_fails_before_the_power_does
+    on_a_disk_that_lies_about_flushes_acknowledged_commands_are_lost
+    nothing_acknowledged_is_lost_when_the_power_fails_directly_under_the_log
+    a_member_whose_disk_fails_a_write_ends_by_name_and_nobody_counts_on_it
+    a_member_whose_disk_fails_a_flush_ends_by_name_and_nobody_counts_on_it
+    a_member_that_cannot_read_its_disk_once_comes_back
+    a_leader_without_space_lets_another_lead_and_a_follower_stays_behind_until_there_is_some
+    a_member_whose_disk_hangs_gives_way_and_ends_by_name
 }
-
-suite!(Glommio, on_glommio);
-suite!(Uring, on_uring);
 
 /// Where the members and the disk come from.
 fn programs() -> (&'static Path, Program, &'static Path) {

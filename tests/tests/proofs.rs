@@ -45,7 +45,7 @@ fn exists(proof: &str) -> Result<(), String> {
         here
     });
     // A suite that runs on each backend lists its tests by name, a line each.
-    let is_listed = text.lines().any(|line| line.trim() == test) && text.contains("macro_rules! suite");
+    let is_listed = text.lines().any(|line| line.trim() == test) && text.contains("on_each_backend!");
     let is_test = is_listed || attributes.iter().any(|line| line == "#[test]");
     let ignored = attributes.iter().any(|line| line.starts_with("#[ignore"));
     match found && is_test && !ignored {

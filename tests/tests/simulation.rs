@@ -115,25 +115,3 @@ fn a_failing_run_is_shrunk_to_a_few_troubles_and_calls_that_fail_in_the_same_way
     assert!(shrunk.report.struck.len() <= report.struck.len());
     assert!(shrunk.describe().contains("--troubles"), "{}", shrunk.describe());
 }
-
-/// The crash comes after a snapshot was published and before the term that it brought was durable: the next start begins a
-/// log behind it that is of a later term than the hard state.
-#[test]
-fn a_log_that_is_started_anew_behind_a_snapshot_brings_its_term() {
-    let report = run(&Engine, 760, &Options::default());
-    if report.failure.is_some() {
-        panic!("{}", describe(&report));
-    }
-}
-
-/// A leader whose disk stalls hands over to a node that hears nobody else; the only voter of three machines reads what is
-/// fresh, and hears no other. Both are right, and were taken for wrong.
-#[test]
-fn a_node_that_is_told_to_campaign_and_an_only_voter_need_not_hear_others() {
-    for seed in [1054, 1821] {
-        let report = run(&Engine, seed, &Options::default());
-        if report.failure.is_some() {
-            panic!("{}", describe(&report));
-        }
-    }
-}
