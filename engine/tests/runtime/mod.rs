@@ -571,7 +571,8 @@ fn descriptor_flags(path: &Path) -> Vec<i32> {
             let info = std::fs::read_to_string(info).unwrap();
             let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).unwrap();
             let flags = i32::from_str_radix(flags.trim(), 8).unwrap();
-            found.push(flags & (libc::O_ACCMODE | libc::O_DIRECT | libc::O_DSYNC));
+            // O_SYNC is O_DSYNC and a bit of its own, which makes every write wait for its time stamps too.
+            found.push(flags & (libc::O_ACCMODE | libc::O_DIRECT | libc::O_SYNC));
         }
     }
     found

@@ -36,7 +36,8 @@ pub(crate) fn open_direct(
         | match access {
             Access::Read => OFlags::RDONLY,
             Access::Write => OFlags::RDWR,
-            Access::DurableWrite => OFlags::RDWR | OFlags::DSYNC,
+            // rustix has the bits of O_SYNC under that name.
+            Access::DurableWrite => OFlags::RDWR | OFlags::from_bits_retain(libc::O_DSYNC.cast_unsigned()),
         };
     let created = if create { OFlags::CREATE | OFlags::EXCL } else { OFlags::empty() };
     rustix::fs::openat(directory, name, flags | created, Mode::RUSR | Mode::WUSR)

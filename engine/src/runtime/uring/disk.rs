@@ -306,7 +306,8 @@ fn open_again(found: &OwnedFd, access: Access) -> Result<OwnedFd, rustix::io::Er
     let how = match access {
         Access::Read => OFlags::RDONLY,
         Access::Write => OFlags::RDWR,
-        Access::DurableWrite => OFlags::RDWR | OFlags::DSYNC,
+        // rustix has the bits of O_SYNC under that name: a write would wait for the file's time stamps too.
+        Access::DurableWrite => OFlags::RDWR | OFlags::from_bits_retain(libc::O_DSYNC.cast_unsigned()),
     };
     rustix::fs::open(directory::again(found), how | OFlags::DIRECT | OFlags::CLOEXEC, Mode::empty())
 }
