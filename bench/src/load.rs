@@ -24,7 +24,7 @@ use bytes::{Bytes, BytesMut};
 use ringraft::LocalHandle;
 use ringraft::error::{ProposeError, Refusal, Refused, UnknownOutcome};
 use ringraft::handle::{Completion, Handle, LocalPipeline, Pipeline};
-use ringraft::state_machine::{CommittedBatch, Replies, StateMachine};
+use ringraft::state_machine::{CommittedBatch, Replies, Restore, SnapshotReader, StateMachine};
 use rustix::time::{ClockId, clock_gettime};
 use std::collections::VecDeque;
 use std::future::poll_fn;
@@ -92,7 +92,21 @@ pub(crate) struct Applied {
 }
 
 /// The state machine of `ringraft node`: counts what it applies and replies nothing.
-pub(crate) struct Counter(pub(crate) Arc<Applied>);
+pub(crate) struct Counter {
+    applied: Arc<Applied>,
+    /// Of a snapshot that is being restored, what has come.
+    restored: Vec<u8>,
+}
+
+impl Counter {
+    pub(crate) fn new(applied: Arc<Applied>) -> Self {
+        Self { applied, restored: Vec::new() }
+    }
+
+    fn counts(&self) -> [&AtomicU64; 3] {
+        [&self.applied.batches, &self.applied.entries, &self.applied.bytes]
+    }
+}
 
 impl StateMachine for Counter {
     fn apply(&mut self, batch: &CommittedBatch<'_>, replies: &mut Replies) {
@@ -105,9 +119,31 @@ impl StateMachine for Counter {
         let add = |word: &AtomicU64, more: usize| {
             word.store(word.load(Ordering::Relaxed) + more as u64, Ordering::Relaxed);
         };
-        add(&self.0.batches, 1);
-        add(&self.0.entries, batch.command_count());
-        add(&self.0.bytes, bytes);
+        add(&self.applied.batches, 1);
+        add(&self.applied.entries, batch.command_count());
+        add(&self.applied.bytes, bytes);
+    }
+
+    fn snapshot(&mut self) -> Option<Box<dyn SnapshotReader>> {
+        let counts = self.counts().map(|count| count.load(Ordering::Relaxed).to_le_bytes());
+        Some(Box::new(Bytes::copy_from_slice(counts.as_flattened())))
+    }
+
+    fn restore(&mut self, step: Restore<'_>) -> Result<(), String> {
+        match step {
+            Restore::Begin { .. } => self.restored.clear(),
+            Restore::Piece(bytes) => self.restored.extend_from_slice(bytes),
+            Restore::End => {
+                let (counts, rest) = self.restored.as_chunks::<8>();
+                if counts.len() != self.counts().len() || !rest.is_empty() {
+                    return Err(format!("{} bytes are not three counts", self.restored.len()));
+                }
+                for (into, count) in self.counts().into_iter().zip(counts) {
+                    into.store(u64::from_le_bytes(*count), Ordering::Relaxed);
+                }
+            }
+        }
+        Ok(())
     }
 }
 

@@ -50,6 +50,9 @@ pub(crate) struct NodeArgs {
     core: Option<usize>,
     #[command(flatten)]
     pub(crate) engine: EngineArgs,
+    /// Take a snapshot after so much log, and purge the log behind it; 0: never
+    #[arg(long, value_name = "MIB", default_value_t = 256)]
+    snapshot_mb: u64,
     /// Stop in good order when the standard input ends
     #[arg(long)]
     stop_with_stdin: bool,
@@ -124,7 +127,7 @@ pub(crate) fn run(args: &NodeArgs) -> anyhow::Result<()> {
             Box::new(move |handle: LocalHandle| Box::pin(load::serve_on_core(handle, mailbox)));
         task
     });
-    let node = Node::start_with(config(args)?, move || Counter(counter), tasks.collect())?;
+    let node = Node::start_with(config(args)?, move || Counter::new(counter), tasks.collect())?;
     let service = Service { handle: node.handle(), applied, mailbox, stop_load: RefCell::default() };
     let served = if args.drive {
         service.drive(args.id)
@@ -161,6 +164,11 @@ fn config(args: &NodeArgs) -> anyhow::Result<Config> {
     config.listen = args.listen;
     config.insecure = args.insecure;
     config.core = args.core;
+    config.snapshot_log_bytes = args.snapshot_mb.saturating_mul(1 << 20);
+    if args.snapshot_mb > 0 {
+        // As much again is kept for members that are behind, where that is less than usual.
+        config.log_retention_bytes = config.log_retention_bytes.min(config.snapshot_log_bytes);
+    }
     args.engine.apply_to(&mut config);
     if args.drive && args.id != 1 {
         config.election_timeout *= DRIVEN_PATIENCE;

@@ -579,6 +579,30 @@ fn a_neutral_driver_can_drive_three_replicas() {
     }
 }
 
+/// A replica that is driven for long does not fill its disk, and what a benchmark sees is the log's steady state.
+#[test]
+fn a_driven_replica_purges_its_log_behind_snapshots() {
+    let dir = on_disk();
+    let (mut replicas, mut lines) = driven(dir.path(), |_| vec!["--snapshot-mb", "4"]);
+    let is_purged = |id: &str| {
+        let entries = std::fs::read_dir(dir.path().join(id)).unwrap();
+        let names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        let is_there = |name: &str| names.iter().any(|other| other == name);
+        !is_there("segment-00000000.wal") && names.iter().any(|name| name.ends_with(".snap"))
+    };
+    for _ in 0..200 {
+        use std::io::Write as _;
+        writeln!(replicas[2].child().stdin.as_mut().unwrap(), "bench 16384 64 1 200").unwrap();
+        assert_eq!(lines.next().unwrap().unwrap(), "BEGIN");
+        assert!(lines.next().unwrap().unwrap().starts_with("END "));
+        if ["1", "2", "3"].into_iter().all(is_purged) {
+            dismissed(replicas, lines);
+            return;
+        }
+    }
+    panic!("no replica's log, or not all of them, lost its first segment");
+}
+
 #[test]
 fn a_driven_replica_that_was_elected_before_the_first_hands_over_to_it() {
     let dir = on_disk();

@@ -99,6 +99,8 @@ impl Cluster {
             arguments.extend(["--dir".into(), dir.clone().into_os_string()]);
             arguments.extend(["--members".into(), (&addresses).into()]);
             arguments.extend(["--cluster".into(), (&cluster).into()]);
+            // The check reads whole logs back.
+            arguments.extend(["--snapshot-mb".into(), "0".into()]);
             arguments.extend(["--parent".into(), std::process::id().to_string().into()]);
             if options.load == LoadFrom::Core {
                 arguments.extend(["--load".into(), "core".into()]);
