@@ -132,7 +132,7 @@ fn start(backend: Backend, directory: &Path) -> anyhow::Result<Vec<Node>> {
     let start = |id: NodeId| {
         let dir = directory.join(id.to_string());
         let mut config = Config::new(ClusterId(1), id, members.clone(), dir);
-        config.backend = backend;
+        config.backend = Some(backend);
         let part = if id == NodeId(1) { Part::Leader } else { Part::Followers };
         if part == Part::Followers {
             config.election_timeout *= 10;

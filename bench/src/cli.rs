@@ -69,7 +69,7 @@ fn caught() -> anyhow::Result<()> {
 #[derive(Clone, Debug, Default, clap::Args)]
 #[command(next_help_heading = "Engine")]
 pub(crate) struct EngineArgs {
-    /// What runs the core: glommio, or uring (Linux 6.1) [default: glommio]
+    /// What runs the core: glommio, or uring (Linux 6.1) [default: uring where the kernel has it]
     #[arg(long, value_name = "NAME", value_parser = backend)]
     pub(crate) backend: Option<Backend>,
     /// What the core does when idle: park, adaptive (adaptive:MICROSECONDS) or spin [default: park]
@@ -123,7 +123,7 @@ impl EngineArgs {
         }
         let kib = |given: usize| given.saturating_mul(1 << 10);
         let mib = |given: usize| given.saturating_mul(1 << 20);
-        put(self.backend, &mut config.backend, |given| given);
+        put(self.backend, &mut config.backend, Some);
         put(self.idle, &mut config.idle, |given| given);
         put(self.command_kb, &mut config.command_bytes_max, kib);
         put(self.batch_kb, &mut config.batch_bytes_max, kib);

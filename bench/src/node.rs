@@ -165,10 +165,6 @@ fn config(args: &NodeArgs) -> anyhow::Result<Config> {
     config.insecure = args.insecure;
     config.core = args.core;
     config.snapshot_log_bytes = args.snapshot_mb.saturating_mul(1 << 20);
-    if args.snapshot_mb > 0 {
-        // As much again is kept for members that are behind, where that is less than usual.
-        config.log_retention_bytes = config.log_retention_bytes.min(config.snapshot_log_bytes);
-    }
     args.engine.apply_to(&mut config);
     if args.drive && args.id != 1 {
         config.election_timeout *= DRIVEN_PATIENCE;

@@ -3,10 +3,10 @@
 
 use serde_json::Value;
 use std::ffi::CString;
-use std::io::{BufRead as _, BufReader, Lines, Read as _};
+use std::io::{BufRead as _, BufReader, Lines};
 use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
@@ -511,6 +511,11 @@ fn an_io_uring_that_the_sysctl_disables_is_told_from_one_that_a_filter_refuses()
     }
 }
 
+/// Where a replica's messages go.
+fn log_of(dir: &Path, id: &str) -> PathBuf {
+    dir.join(format!("{id}.log"))
+}
+
 /// Three replicas that a driver conducts, the last to be started is the first; and what that one says.
 fn driven(
     dir: &Path,
@@ -522,7 +527,10 @@ fn driven(
         let mut command = ringraft();
         command.args(["node", "--drive", "--id", id, "--ports", &ports.join(","), "--dir"]);
         command.arg(dir.join(id)).args(SMALL).args(more(id));
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        std::fs::create_dir_all(dir).unwrap();
+        // Not a pipe, which would be full some day.
+        let log = std::fs::File::create(log_of(dir, id)).unwrap();
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(log);
         replicas.push(Guard::spawn(command));
     }
     let said = replicas[2].child().stdout.take().unwrap();
@@ -532,17 +540,16 @@ fn driven(
 }
 
 /// Their standard input ends: each stops in good order, and has said nothing more. Returns their logs, the first's last.
-fn dismissed(replicas: Vec<Guard>, lines: Lines<BufReader<ChildStdout>>) -> Vec<String> {
+fn dismissed(dir: &Path, replicas: Vec<Guard>, lines: Lines<BufReader<ChildStdout>>) -> Vec<String> {
     let mut children: Vec<Child> = replicas.into_iter().map(Guard::take).collect();
     children.iter_mut().for_each(|child| drop(child.stdin.take()));
-    let stopped = |mut child: Child| {
-        let mut said = String::new();
-        child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    let stopped = |(mut child, id): (Child, &str)| {
         let status = child.wait().unwrap();
+        let said = std::fs::read_to_string(log_of(dir, id)).unwrap();
         assert!(status.success() && status.signal().is_none(), "{status:?} {said}");
         said
     };
-    let logs = children.into_iter().map(stopped).collect();
+    let logs = children.into_iter().zip(["3", "2", "1"]).map(stopped).collect();
     assert_eq!(lines.map(Result::unwrap).collect::<Vec<_>>(), [""; 0]);
     logs
 }
@@ -551,7 +558,8 @@ fn dismissed(replicas: Vec<Guard>, lines: Lines<BufReader<ChildStdout>>) -> Vec<
 fn a_neutral_driver_can_drive_three_replicas() {
     let dir = on_disk();
     for (run, more) in [&["--load", "thread"], &["--load", "core"]].into_iter().enumerate() {
-        let (mut replicas, mut lines) = driven(&dir.path().join(run.to_string()), |_| more.to_vec());
+        let dir = dir.path().join(run.to_string());
+        let (mut replicas, mut lines) = driven(&dir, |_| more.to_vec());
         let mut order = |order: &str| {
             use std::io::Write as _;
             let asked = Instant::now();
@@ -575,7 +583,7 @@ fn a_neutral_driver_can_drive_three_replicas() {
             assert!(0.0 < p50 && p50 <= p99 && p99 <= p999 && mean <= p999, "{result}");
             assert_eq!(result["secs"], 0.2);
         }
-        dismissed(replicas, lines);
+        dismissed(&dir, replicas, lines);
     }
 }
 
@@ -590,13 +598,13 @@ fn a_driven_replica_purges_its_log_behind_snapshots() {
         let is_there = |name: &str| names.iter().any(|other| other == name);
         !is_there("segment-00000000.wal") && names.iter().any(|name| name.ends_with(".snap"))
     };
-    for _ in 0..200 {
+    for _ in 0..1000 {
         use std::io::Write as _;
         writeln!(replicas[2].child().stdin.as_mut().unwrap(), "bench 16384 64 1 200").unwrap();
         assert_eq!(lines.next().unwrap().unwrap(), "BEGIN");
         assert!(lines.next().unwrap().unwrap().starts_with("END "));
         if ["1", "2", "3"].into_iter().all(is_purged) {
-            dismissed(replicas, lines);
+            dismissed(dir.path(), replicas, lines);
             return;
         }
     }
@@ -610,7 +618,7 @@ fn a_driven_replica_that_was_elected_before_the_first_hands_over_to_it() {
     let quick = ["--election-timeout", "60ms", "--heartbeat-interval", "20ms"];
     let more = |id: &str| if id == "1" { slow.to_vec() } else { quick.to_vec() };
     let (replicas, lines) = driven(dir.path(), more);
-    let logs = dismissed(replicas, lines);
+    let logs = dismissed(dir.path(), replicas, lines);
     let led = |log: &String| log.contains("role=Leader");
     assert!(logs[..2].iter().any(led) && led(&logs[2]), "{logs:?}");
 }

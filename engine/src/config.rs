@@ -50,9 +50,9 @@ pub struct Config {
     /// Default: false.
     pub insecure: bool,
 
-    /// What runs the core. Default: [`Backend::Glommio`]. It says nothing of what is on disk or on the wire: members may
-    /// differ in it, and a restart may change it.
-    pub backend: Backend,
+    /// What runs the core. Default: none, [`Backend::of_this_machine`]. It says nothing of what is on disk or on the wire:
+    /// members may differ in it, and a restart may change it. A node whose tasks use glommio must say [`Backend::Glommio`].
+    pub backend: Option<Backend>,
     /// The processor that consensus is pinned to. Default: none, the scheduler places it.
     pub core: Option<usize>,
     /// What the core does when there is nothing to do. Default: [`IdlePolicy::Park`], since spinning costs other
@@ -204,7 +204,7 @@ impl Config {
             listen: None,
             data_dir: data_dir.into(),
             insecure: false,
-            backend: Backend::default(),
+            backend: None,
             core: None,
             idle: IdlePolicy::Park,
             election_timeout: Duration::from_millis(500),

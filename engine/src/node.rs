@@ -152,7 +152,7 @@ fn run_backend<S: StateMachine>(
     let wakeup = Arc::clone(&shared.wakeup);
     let shared = Arc::clone(shared);
     let path = directory.path().to_owned();
-    match config.backend {
+    match config.backend.unwrap_or_else(Backend::of_this_machine) {
         Backend::Glommio => {
             let options = GlommioOptions { core, idle, name, ..GlommioOptions::default() };
             glommio::run(options, wakeup, move |context| {

@@ -8,6 +8,7 @@ use crate::node::LoadFrom;
 use anyhow::ensure;
 use comfy_table::{CellAlignment, ColumnConstraint, ContentArrangement, Table, presets};
 use hdrhistogram::Histogram;
+use ringraft::runtime::Backend;
 use serde::Serialize;
 use std::fmt::Write as _;
 
@@ -88,7 +89,7 @@ impl From<&ringraft::Config> for Engine {
     fn from(config: &ringraft::Config) -> Self {
         let ms = |time: std::time::Duration| time.as_secs_f64() * 1e3;
         Self {
-            backend: format!("{:?}", config.backend).to_lowercase(),
+            backend: format!("{:?}", config.backend.unwrap_or_else(Backend::of_this_machine)).to_lowercase(),
             idle: format!("{:?}", config.idle).to_lowercase(),
             batch_bytes_max: config.batch_bytes_max,
             writes_in_flight_max: config.writes_in_flight_max,

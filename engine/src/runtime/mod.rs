@@ -25,14 +25,21 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 
 /// What runs an engine's core.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Backend {
     /// [`glommio`]: an executor, on which tasks of users may use all that glommio has. Linux 5.11.
-    #[default]
     Glommio,
     /// [`uring`]: one io_uring that does its work when the core waits for it. Fewer system calls and less processor time.
     /// Tasks of users may await whatever needs no executor. Linux 6.1.
     Uring,
+}
+
+impl Backend {
+    /// What a node runs on that is not told: [`Backend::Uring`], which costs less, unless the kernel is too old for it. A
+    /// kernel that offers no ring at all says why when the node starts.
+    pub fn of_this_machine() -> Self {
+        if uring::is_beyond_the_kernel() { Self::Glommio } else { Self::Uring }
+    }
 }
 
 /// A future of a user, run on the core between turns.

@@ -5,8 +5,8 @@
 //! [`Turn`].
 
 use ringraft::runtime::{
-    IdlePolicy, IoUringRefusal, LinkOptions, LocalFuture, LocalWakeup, Now, RuntimeError, Turn, TurnOutcome,
-    Wakeup,
+    self, IdlePolicy, IoUringRefusal, LinkOptions, LocalFuture, LocalWakeup, Now, RuntimeError, Turn,
+    TurnOutcome, Wakeup,
 };
 use ringraft_block::{BLOCK_BYTES, Block, BlockBuf, Pool, SharedBlock};
 use ringraft_net::link::{
@@ -1228,11 +1228,17 @@ pub(crate) fn in_a_child_process<B: Backend>() {
         }
         "enosys" => {
             refuse_io_uring(libc::ENOSYS);
+            assert_eq!(
+                runtime::Backend::of_this_machine(),
+                runtime::Backend::Uring,
+                "which says why it cannot start"
+            );
             let told = start();
             assert!(matches!(told, Err(RuntimeError::IoUringRefused(IoUringRefusal::Missing))), "{told:?}");
         }
         "einval" => {
             refuse_io_uring(libc::EINVAL);
+            assert_eq!(runtime::Backend::of_this_machine(), runtime::Backend::Glommio);
             let told = start();
             assert!(matches!(told, Err(RuntimeError::IoUringRefused(why)) if why == B::TOO_OLD), "{told:?}");
         }

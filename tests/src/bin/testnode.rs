@@ -65,7 +65,7 @@ fn main() -> Result<()> {
 /// The member of that command line.
 pub(crate) fn run(args: &NodeArgs) -> Result<()> {
     let mut config = Config::new(args.cluster, args.id, args.members.clone(), &args.dir);
-    config.backend = args.engine.backend;
+    config.backend = Some(args.engine.backend);
     config.segment_bytes = args.engine.segment_bytes;
     config.segments_ahead = args.engine.segments_ahead;
     config.batch_bytes_max = args.engine.batch_bytes_max;

@@ -264,6 +264,11 @@ fn pin(core: usize) -> Result<CpuSet, RuntimeError> {
     Err(RuntimeError::CoreUnavailable { core, available: vec![] })
 }
 
+/// Whether the kernel has io_uring, but not what this backend asks of it.
+pub(super) fn is_beyond_the_kernel() -> bool {
+    ring::setup(1).is_err_and(|error| error.raw_os_error() == Some(libc::EINVAL))
+}
+
 fn refused(error: &std::io::Error, entries: u32) -> RuntimeError {
     match error.raw_os_error() {
         // The flags are what older kernels do not know.

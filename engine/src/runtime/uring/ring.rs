@@ -61,19 +61,23 @@ pub(super) struct Ring<T: Owner> {
     urgent: bool,
 }
 
+/// A ring as this backend needs it. Kernels that do not know one of its flags refuse with EINVAL.
+pub(super) fn setup(entries: u32) -> io::Result<IoUring> {
+    IoUring::builder()
+        .setup_single_issuer()
+        .setup_defer_taskrun()
+        .setup_taskrun_flag()
+        .setup_submit_all()
+        .setup_clamp()
+        .setup_cqsize(entries.saturating_mul(COMPLETIONS_PER_ENTRY))
+        .build(entries)
+}
+
 impl<T: Owner> Ring<T> {
     /// A ring of this thread that wakes when `bell`, an eventfd, rings.
     pub(super) fn new(entries: u32, bell: Arc<OwnedFd>) -> io::Result<Self> {
         // The kernel refuses none with the error that it has for flags it does not know.
-        let entries = entries.max(1);
-        let uring = IoUring::builder()
-            .setup_single_issuer()
-            .setup_defer_taskrun()
-            .setup_taskrun_flag()
-            .setup_submit_all()
-            .setup_clamp()
-            .setup_cqsize(entries.saturating_mul(COMPLETIONS_PER_ENTRY))
-            .build(entries)?;
+        let uring = setup(entries.max(1))?;
         let slots = Slots { slots: Vec::new(), free: Vec::new(), in_flight: 0 };
         Ok(Self { uring, slots, backlog: VecDeque::new(), bell, bell_watched: false, urgent: false })
     }
