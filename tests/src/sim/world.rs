@@ -8,7 +8,7 @@ use super::buffer;
 use super::check::{History, Recorder};
 use super::clock::NodeClock;
 use super::context::{Context, MICROSECOND, MILLISECOND, SECOND, Time};
-use super::coverage::{Coverage, Mark};
+use super::coverage::{Coverage, Mark, Need};
 use super::disk::{Crash, DiskConfig, DiskFaults, DiskState, SimDisk};
 use super::kv::{Command, CommandId, KEYS};
 use super::link::{Fabric, LinkConfig, SimLink};
@@ -74,6 +74,22 @@ impl Default for Options {
             changes: None,
             keep: Keep::default(),
             list_calls: false,
+        }
+    }
+}
+
+impl Options {
+    /// Whether runs that are made like this may come by what needs that.
+    #[must_use]
+    pub fn allow(&self, need: Need) -> bool {
+        let three = self.nodes.is_none_or(|nodes| nodes >= 3);
+        match need {
+            Need::Nothing => true,
+            Need::Changes => self.changes != Some(false) && self.disk_faults != Some(true),
+            Need::RottingDisk => self.disk_faults != Some(false) && three,
+            Need::LateWrites => self.late_writes != Some(false),
+            Need::ImageChecks => self.image_check_every > 0,
+            Need::Three => three,
         }
     }
 }

@@ -41,15 +41,24 @@ pub(super) enum Plot {
 }
 
 impl<C: Cluster> World<'_, C> {
-    /// Whether a plot against this leader may begin: one of three members at least, none of whom come and go. All links are
+    /// Whether a plot against this leader may begin: one of three voters at least, who are not being changed. All links are
     /// mended then.
     fn opens_plot(&mut self, leader: usize) -> bool {
-        let leads = self.machines[leader].view.role == LEADER;
-        let opens = leads && self.plot.is_none() && self.founders >= 3 && !self.changes;
+        let view = &self.machines[leader].view;
+        let members = self.members_of(leader);
+        let settled = members.settled && members.index <= view.commit && !self.operator.waits_for_change();
+        let leads = view.role == LEADER && members.is_voter(leader);
+        let opens = leads && self.plot.is_none() && settled && members.incoming.count_ones() >= 3;
         if opens {
             self.fabric.borrow_mut().heal_all();
         }
         opens
+    }
+
+    /// The other voters, from the one that follows the leader on.
+    fn other_voters(&self, leader: usize) -> Vec<usize> {
+        let (nodes, members) = (self.machines.len(), self.members_of(leader));
+        (1..nodes).map(|at| (leader + at) % nodes).filter(|node| members.is_voter(*node)).collect()
     }
 
     fn begin_plot(&mut self, plot: Plot, timeouts: u64) {
@@ -78,19 +87,19 @@ impl<C: Cluster> World<'_, C> {
 
     /// A voter is started anew, perhaps more than once, when another one is about to campaign.
     pub(super) fn plot_forgetful_voter(&mut self, leader: usize) {
-        let nodes = self.machines.len();
         if !self.opens_plot(leader) {
             return;
         }
-        let rng = self.nemesis.rng();
-        let deaf = (leader + 1 + rng.index(nodes - 1)) % nodes;
-        let Some(voter) = (0..nodes).find(|node| *node != leader && *node != deaf) else { return };
+        let others = self.other_voters(leader);
+        let deaf = others[self.nemesis.rng().index(others.len())];
+        let Some(voter) = others.iter().copied().filter(|node| *node != deaf).min() else { return };
         self.begin_plot(Plot::VoterRestarts { voter, leader }, 4);
         self.watch(leader, 4);
         // Of more than three, those that are left cannot hear the leader either: the voter's word decides.
-        let majority = nodes / 2;
-        let rest = (0..nodes).filter(|node| ![leader, voter, deaf].contains(node));
-        let loyal: Vec<usize> = rest.take(majority - 1).collect();
+        let majority = others.len().div_ceil(2);
+        let mut rest: Vec<usize> = others.into_iter().filter(|node| ![voter, deaf].contains(node)).collect();
+        rest.sort_unstable();
+        let loyal = &rest[..majority - 1];
         let hears = |node: usize| node == leader || node == voter || loyal.contains(&node);
         self.sever(|from, to| (from == leader && !hears(to)) || (to == leader && !hears(from)));
         let election = self.tuning.election_timeout_ms * MILLISECOND;
@@ -119,13 +128,13 @@ impl<C: Cluster> World<'_, C> {
 
     /// An answer of a leader is under way to a follower that asks its successor meanwhile.
     pub(super) fn plot_stale_answer(&mut self, leader: usize) {
-        let nodes = self.machines.len();
         if !self.opens_plot(leader) {
             return;
         }
-        let first = self.nemesis.rng().index(nodes - 1);
-        let second = (first + 1 + self.nemesis.rng().index(nodes - 2)) % (nodes - 1);
-        let [reader, next] = [first, second].map(|at| (leader + 1 + at) % nodes);
+        let others = self.other_voters(leader);
+        let first = self.nemesis.rng().index(others.len());
+        let second = (first + 1 + self.nemesis.rng().index(others.len() - 1)) % others.len();
+        let [reader, next] = [first, second].map(|at| others[at]);
         self.begin_plot(Plot::StaleAnswer { leader, reader, next }, 3);
         let election = self.tuning.election_timeout_ms * MILLISECOND;
         let by = election / 100 * self.nemesis.rng().between(50, 75);
@@ -225,7 +234,8 @@ impl<C: Cluster> World<'_, C> {
 
     /// An old vote reaches a candidate of a later term.
     pub(super) fn plot_late_vote(&mut self, leader: usize) {
-        if self.founders != 5 || !self.opens_plot(leader) {
+        // The first five.
+        if self.members_of(leader).incoming != 0b1_1111 || !self.opens_plot(leader) {
             return;
         }
         self.begin_plot(Plot::CandidateAwaited { leader }, 10);
