@@ -229,6 +229,10 @@ impl SimNode for EngineNode {
         }
     }
 
+    fn rouse(&mut self) {
+        self.driver.rouse();
+    }
+
     fn propose(&mut self, tag: u64, command: &[u8]) -> Result<(), RefusedAtOnce> {
         let submitted = match tag >> 32 & 1 {
             0 => self.local.submit(tag, command),

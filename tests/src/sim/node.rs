@@ -281,6 +281,9 @@ pub trait SimNode {
     /// Takes a turn.
     fn turn(&mut self, monotonic_ns: u64, wall_ms: u64) -> Turned;
 
+    /// The next turn looks at everything, whatever the last one knew to be left.
+    fn rouse(&mut self) {}
+
     /// Proposes a command under a tag of the caller's.
     ///
     /// # Errors

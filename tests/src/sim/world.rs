@@ -40,6 +40,8 @@ pub struct Options {
     pub image_check_every: u64,
     /// After about one in so many turns that leave nothing to do, another one is taken at once, which must do nothing; 0 for none.
     pub rest_check_every: u64,
+    /// Whether every turn looks at everything, also one after which a turn without news need only let the network go on.
+    pub whole_turns: bool,
     /// Whether disks fail, run full, write short and rot; without it the seed decides.
     pub disk_faults: Option<bool>,
     /// Whether writes of a killed process may arrive when the next one is running; without it the seed decides.
@@ -69,6 +71,7 @@ impl Default for Options {
             trace: false,
             image_check_every: 256,
             rest_check_every: 512,
+            whole_turns: false,
             disk_faults: None,
             late_writes: None,
             changes: None,
@@ -661,6 +664,9 @@ impl<'a, C: Cluster> World<'a, C> {
             || std::mem::take(&mut machine.called);
         let clocks = (machine.clock.monotonic_ns(now), machine.clock.wall_ms(now));
         let (monotonic_ns, wall_ms) = machine.core_reading.take().unwrap_or(clocks);
+        if self.options.whole_turns {
+            process.rouse();
+        }
         let turned = process.turn(monotonic_ns, wall_ms);
         machine.busy_until = now + machine.rng.around(2 * MICROSECOND);
         let timer = !called && machine.wake_at != 0;

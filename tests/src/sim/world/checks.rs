@@ -82,6 +82,7 @@ impl<C: Cluster> World<'_, C> {
         }
         let seen = |process: &C::Node| (process.view(), process.members(), process.describe());
         let (before, lines) = (seen(process), self.context.trace().borrow().lines());
+        process.rouse();
         let again = process.turn(clocks.0, clocks.1);
         let (after, lines_after) = (seen(process), self.context.trace().borrow().lines());
         let (mut answers, mut outcomes) = (Vec::new(), Vec::new());
