@@ -361,6 +361,10 @@ impl SimNode for EngineNode {
         self.driver.wal().chain_at(LogIndex(index)).map(|chain| chain.0)
     }
 
+    fn chains(&self) -> Box<dyn Iterator<Item = (u64, [u8; 16])> + '_> {
+        Box::new(self.driver.wal().batches().map(|info| (info.last.get(), info.chain.0)))
+    }
+
     fn log_start(&self) -> u64 {
         self.driver.raft().map_or(0, |raft| raft.log_start().index.get())
     }

@@ -373,6 +373,9 @@ pub trait SimNode {
     /// The chain of its log at `index`, if that is a batch end that it holds.
     fn chain_at(&self, index: u64) -> Option<[u8; 16]>;
 
+    /// The ends of all batches that its log holds, in order, with the chains there.
+    fn chains(&self) -> Box<dyn Iterator<Item = (u64, [u8; 16])> + '_>;
+
     /// The first index that its log may hold, less one.
     fn log_start(&self) -> u64;
 

@@ -258,7 +258,7 @@ impl<C: Cluster> World<'_, C> {
         let mut history = self.history.borrow_mut();
         for (node, machine) in self.machines.iter().enumerate() {
             let Some(process) = &machine.process else { continue };
-            history.sweep(node, &machine.view, process.log_start(), |index| process.chain_at(index));
+            history.sweep(node, &machine.view, process.log_start(), process.chains());
             if let Err(broken) = process.check() {
                 history.fail(|| format!("node {node}: {broken}"));
             }
