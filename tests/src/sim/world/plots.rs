@@ -14,9 +14,11 @@ pub(super) enum Plot {
     SuccessorCutOff { first: usize, second: usize },
     /// The first one leads again, and dies while it sends on what only it held: the second one is back.
     FirstToDie { first: usize, second: usize },
-    /// A voter that has promised a leader to elect nobody else is started anew, while another one cannot hear that leader. When
-    /// that one campaigns, nobody tells the leader.
-    VoterRestarts { voter: usize, leader: usize },
+    /// A voter that has promised a leader to elect nobody else is started anew just before another one campaigns, which cannot hear
+    /// that leader. From then on nobody hears the leader, which may still have its lease.
+    ///
+    /// Of those who are to be deaf (bit n is node n) one can win only with a log that lacks nothing: before, clients only read.
+    VoterRestarts { voter: usize, leader: usize, deaf: u32, elected: bool },
     /// A vote of an earlier term is under way to a candidate of a later one. First the leader is cut off.
     CandidateAwaited { leader: usize },
     /// One voter's word to the candidate is slow, and two others do not hear it.
@@ -85,28 +87,32 @@ impl<C: Cluster> World<'_, C> {
         self.sever(|from, to| (from == leader) != (to == leader));
     }
 
-    /// A voter is started anew, perhaps more than once, when another one is about to campaign.
+    /// Clients only read for a while, and somebody cannot hear the leader. When that one is about to ask whether it could win, a
+    /// voter is started anew, and the leader is not heard any more: the voter is up again when it is asked.
     pub(super) fn plot_forgetful_voter(&mut self, leader: usize) {
         if !self.opens_plot(leader) {
             return;
         }
         let others = self.other_voters(leader);
         let deaf = others[self.nemesis.rng().index(others.len())];
-        let Some(voter) = others.iter().copied().filter(|node| *node != deaf).min() else { return };
-        self.begin_plot(Plot::VoterRestarts { voter, leader }, 4);
-        self.watch(leader, 4);
+        // Of two nodes the later one dials, and one that has just been started does so at once. (A session that begins before
+        // its core does is too early: what it is asked then is lost.)
+        let Some(voter) = others.iter().copied().filter(|node| *node != deaf).max() else { return };
         // Of more than three, those that are left cannot hear the leader either: the voter's word decides.
         let majority = others.len().div_ceil(2);
         let mut rest: Vec<usize> = others.into_iter().filter(|node| ![voter, deaf].contains(node)).collect();
         rest.sort_unstable();
-        let loyal = &rest[..majority - 1];
-        let hears = |node: usize| node == leader || node == voter || loyal.contains(&node);
-        self.sever(|from, to| (from == leader && !hears(to)) || (to == leader && !hears(from)));
-        let election = self.tuning.election_timeout_ms * MILLISECOND;
-        for part in 0..6 {
-            let delay = election * (10 + 2 * part) / 10 + self.nemesis.rng().below(election / 5);
-            self.plan(delay, Plan::RestartNow { node: voter });
-        }
+        let deaf = rest[majority - 1..].iter().fold(1 << deaf, |deaf, node| deaf | 1 << node);
+        self.begin_plot(Plot::VoterRestarts { voter, leader, deaf, elected: false }, 5);
+        self.watch(leader, 5);
+        let number = self.plots;
+        self.plan(self.tuning.election_timeout_ms * MILLISECOND / 5, Plan::CutOff { number });
+    }
+
+    /// Whether a client is to leave the log as it is. Those who go on asking a leader that was cut off read from it.
+    pub(super) fn only_reads(&self, client: usize) -> bool {
+        let Some(Plot::VoterRestarts { deaf, elected, .. }) = self.plot else { return false };
+        deaf != 0 && (client % 2 == 1 || !elected)
     }
 
     /// Answers that were given long ago reach a leader that nobody hears any more.
@@ -208,7 +214,7 @@ impl<C: Cluster> World<'_, C> {
         if self.plot.is_some() || leader == voter {
             return;
         }
-        self.begin_plot(Plot::VoterRestarts { voter, leader }, 3);
+        self.begin_plot(Plot::VoterRestarts { voter, leader, deaf: 0, elected: false }, 3);
         self.sever(|from, to| (from == voter) != (to == voter));
         self.watch(leader, 3);
         self.plan(0, Plan::RestartNow { node: voter });
@@ -220,6 +226,15 @@ impl<C: Cluster> World<'_, C> {
             // From now on nobody hears the leader; it still hears the others.
             Some(Plot::SlowAnswers { leader }) if number == self.plots => {
                 self.sever(|from, _| from == leader);
+            }
+            Some(Plot::VoterRestarts { voter, leader, deaf, .. }) if number == self.plots => {
+                let is_deaf = |node: usize| deaf >> node & 1 == 1;
+                self.sever(|from, to| (from == leader && is_deaf(to)) || (to == leader && is_deaf(from)));
+                let Tuning { election_timeout_ms, heartbeat_ms, .. } = self.tuning;
+                self.plan(
+                    (election_timeout_ms + heartbeat_ms) * MILLISECOND,
+                    Plan::RestartNow { node: voter },
+                );
             }
             // The voter has voted, and hears of no other term.
             Some(Plot::VoteUnderWay { candidate, voter, .. }) if number == self.plots => {
@@ -304,8 +319,13 @@ impl<C: Cluster> World<'_, C> {
 
     /// Kills a process, which is started again at once.
     pub(super) fn restart_now(&mut self, node: usize) {
-        if !matches!(self.plot, Some(Plot::VoterRestarts { voter, .. }) if voter == node) {
+        let Some(Plot::VoterRestarts { leader, deaf, .. }) =
+            self.plot.filter(|plot| matches!(plot, Plot::VoterRestarts { voter, .. } if *voter == node))
+        else {
             return;
+        };
+        if deaf != 0 {
+            self.sever(|from, to| (from == leader) != (to == leader));
         }
         self.crash(node, Crash::Kill);
         self.plan(0, Plan::Restart { node });
@@ -338,7 +358,8 @@ impl<C: Cluster> World<'_, C> {
             }
             Some(Plot::CutOffWrite { leader }) if node != leader => self.fabric.borrow_mut().heal_all(),
             // Half of the clients hear of it.
-            Some(Plot::VoterRestarts { leader, .. }) if node != leader => {
+            Some(Plot::VoterRestarts { voter, leader, deaf, .. }) if node != leader => {
+                self.plot = Some(Plot::VoterRestarts { voter, leader, deaf, elected: true });
                 self.clients.iter_mut().step_by(2).for_each(|client| client.believed = node);
             }
             Some(Plot::LeftBehind { leader }) if node != leader => {
