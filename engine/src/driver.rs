@@ -121,6 +121,8 @@ pub struct Driver<D: Disk, L: Link<Buf = D::Buf>, S> {
     address_in_use_since_ns: Option<u64>,
     /// There is something to apply, and nothing to wait for.
     apply_due: bool,
+    /// Until then a turn without news has nothing to do but to let the network go on; 0 when the last one has left something.
+    rests_until_ns: u64,
     closing: bool,
     /// The last turn began to close, or to hand over before that.
     ends: bool,
@@ -141,6 +143,21 @@ struct Deferred {
     to: NodeId,
     term: Term,
     message: Outgoing,
+}
+
+/// What a turn has come to.
+struct Ran {
+    progressed: bool,
+    /// Nothing but the network had anything to do.
+    rested: bool,
+}
+
+/// What the network has done in a turn.
+#[derive(Default)]
+struct Moved {
+    any: bool,
+    /// Something that concerns others.
+    news: bool,
 }
 
 /// How far a node has come.
@@ -273,6 +290,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             referrals: referrals::Referrals::default(),
             address_in_use_since_ns: None,
             apply_due: false,
+            rests_until_ns: 0,
             closing: false,
             ends: false,
             closed: false,
@@ -296,6 +314,11 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// up any more, its core no tick.
     pub fn is_closing(&self) -> bool {
         self.closing
+    }
+
+    /// The next turn looks at everything, even if the last one has left nothing to do: for tests of that.
+    pub fn rouse(&mut self) {
+        self.rests_until_ns = 0;
     }
 
     /// Whether there is a session with `peer`.
@@ -338,10 +361,18 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     }
 
     /// What each stage makes of the time and of what has come, in an order in which hardly any leaves something to one before
-    /// it; what it does leave there, [`Self::has_more`] knows. Returns whether anything was done.
-    fn run_turn(&mut self) -> Result<bool, StopError> {
+    /// it; what it does leave there, [`Self::has_more`] knows.
+    fn run_turn(&mut self) -> Result<Ran, StopError> {
         let mut progressed = self.on_disk()?;
-        progressed |= self.on_network()?;
+        let Moved { any: moved, news } = self.on_network()?;
+        if !progressed && !news && self.is_at_rest() {
+            // A send has completed, or a part of a frame has come: every fourth turn or so of a node that is busy.
+            self.stall.looked(self.now.monotonic_ns);
+            self.trim_recent();
+            self.send_queued();
+            return Ok(Ran { progressed: moved, rested: true });
+        }
+        progressed |= moved;
         progressed |= self.take_requests();
         self.watch_disk()?;
         self.step(Event::Tick)?;
@@ -363,7 +394,38 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.keep_log();
         self.ends = self.close_if_asked()?;
         self.note_operation();
-        Ok(progressed || self.ends)
+        Ok(Ran { progressed: progressed || self.ends, rested: false })
+    }
+
+    /// Whether the last turn has left nothing to do, nothing that only time brings is due, and nobody here asks for anything. What
+    /// looks at the time without a deadline of its own is not at rest while it has anything to look for.
+    fn is_at_rest(&self) -> bool {
+        let now_ns = self.now.monotonic_ns;
+        let Life::Running(raft) = &self.life else { return false };
+        now_ns < self.rests_until_ns
+            && now_ns < self.stall_deadline()
+            && (raft.role() != Role::Leader || now_ns < self.activity_at_ns)
+            && self.stall.stalled_ms(now_ns).is_none()
+            && self.pending.is_empty()
+            && !self.shared.ingress.has_any()
+            && !self.proposals.borrow().has_unsealed()
+            && self.snapshots.is_at_rest(now_ns)
+            && !(self.no_space || self.closing || raft.is_state_lost())
+            && self.wal.first_damaged().is_none()
+    }
+
+    /// When the next turn is to come without news of the network or of the disk.
+    fn due_ns(&self) -> u64 {
+        let now_ns = self.now.monotonic_ns;
+        let members = self.members.next_deadline(self.pin_patience_ns());
+        let log = self.witness_at_ns.min(self.space_retry_at_ns);
+        let always = members.min(log).min(self.handover.next_deadline()).min(self.reads_deadline());
+        if self.closing {
+            return always;
+        }
+        let core = self.raft().map_or(u64::MAX, |raft| raft.next_deadline().0);
+        let (repair, referrals) = (self.repair.next_deadline(), self.referrals.next_deadline());
+        always.min(core).min(repair).min(referrals).min(self.snapshots.next_deadline(now_ns))
     }
 
     /// Whether another turn at the same moment would do more.
@@ -384,6 +446,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
 
     fn step(&mut self, event: Event) -> Result<(), StopError> {
         let Life::Running(raft) = &mut self.life else { return Ok(()) };
+        self.rests_until_ns = 0;
         // While the log closes, what becomes durable still commits; nothing new is begun.
         if self.closing && !matches!(event, Event::Persisted { .. }) {
             return Ok(());
@@ -600,22 +663,19 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Turn for Driver<D, L, S> {
             return TurnOutcome { progressed: false, more: false, next_deadline_ns: u64::MAX, stop: true };
         }
         match self.run_turn() {
-            Ok(progressed) => {
-                self.note_activity();
-                self.publish();
-                let raft = self.raft().filter(|_| !self.closing);
-                let core = raft.map_or(u64::MAX, |raft| raft.next_deadline().0);
+            Ok(Ran { progressed, rested }) => {
+                if !rested {
+                    self.note_activity();
+                    self.publish();
+                    self.rests_until_ns = self.due_ns();
+                }
                 let network = self.network.as_ref().map_or(u64::MAX, Network::next_deadline);
-                let log = self.witness_at_ns.min(self.space_retry_at_ns);
-                let repair = if self.closing { u64::MAX } else { self.repair.next_deadline() };
-                let members = self.members.next_deadline(self.pin_patience_ns());
-                let referrals = if self.closing { u64::MAX } else { self.referrals.next_deadline() };
-                let log = log.min(repair).min(self.stall_deadline()).min(members).min(referrals);
-                let log = log.min(self.handover.next_deadline()).min(self.reads_deadline());
-                let snapshots = self.snapshots.next_deadline(now.monotonic_ns);
-                let log = log.min(if self.closing { u64::MAX } else { snapshots });
-                let next_deadline_ns = core.min(network).min(log);
-                TurnOutcome { progressed, more: self.has_more(), next_deadline_ns, stop: false }
+                let next_deadline_ns = self.rests_until_ns.min(network).min(self.stall_deadline());
+                let more = self.has_more();
+                if more {
+                    self.rests_until_ns = 0;
+                }
+                TurnOutcome { progressed, more, next_deadline_ns, stop: false }
             }
             Err(error) => {
                 self.stop(error);

@@ -198,6 +198,11 @@ impl Ingress {
         self.reads.pop()
     }
 
+    /// Whether anything waits that a handle has asked for, or the end.
+    pub(crate) fn has_any(&self) -> bool {
+        self.has_commands() || self.has_reads() || self.requests.any() || self.shutdown_requested()
+    }
+
     pub(crate) fn request_shutdown(&self) {
         self.shutdown.store(true, Ordering::Release);
     }

@@ -19,6 +19,11 @@ impl<B: BlockBuf> Recent<B> {
         Self { batches: VecDeque::new(), bytes: 0, bytes_max }
     }
 
+    /// Whether none is held.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.batches.is_empty()
+    }
+
     /// The batch follows the last one.
     pub(crate) fn push(&mut self, info: BatchInfo, block: SharedBlock<B>) {
         debug_assert!(self.batches.back().is_none_or(|last| last.info.last.next() == info.first));

@@ -88,9 +88,14 @@ impl Requests {
         self.any.store(true, Ordering::Release);
     }
 
+    /// Whether any wait.
+    pub(crate) fn any(&self) -> bool {
+        self.any.load(Ordering::Acquire)
+    }
+
     /// All that wait, in order. Costs a load when there are none.
     pub(crate) fn take(&self) -> VecDeque<Request> {
-        if !self.any.load(Ordering::Acquire) {
+        if !self.any() {
             return VecDeque::new();
         }
         let mut queue = lock(&self.queue);

@@ -71,6 +71,21 @@ fn after_a_turn_that_leaves_nothing_to_do_another_one_does_nothing_and_the_run_i
     }
 }
 
+/// A turn without news for anybody but the network passes over what has nothing to do: nothing may come of that.
+#[test]
+fn a_run_is_the_same_when_every_turn_looks_at_everything() {
+    let kinds = [(None, None), (Some(true), Some(false)), (Some(false), Some(true))];
+    for (seed, (changes, disk_faults)) in (20..29).zip(kinds.into_iter().cycle()) {
+        let options =
+            |whole_turns| Options { whole_turns, changes, disk_faults, steps: 10_000, ..Options::default() };
+        let report = run(&Engine, seed, &options(false));
+        if report.failure.is_some() {
+            panic!("{}", describe(&report));
+        }
+        assert_eq!(report.hash, run(&Engine, seed, &options(true)).hash, "seed {seed}");
+    }
+}
+
 #[test]
 fn a_turn_that_leaves_work_without_saying_so_is_noticed() {
     let make = || {

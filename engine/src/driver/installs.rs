@@ -127,6 +127,13 @@ impl<B: BlockBuf> Installs<B> {
         offers.min().map_or(reads, |offer| reads.min(offer.max(now_ns)))
     }
 
+    /// Whether nothing is under way, in either direction.
+    pub(super) fn is_at_rest(&self) -> bool {
+        let wanted = !self.wanted.is_empty() || !self.asking.is_empty() || self.next_offer.is_some();
+        let sends = !self.serving.is_empty() || !self.outgoing.is_empty();
+        !(wanted || sends || self.receiving.is_some() || self.doubt.is_some())
+    }
+
     pub(super) fn status(&self) -> Vec<InstallStatus> {
         let outgoing = self.serving.iter().filter_map(|serving| {
             let (last, bytes) = (serving.file.meta.last.index, serving.file.file_bytes);

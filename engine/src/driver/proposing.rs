@@ -178,9 +178,16 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             Applied::More => self.apply_due = !mutants::active(Mutant::TurnLeavesWork),
             Applied::Fetch(_) | Applied::Current | Applied::Waiting => {}
         }
-        let wanted = self.wanted_from();
-        self.recent.trim(wanted, self.wal.durable_through());
+        self.trim_recent();
         Ok(self.applier.applied() > before)
+    }
+
+    /// Lets go of the batches that nobody here will ask for.
+    pub(super) fn trim_recent(&mut self) {
+        if !self.recent.is_empty() {
+            let wanted = self.wanted_from();
+            self.recent.trim(wanted, self.wal.durable_through());
+        }
     }
 
     /// The first index that apply or a peer that keeps up will ask for.

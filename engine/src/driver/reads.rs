@@ -132,6 +132,9 @@ impl Reads {
 impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// Takes reads from the queue and puts them to whoever can tell when they are ready.
     pub(super) fn take_reads(&mut self) -> Result<bool, StopError> {
+        if !self.shared.ingress.has_reads() {
+            return Ok(false);
+        }
         let (mut rounds, mut leased, mut quorum) = (Vec::new(), Vec::new(), Vec::new());
         let mut taken = 0;
         while taken < self.config.reads_max && self.takes_reads() {
@@ -238,10 +241,13 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
 
     /// Seals a barrier for all that wait for one, one at a time.
     pub(super) fn seal_barrier(&mut self) -> Result<bool, StopError> {
+        if self.reads.queued.is_empty() {
+            return Ok(false);
+        }
         let idle = self.reads.barrier.is_none() && self.pending.is_empty() && !self.closing;
         let can = self.raft().is_some_and(Raft::can_accept_proposals) && !self.no_space;
         let position = self.raft().and_then(Raft::next_position);
-        let Some((_, index)) = position.filter(|_| idle && can && !self.reads.queued.is_empty()) else {
+        let Some((_, index)) = position.filter(|_| idle && can) else {
             return Ok(false);
         };
         self.reads.barrier = Some((index, std::mem::take(&mut self.reads.queued)));
@@ -259,6 +265,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// Answers what is ready. True if it answered anything.
     pub(super) fn serve_reads(&mut self) -> Result<bool, StopError> {
         let before = self.reads.count;
+        if before == 0 && self.now.monotonic_ns < self.reads.next_deadline_ns {
+            return Ok(false);
+        }
         self.judge_stale();
         let applied = self.applier.applied();
         let commit = self.raft().map_or(LogIndex(0), Raft::commit);

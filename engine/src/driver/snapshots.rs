@@ -182,6 +182,15 @@ impl<B: BlockBuf> Snapshots<B> {
         throttled.min(retry).min(self.installs.next_deadline(now_ns))
     }
 
+    /// Whether there is nothing to do as long as nothing more is applied and nobody asks for anything.
+    pub(super) fn is_at_rest(&self, now_ns: u64) -> bool {
+        let begun = self.taking.is_some() || self.reserving.is_some() || self.restoring.is_some();
+        let cleans = self.cleaning.is_some() || self.unsynced || !self.leftovers.is_empty();
+        let asked = self.needed || !self.waiting.is_empty();
+        let due = now_ns >= self.purge_at_ns || now_ns < self.retry_at_ns;
+        !(begun || cleans || asked || due) && self.installs.is_at_rest()
+    }
+
     pub(super) fn status(&self, state_lost: bool) -> SnapshotStatus {
         let newest = self.newest();
         SnapshotStatus {

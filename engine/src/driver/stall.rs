@@ -25,6 +25,11 @@ impl StallWatch {
         self.operation.map_or(0, |_| now_ns.saturating_sub(self.since_ns))
     }
 
+    /// A turn that no limit has come in: it tells a process that runs from one that does not.
+    pub(super) fn looked(&mut self, now_ns: u64) {
+        self.looked_ns = now_ns;
+    }
+
     /// How long the disk has not answered, if that is too long.
     pub(super) fn stalled_ms(&self, now_ns: u64) -> Option<u64> {
         self.stalled.then(|| self.age_ns(now_ns) / 1_000_000)

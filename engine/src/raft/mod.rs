@@ -850,6 +850,52 @@ mod tests {
         assert_eq!(refuse(None), [Action::SendNow { to, message }]);
     }
 
+    /// What it promised a leader in its earlier life it has forgotten, and the leader may still read by its lease.
+    #[test]
+    fn a_voter_that_restarts_elects_nobody_within_a_lease_unless_the_leader_has_given_that_up() {
+        const SECOND: u64 = 1_000_000_000;
+        let lease = LeaseSettings { election_timeout_min_ns: SECOND, drift_ppm: 0 };
+        let start = LogId { term: Term(2), index: LogIndex(10) };
+        let asked = |after: u64, pre: bool, transfer: bool| {
+            let boot = Boot {
+                term: Term(3),
+                term_saved: Term(3),
+                vote: None,
+                start,
+                batches: [],
+                epoch: Epoch(4),
+                commit: start.index,
+                damaged_from: None,
+                claim: None,
+                configuration_index: LogIndex(9),
+                now: Nanos(5),
+                changes: Vec::new(),
+            };
+            let configuration = three().with_settings(Settings { lease: Some(lease) });
+            let raft = Raft::new(RaftConfig::new(NodeId(1), 7), configuration, boot);
+            let mut raft = raft.expect("consistent");
+            let vote = Message::Vote(Vote { term: Term(4), last: start, pre, transfer });
+            let mut actions = Vec::new();
+            raft.handle(Nanos(5 + after), Event::Received { from: NodeId(2), message: vote }, &mut actions);
+            let granted = actions.iter().any(|action| {
+                let (Action::SendNow { message, .. } | Action::SendAfterSave { message, .. }) = action else {
+                    return false;
+                };
+                matches!(message, Message::VoteReply(VoteReply { granted: true, .. }))
+            });
+            (granted, raft.term())
+        };
+        assert_eq!(asked(SECOND - 1, true, false), (false, Term(3)));
+        assert_eq!(asked(SECOND - 1, false, false), (false, Term(3)), "nor does it leave its term");
+        assert_eq!(asked(SECOND - 1, false, true), (true, Term(4)));
+        assert_eq!(asked(SECOND, true, false), (true, Term(3)));
+        assert_eq!(asked(SECOND, false, false), (true, Term(4)));
+        mutants::set(Some(Mutant::RestartedVoterVotesWithinLease));
+        let forgetful = asked(SECOND - 1, false, false);
+        mutants::set(None);
+        assert_eq!(forgetful, (true, Term(4)), "with the known bug");
+    }
+
     /// A broken driver is told so, too.
     #[test]
     fn events_that_nothing_asked_for_stop_the_node() {

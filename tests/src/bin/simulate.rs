@@ -39,6 +39,9 @@ struct Arguments {
     /// Check after about one in so many turns that leave nothing to do that another one does nothing; 0 for none
     #[arg(long, default_value_t = Options::default().rest_check_every)]
     rest_check_every: u64,
+    /// Have every turn look at everything: the hashes must be the same
+    #[arg(long)]
+    whole_turns: bool,
     /// Whether disks fail, run full, write short and rot, instead of what the seed decides
     #[arg(long)]
     disk_faults: Option<bool>,
@@ -110,6 +113,7 @@ fn main() -> anyhow::Result<ExitCode> {
         trace: arguments.trace,
         image_check_every: arguments.image_check_every,
         rest_check_every: arguments.rest_check_every,
+        whole_turns: arguments.whole_turns,
         disk_faults: arguments.disk_faults,
         late_writes: arguments.late_writes,
         changes: arguments.changes,

@@ -229,6 +229,10 @@ impl SimNode for EngineNode {
         }
     }
 
+    fn rouse(&mut self) {
+        self.driver.rouse();
+    }
+
     fn propose(&mut self, tag: u64, command: &[u8]) -> Result<(), RefusedAtOnce> {
         let submitted = match tag >> 32 & 1 {
             0 => self.local.submit(tag, command),
@@ -355,6 +359,10 @@ impl SimNode for EngineNode {
 
     fn chain_at(&self, index: u64) -> Option<[u8; 16]> {
         self.driver.wal().chain_at(LogIndex(index)).map(|chain| chain.0)
+    }
+
+    fn chains(&self) -> Box<dyn Iterator<Item = (u64, [u8; 16])> + '_> {
+        Box::new(self.driver.wal().batches().map(|info| (info.last.get(), info.chain.0)))
     }
 
     fn log_start(&self) -> u64 {

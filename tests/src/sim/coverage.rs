@@ -236,23 +236,44 @@ marks! {
     Stable = "stable_endings", 50;
 }
 
+/// What runs must allow to come by a mark.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Need {
+    /// Any run may.
+    Nothing,
+    /// Members join and leave, which they do only where no disk fails.
+    Changes,
+    /// One disk rots, and there are two others at least.
+    RottingDisk,
+    /// Writes of killed processes may arrive late.
+    LateWrites,
+    /// What is committed is looked for in recovered disk images.
+    ImageChecks,
+    /// The cluster is formed of three nodes at least: one can be outvoted.
+    Three,
+}
+
 impl Mark {
-    /// Whether only runs in which members change come by it: those of which it is asked that disks fail are not among them.
+    /// What runs must allow to come by it.
     #[must_use]
-    pub const fn needs_changes(self) -> bool {
-        matches!(
-            self,
+    pub const fn need(self) -> Need {
+        match self {
             Self::ChangeAsked
-                | Self::Changed
-                | Self::ChangeFailed
-                | Self::JointEntered
-                | Self::MembersChanged
-                | Self::LearnerAdded
-                | Self::MemberLeft
-                | Self::Met
-                | Self::LeaderLeft
-                | Self::Wiped
-        )
+            | Self::Changed
+            | Self::ChangeFailed
+            | Self::JointEntered
+            | Self::MembersChanged
+            | Self::LearnerAdded
+            | Self::MemberLeft
+            | Self::Met
+            | Self::LeaderLeft
+            | Self::Wiped => Need::Changes,
+            Self::Rot | Self::Misdirected => Need::RottingDisk,
+            Self::LateWrite => Need::LateWrites,
+            Self::ImageChecked => Need::ImageChecks,
+            Self::Figure8 | Self::Overtaken | Self::Stranded => Need::Three,
+            _ => Need::Nothing,
+        }
     }
 }
 

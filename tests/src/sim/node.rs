@@ -281,6 +281,9 @@ pub trait SimNode {
     /// Takes a turn.
     fn turn(&mut self, monotonic_ns: u64, wall_ms: u64) -> Turned;
 
+    /// The next turn looks at everything, whatever the last one knew to be left.
+    fn rouse(&mut self) {}
+
     /// Proposes a command under a tag of the caller's.
     ///
     /// # Errors
@@ -369,6 +372,9 @@ pub trait SimNode {
 
     /// The chain of its log at `index`, if that is a batch end that it holds.
     fn chain_at(&self, index: u64) -> Option<[u8; 16]>;
+
+    /// The ends of all batches that its log holds, in order, with the chains there.
+    fn chains(&self) -> Box<dyn Iterator<Item = (u64, [u8; 16])> + '_>;
 
     /// The first index that its log may hold, less one.
     fn log_start(&self) -> u64;

@@ -24,18 +24,18 @@ pub struct Summary {
     pub hash: u64,
     /// All they came by.
     pub coverage: Coverage,
-    /// Members changed in some of them.
-    pub with_changes: bool,
+    /// How they were made.
+    pub options: Options,
     /// The failed run with the lowest seed.
     pub failure: Option<Report>,
 }
 
 impl Summary {
-    /// What a range of this size must come by, and did not.
+    /// What a range of this size must come by, as far as its options allow, and did not.
     #[must_use]
     pub fn missing(&self) -> Vec<Mark> {
         let mut missing = self.coverage.missing(self.runs);
-        missing.retain(|mark| self.with_changes || !mark.needs_changes());
+        missing.retain(|mark| self.options.allow(mark.need()));
         missing
     }
 
@@ -113,7 +113,7 @@ pub fn run_range<C: Cluster>(
         busy: Duration::from_nanos(busy_ns.into_inner()),
         hash: 0,
         coverage: Coverage::default(),
-        with_changes: options.disk_faults != Some(true),
+        options: options.clone(),
         failure: None,
     };
     let mut hashes = Vec::new();
@@ -131,4 +131,45 @@ pub fn run_range<C: Cluster>(
     }
     summary.hash = xxh3_64(&hashes);
     summary
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sim::coverage::Need;
+
+    /// A long range with changes and without failing disks failed, since nothing had rotted in it.
+    #[test]
+    fn what_the_options_do_not_allow_is_not_missing() {
+        let missing = |options: Options| {
+            let summary = Summary {
+                runs: 10_000,
+                events: 0,
+                elapsed: Duration::ZERO,
+                busy: Duration::ZERO,
+                hash: 0,
+                coverage: Coverage::default(),
+                options,
+                failure: None,
+            };
+            summary.missing()
+        };
+        let required = |mark: &Mark| mark.required_from() > 0;
+        let all: Vec<Mark> = Mark::ALL.iter().copied().filter(required).collect();
+        let any = Options::default();
+        assert_eq!(missing(any.clone()), all);
+        let without = |options: Options, need: Need| {
+            let left: Vec<Mark> = all.iter().copied().filter(|mark| mark.need() != need).collect();
+            assert!(left.len() < all.len(), "{need:?}");
+            assert_eq!(missing(options), left, "{need:?}");
+        };
+        without(Options { disk_faults: Some(false), ..any.clone() }, Need::RottingDisk);
+        without(Options { disk_faults: Some(false), changes: Some(true), ..any.clone() }, Need::RottingDisk);
+        without(Options { disk_faults: Some(true), ..any.clone() }, Need::Changes);
+        without(Options { changes: Some(false), ..any.clone() }, Need::Changes);
+        without(Options { late_writes: Some(false), ..any.clone() }, Need::LateWrites);
+        without(Options { image_check_every: 0, ..any.clone() }, Need::ImageChecks);
+        let two = missing(Options { nodes: Some(2), ..any });
+        assert!(!two.contains(&Mark::Rot) && !two.contains(&Mark::Figure8), "{two:?}");
+    }
 }

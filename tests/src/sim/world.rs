@@ -8,7 +8,7 @@ use super::buffer;
 use super::check::{History, Recorder};
 use super::clock::NodeClock;
 use super::context::{Context, MICROSECOND, MILLISECOND, SECOND, Time};
-use super::coverage::{Coverage, Mark};
+use super::coverage::{Coverage, Mark, Need};
 use super::disk::{Crash, DiskConfig, DiskFaults, DiskState, SimDisk};
 use super::kv::{Command, CommandId, KEYS};
 use super::link::{Fabric, LinkConfig, SimLink};
@@ -40,6 +40,8 @@ pub struct Options {
     pub image_check_every: u64,
     /// After about one in so many turns that leave nothing to do, another one is taken at once, which must do nothing; 0 for none.
     pub rest_check_every: u64,
+    /// Whether every turn looks at everything, also one after which a turn without news need only let the network go on.
+    pub whole_turns: bool,
     /// Whether disks fail, run full, write short and rot; without it the seed decides.
     pub disk_faults: Option<bool>,
     /// Whether writes of a killed process may arrive when the next one is running; without it the seed decides.
@@ -69,11 +71,28 @@ impl Default for Options {
             trace: false,
             image_check_every: 256,
             rest_check_every: 512,
+            whole_turns: false,
             disk_faults: None,
             late_writes: None,
             changes: None,
             keep: Keep::default(),
             list_calls: false,
+        }
+    }
+}
+
+impl Options {
+    /// Whether runs that are made like this may come by what needs that.
+    #[must_use]
+    pub fn allow(&self, need: Need) -> bool {
+        let three = self.nodes.is_none_or(|nodes| nodes >= 3);
+        match need {
+            Need::Nothing => true,
+            Need::Changes => self.changes != Some(false) && self.disk_faults != Some(true),
+            Need::RottingDisk => self.disk_faults != Some(false) && three,
+            Need::LateWrites => self.late_writes != Some(false),
+            Need::ImageChecks => self.image_check_every > 0,
+            Need::Three => three,
         }
     }
 }
@@ -645,6 +664,9 @@ impl<'a, C: Cluster> World<'a, C> {
             || std::mem::take(&mut machine.called);
         let clocks = (machine.clock.monotonic_ns(now), machine.clock.wall_ms(now));
         let (monotonic_ns, wall_ms) = machine.core_reading.take().unwrap_or(clocks);
+        if self.options.whole_turns {
+            process.rouse();
+        }
         let turned = process.turn(monotonic_ns, wall_ms);
         machine.busy_until = now + machine.rng.around(2 * MICROSECOND);
         let timer = !called && machine.wake_at != 0;

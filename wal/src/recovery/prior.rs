@@ -50,6 +50,9 @@ pub(crate) fn is_unused(segment: &SegmentBytes<'_>) -> bool {
 fn is_blank(bytes: &[u8]) -> bool {
     // Every segment's blank rest is compared: by the cache line, so that the processor takes as much as it can at once.
     let (lines, rest) = bytes.as_chunks::<64>();
-    lines.iter().all(|line| line.iter().fold(0, |any, byte| any | byte) == 0)
-        && rest.iter().all(|byte| *byte == 0)
+    let any = |line: &[u8; 64]| {
+        let (words, _) = line.as_chunks::<8>();
+        words.iter().fold(0, |any, word| any | u64::from_ne_bytes(*word))
+    };
+    lines.iter().all(|line| any(line) == 0) && rest.iter().all(|byte| *byte == 0)
 }

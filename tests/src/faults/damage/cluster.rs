@@ -364,8 +364,8 @@ impl Cluster {
             if let Err(broken) = invariants::check(raft) {
                 history.fail(|| format!("node {node}: {broken:?}"));
             }
-            let chain_at = |index| process.driver.wal().chain_at(LogIndex(index)).map(|chain| chain.0);
-            history.sweep(node, &machine.view, raft.log_start().index.get(), chain_at);
+            let chains = process.driver.wal().batches().map(|info| (info.last.get(), info.chain.0));
+            history.sweep(node, &machine.view, raft.log_start().index.get(), chains);
         }
     }
 

@@ -4,7 +4,8 @@ use ringraft_block::{BLOCK_BYTES, SECTOR_BYTES};
 use std::collections::BTreeSet;
 use std::rc::Rc;
 
-type Page = [u8; BLOCK_BYTES];
+/// Of [`BLOCK_BYTES`].
+type Page = [u8];
 
 #[derive(Clone, Default)]
 pub(super) struct Inode {
@@ -49,14 +50,14 @@ impl Inode {
             if self.pages.len() <= page {
                 self.pages.resize(page + 1, None);
             }
-            if let Ok(whole) = <&Page>::try_from(bytes) {
+            if count == BLOCK_BYTES {
                 match self.pages[page].as_mut().and_then(Rc::get_mut) {
-                    Some(present) => present.copy_from_slice(whole),
-                    None => self.pages[page] = Some(Rc::new(*whole)),
+                    Some(present) => present.copy_from_slice(bytes),
+                    None => self.pages[page] = Some(Rc::from(bytes)),
                 }
                 continue;
             }
-            let page = self.pages[page].get_or_insert_with(|| Rc::new([0; BLOCK_BYTES]));
+            let page = self.pages[page].get_or_insert_with(|| Rc::from([0; BLOCK_BYTES]));
             Rc::make_mut(page)[start..start + count].copy_from_slice(bytes);
         }
     }
@@ -158,6 +159,9 @@ impl Inode {
 
 pub(super) fn all_zero(bytes: &[u8]) -> bool {
     let (lines, rest) = bytes.as_chunks::<64>();
-    lines.iter().all(|line| line.iter().fold(0, |any, byte| any | byte) == 0)
-        && rest.iter().all(|byte| *byte == 0)
+    let any = |line: &[u8; 64]| {
+        let (words, _) = line.as_chunks::<8>();
+        words.iter().fold(0, |any, word| any | u64::from_ne_bytes(*word))
+    };
+    lines.iter().all(|line| any(line) == 0) && rest.iter().all(|byte| *byte == 0)
 }

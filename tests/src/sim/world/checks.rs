@@ -82,6 +82,7 @@ impl<C: Cluster> World<'_, C> {
         }
         let seen = |process: &C::Node| (process.view(), process.members(), process.describe());
         let (before, lines) = (seen(process), self.context.trace().borrow().lines());
+        process.rouse();
         let again = process.turn(clocks.0, clocks.1);
         let (after, lines_after) = (seen(process), self.context.trace().borrow().lines());
         let (mut answers, mut outcomes) = (Vec::new(), Vec::new());
@@ -257,7 +258,7 @@ impl<C: Cluster> World<'_, C> {
         let mut history = self.history.borrow_mut();
         for (node, machine) in self.machines.iter().enumerate() {
             let Some(process) = &machine.process else { continue };
-            history.sweep(node, &machine.view, process.log_start(), |index| process.chain_at(index));
+            history.sweep(node, &machine.view, process.log_start(), process.chains());
             if let Err(broken) = process.check() {
                 history.fail(|| format!("node {node}: {broken}"));
             }

@@ -81,6 +81,19 @@ pub(super) struct Client {
     pub(super) fresh_read: bool,
 }
 
+impl Wanted {
+    /// Whether it adds to the log.
+    fn writes(&self) -> bool {
+        matches!(self.ask, None | Some(Ask::Barrier))
+    }
+
+    /// The key is read instead.
+    fn as_read(self) -> Self {
+        let command = Command { operation: Operation::Get, ..self.command };
+        Self { command, ask: Some(Ask::Linearizable), ..self }
+    }
+}
+
 impl Client {
     pub(super) fn draw(
         mut rng: Rng,
@@ -173,7 +186,15 @@ impl<C: Cluster> World<'_, C> {
             return;
         }
         let first_time = this.current.is_none();
-        let wanted = this.current.unwrap_or_else(|| this.want(client));
+        let mut wanted = this.current.unwrap_or_else(|| this.want(client));
+        if wanted.writes() && self.only_reads(client) {
+            if !first_time {
+                let wait = self.tuning.election_timeout_ms * MILLISECOND / 10;
+                return self.plan(wait, Plan::Client { client });
+            }
+            wanted = wanted.as_read();
+        }
+        let this = &mut self.clients[client];
         let id = wanted.command.id;
         let may_wander = wanted.ask.is_some_and(Ask::may_wander);
         // Where members change, what is near may be no member for ever; elsewhere it may be behind for long.

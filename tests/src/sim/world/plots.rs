@@ -14,9 +14,11 @@ pub(super) enum Plot {
     SuccessorCutOff { first: usize, second: usize },
     /// The first one leads again, and dies while it sends on what only it held: the second one is back.
     FirstToDie { first: usize, second: usize },
-    /// A voter that has promised a leader to elect nobody else is started anew, while another one cannot hear that leader. When
-    /// that one campaigns, nobody tells the leader.
-    VoterRestarts { voter: usize, leader: usize },
+    /// A voter that has promised a leader to elect nobody else is started anew just before another one campaigns, which cannot hear
+    /// that leader. From then on nobody hears the leader, which may still have its lease.
+    ///
+    /// Of those who are to be deaf (bit n is node n) one can win only with a log that lacks nothing: before, clients only read.
+    VoterRestarts { voter: usize, leader: usize, deaf: u32, elected: bool },
     /// A vote of an earlier term is under way to a candidate of a later one. First the leader is cut off.
     CandidateAwaited { leader: usize },
     /// One voter's word to the candidate is slow, and two others do not hear it.
@@ -41,15 +43,24 @@ pub(super) enum Plot {
 }
 
 impl<C: Cluster> World<'_, C> {
-    /// Whether a plot against this leader may begin: one of three members at least, none of whom come and go. All links are
+    /// Whether a plot against this leader may begin: one of three voters at least, who are not being changed. All links are
     /// mended then.
     fn opens_plot(&mut self, leader: usize) -> bool {
-        let leads = self.machines[leader].view.role == LEADER;
-        let opens = leads && self.plot.is_none() && self.founders >= 3 && !self.changes;
+        let view = &self.machines[leader].view;
+        let members = self.members_of(leader);
+        let settled = members.settled && members.index <= view.commit && !self.operator.waits_for_change();
+        let leads = view.role == LEADER && members.is_voter(leader);
+        let opens = leads && self.plot.is_none() && settled && members.incoming.count_ones() >= 3;
         if opens {
             self.fabric.borrow_mut().heal_all();
         }
         opens
+    }
+
+    /// The other voters, from the one that follows the leader on.
+    fn other_voters(&self, leader: usize) -> Vec<usize> {
+        let (nodes, members) = (self.machines.len(), self.members_of(leader));
+        (1..nodes).map(|at| (leader + at) % nodes).filter(|node| members.is_voter(*node)).collect()
     }
 
     fn begin_plot(&mut self, plot: Plot, timeouts: u64) {
@@ -76,28 +87,32 @@ impl<C: Cluster> World<'_, C> {
         self.sever(|from, to| (from == leader) != (to == leader));
     }
 
-    /// A voter is started anew, perhaps more than once, when another one is about to campaign.
+    /// Clients only read for a while, and somebody cannot hear the leader. When that one is about to ask whether it could win, a
+    /// voter is started anew, and the leader is not heard any more: the voter is up again when it is asked.
     pub(super) fn plot_forgetful_voter(&mut self, leader: usize) {
-        let nodes = self.machines.len();
         if !self.opens_plot(leader) {
             return;
         }
-        let rng = self.nemesis.rng();
-        let deaf = (leader + 1 + rng.index(nodes - 1)) % nodes;
-        let Some(voter) = (0..nodes).find(|node| *node != leader && *node != deaf) else { return };
-        self.begin_plot(Plot::VoterRestarts { voter, leader }, 4);
-        self.watch(leader, 4);
+        let others = self.other_voters(leader);
+        let deaf = others[self.nemesis.rng().index(others.len())];
+        // Of two nodes the later one dials, and one that has just been started does so at once. (A session that begins before
+        // its core does is too early: what it is asked then is lost.)
+        let Some(voter) = others.iter().copied().filter(|node| *node != deaf).max() else { return };
         // Of more than three, those that are left cannot hear the leader either: the voter's word decides.
-        let majority = nodes / 2;
-        let rest = (0..nodes).filter(|node| ![leader, voter, deaf].contains(node));
-        let loyal: Vec<usize> = rest.take(majority - 1).collect();
-        let hears = |node: usize| node == leader || node == voter || loyal.contains(&node);
-        self.sever(|from, to| (from == leader && !hears(to)) || (to == leader && !hears(from)));
-        let election = self.tuning.election_timeout_ms * MILLISECOND;
-        for part in 0..6 {
-            let delay = election * (10 + 2 * part) / 10 + self.nemesis.rng().below(election / 5);
-            self.plan(delay, Plan::RestartNow { node: voter });
-        }
+        let majority = others.len().div_ceil(2);
+        let mut rest: Vec<usize> = others.into_iter().filter(|node| ![voter, deaf].contains(node)).collect();
+        rest.sort_unstable();
+        let deaf = rest[majority - 1..].iter().fold(1 << deaf, |deaf, node| deaf | 1 << node);
+        self.begin_plot(Plot::VoterRestarts { voter, leader, deaf, elected: false }, 5);
+        self.watch(leader, 5);
+        let number = self.plots;
+        self.plan(self.tuning.election_timeout_ms * MILLISECOND / 5, Plan::CutOff { number });
+    }
+
+    /// Whether a client is to leave the log as it is. Those who go on asking a leader that was cut off read from it.
+    pub(super) fn only_reads(&self, client: usize) -> bool {
+        let Some(Plot::VoterRestarts { deaf, elected, .. }) = self.plot else { return false };
+        deaf != 0 && (client % 2 == 1 || !elected)
     }
 
     /// Answers that were given long ago reach a leader that nobody hears any more.
@@ -119,13 +134,13 @@ impl<C: Cluster> World<'_, C> {
 
     /// An answer of a leader is under way to a follower that asks its successor meanwhile.
     pub(super) fn plot_stale_answer(&mut self, leader: usize) {
-        let nodes = self.machines.len();
         if !self.opens_plot(leader) {
             return;
         }
-        let first = self.nemesis.rng().index(nodes - 1);
-        let second = (first + 1 + self.nemesis.rng().index(nodes - 2)) % (nodes - 1);
-        let [reader, next] = [first, second].map(|at| (leader + 1 + at) % nodes);
+        let others = self.other_voters(leader);
+        let first = self.nemesis.rng().index(others.len());
+        let second = (first + 1 + self.nemesis.rng().index(others.len() - 1)) % others.len();
+        let [reader, next] = [first, second].map(|at| others[at]);
         self.begin_plot(Plot::StaleAnswer { leader, reader, next }, 3);
         let election = self.tuning.election_timeout_ms * MILLISECOND;
         let by = election / 100 * self.nemesis.rng().between(50, 75);
@@ -199,7 +214,7 @@ impl<C: Cluster> World<'_, C> {
         if self.plot.is_some() || leader == voter {
             return;
         }
-        self.begin_plot(Plot::VoterRestarts { voter, leader }, 3);
+        self.begin_plot(Plot::VoterRestarts { voter, leader, deaf: 0, elected: false }, 3);
         self.sever(|from, to| (from == voter) != (to == voter));
         self.watch(leader, 3);
         self.plan(0, Plan::RestartNow { node: voter });
@@ -211,6 +226,15 @@ impl<C: Cluster> World<'_, C> {
             // From now on nobody hears the leader; it still hears the others.
             Some(Plot::SlowAnswers { leader }) if number == self.plots => {
                 self.sever(|from, _| from == leader);
+            }
+            Some(Plot::VoterRestarts { voter, leader, deaf, .. }) if number == self.plots => {
+                let is_deaf = |node: usize| deaf >> node & 1 == 1;
+                self.sever(|from, to| (from == leader && is_deaf(to)) || (to == leader && is_deaf(from)));
+                let Tuning { election_timeout_ms, heartbeat_ms, .. } = self.tuning;
+                self.plan(
+                    (election_timeout_ms + heartbeat_ms) * MILLISECOND,
+                    Plan::RestartNow { node: voter },
+                );
             }
             // The voter has voted, and hears of no other term.
             Some(Plot::VoteUnderWay { candidate, voter, .. }) if number == self.plots => {
@@ -225,7 +249,8 @@ impl<C: Cluster> World<'_, C> {
 
     /// An old vote reaches a candidate of a later term.
     pub(super) fn plot_late_vote(&mut self, leader: usize) {
-        if self.founders != 5 || !self.opens_plot(leader) {
+        // The first five.
+        if self.members_of(leader).incoming != 0b1_1111 || !self.opens_plot(leader) {
             return;
         }
         self.begin_plot(Plot::CandidateAwaited { leader }, 10);
@@ -294,8 +319,13 @@ impl<C: Cluster> World<'_, C> {
 
     /// Kills a process, which is started again at once.
     pub(super) fn restart_now(&mut self, node: usize) {
-        if !matches!(self.plot, Some(Plot::VoterRestarts { voter, .. }) if voter == node) {
+        let Some(Plot::VoterRestarts { leader, deaf, .. }) =
+            self.plot.filter(|plot| matches!(plot, Plot::VoterRestarts { voter, .. } if *voter == node))
+        else {
             return;
+        };
+        if deaf != 0 {
+            self.sever(|from, to| (from == leader) != (to == leader));
         }
         self.crash(node, Crash::Kill);
         self.plan(0, Plan::Restart { node });
@@ -328,7 +358,8 @@ impl<C: Cluster> World<'_, C> {
             }
             Some(Plot::CutOffWrite { leader }) if node != leader => self.fabric.borrow_mut().heal_all(),
             // Half of the clients hear of it.
-            Some(Plot::VoterRestarts { leader, .. }) if node != leader => {
+            Some(Plot::VoterRestarts { voter, leader, deaf, .. }) if node != leader => {
+                self.plot = Some(Plot::VoterRestarts { voter, leader, deaf, elected: true });
                 self.clients.iter_mut().step_by(2).for_each(|client| client.believed = node);
             }
             Some(Plot::LeftBehind { leader }) if node != leader => {

@@ -242,6 +242,10 @@ impl SimNode for Scribe {
         None
     }
 
+    fn chains(&self) -> Box<dyn Iterator<Item = (u64, [u8; 16])> + '_> {
+        Box::new((1..=self.last).map(|index| (index, chain_of(index))))
+    }
+
     fn chain_at(&self, index: u64) -> Option<[u8; 16]> {
         Some(chain_of(index))
     }
