@@ -101,6 +101,8 @@ pub use raft::Role;
 pub use reads::{Consistency, ReadOptions};
 pub use ringraft_block::{ClusterId, Incarnation, LogIndex, NodeId, Term};
 pub use state_machine::StateMachine;
+#[doc(hidden)]
+pub use wire::{TOLD_TO_CAMPAIGN, told_to_campaign};
 
 /// The example in the README, compiled with the documentation tests.
 #[cfg(doctest)]

@@ -33,6 +33,23 @@ pub(crate) mod kind {
     pub(crate) const SNAPSHOT_PIECE: u16 = 42;
 }
 
+/// The type of the frames by which a leader tells a member to campaign.
+pub const TOLD_TO_CAMPAIGN: u16 = kind::TIMEOUT_NOW;
+
+/// The term of a frame of this type and with this body if it tells a member to campaign: for tests that listen in.
+#[must_use]
+pub fn told_to_campaign(kind: u16, body: &[u8]) -> Option<Term> {
+    if kind != TOLD_TO_CAMPAIGN {
+        return None;
+    }
+    let mut aligned = AlignedVec::<16>::new();
+    aligned.extend_from_slice(body);
+    match decode(kind, &aligned) {
+        Ok(Body::TimeoutNow(message)) => Some(message.term),
+        _ => None,
+    }
+}
+
 /// The largest body: a formation message with a full configuration.
 pub(crate) const BODY_BYTES_MAX: usize = 4096;
 

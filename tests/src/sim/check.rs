@@ -249,6 +249,9 @@ impl History {
         if after.rollovers > before.rollovers {
             self.context.cover(Mark::Rollover);
         }
+        if after.met > before.met {
+            self.context.cover(Mark::Met);
+        }
         if after.term < before.term || after.commit < before.commit || after.applied < before.applied {
             self.fail(|| format!("node {node} went backwards: {before:?}, then {after:?}"));
         }

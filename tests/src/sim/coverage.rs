@@ -202,12 +202,24 @@ marks! {
     MemberLeft = "departures", 50;
     /// The leader was among those.
     LeaderLeft = "departures_of_leaders", 200;
+    /// A member began to listen elsewhere, as the others had been told.
+    MemberMoved = "moved_members", 200;
     /// A machine that had left lost its disk, to come back without.
     Wiped = "wiped_disks", 200;
+    /// Somebody asked a node whom to turn to.
+    Asked = "questions", 50;
+    /// And said where it is to be met.
+    Introduced = "introductions", 50;
+    /// Somebody was referred to a leader.
+    Referred = "referrals", 50;
+    /// A member that heard no leader took up with one that no configuration names.
+    Met = "acquaintances", 500;
     /// A plot was begun.
     PlotBegun = "plots", 50;
     /// A leader with entries of an older term was elected again, as in figure 8 of the Raft paper.
     Figure8 = "figure_8", 200;
+    /// A leader that had been cut off came back when the log of its successor no longer reached to what it had.
+    Overtaken = "overtaken_leaders", 200;
     /// A candidate campaigned again while a vote of the term before was on its way to it.
     LateVote = "late_votes", 0;
     /// A node came back to a cluster that was left alone with a later term than the leader's.
@@ -231,6 +243,8 @@ impl Mark {
                 | Self::MembersChanged
                 | Self::LearnerAdded
                 | Self::MemberLeft
+                | Self::MemberMoved
+                | Self::Met
                 | Self::LeaderLeft
                 | Self::Wiped
         )

@@ -24,7 +24,7 @@ use ringraft_net::link::{
 };
 use std::cell::RefCell;
 use std::cmp::{Ordering, Reverse};
-use std::collections::{BinaryHeap, VecDeque};
+use std::collections::{BTreeSet, BinaryHeap, VecDeque};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::rc::Rc;
@@ -68,6 +68,9 @@ impl Default for LinkConfig {
     }
 }
 
+mod tap;
+use tap::{Heard, Tap};
+
 /// The network.
 pub struct Fabric {
     context: Rc<Context>,
@@ -87,6 +90,8 @@ pub struct Fabric {
     listeners: u64,
     queue: BinaryHeap<Scheduled>,
     scheduled: u64,
+    /// Who has told whom, in which term, to campaign; as of what has arrived.
+    told_to_campaign: BTreeSet<(usize, usize, u64)>,
 }
 
 struct Host {
@@ -152,6 +157,7 @@ struct Pipe {
     stalled: bool,
     /// Room that was freed, of which the sender has not heard because the way back is cut.
     owed: usize,
+    tap: Tap,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -308,6 +314,7 @@ impl Fabric {
             listeners: 0,
             queue: BinaryHeap::new(),
             scheduled: 0,
+            told_to_campaign: BTreeSet::new(),
         }))
     }
 
@@ -431,6 +438,18 @@ impl Fabric {
     pub fn slow_down(&mut self, from: usize, to: usize, by: Time) {
         self.context.record(from, What::LinkSpeed, to as u64, by);
         self.slow[from][to] = by;
+    }
+
+    /// Whether one host has told another to campaign, in that term, and was heard.
+    #[must_use]
+    pub fn has_told_to_campaign(&self, from: usize, to: usize, term: u64) -> bool {
+        self.told_to_campaign.contains(&(from, to, term))
+    }
+
+    /// One host has told another to campaign, in that term.
+    #[cfg(test)]
+    pub fn tell_to_campaign(&mut self, from: usize, to: usize, term: u64) {
+        self.told_to_campaign.insert((from, to, term));
     }
 
     /// Mends all links.
@@ -860,6 +879,18 @@ impl Fabric {
         pipe.bytes.drain(..count);
         pipe.arrived -= count;
         let sender = connection.ends[1 - end].host;
+        pipe.tap.hear(&target[..count], |heard| match heard {
+            Heard::Question { introduces } => {
+                self.context.cover(Mark::Asked);
+                if introduces {
+                    self.context.cover(Mark::Introduced);
+                }
+            }
+            Heard::Referral => self.context.cover(Mark::Referred),
+            Heard::Campaign { term } => {
+                self.told_to_campaign.insert((sender, host, term.get()));
+            }
+        });
         let deaf = self.cut[host][sender];
         if deaf {
             connection.pipes[1 - end].owed += count;

@@ -53,6 +53,9 @@ pub enum Trouble {
     ForgetfulVoter,
     /// What a leader answered a follower is long under way when another node leads.
     StaleAnswer,
+    /// A leader that was cut off comes back when the log of its successor begins behind what it knows to be committed, and it
+    /// holds more of its own.
+    Overtaken,
     /// A write of a leader that is cut off is under way for so long that what another leader puts in its place is written first.
     CutOffWrite,
     /// One write takes far longer than the others.
@@ -169,8 +172,11 @@ pub const TROUBLES: &[Entry] = &[
 ];
 
 /// Kinds that are drawn apart from the others.
-pub const SCHEMES: &[Entry] =
-    &[entry(Trouble::StaleAnswer, 6, Needs::Nothing), entry(Trouble::CutOffWrite, 6, Needs::Nothing)];
+pub const SCHEMES: &[Entry] = &[
+    entry(Trouble::StaleAnswer, 6, Needs::Nothing),
+    entry(Trouble::CutOffWrite, 6, Needs::Nothing),
+    entry(Trouble::Overtaken, 6, Needs::Nothing),
+];
 
 /// What a run allows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

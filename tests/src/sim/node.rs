@@ -45,6 +45,8 @@ pub struct View {
     pub epoch: u64,
     /// Times that its log went on in another segment, in this life.
     pub rollovers: u64,
+    /// Times that it took up with somebody whom no configuration names, in this life.
+    pub met: u64,
 }
 
 /// What a node whose disk has lost something knows of that.
@@ -59,6 +61,9 @@ pub struct Lack {
     /// It had more, nobody knows how much: up to this term.
     pub claim: Option<u64>,
 }
+
+/// Where all nodes listen at first.
+pub const PORT: u16 = 7_000;
 
 /// The role of a node that asks whether it could win in [`View::role`].
 pub const PRE_CANDIDATE: u8 = 1;
@@ -246,6 +251,8 @@ pub struct Wish {
     pub demote: u32,
     /// Who leaves.
     pub remove: u32,
+    /// Members that are to be met at the next port from now on.
+    pub moves: u32,
 }
 
 /// Whether what comes under `tag` goes through the queue that other threads use; the rest goes straight into the core.
@@ -307,15 +314,26 @@ pub trait SimNode {
         false
     }
 
-    /// Asks it to change the members, as the leader. False if nodes of its kind cannot.
-    fn change(&mut self, tag: u64, wish: Wish) -> bool {
-        let _ = (tag, wish);
+    /// Asks it to change the members, as the leader; all nodes listen at these ports now. False if nodes of its kind cannot.
+    fn change(&mut self, tag: u64, wish: Wish, ports: &[u16]) -> bool {
+        let _ = (tag, wish, ports);
         false
+    }
+
+    /// At which port a node is to be met, by what is committed in its log.
+    fn port_of(&self, node: usize) -> Option<u16> {
+        let _ = node;
+        None
     }
 
     /// Who counts, by its log. Only asked where members change.
     fn members(&self) -> Members {
         Members::default()
+    }
+
+    /// Asks it for a snapshot of all that it has applied. False if nodes of its kind make none.
+    fn snapshot(&mut self) -> bool {
+        false
     }
 
     /// Moves what has become of an operator's requests to `out`.
@@ -400,8 +418,8 @@ pub struct Boot {
     pub node: usize,
     /// How many machines the cluster is formed of, the first ones.
     pub founders: usize,
-    /// How many machines there are.
-    pub nodes: usize,
+    /// At which port each machine listens.
+    pub ports: Vec<u16>,
     /// It is to join a cluster that is there.
     pub joins: bool,
     /// Its disk.

@@ -13,7 +13,7 @@ use super::disk::{Crash, DiskConfig, DiskFaults, DiskState, SimDisk};
 use super::kv::{Command, CommandId, KEYS};
 use super::link::{Fabric, LinkConfig, SimLink};
 use super::nemesis::{Allowed, Nemesis, Trouble};
-use super::node::{Answer, Boot, CANDIDATE, Cluster, LEADER, Lack, Members, SimNode, Tuning, View};
+use super::node::{Answer, Boot, CANDIDATE, Cluster, LEADER, Lack, Members, PORT, SimNode, Tuning, View};
 use super::rng::Rng;
 use super::trace::{Trace, What};
 use clients::Client;
@@ -241,6 +241,9 @@ struct Machine<N> {
     members_changed: (Members, Time),
     /// It joins, if it starts with an empty disk.
     joins: bool,
+    /// Where it is to listen, and where its process does.
+    port: u16,
+    listens: u16,
     /// It has lost its disk in this run, after it had left the cluster.
     wiped: bool,
     /// So many durabilities are yet to be looked at.
@@ -287,6 +290,9 @@ enum Plan {
         node: usize,
     },
     Wipe {
+        node: usize,
+    },
+    Move {
         node: usize,
     },
     RestartNow {
@@ -421,6 +427,8 @@ impl<'a, C: Cluster> World<'a, C> {
                 members_before: Members::default(),
                 members_changed: (Members::default(), 0),
                 joins: node >= founders,
+                port: PORT,
+                listens: PORT,
                 wiped: false,
                 suspect: 0,
             }
@@ -576,6 +584,7 @@ impl<'a, C: Cluster> World<'a, C> {
             Plan::CutOff { number } => self.cut_off(number),
             Plan::EndPlot { number } => self.end_plot(number),
             Plan::Wipe { node } => self.wipe(node),
+            Plan::Move { node } => self.move_to_port(node),
             Plan::DialNormal => self.fabric.borrow_mut().config_mut().dial_failure_ppm = 0,
             Plan::Client { client } => self.client_acts(client),
             Plan::Look => self.look(),
@@ -587,10 +596,12 @@ impl<'a, C: Cluster> World<'a, C> {
 
     fn boot(&mut self, node: usize) {
         let now = self.context.now();
+        let ports = self.ports();
         let machine = &mut self.machines[node];
         if machine.process.is_some() {
             return;
         }
+        machine.listens = machine.port;
         machine.lives += 1;
         self.context.record(node, What::Boot, machine.lives, 0);
         if machine.lives > 1 {
@@ -600,7 +611,7 @@ impl<'a, C: Cluster> World<'a, C> {
         let boot = Boot {
             node,
             founders: self.founders,
-            nodes: self.fabric.borrow().hosts(),
+            ports,
             joins: machine.joins,
             disk: SimDisk::new(&machine.disk),
             link: SimLink::new(&self.fabric, node),
@@ -910,7 +921,7 @@ impl<'a, C: Cluster> World<'a, C> {
             return false;
         };
         let members = self.members_of(leader);
-        if !members.settled || !self.all_errands_done() && self.changes {
+        if !members.settled || self.changes && (!self.all_errands_done() || self.somebody_moves()) {
             return false;
         }
         let first = &self.machines[leader];

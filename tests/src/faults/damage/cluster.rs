@@ -438,6 +438,7 @@ impl Process {
             applied: self.driver.applied().0.get(),
             epoch: raft.epoch().0,
             rollovers: self.driver.wal().stats().rollovers,
+            met: self.driver.acquaintances_met(),
         }
     }
 }

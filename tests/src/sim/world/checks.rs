@@ -19,6 +19,7 @@ impl<C: Cluster> World<'_, C> {
             // By counting: something of its own term.
             self.history.borrow_mut().committed_in(after.term);
         }
+        self.plot_overtakes(node, after);
         self.check_members(node, before, after);
         self.members_trouble(node, before, after);
         self.check_after_truncation(node, before, after);
@@ -96,26 +97,30 @@ impl<C: Cluster> World<'_, C> {
     pub(super) fn check_campaign(&self, node: usize, term: u64) {
         // A pre-vote needs a quorum's answers, and lasts one and a half election time-outs, by a clock that may be slow.
         let time = self.tuning.election_timeout_ms * MILLISECOND * 5 / 2;
-        if !self.has_heard_quorum(node, time) && !self.was_told_to_campaign(node, term, time) {
+        if self.machines[node].process.as_ref().is_some_and(SimNode::was_told_to_campaign) {
+            if !self.was_told_to_campaign(node, term) {
+                self.history.borrow_mut().fail(|| {
+                    format!("node {node} campaigns in term {term} as one that was told to, and no leader did")
+                });
+            }
+        } else if !self.has_heard_quorum(node, time) {
             self.history.borrow_mut().fail(|| format!("node {node} campaigns without a quorum's pre-votes"));
         }
     }
 
-    /// Whether a node says that the leader of the term before `term` told it to campaign in that, and may say so.
+    /// Whether the leader of the term before `term` told a node to campaign in that.
     ///
     /// Such a campaign begins without pre-votes (thesis, section 3.10): the one message suffices, and the node need not
     /// have heard anybody else for long. A leader whose disk has stopped answering chooses by what *it* hears, and cannot
-    /// know what the other hears. Whether the candidate wins is decided by votes. So what must hold is that there was such
-    /// a leader, that it could be heard, and that it has left its office since, or is handing it over.
-    fn was_told_to_campaign(&self, node: usize, term: u64, time: Time) -> bool {
-        let told = self.machines[node].process.as_ref().is_some_and(SimNode::was_told_to_campaign);
-        let Some(before) = term.checked_sub(1).filter(|_| told) else { return false };
-        let by = self.history.borrow().leader_of(before).filter(|by| *by != node);
-        by.is_some_and(|by| {
+    /// know what the other hears. Whether the candidate wins is decided by votes. So what must hold is that the message has
+    /// arrived, and that the leader has left its office since, or is handing it over.
+    fn was_told_to_campaign(&self, node: usize, term: u64) -> bool {
+        let Some(before) = term.checked_sub(1) else { return false };
+        self.history.borrow().leader_of(before).is_some_and(|by| {
             let leader = &self.machines[by];
             let leads_on = (leader.view.role, leader.view.term) == (LEADER, before);
             let hands_over = leader.process.as_ref().is_some_and(SimNode::hands_over);
-            (hands_over || !leads_on) && self.could_hear(node, by, time)
+            (hands_over || !leads_on) && self.fabric.borrow().has_told_to_campaign(by, node, before)
         })
     }
 

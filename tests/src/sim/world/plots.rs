@@ -14,8 +14,9 @@ pub(super) enum Plot {
     SuccessorCutOff { first: usize, second: usize },
     /// The first one leads again, and dies while it sends on what only it held: the second one is back.
     FirstToDie { first: usize, second: usize },
-    /// A voter that has promised a leader to elect nobody else is started anew, while another one cannot hear that leader.
-    VoterRestarts { voter: usize },
+    /// A voter that has promised a leader to elect nobody else is started anew, while another one cannot hear that leader. When
+    /// that one campaigns, nobody tells the leader.
+    VoterRestarts { voter: usize, leader: usize },
     /// A vote of an earlier term is under way to a candidate of a later one. First the leader is cut off.
     CandidateAwaited { leader: usize },
     /// One voter's word to the candidate is slow, and two others do not hear it.
@@ -30,6 +31,11 @@ pub(super) enum Plot {
     SuccessorTold { leader: usize },
     /// A leader is cut off while a write of it hangs; then it follows another one.
     CutOffWrite { leader: usize },
+    /// A leader is cut off with what only it holds.
+    LeftBehind { leader: usize },
+    /// As soon as its successor has committed something, that is asked for a snapshot. When its log begins behind what the one
+    /// left behind knows to be committed, they hear each other again.
+    Overtakes { behind: usize, successor: usize, asked: bool },
     /// It has cut that write off. Once what takes its place is under way, the write hangs no more.
     CutOffWriteLands { node: usize },
 }
@@ -79,7 +85,7 @@ impl<C: Cluster> World<'_, C> {
         let rng = self.nemesis.rng();
         let deaf = (leader + 1 + rng.index(nodes - 1)) % nodes;
         let Some(voter) = (0..nodes).find(|node| *node != leader && *node != deaf) else { return };
-        self.begin_plot(Plot::VoterRestarts { voter }, 4);
+        self.begin_plot(Plot::VoterRestarts { voter, leader }, 4);
         self.watch(leader, 4);
         // Of more than three, those that are left cannot hear the leader either: the voter's word decides.
         let majority = nodes / 2;
@@ -161,6 +167,31 @@ impl<C: Cluster> World<'_, C> {
         self.context.cover(Mark::StalledWrite);
     }
 
+    /// What only a leader holds that is cut off stands where a snapshot ends that it is then sent.
+    pub(super) fn plot_overtaken(&mut self, leader: usize) {
+        // Where nothing is kept of the log for those who are behind.
+        if self.tuning.log_retention_bytes > 0 || !self.opens_plot(leader) {
+            return;
+        }
+        self.begin_plot(Plot::LeftBehind { leader }, 15);
+        self.sever(|from, to| (from == leader) != (to == leader));
+    }
+
+    /// A node's view has changed.
+    pub(super) fn plot_overtakes(&mut self, node: usize, after: &View) {
+        let Some(Plot::Overtakes { behind, successor, asked }) = self.plot else { return };
+        let machine = &mut self.machines[node];
+        let Some(process) = machine.process.as_mut().filter(|_| node == successor) else { return };
+        if !asked && after.role == LEADER && self.history.borrow().has_committed_in(after.term) {
+            let asked = process.snapshot();
+            (machine.wake_at, machine.called) = (0, true);
+            self.plot = Some(Plot::Overtakes { behind, successor, asked });
+        } else if asked && process.log_start() > self.machines[behind].known.commit {
+            self.context.cover(Mark::Overtaken);
+            self.fabric.borrow_mut().heal_all();
+        }
+    }
+
     /// The only voter that there is now is started anew. Whoever led it hears nobody.
     pub(super) fn plot_last_voter(&mut self, voter: usize) {
         let led = |machine: &Machine<C::Node>| machine.view.role == LEADER;
@@ -168,7 +199,7 @@ impl<C: Cluster> World<'_, C> {
         if self.plot.is_some() || leader == voter {
             return;
         }
-        self.begin_plot(Plot::VoterRestarts { voter }, 3);
+        self.begin_plot(Plot::VoterRestarts { voter, leader }, 3);
         self.sever(|from, to| (from == voter) != (to == voter));
         self.watch(leader, 3);
         self.plan(0, Plan::RestartNow { node: voter });
@@ -209,6 +240,9 @@ impl<C: Cluster> World<'_, C> {
             Some(Plot::SuccessorTold { leader }) if role == CANDIDATE && node != leader => {
                 self.sever(|from, to| (from == leader) != (to == leader));
                 self.watch(leader, 3);
+            }
+            Some(Plot::VoterRestarts { leader, .. }) if role == CANDIDATE && node != leader => {
+                self.sever(|from, to| (from == leader) != (to == leader));
             }
             Some(Plot::CandidateAwaited { leader }) if role == CANDIDATE && node != leader => {
                 let mut rest = (0..5).filter(|other| ![leader, node].contains(other));
@@ -260,7 +294,7 @@ impl<C: Cluster> World<'_, C> {
 
     /// Kills a process, which is started again at once.
     pub(super) fn restart_now(&mut self, node: usize) {
-        if !matches!(self.plot, Some(Plot::VoterRestarts { voter }) if voter == node) {
+        if !matches!(self.plot, Some(Plot::VoterRestarts { voter, .. }) if voter == node) {
             return;
         }
         self.crash(node, Crash::Kill);
@@ -293,6 +327,13 @@ impl<C: Cluster> World<'_, C> {
                 self.context.cover(Mark::Figure8);
             }
             Some(Plot::CutOffWrite { leader }) if node != leader => self.fabric.borrow_mut().heal_all(),
+            // Half of the clients hear of it.
+            Some(Plot::VoterRestarts { leader, .. }) if node != leader => {
+                self.clients.iter_mut().step_by(2).for_each(|client| client.believed = node);
+            }
+            Some(Plot::LeftBehind { leader }) if node != leader => {
+                self.plot = Some(Plot::Overtakes { behind: leader, successor: node, asked: false });
+            }
             Some(_) => {}
             None => return false,
         }

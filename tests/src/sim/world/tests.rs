@@ -218,6 +218,7 @@ impl SimNode for Scribe {
             applied,
             epoch: 0,
             rollovers: 0,
+            met: 0,
         }
     }
 
@@ -453,14 +454,16 @@ fn cut_off(world: &World<'_, Scribes>, from: impl IntoIterator<Item = usize>) {
 #[test]
 fn a_campaign_needs_a_quorums_pre_votes_or_the_word_of_the_leader_of_the_term_before() {
     let leader = View { role: LEADER, term: 6, ..View::default() };
-    // Whether node 0 says that it was told, what node 3 is, whether it has told, and whom node 0 cannot hear.
-    let campaign = |told: bool, led: bool, view: View, hands_over: bool, silent: &[usize]| {
+    // Whether node 0 says that it was told, in which term node 3 has told it, what node 3 is, whether it hands over, and whom
+    // node 0 cannot hear.
+    let campaign = |says: bool, told: Option<u64>, view: View, hands_over: bool, silent: &[usize]| {
         judged(5, |world| {
-            if led {
-                world.history.borrow_mut().see(3, &View::default(), &leader);
+            world.history.borrow_mut().see(3, &View::default(), &leader);
+            if let Some(term) = told {
+                world.fabric.borrow_mut().tell_to_campaign(3, 0, term);
             }
             world.machines[3].view = view;
-            for (node, told) in [(0, told), (3, hands_over)] {
+            for (node, told) in [(0, says), (3, hands_over)] {
                 world.machines[node].process.as_mut().unwrap().told = told;
             }
             cut_off(world, silent.iter().copied());
@@ -468,17 +471,21 @@ fn a_campaign_needs_a_quorums_pre_votes_or_the_word_of_the_leader_of_the_term_be
         })
     };
     let left = View { role: 0, ..leader };
-    assert_eq!(campaign(true, true, left, false, &[1, 2, 4]), None, "it has left its office");
-    assert_eq!(campaign(true, true, leader, true, &[1, 2, 4]), None, "it hands over");
-    assert_eq!(campaign(false, true, leader, false, &[1, 2]), None, "a quorum is heard");
+    let dead = View::default();
+    assert_eq!(campaign(true, Some(6), left, false, &[1, 2, 4]), None, "it has left its office");
+    assert_eq!(campaign(true, Some(6), dead, false, &[1, 2, 3, 4]), None, "it has died since");
+    assert_eq!(campaign(true, Some(6), leader, true, &[1, 2, 4]), None, "it hands over");
+    assert_eq!(campaign(false, None, leader, false, &[1, 2]), None, "a quorum is heard");
+    let failure = campaign(false, None, left, false, &[1, 2, 4]).expect("it was not told");
+    assert!(failure.contains("without a quorum's pre-votes"), "{failure}");
     for (why, failure) in [
-        ("it was not told", campaign(false, true, left, false, &[1, 2, 4])),
-        ("the leader has told nobody", campaign(true, true, leader, false, &[1, 2, 4])),
-        ("the leader was not heard", campaign(true, true, left, false, &[1, 2, 3])),
-        ("nobody led", campaign(true, false, left, false, &[1, 2, 4])),
+        ("nobody has told it", campaign(true, None, left, false, &[])),
+        ("the leader has died, and did not tell it", campaign(true, None, dead, false, &[1, 2, 4])),
+        ("it was told in another term", campaign(true, Some(5), left, false, &[])),
+        ("the leader goes on", campaign(true, Some(6), leader, false, &[])),
     ] {
         let failure = failure.unwrap_or_else(|| panic!("{why}"));
-        assert!(failure.contains("without a quorum's pre-votes"), "{failure}");
+        assert!(failure.contains("as one that was told to"), "{failure}");
     }
 }
 

@@ -75,6 +75,7 @@ impl<C: Cluster> World<'_, C> {
                 | Trouble::LateVote
                 | Trouble::StaleAnswer
                 | Trouble::CutOffWrite
+                | Trouble::Overtaken
         );
         let befell = if of_leader { leader } else { node };
         let time = self.context.now();
@@ -133,6 +134,7 @@ impl<C: Cluster> World<'_, C> {
             Trouble::SlowAnswers => self.plot_slow_answers(leader),
             Trouble::StaleAnswer => self.plot_stale_answer(leader),
             Trouble::CutOffWrite => self.plot_cut_off_write(leader),
+            Trouble::Overtaken => self.plot_overtaken(leader),
             Trouble::Figure8 => self.plot_figure_8(leader),
             Trouble::ForgetfulVoter => self.plot_forgetful_voter(leader),
             Trouble::StallWrite => self.stall_write(node, length),
