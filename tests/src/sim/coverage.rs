@@ -210,6 +210,8 @@ marks! {
     MemberLeft = "departures", 50;
     /// The leader was among those.
     LeaderLeft = "departures_of_leaders", 200;
+    /// A member began to listen elsewhere, as the others had been told.
+    MemberMoved = "moved_members", 200;
     /// A machine that had left lost its disk, to come back without.
     Wiped = "wiped_disks", 200;
     /// Somebody asked a node whom to turn to.
@@ -249,6 +251,7 @@ impl Mark {
                 | Self::MembersChanged
                 | Self::LearnerAdded
                 | Self::MemberLeft
+                | Self::MemberMoved
                 | Self::Met
                 | Self::LeaderLeft
                 | Self::Wiped

@@ -70,6 +70,7 @@ impl<C: Cluster> World<'_, C> {
 
     /// Asks a node to change the members.
     pub(super) fn change(&mut self, node: usize, wish: Wish) {
+        let ports = self.ports();
         let machine = &mut self.machines[node];
         if machine.closing || machine.paused_until > self.context.now() {
             return;
@@ -77,7 +78,7 @@ impl<C: Cluster> World<'_, C> {
         let Some(process) = &mut machine.process else { return };
         self.operator.tag += 1;
         let tag = self.operator.tag;
-        if process.change(tag, wish) {
+        if process.change(tag, wish, &ports) {
             machine.wake_at = 0;
             machine.called = true;
             self.context.cover(Mark::ChangeAsked);
