@@ -265,11 +265,14 @@ impl SimNode for EngineNode {
         true
     }
 
-    fn port_of(&self, node: usize) -> Option<u16> {
+    fn ports(&self, nodes: usize) -> Option<(u64, Vec<Option<u16>>)> {
         let raft = self.driver.raft()?;
-        let (_, configuration) = raft.configuration_at(raft.commit())?;
-        let address: SocketAddr = configuration.member(id_of(node))?.address.parse().ok()?;
-        Some(address.port())
+        let (index, configuration) = raft.configuration_at(raft.commit())?;
+        let port = |node| {
+            let address: SocketAddr = configuration.member(id_of(node))?.address.parse().ok()?;
+            Some(address.port())
+        };
+        Some((index.get(), (0..nodes).map(port).collect()))
     }
 
     fn snapshot(&mut self) -> bool {

@@ -220,7 +220,7 @@ marks! {
     Introduced = "introductions", 50;
     /// Somebody was referred to a leader.
     Referred = "referrals", 50;
-    /// A member that heard no leader took up with one that no configuration names.
+    /// A member that heard no leader took up with one that no configuration names, or names elsewhere.
     Met = "acquaintances", 500;
     /// A plot was begun.
     PlotBegun = "plots", 50;

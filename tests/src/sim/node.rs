@@ -320,9 +320,9 @@ pub trait SimNode {
         false
     }
 
-    /// At which port a node is to be met, by what is committed in its log.
-    fn port_of(&self, node: usize) -> Option<u16> {
-        let _ = node;
+    /// At which port each of so many nodes is to be met, by what is committed in its log, and at which index that stands.
+    fn ports(&self, nodes: usize) -> Option<(u64, Vec<Option<u16>>)> {
+        let _ = nodes;
         None
     }
 

@@ -609,13 +609,18 @@ impl<'a, C: Cluster> World<'a, C> {
 
     fn boot(&mut self, node: usize) {
         let now = self.context.now();
-        let ports = self.ports();
+        let mut ports = self.ports();
         let machine = &mut self.machines[node];
         if machine.process.is_some() {
             return;
         }
         machine.listens = machine.port;
         machine.lives += 1;
+        if machine.lives.is_multiple_of(2) && !machine.joins {
+            // What the machine's operator knows of the others is from the beginning.
+            ports.fill(PORT);
+            ports[node] = machine.port;
+        }
         self.context.record(node, What::Boot, machine.lives, 0);
         if machine.lives > 1 {
             self.context.cover(Mark::Restart);

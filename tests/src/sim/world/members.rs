@@ -206,11 +206,15 @@ impl<C: Cluster> World<'_, C> {
     }
 
     /// Who is to be met at another port, by what a leader has committed, is brought there by its operator: by then it is decided,
-    /// whatever became of the one who was asked for it.
+    /// whatever became of the one who was asked for it. A leader that has been replaced may commit something older still.
     fn follow_moves(&mut self, leader: usize) {
         let Some(process) = &self.machines[leader].process else { return };
-        let ports = (0..self.machines.len()).map(|node| process.port_of(node));
-        for (node, port) in ports.enumerate().collect::<Vec<_>>() {
+        let Some((index, ports)) = process.ports(self.machines.len()) else { return };
+        if index <= self.operator.followed {
+            return;
+        }
+        self.operator.followed = index;
+        for (node, port) in ports.into_iter().enumerate() {
             if let Some(port) = port.filter(|port| *port != self.machines[node].port) {
                 self.machines[node].port = port;
                 let delay = self.nemesis.length();

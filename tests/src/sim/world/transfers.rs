@@ -9,6 +9,8 @@ pub(super) struct Operator {
     tag: u64,
     errands: Vec<Errand>,
     outcomes: Vec<(u64, Outcome)>,
+    /// Where the configuration stands that it has last moved members by.
+    pub(super) followed: u64,
     /// How a cluster that had converged was asked to hand over, and what came of it.
     parting: Option<Parting>,
 }
