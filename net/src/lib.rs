@@ -11,7 +11,8 @@
 //!    header and body as they were sent; or the session ends. After
 //!    [`PeerDisconnected`](NetEvent::PeerDisconnected) no frame of that session follows.
 //! 2. A session is between this node and the configured peer, of the same cluster and message format, and of the
-//!    pinned incarnation where one is pinned. A connection that is refused changes nothing.
+//!    pinned incarnation where one is pinned, at whichever of its addresses it was found. A connection that is refused changes
+//!    nothing.
 //! 3. Of two sessions with one peer the newer stays. A session number that was accepted is not accepted again, nor
 //!    one below it, in the life of this process.
 //! 4. Everything has a bound: handshakes, connections that linger, a peer's queue in frames and bytes, what is
@@ -36,7 +37,7 @@
 //!
 //! | failure | outcome |
 //! |---|---|
-//! | dial refused or lost, handshake refused | another dial after a wait that doubles up to `reconnect_delay_max_ns` |
+//! | dial refused or lost, handshake refused | another dial, at the peer's next address; after each round of them the wait doubles, up to `reconnect_delay_max_ns` |
 //! | stream ends, is reset, or carries what is not the next frame | the session ends, what was queued is dropped, then as above |
 //! | peer falls silent without an end of stream | the session ends after `idle_timeout_ns`; keepalives tell silence from having nothing to say |
 //! | peer does not read | its queue fills, [`SendError::Full`]; after `send_timeout_ns` the session ends |
@@ -71,4 +72,4 @@ pub use frame::{ATTACHMENT_OFFSET, Attachment, Frame, Session};
 pub use handshake::Referral;
 pub use inbound::BlockSource;
 pub use network::{NetEvent, NetStats, Network, PeerStatus};
-pub use peer::PeerConfig;
+pub use peer::{ADDRESSES_MAX, PeerConfig};

@@ -419,11 +419,15 @@ impl<L: Link> Network<L> {
         }
     }
 
-    /// Dials `peer` at `address` from now on, and at once unless there is a session, which goes on.
-    pub fn set_address(&mut self, peer: NodeId, address: SocketAddr) {
-        let Some(known) = self.peers.get_mut(&peer).filter(|known| known.address != address) else { return };
-        known.address = address;
-        known.forgive();
+    /// Dials `peer` at these addresses from now on, one after the other until a session lasts, and then there; a session that there is
+    /// goes on. If the first one is another than before, it is dialed at once; the others when their turn comes, so that they may be
+    /// hearsay: who answers there is judged as anywhere, by cluster, id and incarnation. Does nothing if there is none. Those behind
+    /// the first [`ADDRESSES_MAX`](crate::ADDRESSES_MAX) are not looked at.
+    pub fn set_addresses(&mut self, peer: NodeId, addresses: &[SocketAddr]) {
+        let Some(known) = self.peers.get_mut(&peer) else { return };
+        if !known.move_to(addresses) {
+            return;
+        }
         let Some(slot) = known.slot else { return };
         if self.slots.get_mut(slot).is_some_and(|connection| connection.open().is_none()) {
             // Given up without blame: the dial to the new address need not wait.
@@ -653,7 +657,7 @@ impl<L: Link> Network<L> {
         let greetings = self.slots.iter().filter_map(|(slot, connection)| {
             let deadline_ns = connection.handshake_deadline_ns()?;
             let address = connection.remote.ip();
-            let is_peers = self.peers.values().any(|peer| peer.address.ip() == address);
+            let is_peers = self.peers.values().any(|peer| peer.has_ip(address));
             Some((is_peers, slot == newcomer, deadline_ns, slot))
         });
         greetings.min().map_or(newcomer, |(.., slot)| slot)
@@ -697,7 +701,7 @@ impl<L: Link> Network<L> {
     fn next_due_dial(&self) -> Option<(NodeId, SocketAddr)> {
         let mut peers = self.peers.iter();
         let due = peers.find(|(id, peer)| self.now >= peer.dial_at_ns && self.may_dial(**id, peer))?;
-        Some((*due.0, due.1.address))
+        Some((*due.0, due.1.address()))
     }
 
     fn on_dialed(&mut self, slot: usize, id: ConnectionId, link: &mut L) {
@@ -1189,6 +1193,8 @@ impl<L: Link> Network<L> {
             peer.active_ns = active_ns.or(peer.active_ns);
             if lasted {
                 peer.succeeded();
+            } else {
+                peer.try_next_address();
             }
             peer.failed(self.now, &self.limits, &mut self.jitter);
         }

@@ -4,6 +4,7 @@ mod common;
 
 use common::*;
 use ringraft_block::{Incarnation, NodeId};
+use ringraft_net::handshake::{Handshake, HandshakeKind};
 use ringraft_net::link::LinkErrorKind;
 use ringraft_net::{DisconnectCause, NetLimits, PeerConfig, RejectReason, Rejection, SendError};
 
@@ -363,13 +364,99 @@ fn peers_come_go_and_move() {
     world.hub.silence(address(40), true);
     world.run_for(100 * MILLISECOND);
     assert_eq!(world.node(1).session(2), None);
-    world.node(2).net.set_address(NodeId(1), address(1));
+    world.node(2).net.set_addresses(NodeId(1), &[address(1)]);
     world.run(10);
     assert!(world.node(1).session(2).is_some(), "dialed at once");
     let session = world.node(1).session(2);
-    world.node(2).net.set_address(NodeId(1), address(41));
+    world.node(2).net.set_addresses(NodeId(1), &[address(41)]);
     world.run_for(SECOND);
     assert_eq!(world.node(1).session(2), session, "a session goes on");
+}
+
+#[test]
+fn a_peer_is_looked_for_at_all_its_addresses_and_then_again_where_a_session_has_lasted() {
+    let mut world = World::new(2, &NetLimits::default());
+    let (nobody, no_answer) = (address(40), address(41));
+    world.hub.silence(no_answer, true);
+    world.node(2).net.set_addresses(NodeId(1), &[nobody, no_answer, address(1)]);
+    world.connect_all();
+    assert_eq!(world.hub.dials(1), [nobody, no_answer, address(1)]);
+    world.run_for(3 * SECOND);
+    let lose =
+        |world: &World| world.hub.open_streams().into_iter().for_each(|stream| world.hub.reset(stream));
+    lose(&world);
+    world.run(2);
+    world.connect_all();
+    assert_eq!(world.hub.dials(1)[3..], [address(1)], "where it was");
+    // Whoever does not stay may be somebody else.
+    lose(&world);
+    world.run(2);
+    world.connect_all();
+    assert_eq!(world.hub.dials(1)[4..], [nobody, no_answer, address(1)]);
+}
+
+/// Who is somewhere is told by the handshake alone: another member, another life of the peer, the peer.
+#[test]
+fn whoever_else_is_at_an_address_of_a_peer_is_refused_by_name_and_changes_nothing() {
+    let mut world = World::new(3, &NetLimits::default());
+    let impostor = address(40);
+    world.hub.listen(impostor);
+    world.node(3).net.pin(NodeId(1), incarnation(1));
+    world.node(3).net.set_addresses(NodeId(1), &[address(2), impostor, address(1)]);
+    let mut raw = None;
+    world.run_until("the impostor is dialed", |world| {
+        raw = world.hub.accept(impostor);
+        raw.is_some()
+    });
+    let raw = raw.expect("dialed");
+    world.run(3);
+    let hello = raw.read_handshake().expect("a hello");
+    assert_eq!((hello.from, hello.to), (NodeId(3), NodeId(1)));
+    assert_eq!(world.node(3).session(1), None);
+    let other_life = Handshake {
+        kind: HandshakeKind::Welcome,
+        from: NodeId(1),
+        to: NodeId(3),
+        incarnation: Incarnation(9),
+        ..hello
+    };
+    raw.write(&Handshake { incarnation_expected: Incarnation(0), ..other_life }.encode());
+    world.connect_all();
+    let refused = [
+        Rejection::RefusedByPeer {
+            peer: NodeId(1),
+            reason: RejectReason::WrongDestination { node: NodeId(2) },
+        },
+        Rejection::Refused(RejectReason::WrongIncarnation { known: incarnation(1) }),
+    ];
+    assert_eq!(world.node(3).rejections(), refused);
+    let met: Vec<(u64, Incarnation)> = world
+        .node(3)
+        .seen
+        .iter()
+        .filter_map(|seen| match seen {
+            Seen::Connected { peer, incarnation, .. } => Some((*peer, *incarnation)),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(met, [(2, incarnation(2)), (1, incarnation(1))]);
+    assert_eq!(world.node(2).net.stats().sessions, 2, "with the two others");
+    assert_eq!(world.node(3).causes(), []);
+}
+
+/// However many others are named behind it, and however often.
+#[test]
+fn the_first_address_of_a_peer_keeps_its_turn() {
+    let mut world = World::new(2, &NetLimits::default());
+    world.nodes.remove(0);
+    for number in 0..2_000 {
+        let rumour = address(100 + number);
+        world.nodes[0].net.set_addresses(NodeId(1), &[address(1), rumour, address(99)]);
+        world.run(1);
+    }
+    let dials = world.hub.dials(1);
+    let first = dials.iter().filter(|dialed| **dialed == address(1)).count();
+    assert!(first >= 4 && first * 3 >= dials.len() - 2, "{first} of {}", dials.len());
 }
 
 #[test]

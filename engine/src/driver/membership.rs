@@ -1,17 +1,23 @@
 //! The driver and the members: reads the configurations of the log before the core starts, keeps network and status in step
 //! with the one in force, and brings what handles ask for to the core.
 //!
-//! **Whom a node has sessions with.** Every member of any configuration that is not yet overtaken by a committed one, with the
-//! addresses given there, whom a leader still sends to, and the leader that it follows. A member that hears no leader takes up
-//! with those, too, that it is referred to and that introduce themselves. A node that is in no configuration (one that
-//! joins) keeps to the addresses that it was started with, and to the leader that these refer it to (`referrals`). Who is being
-//! added is met before it is a member, to learn its incarnation.
+//! **Whom a node has sessions with.** Every member of any configuration that is not yet overtaken by a committed one, whom a leader
+//! still sends to, and the leader that it follows. A member that hears no leader takes up with those, too, that it is referred to
+//! and that introduce themselves. A node that is in no configuration (one that joins) keeps to those whom it was started with, and
+//! to the leader that these refer it to (`referrals`). Who is being added is met before it is a member, to learn its incarnation.
+//!
+//! **Where it looks for them.** A member that moves listens where it was until it has been told to listen elsewhere, and nobody can
+//! tell from a log which of the two it is; and whoever was away knows only where the others were. So each is looked for wherever it
+//! may be: at its address by the newest configuration first, then by the earlier ones that may count, then where the operator said
+//! when this node was started, then where hearsay has it. Hearsay adds a place and replaces none, and who is there is settled by
+//! the handshake alone.
 //!
 //! **Incarnations.** Members are pinned to the incarnation of the configuration in force. A node that hears no leader for a
 //! while may go by an old configuration, in which the present leader has another directory: then it lets anybody of
 //! these ids talk to it. From somebody with another incarnation than the configuration's it takes a leader's appends and
 //! a candidate's requests, which are judged by terms and logs, and nothing that counts: no votes, no acks.
 
+use super::referrals::HEARSAY_EACH_MAX;
 use super::{Driver, GROUP, Life, take_block};
 use crate::error::{LeaderHint, StopError};
 use crate::membership::{ChangeError, Changed, Membership, MembershipChange, MembershipError};
@@ -40,6 +46,15 @@ const PIN_TIMEOUTS: u64 = 4;
 const MEET_TIMEOUTS: u64 = 10;
 const MEET_NS_MIN: u64 = 5_000_000_000;
 
+/// Addresses of one member that the log tells: the newest ones. Of two it may be unknown which of them holds, since one change of the
+/// members is under way at the most.
+const LOGGED_MAX: usize = 4;
+// What the operator says, and hearsay, have a place behind them.
+const _: () = assert!(LOGGED_MAX + 1 + HEARSAY_EACH_MAX <= ringraft_net::ADDRESSES_MAX);
+
+/// Where nodes may be, the best guess first.
+type Addresses = BTreeMap<NodeId, Vec<SocketAddr>>;
+
 #[derive(Default)]
 pub(super) struct Members {
     /// Configurations are being read, before the core starts.
@@ -54,8 +69,8 @@ pub(super) struct Members {
     leaderless_since_ns: Option<u64>,
     /// Peers are pinned to their incarnations.
     pins: bool,
-    /// Where the members are, by the configurations.
-    addresses: BTreeMap<NodeId, SocketAddr>,
+    /// Where the members may be, by the configurations, the newest first, and by hearsay.
+    addresses: Addresses,
     /// Who is being added.
     guests: BTreeMap<NodeId, SocketAddr>,
     /// What handles ask for, until the core can be asked.
@@ -98,12 +113,17 @@ impl Members {
     }
 
     pub(super) fn address_of(&self, id: NodeId) -> Option<SocketAddr> {
-        self.addresses.get(&id).copied()
+        self.addresses.get(&id)?.first().copied()
     }
 
-    /// Where all of them are, as far as a configuration says so.
+    /// Where all of them may be, as far as a configuration or hearsay says so.
     pub(super) fn addresses(&self) -> impl Iterator<Item = (NodeId, SocketAddr)> + '_ {
-        self.addresses.iter().map(|(id, address)| (*id, *address))
+        self.addresses.iter().flat_map(|(id, addresses)| addresses.iter().map(|address| (*id, *address)))
+    }
+
+    /// Whether one of them may be there.
+    pub(super) fn may_be_at(&self, id: NodeId, address: SocketAddr) -> bool {
+        self.addresses.get(&id).is_some_and(|addresses| addresses.contains(&address))
     }
 
     /// Who is being added, and where.
@@ -166,6 +186,20 @@ impl Asker {
             })),
         }
     }
+}
+
+/// `id` may also be there.
+fn add_address(addresses: &mut Addresses, id: NodeId, address: SocketAddr) {
+    let known = addresses.entry(id).or_default();
+    if !known.contains(&address) {
+        known.push(address);
+    }
+}
+
+/// What is dialed there is dialed there first.
+pub(super) fn put_first(addresses: &mut Vec<SocketAddr>, address: SocketAddr) {
+    addresses.retain(|known| *known != address);
+    addresses.insert(0, address);
 }
 
 /// The configuration in a batch of kind membership.
@@ -346,59 +380,65 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let is_member = self.is_member(raft);
         // From the configuration that is committed here on, whatever may be in force elsewhere.
         let committed = raft.configuration_at(raft.commit()).map_or(LogIndex(0), |(index, _)| index);
-        let mut wanted: BTreeMap<NodeId, (SocketAddr, Option<Incarnation>)> = BTreeMap::new();
-        let mut addresses = BTreeMap::new();
-        if !is_member {
-            let seeds = self.config.members.iter().map(|member| (member.id, (member.address, None)));
-            wanted.extend(seeds.filter(|(id, _)| *id != own));
-        }
-        for (_, configuration) in raft.configurations().filter(|(index, _)| *index >= committed) {
+        let mut addresses = Addresses::new();
+        for (_, configuration) in raft.configurations().rev().filter(|(index, _)| *index >= committed) {
             for member in configuration.members() {
                 let Ok(address) = member.address.parse::<SocketAddr>() else {
                     tracing::warn!(node = %own, member = %member.id, address = member.address, "not an address");
                     continue;
                 };
-                addresses.insert(member.id, address);
-                // An overtaken configuration does not know who they are now.
-                let in_force = raft.configuration().member(member.id);
-                let pin = in_force.filter(|_| self.members.pins).map(|member| member.incarnation);
-                wanted.insert(member.id, (address, pin));
+                if addresses.get(&member.id).is_none_or(|known| known.len() < LOGGED_MAX) {
+                    add_address(&mut addresses, member.id, address);
+                }
             }
+        }
+        // An overtaken configuration does not know who they are now.
+        let mut pins: BTreeMap<NodeId, Incarnation> = BTreeMap::new();
+        if self.members.pins {
+            pins.extend(raft.configuration().members().iter().map(|member| (member.id, member.incarnation)));
         }
         // Until they know that they have left, they are sent to where they were.
         // (Who is being added again is met where the change says.)
         let leaving = raft.replicated_to().filter(|id| !self.members.guests.contains_key(id));
-        for id in leaving.filter(|id| !wanted.contains_key(id)).collect::<Vec<_>>() {
+        for id in leaving.filter(|id| !addresses.contains_key(id)).collect::<Vec<_>>() {
             let member = raft.configurations().rev().find_map(|(_, configuration)| configuration.member(id));
             let of_log = member.and_then(|member| member.address.parse().ok());
-            if let Some(address) = self.members.addresses.get(&id).copied().or(of_log) {
-                let pin = member.filter(|_| self.members.pins).map(|member| member.incarnation);
-                wanted.insert(id, (address, pin));
-                addresses.insert(id, address);
+            let before = self.members.addresses.get(&id).cloned();
+            if let Some(before) = before.or_else(|| of_log.map(|address| vec![address])) {
+                addresses.insert(id, before);
+                pins.extend(member.filter(|_| self.members.pins).map(|member| (id, member.incarnation)));
             }
         }
         // A log that is caught up may pass a configuration without the very leader that sends it, which was added later.
-        if let Some(leader) = raft.leader().filter(|leader| !wanted.contains_key(leader))
-            && let Some(address) = self.members.addresses.get(&leader)
+        if let Some(leader) = raft.leader().filter(|leader| !addresses.contains_key(leader))
+            && let Some(before) = self.members.addresses.get(&leader)
             && self.peers.get(&leader).is_some_and(|peer| peer.session.is_some())
         {
-            wanted.insert(leader, (*address, None));
-            addresses.insert(leader, *address);
+            addresses.insert(leader, before.clone());
         }
-        // An old configuration may lack the present leader, and the candidate that needs this node's vote. What a configuration
-        // says of somebody, no stranger can replace.
+        // An old configuration may lack the present leader, and the candidate that needs this node's vote, or have them where they
+        // are no more.
         let leader = raft.leader();
-        self.referrals.forget(|id| addresses.contains_key(&id) || leader.is_some_and(|leader| leader != id));
+        self.referrals.forget(|id, address| {
+            let is_known = addresses.get(&id).is_some_and(|known| known.contains(&address));
+            is_known || leader.is_some_and(|leader| leader != id)
+        });
+        let mut wanted = addresses.clone();
+        for member in &self.config.members {
+            if !is_member || wanted.contains_key(&member.id) {
+                add_address(&mut wanted, member.id, member.address);
+            }
+        }
+        for (id, address) in &self.members.guests {
+            add_address(&mut wanted, *id, *address);
+        }
         for (id, address) in self.referrals.acquaintances() {
-            wanted.insert(id, (address, None));
-            addresses.insert(id, address);
+            add_address(&mut wanted, id, address);
+            add_address(&mut addresses, id, address);
         }
         // Whoever refers this node to the leader knows better where that is than a list from long ago.
         if let Some((id, address)) = self.referrals.told().filter(|_| !is_member) {
-            wanted.insert(id, (address, None));
-        }
-        for (id, address) in &self.members.guests {
-            wanted.entry(*id).or_insert((*address, None));
+            put_first(wanted.entry(id).or_default(), address);
         }
         wanted.remove(&own);
         let index = raft.configuration_index();
@@ -409,7 +449,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             tracing::info!(node = %own, %index, configuration = ?view.configuration, "members");
             self.members.view = Arc::new(view);
         }
-        self.have_sessions_with(wanted)
+        self.have_sessions_with(wanted, &pins)
     }
 
     /// Ends the session with `peer`, if there is one, and tells the core.
@@ -428,7 +468,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
 
     fn have_sessions_with(
         &mut self,
-        wanted: BTreeMap<NodeId, (SocketAddr, Option<Incarnation>)>,
+        wanted: Addresses,
+        pins: &BTreeMap<NodeId, Incarnation>,
     ) -> Result<(), StopError> {
         let gone: Vec<NodeId> = self.peers.keys().filter(|id| !wanted.contains_key(id)).copied().collect();
         if !gone.is_empty() {
@@ -439,7 +480,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             self.forget_peer(id)?;
         }
         let Some(network) = &mut self.network else { return Ok(()) };
-        for (id, (address, pin)) in wanted {
+        for (id, addresses) in wanted {
+            let Some(address) = addresses.first().copied() else { continue };
+            let pin = pins.get(&id).copied();
             if let Entry::Vacant(vacant) = self.peers.entry(id) {
                 if let Err(error) = network.add_peer(PeerConfig { id, address, incarnation: pin }) {
                     tracing::error!(peer = %id, %error, "not added");
@@ -447,7 +490,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 }
                 vacant.insert(super::Peer::new());
             }
-            network.set_address(id, address);
+            network.set_addresses(id, &addresses);
             match pin {
                 Some(incarnation) => network.pin(id, incarnation),
                 None => network.unpin(id),

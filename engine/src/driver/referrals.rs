@@ -19,12 +19,15 @@
 //! that made it the leader, and nobody be left who follows it and could refer the member to it.
 //!
 //! Nothing depends on the answer, or on the introduction, being true: it is one more place to look for the cluster, until a
-//! configuration names this node or a leader is heard. Hearsay replaces no address that an operator or a configuration gave.
+//! configuration names this node or a leader is heard. Hearsay replaces no address that an operator or a configuration gave: it
+//! adds to them, since whoever was away knows only where the others were, and they may have moved meanwhile. If the one that must
+//! dial is the one that was away, nobody but who has moved can tell it where to: that is what the introductions are for.
 //!
 //! **How often.** Who has left may not know it, and who joins may never be added: nobody would ever answer them otherwise than
 //! before. So after each round of all whom it knows a node that seeks waits twice as long, up to a bound, until there is news.
 //! Whoever asks it is asked back before that; and a leader asks also those whom it has been told to add.
 
+use super::membership::put_first;
 use super::{Driver, Life, Peer};
 use crate::error::StopError;
 use crate::state_machine::StateMachine;
@@ -33,7 +36,7 @@ use ringraft_net::link::Link;
 use ringraft_net::{PeerConfig, Referral};
 use ringraft_wal::disk::Disk;
 use std::collections::btree_map::Entry;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
 use std::ops::Bound;
 
@@ -46,36 +49,41 @@ const ASK_PAUSE_NS_MAX: u64 = 8_000_000_000;
 /// Who was asked so recently is not asked back: two that seek would go on asking each other.
 const ASK_BACK_NS: u64 = 4 * ASK_INTERVAL_NS;
 
-/// So many are remembered that are in no configuration here; the oldest is forgotten for a new one.
+/// So many places are remembered that are in no configuration here; the oldest is forgotten for a new one.
 const ACQUAINTANCES_MAX: usize = 32;
+
+/// So many of them of one node: whoever tells many that it is not at does not push out those of others.
+pub(super) const HEARSAY_EACH_MAX: usize = 3;
+
+/// Somebody, where it may be.
+type At = (NodeId, SocketAddr);
 
 #[derive(Default)]
 pub(super) struct Referrals {
     ask_at_ns: u64,
     /// Whether this node looks for others, as the last turn has found it.
     seeks: bool,
-    /// Who was asked last in the round.
-    asked: NodeId,
-    /// When each was asked.
-    asked_ns: BTreeMap<NodeId, u64>,
+    /// Who was asked last in the round, and where.
+    asked: Option<At>,
+    /// When each was asked there.
+    asked_ns: BTreeMap<At, u64>,
     /// How long is waited after this round.
     pause_ns: u64,
     /// Who has asked this node, and is asked next.
-    asker: Option<(NodeId, SocketAddr)>,
+    asker: Option<At>,
     /// Whom this node was referred to last.
     told: Option<Referral>,
     /// Whom it refers others to.
     given: Option<Referral>,
-    /// Of a member that hears no leader: whom it was referred to, and who introduced themselves.
-    acquaintances: VecDeque<(NodeId, SocketAddr)>,
+    /// Of a member that hears no leader: whom it was referred to, and who introduced themselves, the oldest first.
+    acquaintances: VecDeque<At>,
     /// How many there have been.
     met: u64,
 }
 
 /// What is asked next.
 struct Question {
-    to: NodeId,
-    address: SocketAddr,
+    to: At,
     place: Place,
 }
 
@@ -95,22 +103,18 @@ impl Referrals {
     }
 
     /// Whom to look for the cluster at, besides those known otherwise.
-    pub(super) fn told(&self) -> Option<(NodeId, SocketAddr)> {
+    pub(super) fn told(&self) -> Option<At> {
         self.told.map(|to| (to.node, to.address))
     }
 
-    /// Who may be members of a configuration that is not known here.
-    pub(super) fn acquaintances(&self) -> impl Iterator<Item = (NodeId, SocketAddr)> + '_ {
-        self.acquaintances.iter().copied()
+    /// Who may be members of a configuration that is not known here, and where members may be that moved, the newest first.
+    pub(super) fn acquaintances(&self) -> impl Iterator<Item = At> + '_ {
+        self.acquaintances.iter().rev().copied()
     }
 
     /// Has no more to do with acquaintances that `which` is true of.
-    pub(super) fn forget(&mut self, which: impl Fn(NodeId) -> bool) {
-        self.acquaintances.retain(|(id, _)| !which(*id));
-    }
-
-    fn has_met(&self, id: NodeId) -> bool {
-        self.acquaintances.iter().any(|(known, _)| *known == id)
+    pub(super) fn forget(&mut self, which: impl Fn(NodeId, SocketAddr) -> bool) {
+        self.acquaintances.retain(|(id, address)| !which(*id, *address));
     }
 
     /// There is news for one that seeks: it asks as often as at first.
@@ -126,9 +130,9 @@ impl Referrals {
         self.asked_ns.insert(question.to, now_ns);
         match question.place {
             Place::Back => self.asker = None,
-            Place::Amid => self.asked = question.to,
+            Place::Amid => self.asked = Some(question.to),
             Place::Last => {
-                self.asked = question.to;
+                self.asked = Some(question.to);
                 self.pause_ns = (2 * self.pause_ns).clamp(ASK_INTERVAL_NS, ASK_PAUSE_NS_MAX);
                 self.ask_at_ns = now_ns.saturating_add(self.pause_ns);
             }
@@ -136,10 +140,10 @@ impl Referrals {
     }
 
     /// One that this node may not know seeks, or leads: it is asked back, unless this node has just asked it.
-    fn asked_by(&mut self, by: NodeId, address: SocketAddr, now_ns: u64) {
+    fn asked_by(&mut self, by: At, now_ns: u64) {
         let asked_ns = self.asked_ns.get(&by).map_or(0, |asked_ns| asked_ns.saturating_add(ASK_BACK_NS));
         if now_ns >= asked_ns && self.asker.is_none() {
-            self.asker = Some((by, address));
+            self.asker = Some(by);
             let last_ns = self.asked_ns.values().max().copied().unwrap_or(0);
             self.ask_at_ns = self.ask_at_ns.min(last_ns.saturating_add(ASK_INTERVAL_NS));
         }
@@ -150,9 +154,13 @@ impl Referrals {
         if self.acquaintances.contains(&(id, address)) {
             return false;
         }
-        self.acquaintances.retain(|(known, _)| *known != id);
-        if self.acquaintances.len() == ACQUAINTANCES_MAX {
-            self.acquaintances.pop_front();
+        let of_it = self.acquaintances.iter().filter(|(known, _)| *known == id).count();
+        let first = match of_it < HEARSAY_EACH_MAX {
+            true => (self.acquaintances.len() == ACQUAINTANCES_MAX).then_some(0),
+            false => self.acquaintances.iter().position(|(known, _)| *known == id),
+        };
+        if let Some(first) = first {
+            self.acquaintances.remove(first);
         }
         self.acquaintances.push_back((id, address));
         self.met += 1;
@@ -185,7 +193,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             self.config.members.iter().find(|member| member.id == own).map(|member| member.address);
         // What an operator says of this node is newer than what an old log does.
         network.introduce_at(configured.or_else(|| self.members.address_of(own)));
-        if network.ask(question.to, question.address, &mut self.link) {
+        let (to, address) = question.to;
+        if network.ask(to, address, &mut self.link) {
             self.referrals.has_asked(question, now_ns);
         }
     }
@@ -212,7 +221,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         ids.filter(|id| *id != self.config.node && !self.has_session_with(*id))
     }
 
-    /// How often this node, as a member that heard no leader, has taken up with somebody whom no configuration names.
+    /// How often this node, as a member that heard no leader, has taken up with somebody whom no configuration names, or names
+    /// elsewhere.
     pub fn acquaintances_met(&self) -> u64 {
         self.referrals.met
     }
@@ -221,32 +231,29 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.raft().is_some_and(|raft| raft.leader() == Some(self.config.node))
     }
 
-    /// Who has asked this node; otherwise the next one in the order of ids, of all who are known, and of a leader, of those whom it
-    /// misses.
+    /// Who has asked this node; otherwise the next one in the order of ids, of all who are known and wherever they may be, and of a
+    /// leader, of those whom it misses.
     fn whom_to_ask(&self) -> Option<Question> {
-        let mut known: BTreeMap<NodeId, SocketAddr> =
-            self.config.members.iter().map(|member| (member.id, member.address)).collect();
-        known.extend(self.members.addresses().filter(|(id, _)| !self.referrals.has_met(*id)));
-        known.extend(self.members.guests());
-        for (id, address) in self.referrals.acquaintances().chain(self.referrals.told()) {
-            known.entry(id).or_insert(address);
-        }
-        known.remove(&self.config.node);
         let leads = self.leads_now();
-        if let Some((to, address)) = self.referrals.asker.filter(|_| !leads) {
-            let address = known.get(&to).copied().unwrap_or(address);
-            return Some(Question { to, address, place: Place::Back });
+        if let Some(to) = self.referrals.asker.filter(|_| !leads) {
+            return Some(Question { to, place: Place::Back });
         }
+        let mut known: BTreeSet<At> =
+            self.config.members.iter().map(|member| (member.id, member.address)).collect();
+        known.extend(self.members.addresses());
+        known.extend(self.members.guests());
+        known.extend(self.referrals.acquaintances().chain(self.referrals.told()));
+        known.retain(|(id, _)| *id != self.config.node);
         if leads {
             let unmet: Vec<NodeId> = self.unmet().collect();
-            known.retain(|id, _| unmet.contains(id));
+            known.retain(|(id, _)| unmet.contains(id));
         }
-        let behind = (Bound::Excluded(self.referrals.asked), Bound::Unbounded);
-        let (to, address) = known.range(behind).next().or_else(|| known.first_key_value())?;
+        let behind = |asked| known.range((Bound::Excluded(asked), Bound::Unbounded)).next();
+        let next = self.referrals.asked.and_then(behind);
+        let to = *next.or_else(|| known.first())?;
         // A leader is the one that those whom it misses wait for.
-        let is_last = !leads && known.last_key_value().is_some_and(|(last, _)| last == to);
-        let place = if is_last { Place::Last } else { Place::Amid };
-        Some(Question { to: *to, address: *address, place })
+        let is_last = !leads && known.last() == Some(&to);
+        Some(Question { to, place: if is_last { Place::Last } else { Place::Amid } })
     }
 
     /// A member has answered.
@@ -267,8 +274,12 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             self.members.changed();
             return Ok(());
         }
-        let listed = |node| self.config.members.iter().any(|member| member.id == node);
-        if let Some(before) = before.filter(|before| before.node != to.node && !listed(before.node)) {
+        let listed =
+            |node| self.config.members.iter().find(|member| member.id == node).map(|member| member.address);
+        let before = before.filter(|before| before.node != to.node && listed(before.node).is_none());
+        let mut addresses: Vec<SocketAddr> = listed(to.node).into_iter().collect();
+        put_first(&mut addresses, to.address);
+        if let Some(before) = before {
             self.forget_peer(before.node)?;
         }
         let Some(network) = &mut self.network else { return Ok(()) };
@@ -278,7 +289,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 Err(error) => tracing::error!(peer = %to.node, %error, "not added"),
             }
         }
-        network.set_address(to.node, to.address);
+        network.set_addresses(to.node, &addresses);
         Ok(())
     }
 
@@ -286,23 +297,21 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// lacks this vote.
     pub(super) fn introduced(&mut self, by: NodeId, address: SocketAddr) {
         if self.seeks() && by != self.config.node {
-            self.referrals.asked_by(by, address, self.now.monotonic_ns);
+            self.referrals.asked_by((by, address), self.now.monotonic_ns);
         }
         let leaderless = self.raft().is_some_and(|raft| raft.leader().is_none()) && !self.members.pins();
         if !leaderless || self.closing || by == self.config.node {
             return;
         }
         if self.take_up_with(by, address) {
-            tracing::info!(node = %self.config.node, peer = %by, %address, "met, though in no configuration here");
+            tracing::info!(node = %self.config.node, peer = %by, %address, "met where no configuration here has it");
             self.members.changed();
         }
     }
 
-    /// Remembers one that no configuration names; false if one does, or there is nothing new. What a configuration says of somebody
-    /// is not replaced by hearsay.
+    /// Remembers one that no configuration has there; false if one does, or there is nothing new.
     fn take_up_with(&mut self, id: NodeId, address: SocketAddr) -> bool {
-        let named = self.members.address_of(id).is_some() && !self.referrals.has_met(id);
-        !named && self.referrals.meet(id, address)
+        !self.members.may_be_at(id, address) && self.referrals.meet(id, address)
     }
 }
 
@@ -311,29 +320,58 @@ mod tests {
     use super::super::repair::testing::Bench;
     use super::*;
 
+    fn asked(bench: &mut Bench, now_ns: u64) -> (u64, u16, bool) {
+        let question = bench.driver.whom_to_ask().expect("somebody is known");
+        let (id, address) = question.to;
+        let is_last = matches!(question.place, Place::Last);
+        bench.driver.referrals.has_asked(question, now_ns);
+        (id.get(), address.port(), is_last)
+    }
+
     /// What a referral said of a member that the operator had named was asked from then on instead, and nobody at the named
-    /// address any more.
+    /// address any more. Then it was not asked at all, and a member that had moved was never found.
     #[test]
-    fn who_is_asked_is_asked_where_it_was_configured_and_others_where_hearsay_has_them() {
+    fn all_are_asked_where_they_were_configured_and_where_hearsay_has_them() {
         let mut bench = Bench::new();
         let elsewhere: SocketAddr = "127.0.0.9:9".parse().expect("an address");
         let referrals = &mut bench.driver.referrals;
         referrals.told = Some(Referral { node: NodeId(3), address: elsewhere });
         referrals.meet(NodeId(7), elsewhere);
-        let mut asked = Vec::new();
-        for _ in 0..3 {
-            let question = bench.driver.whom_to_ask().expect("somebody is known");
-            asked.push((question.to.get(), question.address.port(), matches!(question.place, Place::Last)));
-            bench.driver.referrals.has_asked(question, 0);
+        let round = [(2, 7_002, false), (3, 7_003, false), (3, 9, false), (7, 9, true)];
+        for _ in 0..2 {
+            assert_eq!(round.map(|_| asked(&mut bench, 0)), round);
         }
-        assert_eq!(asked, [(2, 7_002, false), (3, 7_003, false), (7, 9, true)]);
-        // Who asks is asked back, and where is as before.
-        for (asker, port) in [(2, 7_002), (8, 9)] {
-            bench.driver.referrals.asked_by(NodeId(asker), elsewhere, ASK_BACK_NS);
-            let question = bench.driver.whom_to_ask().expect("it has asked");
-            assert_eq!((question.to.get(), question.address.port()), (asker, port));
-            bench.driver.referrals.has_asked(question, ASK_BACK_NS);
+        // Who asks is asked back where it says; not one that this node has just asked there.
+        for asker in [2, 8] {
+            for again in [false, true] {
+                bench.driver.referrals.asked_by((NodeId(asker), elsewhere), ASK_BACK_NS);
+                let expected = if again { (2, 7_002) } else { (asker, 9) };
+                bench.driver.referrals.asked = None;
+                let (id, port, _) = asked(&mut bench, ASK_BACK_NS);
+                assert_eq!((id, port), expected);
+            }
         }
-        assert_eq!(bench.driver.whom_to_ask().map(|question| question.to), Some(NodeId(2)), "the next round");
+    }
+
+    #[test]
+    fn of_one_node_and_of_all_so_many_places_are_remembered_and_the_oldest_go() {
+        let mut referrals = Referrals::default();
+        let at = |port: u16| SocketAddr::from(([127, 0, 0, 9], port));
+        let ports = |referrals: &Referrals, of: u64| -> Vec<u16> {
+            let of_it = referrals.acquaintances().filter(|(id, _)| *id == NodeId(of));
+            of_it.map(|(_, address)| address.port()).collect()
+        };
+        assert!(referrals.meet(NodeId(7), at(1)));
+        assert!(!referrals.meet(NodeId(7), at(1)), "nothing new");
+        assert!(referrals.meet(NodeId(8), at(1)));
+        for port in 2..100 {
+            assert!(referrals.meet(NodeId(7), at(port)));
+        }
+        assert_eq!((ports(&referrals, 7), ports(&referrals, 8)), (vec![99, 98, 97], vec![1]));
+        for id in 100..200 {
+            assert!(referrals.meet(NodeId(id), at(1)));
+        }
+        assert_eq!(referrals.acquaintances().count(), ACQUAINTANCES_MAX);
+        assert_eq!((ports(&referrals, 7), ports(&referrals, 199)), (vec![], vec![1]));
     }
 }

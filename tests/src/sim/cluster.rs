@@ -5,7 +5,7 @@ use super::check::Recorder;
 use super::disk::SimDisk;
 use super::link::{SimLink, address_of};
 use super::node::{
-    Answer, Ask, Boot, CANDIDATE, Cluster, ImageLog, LEADER, Lack, Members, Outcome, RefusedAtOnce,
+    Answer, Ask, Boot, CANDIDATE, Cluster, ImageLog, LEADER, Lack, Members, Outcome, PORT, RefusedAtOnce,
     SessionAsk, SimNode, StopReason, Tuning, Turned, View, Wish, is_remote,
 };
 use bytes::Bytes;
@@ -103,8 +103,6 @@ impl StateMachine for Applied {
     }
 }
 
-const PORT: u16 = 7_000;
-
 fn id_of(node: usize) -> NodeId {
     NodeId(node as u64 + 1)
 }
@@ -113,14 +111,15 @@ fn node_of(id: NodeId) -> usize {
     id.get() as usize - 1
 }
 
-fn peer_address(node: usize) -> SocketAddr {
-    SocketAddr::new(address_of(node), PORT)
+fn peer_address(node: usize, port: u16) -> SocketAddr {
+    SocketAddr::new(address_of(node), port)
 }
 
-/// One of the founders, or who joins them.
-fn config(node: usize, founders: usize, tuning: &Tuning) -> Config {
-    let member = |node| MemberConfig { id: id_of(node), address: peer_address(node) };
-    let members = (0..founders).chain((node >= founders).then_some(node)).map(member).collect();
+/// One of those who listen at the ports, or who joins them.
+fn config(node: usize, ports: &[u16], tuning: &Tuning) -> Config {
+    let member =
+        |(node, port): (usize, &u16)| MemberConfig { id: id_of(node), address: peer_address(node, *port) };
+    let members = ports.iter().enumerate().map(member).collect();
     Config {
         insecure: true,
         election_timeout: Duration::from_millis(tuning.election_timeout_ms),
@@ -156,10 +155,10 @@ impl Cluster for Engine {
     type Node = EngineNode;
 
     fn boot(&self, boot: Boot) -> EngineNode {
-        let Boot { node, founders, nodes, joins, disk, link, recorder, seed, tuning } = boot;
+        let Boot { node, founders, ports, joins, disk, link, recorder, seed, tuning } = boot;
         // Who joins tries everybody: members may be anywhere by then.
-        let known = if joins { nodes } else { founders };
-        let config = Config { join: joins, ..config(node, known, &tuning) };
+        let known = if joins { ports.len() } else { founders };
+        let config = Config { join: joins, ..config(node, &ports[..known], &tuning) };
         let wakeup = Arc::new(Wakeup::new());
         let machine = Applied { recorder, bytes: 0, restoring: None, runs: false };
         let (driver, handle) = Driver::with_backend(config, seed, wakeup, disk, link, machine)
@@ -189,7 +188,7 @@ impl Cluster for Engine {
         tuning: &Tuning,
         mut image: SimDisk,
     ) -> Result<ImageLog, String> {
-        let config = config(node, nodes, tuning).log_config(0);
+        let config = config(node, &vec![PORT; nodes.max(node + 1)], tuning).log_config(0);
         let mut wal: Wal<SimDisk> = Wal::open(config, Pool::<SimBuf>::new(16 << 20));
         let (mut done, mut events) = (Vec::new(), VecDeque::new());
         // Without latency, each poll brings all that was submitted before it.
@@ -265,9 +264,19 @@ impl SimNode for EngineNode {
         true
     }
 
-    fn change(&mut self, tag: u64, wish: Wish) -> bool {
-        self.errands.change(&self.handle, tag, wish);
+    fn change(&mut self, tag: u64, wish: Wish, ports: &[u16]) -> bool {
+        self.errands.change(&self.handle, tag, wish, ports);
         true
+    }
+
+    fn ports(&self, nodes: usize) -> Option<(u64, Vec<Option<u16>>)> {
+        let raft = self.driver.raft()?;
+        let (index, configuration) = raft.configuration_at(raft.commit())?;
+        let port = |node| {
+            let address: SocketAddr = configuration.member(id_of(node))?.address.parse().ok()?;
+            Some(address.port())
+        };
+        Some((index.get(), (0..nodes).map(port).collect()))
     }
 
     fn snapshot(&mut self) -> bool {

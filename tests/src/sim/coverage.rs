@@ -210,6 +210,8 @@ marks! {
     MemberLeft = "departures", 50;
     /// The leader was among those.
     LeaderLeft = "departures_of_leaders", 200;
+    /// A member began to listen elsewhere, as the others had been told.
+    MemberMoved = "moved_members", 200;
     /// A machine that had left lost its disk, to come back without.
     Wiped = "wiped_disks", 200;
     /// Somebody asked a node whom to turn to.
@@ -218,7 +220,7 @@ marks! {
     Introduced = "introductions", 50;
     /// Somebody was referred to a leader.
     Referred = "referrals", 50;
-    /// A member that heard no leader took up with one that no configuration names.
+    /// A member that heard no leader took up with one that no configuration names, or names elsewhere.
     Met = "acquaintances", 500;
     /// A plot was begun.
     PlotBegun = "plots", 50;
@@ -265,6 +267,7 @@ impl Mark {
             | Self::MembersChanged
             | Self::LearnerAdded
             | Self::MemberLeft
+            | Self::MemberMoved
             | Self::Met
             | Self::LeaderLeft
             | Self::Wiped => Need::Changes,

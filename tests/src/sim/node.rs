@@ -62,6 +62,9 @@ pub struct Lack {
     pub claim: Option<u64>,
 }
 
+/// Where all nodes listen at first.
+pub const PORT: u16 = 7_000;
+
 /// The role of a node that asks whether it could win in [`View::role`].
 pub const PRE_CANDIDATE: u8 = 1;
 
@@ -248,6 +251,8 @@ pub struct Wish {
     pub demote: u32,
     /// Who leaves.
     pub remove: u32,
+    /// Members that are to be met at the next port from now on.
+    pub moves: u32,
 }
 
 /// Whether what comes under `tag` goes through the queue that other threads use; the rest goes straight into the core.
@@ -312,10 +317,16 @@ pub trait SimNode {
         false
     }
 
-    /// Asks it to change the members, as the leader. False if nodes of its kind cannot.
-    fn change(&mut self, tag: u64, wish: Wish) -> bool {
-        let _ = (tag, wish);
+    /// Asks it to change the members, as the leader; all nodes listen at these ports now. False if nodes of its kind cannot.
+    fn change(&mut self, tag: u64, wish: Wish, ports: &[u16]) -> bool {
+        let _ = (tag, wish, ports);
         false
+    }
+
+    /// At which port each of so many nodes is to be met, by what is committed in its log, and at which index that stands.
+    fn ports(&self, nodes: usize) -> Option<(u64, Vec<Option<u16>>)> {
+        let _ = nodes;
+        None
     }
 
     /// Who counts, by its log. Only asked where members change.
@@ -418,8 +429,8 @@ pub struct Boot {
     pub node: usize,
     /// How many machines the cluster is formed of, the first ones.
     pub founders: usize,
-    /// How many machines there are.
-    pub nodes: usize,
+    /// At which port each machine listens.
+    pub ports: Vec<u16>,
     /// It is to join a cluster that is there.
     pub joins: bool,
     /// Its disk.

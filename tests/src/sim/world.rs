@@ -13,7 +13,9 @@ use super::disk::{Crash, DiskConfig, DiskFaults, DiskState, SimDisk};
 use super::kv::{Command, CommandId, KEYS};
 use super::link::{Fabric, LinkConfig, SimLink};
 use super::nemesis::{Allowed, Nemesis, Trouble};
-use super::node::{Answer, Boot, CANDIDATE, Cluster, LEADER, Lack, Members, SimNode, Tuning, Turned, View};
+use super::node::{
+    Answer, Boot, CANDIDATE, Cluster, LEADER, Lack, Members, PORT, SimNode, Tuning, Turned, View,
+};
 use super::rng::Rng;
 use super::trace::{Trace, What};
 use clients::Client;
@@ -263,6 +265,9 @@ struct Machine<N> {
     members_changed: (Members, Time),
     /// It joins, if it starts with an empty disk.
     joins: bool,
+    /// Where it is to listen, and where its process does.
+    port: u16,
+    listens: u16,
     /// It has lost its disk in this run, after it had left the cluster.
     wiped: bool,
     /// So many durabilities are yet to be looked at.
@@ -312,6 +317,9 @@ enum Plan {
         node: usize,
     },
     Wipe {
+        node: usize,
+    },
+    Move {
         node: usize,
     },
     RestartNow {
@@ -448,6 +456,8 @@ impl<'a, C: Cluster> World<'a, C> {
                 members_before: Members::default(),
                 members_changed: (Members::default(), 0),
                 joins: node >= founders,
+                port: PORT,
+                listens: PORT,
                 wiped: false,
                 suspect: 0,
                 frames_damaged: 0,
@@ -606,6 +616,7 @@ impl<'a, C: Cluster> World<'a, C> {
             Plan::EndPlot { number } => self.end_plot(number),
             Plan::Wipe { node } => self.wipe(node),
             Plan::WireNormal => self.fabric.borrow_mut().config_mut().flip_ppm = 0,
+            Plan::Move { node } => self.move_to_port(node),
             Plan::DialNormal => self.fabric.borrow_mut().config_mut().dial_failure_ppm = 0,
             Plan::Client { client } => self.client_acts(client),
             Plan::Look => self.look(),
@@ -617,11 +628,18 @@ impl<'a, C: Cluster> World<'a, C> {
 
     fn boot(&mut self, node: usize) {
         let now = self.context.now();
+        let mut ports = self.ports();
         let machine = &mut self.machines[node];
         if machine.process.is_some() {
             return;
         }
+        machine.listens = machine.port;
         machine.lives += 1;
+        if machine.lives.is_multiple_of(2) && !machine.joins {
+            // What the machine's operator knows of the others is from the beginning.
+            ports.fill(PORT);
+            ports[node] = machine.port;
+        }
         self.context.record(node, What::Boot, machine.lives, 0);
         if machine.lives > 1 {
             self.context.cover(Mark::Restart);
@@ -630,7 +648,7 @@ impl<'a, C: Cluster> World<'a, C> {
         let boot = Boot {
             node,
             founders: self.founders,
-            nodes: self.fabric.borrow().hosts(),
+            ports,
             joins: machine.joins,
             disk: SimDisk::new(&machine.disk),
             link: SimLink::new(&self.fabric, node),
@@ -959,7 +977,7 @@ impl<'a, C: Cluster> World<'a, C> {
             return false;
         };
         let members = self.members_of(leader);
-        if !members.settled || !self.all_errands_done() && self.changes {
+        if !members.settled || self.changes && (!self.all_errands_done() || self.somebody_moves()) {
             return false;
         }
         let first = &self.machines[leader];

@@ -845,6 +845,156 @@ fn founded_and_left(rig: &mut Rig, all: &[usize], sleeper: usize) -> usize {
     rig.run_until_led()
 }
 
+// ---- Members that move
+
+fn elsewhere(node: usize) -> SocketAddr {
+    SocketAddr::new(address_of(node), 7_001)
+}
+
+/// With these nodes where they have moved to.
+fn knowing(config: Config, moved: &[usize]) -> Config {
+    let mut config = config;
+    for member in &mut config.members {
+        if let Some(node) = moved.iter().find(|node| id(**node) == member.id) {
+            member.address = elsewhere(*node);
+        }
+    }
+    config
+}
+
+fn moving(node: usize) -> MembershipChange {
+    MembershipChange { add: vec![NewMember::voter(id(node), elsewhere(node))], ..MembershipChange::default() }
+}
+
+impl Rig {
+    /// A member is to be met elsewhere from now on, and is started there if it runs.
+    fn move_member(&mut self, node: usize, nodes: usize) {
+        let leader = self.run_until_led();
+        self.change(leader, moving(node)).expect("the others are told");
+        if self.machines[node].process.is_some() {
+            self.kill(node);
+            // The list is from long ago otherwise.
+            self.boot(knowing(config(node, nodes), &[node]));
+        }
+    }
+}
+
+/// A member that was away while all others moved knows none of the places where they are. Whom it must dial, since their ids are
+/// lower, it dialed for ever where they had been, and what they told it of themselves did not count: they were in its
+/// configuration. Also one that has been moved itself meanwhile.
+#[test]
+fn a_member_that_was_away_while_all_others_moved_finds_them() {
+    for (sleeper, moves) in [(0, false), (1, false), (2, false), (0, true), (1, true), (2, true)] {
+        let (mut rig, leader) = Rig::started(3);
+        let index = rig.commit(leader, 100);
+        rig.run_until_all_apply(&[0, 1, 2], index);
+        rig.kill(sleeper);
+        let others: Vec<usize> = (0..3).filter(|node| *node != sleeper).collect();
+        for node in &others {
+            rig.move_member(*node, 3);
+        }
+        if moves {
+            rig.move_member(sleeper, 3);
+        }
+        let leader = rig.run_until_led();
+        let index = rig.commit(leader, 10);
+        rig.run_until_all_apply(&others, index);
+        let moved = if moves { vec![sleeper] } else { Vec::new() };
+        rig.boot(knowing(config(sleeper, 3), &moved));
+        rig.run_until_all_apply(&[sleeper], index);
+        let members = |rig: &Rig, node| rig.status(node).membership.configuration.clone();
+        assert_eq!(members(&rig, sleeper), members(&rig, leader));
+    }
+}
+
+/// There is no leader that could look for the member that was away: its vote is wanted by one that has moved.
+#[test]
+fn a_candidate_that_has_moved_gets_the_vote_of_a_member_that_was_away() {
+    for (sleeper, stays, falls_out) in [(2, 0, 1), (2, 1, 0), (1, 0, 2), (0, 1, 2)] {
+        let (mut rig, leader) = Rig::started(3);
+        let index = rig.commit(leader, 100);
+        rig.run_until_all_apply(&[0, 1, 2], index);
+        rig.kill(sleeper);
+        rig.move_member(stays, 3);
+        rig.move_member(falls_out, 3);
+        let leader = rig.run_until_led();
+        let index = rig.commit(leader, 10);
+        rig.run_until_all_apply(&[stays], index);
+        rig.kill(falls_out);
+        rig.run_for(10 * SECOND);
+        assert_eq!(rig.leader(), None);
+        rig.boot(config(sleeper, 3));
+        rig.run_until("the one that is not behind leads", |rig| rig.leader() == Some(stays));
+        let index = rig.commit(stays, 10);
+        rig.run_until_all_apply(&[sleeper], index);
+    }
+}
+
+/// The leader has written down where a member is to be met, and lost it before it was told: so it is where it was. It was looked
+/// for only where it was not yet, and nobody else was there to decide anything.
+#[test]
+fn a_member_that_was_to_move_and_has_not_is_found_where_it_is() {
+    let (mut rig, leader) = Rig::started(3);
+    if leader != 2 {
+        drop(rig.transfer(leader, Some(2)));
+        rig.run_until("it leads", |rig| rig.leader() == Some(2));
+    }
+    let index = rig.commit(2, 100);
+    rig.run_until_all_apply(&[0, 1, 2], index);
+    rig.kill(1);
+    for (from, to) in [(0, 2), (2, 0)] {
+        rig.fabric.borrow_mut().cut(from, to);
+    }
+    let process = rig.process(2);
+    let answer = process.handle.change_membership(moving(0));
+    process.wake_at = 0;
+    rig.run_until("it is written", |rig| {
+        let membership = rig.status(2).membership;
+        let address = membership.configuration.member(id(0)).map(|member| member.address.clone());
+        address == Some(elsewhere(0).to_string()) && rig.status(2).durable >= membership.index
+    });
+    rig.run_for(10 * SECOND);
+    assert!(rig.status(2).commit < rig.status(2).membership.index);
+    drop(answer);
+    rig.fabric.borrow_mut().heal_all();
+    let leader = rig.run_until_led();
+    assert_eq!(leader, 2, "its log is the longer one");
+    let index = rig.commit(2, 10);
+    rig.run_until_all_apply(&[0], index);
+}
+
+/// All machines got other addresses while they were down, and the log that says where they were cannot be told before they meet.
+#[test]
+fn members_that_all_have_other_addresses_meet_by_the_lists_that_they_are_started_with() {
+    let (mut rig, leader) = Rig::started(3);
+    let index = rig.commit(leader, 100);
+    rig.run_until_all_apply(&[0, 1, 2], index);
+    (0..3).for_each(|node| rig.kill(node));
+    (0..3).for_each(|node| rig.boot(knowing(config(node, 3), &[0, 1, 2])));
+    let leader = rig.run_until_led();
+    for node in 0..3 {
+        rig.change(leader, moving(node)).expect("told");
+    }
+    let index = rig.commit(leader, 10);
+    rig.run_until_all_apply(&[0, 1, 2], index);
+    let membership = rig.status(leader).membership;
+    assert!(membership.configuration.members().iter().all(|member| member.address.ends_with(":7001")));
+}
+
+/// Nobody is any more where one that joins was told to look.
+#[test]
+fn one_that_joins_is_met_by_a_leader_that_has_moved() {
+    let mut rig = Rig::new(4);
+    (0..3).for_each(|node| rig.boot(config(node, 3)));
+    (0..3).for_each(|node| rig.move_member(node, 3));
+    rig.boot(joining(3, &[0, 1, 2]));
+    rig.run_for(20 * SECOND);
+    let leader = rig.run_until_led();
+    rig.change(leader, adding(&[3])).expect("the leader knows where it is");
+    let index = rig.commit(leader, 10);
+    rig.run_until_all_apply(&[3], index);
+}
+
 /// Flips a bit in the newest configuration of a node that is down.
 fn rot_newest_configuration(rig: &Rig, node: usize, address: &str) {
     let mut disk = rig.machines[node].disk.borrow_mut();

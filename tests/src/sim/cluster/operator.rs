@@ -7,7 +7,7 @@ use ringraft::Answer;
 use ringraft::Handle;
 use ringraft::error::TransferError;
 use ringraft::handle::Transferred;
-use ringraft::membership::{Changed, MembershipChange, MembershipError, NewMember};
+use ringraft::membership::{Changed, MemberRole, MembershipChange, MembershipError, NewMember};
 
 /// What is to be answered, by tag.
 #[derive(Default)]
@@ -23,12 +23,19 @@ impl Errands {
         self.0.push((tag, Errand::Transfer(handle.transfer_leadership(to.map(id_of)))));
     }
 
-    pub(super) fn change(&mut self, handle: &Handle, tag: u64, wish: Wish) {
+    pub(super) fn change(&mut self, handle: &Handle, tag: u64, wish: Wish, ports: &[u16]) {
         let of = |set: u32| (0..32).filter(move |node| set >> node & 1 == 1);
-        let learners = of(wish.learn).map(|node| NewMember::learner(id_of(node), peer_address(node)));
-        let voters = of(wish.vote).map(|node| NewMember::voter(id_of(node), peer_address(node)));
+        let now = |node: usize| peer_address(node, ports[node]);
+        let learners = of(wish.learn).map(|node| NewMember::learner(id_of(node), now(node)));
+        let voters = of(wish.vote).map(|node| NewMember::voter(id_of(node), now(node)));
+        // A member that is added again, as what it is, moves.
+        let configuration = handle.status().membership.configuration.clone();
+        let moves = of(wish.moves).map(|node| NewMember {
+            role: configuration.member(id_of(node)).map_or(MemberRole::Voter, |member| member.role),
+            ..NewMember::voter(id_of(node), peer_address(node, ports[node] + 1))
+        });
         let change = MembershipChange {
-            add: learners.chain(voters).collect(),
+            add: learners.chain(voters).chain(moves).collect(),
             promote: of(wish.promote).map(id_of).collect(),
             demote: of(wish.demote).map(id_of).collect(),
             remove: of(wish.remove).map(id_of).collect(),

@@ -77,6 +77,10 @@ impl<C: Cluster> World<'_, C> {
                 ));
             }
         }
+        if leads && self.history.borrow().has_committed_in(after.term) {
+            self.follow_moves(node);
+        }
+        let fail = |why: String| self.history.borrow_mut().fail(|| why);
         if after.role == LEADER && now.settled && now.index <= after.commit && !now.is_voter(node) {
             fail(format!("node {node} leads although it has left with index {}", now.index));
         }
@@ -156,7 +160,7 @@ impl<C: Cluster> World<'_, C> {
         let bit = |node: Option<usize>| node.map_or(0, |node| 1 << node);
         let all = |of: &[usize]| of.iter().fold(0, |all, node| all | 1 << node);
         let but_one = all(&voters) & !bit(voter);
-        let wish = match self.nemesis.rng().index(11) {
+        let wish = match self.nemesis.rng().index(13) {
             0 => Wish { learn: bit(other), ..none },
             1 | 2 => Wish { vote: bit(other), ..none },
             3 => Wish { promote: bit(learner), ..none },
@@ -167,6 +171,8 @@ impl<C: Cluster> World<'_, C> {
             // All others for all but one.
             8 => Wish { vote: all(&others), remove: but_one, ..none },
             9 => Wish { remove: but_one, ..none },
+            10 => Wish { moves: bit(voter), ..none },
+            11 => Wish { moves: bit(learner), ..none },
             _ => Wish { vote: bit(other), remove: bit(voter), ..none },
         };
         if wish != none {
@@ -191,6 +197,47 @@ impl<C: Cluster> World<'_, C> {
                     self.plan(0, Plan::Wipe { node: left });
                 }
             }
+        }
+    }
+
+    /// Where each machine is to listen.
+    pub(super) fn ports(&self) -> Vec<u16> {
+        self.machines.iter().map(|machine| machine.port).collect()
+    }
+
+    /// Who is to be met at another port, by what a leader has committed, is brought there by its operator: by then it is decided,
+    /// whatever became of the one who was asked for it. A leader that has been replaced may commit something older still.
+    fn follow_moves(&mut self, leader: usize) {
+        let Some(process) = &self.machines[leader].process else { return };
+        let Some((index, ports)) = process.ports(self.machines.len()) else { return };
+        if index <= self.operator.followed {
+            return;
+        }
+        self.operator.followed = index;
+        for (node, port) in ports.into_iter().enumerate() {
+            if let Some(port) = port.filter(|port| *port != self.machines[node].port) {
+                self.machines[node].port = port;
+                let delay = self.nemesis.length();
+                self.plan(delay, Plan::Move { node });
+            }
+        }
+    }
+
+    fn moves(&self, node: usize) -> bool {
+        let machine = &self.machines[node];
+        machine.process.is_some() && machine.listens != machine.port
+    }
+
+    /// Whether a process is about to end because it is to listen elsewhere.
+    pub(super) fn somebody_moves(&self) -> bool {
+        (0..self.machines.len()).any(|node| self.moves(node))
+    }
+
+    /// A machine's process ends, and the next one listens where it is to be met.
+    pub(super) fn move_to_port(&mut self, node: usize) {
+        if self.moves(node) {
+            self.context.cover(Mark::MemberMoved);
+            self.crash(node, Crash::Kill);
         }
     }
 

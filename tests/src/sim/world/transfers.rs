@@ -9,6 +9,8 @@ pub(super) struct Operator {
     tag: u64,
     errands: Vec<Errand>,
     outcomes: Vec<(u64, Outcome)>,
+    /// Where the configuration stands that it has last moved members by.
+    pub(super) followed: u64,
     /// How a cluster that had converged was asked to hand over, and what came of it.
     parting: Option<Parting>,
 }
@@ -70,6 +72,7 @@ impl<C: Cluster> World<'_, C> {
 
     /// Asks a node to change the members.
     pub(super) fn change(&mut self, node: usize, wish: Wish) {
+        let ports = self.ports();
         let machine = &mut self.machines[node];
         if machine.closing || machine.paused_until > self.context.now() {
             return;
@@ -77,7 +80,7 @@ impl<C: Cluster> World<'_, C> {
         let Some(process) = &mut machine.process else { return };
         self.operator.tag += 1;
         let tag = self.operator.tag;
-        if process.change(tag, wish) {
+        if process.change(tag, wish, &ports) {
             machine.wake_at = 0;
             machine.called = true;
             self.context.cover(Mark::ChangeAsked);
