@@ -119,7 +119,7 @@ impl Ingress {
             return Err(submission);
         }
         // A core that stopped between the caller's check and the push never looks again. The fence, with the one in
-        // `stop`, lets at least one of the two see the other; and with the one in `Wakeup::arm`, that of who signals next.
+        // `stop`, lets at least one of the two see the other; and with the one in `Wakeup::begin_turn`, that of who signals next.
         fence(Ordering::SeqCst);
         if let Some(cause) = self.stopped.get() {
             self.drain_stopped(cause);

@@ -8,6 +8,7 @@
 //! There are two: [`glommio`], and [`uring`], which uses the kernel's rings without an executor. Nothing of either shows
 //! above this module.
 
+mod completions;
 mod directory;
 mod error;
 pub mod glommio;
@@ -20,6 +21,7 @@ pub use error::{IoUringRefusal, RuntimeError};
 pub use park::{LocalWakeup, Wakeup};
 pub use sockets::LinkOptions;
 
+use rustix::time::{ClockId, clock_gettime};
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
@@ -74,16 +76,21 @@ impl Now {
     /// Reads the clocks.
     #[must_use]
     pub fn read() -> Self {
-        use rustix::time::{ClockId, clock_gettime};
-        let boot = clock_gettime(ClockId::Boottime);
         let wall = clock_gettime(ClockId::Realtime);
-        // Neither clock is negative on a machine that runs; a wall clock set to before 1970 reads as 1970.
-        let unsigned = |number: i64| u64::try_from(number).unwrap_or(0);
-        Self {
-            monotonic_ns: unsigned(boot.tv_sec) * 1_000_000_000 + unsigned(boot.tv_nsec),
-            wall_ms: unsigned(wall.tv_sec) * 1_000 + unsigned(wall.tv_nsec) / 1_000_000,
-        }
+        let wall_ms = unsigned(wall.tv_sec) * 1_000 + unsigned(wall.tv_nsec) / 1_000_000;
+        Self { monotonic_ns: monotonic_ns(), wall_ms }
     }
+}
+
+/// As [`Now::monotonic_ns`].
+fn monotonic_ns() -> u64 {
+    let boot = clock_gettime(ClockId::Boottime);
+    unsigned(boot.tv_sec) * 1_000_000_000 + unsigned(boot.tv_nsec)
+}
+
+/// Neither clock is negative on a machine that runs; a wall clock set to before 1970 reads as 1970.
+fn unsigned(number: i64) -> u64 {
+    u64::try_from(number).unwrap_or(0)
 }
 
 /// What a turn wants to happen next.

@@ -14,6 +14,7 @@
 //! ("the poll ring will be disabled for this device: Bad file descriptor"), which is what is wanted.
 
 use super::GlommioBuf;
+use crate::runtime::completions::Completions;
 use crate::runtime::directory::{self, invalid, whole_blocks};
 use crate::runtime::{LocalWakeup, RuntimeError};
 use ::glommio::io::{DmaBuffer, DmaFile, OpenOptions};
@@ -25,7 +26,7 @@ use ringraft_wal::disk::{
 use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::future::poll_fn;
 use std::mem::ManuallyDrop;
 use std::os::fd::OwnedFd;
@@ -43,13 +44,12 @@ pub struct GlommioDisk {
 /// What the disk and its tasks share.
 pub(super) struct DiskShared {
     directory: Arc<OwnedFd>,
-    done: RefCell<VecDeque<DiskDone<GlommioBuf>>>,
+    completions: Completions<DiskDone<GlommioBuf>>,
     files: RefCell<BTreeMap<FileId, Rc<OpenFile>>>,
     files_opened: Cell<u32>,
     in_flight: Cell<usize>,
     blocking: Rc<Cell<usize>>,
     first_open: FirstOpen,
-    completed: LocalWakeup,
     /// Who waits for the last operation, when the core ends.
     drained: RefCell<Option<Waker>>,
 }
@@ -64,7 +64,7 @@ impl GlommioDisk {
     /// `blocking` counts the operations that are on the blocking thread.
     pub(super) fn open(
         path: &Path,
-        completed: LocalWakeup,
+        local: LocalWakeup,
         blocking: Rc<Cell<usize>>,
     ) -> Result<Self, RuntimeError> {
         let failed = |errno: Errno| RuntimeError::DataDirectory { path: path.into(), source: errno.into() };
@@ -72,13 +72,12 @@ impl GlommioDisk {
         let scratch = open_for_writing_only(&directory).map_err(failed)?;
         let shared = Rc::new(DiskShared {
             directory: Arc::new(directory),
-            done: RefCell::default(),
+            completions: Completions::new(local),
             files: RefCell::default(),
             files_opened: Cell::new(0),
             in_flight: Cell::new(0),
             blocking,
             first_open: FirstOpen::default(),
-            completed,
             drained: RefCell::default(),
         });
         let opening = Rc::clone(&shared);
@@ -243,14 +242,13 @@ impl Disk for GlommioDisk {
     }
 
     fn poll(&mut self, done: &mut Vec<DiskDone<GlommioBuf>>) {
-        done.extend(self.shared.done.borrow_mut().drain(..));
+        self.shared.completions.take(done);
     }
 }
 
 impl DiskShared {
     fn complete(&self, id: DiskOpId, result: Result<DiskOutput<GlommioBuf>, DiskError>) {
-        self.done.borrow_mut().push_back(DiskDone { id, result });
-        self.completed.wake();
+        self.completions.push(DiskDone { id, result });
         if let Some(waiting) = self.drained.borrow_mut().take() {
             waiting.wake();
         }
@@ -315,7 +313,7 @@ impl DiskShared {
             Poll::Pending
         })
         .await;
-        self.done.borrow_mut().clear();
+        self.completions.close();
         let files = std::mem::take(&mut *self.files.borrow_mut());
         for open in files.into_values().filter_map(Rc::into_inner) {
             let _ = open.file.close().await;

@@ -10,6 +10,7 @@
 
 use super::GlommioBuf;
 use crate::runtime::LocalWakeup;
+use crate::runtime::completions::Completions;
 use crate::runtime::sockets::{self, LinkOptions, Sending, closed, failed, misuse, tcp_socket};
 use ::glommio::net::TcpStream;
 use ::glommio::spawn_local;
@@ -19,7 +20,7 @@ use ringraft_net::link::{
 };
 use socket2::{SockAddr, SockRef, Socket};
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::future::poll_fn;
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
@@ -35,14 +36,13 @@ pub struct GlommioLink {
 
 struct LinkShared {
     options: LinkOptions,
-    done: RefCell<VecDeque<LinkDone<GlommioBuf>>>,
+    completions: Completions<LinkDone<GlommioBuf>>,
     listeners: RefCell<BTreeMap<ListenerId, Rc<Listener>>>,
     connections: RefCell<BTreeMap<ConnectionId, Rc<Connection>>>,
     ids: Cell<u64>,
     /// The tasks that accept and dial, to be woken when the link is dropped: they hold descriptors.
     waiting: RefCell<BTreeMap<LinkOpId, Waker>>,
     ended: Cell<bool>,
-    completed: LocalWakeup,
 }
 
 struct Listener {
@@ -69,16 +69,15 @@ struct Receiving {
 }
 
 impl GlommioLink {
-    pub(super) fn new(options: LinkOptions, completed: LocalWakeup) -> Self {
+    pub(super) fn new(options: LinkOptions, local: LocalWakeup) -> Self {
         let shared = LinkShared {
             options,
-            done: RefCell::default(),
+            completions: Completions::new(local),
             listeners: RefCell::default(),
             connections: RefCell::default(),
             ids: Cell::new(0),
             waiting: RefCell::default(),
             ended: Cell::new(false),
-            completed,
         };
         Self { shared: Rc::new(shared) }
     }
@@ -177,13 +176,14 @@ impl Link for GlommioLink {
     }
 
     fn poll(&mut self, done: &mut Vec<LinkDone<GlommioBuf>>) {
-        done.extend(self.shared.done.borrow_mut().drain(..));
+        self.shared.completions.take(done);
     }
 }
 
 impl Drop for GlommioLink {
     fn drop(&mut self) {
         self.shared.ended.set(true);
+        self.shared.completions.close();
         self.shared.listeners.borrow_mut().clear();
         for connection in self.shared.connections.take().into_values() {
             connection.close();
@@ -200,8 +200,7 @@ impl LinkShared {
     }
 
     fn complete(&self, id: LinkOpId, result: Result<LinkOutput<GlommioBuf>, LinkError>) {
-        self.done.borrow_mut().push_back(LinkDone { id, result });
-        self.completed.wake();
+        self.completions.push(LinkDone { id, result });
     }
 
     async fn accept(&self, id: LinkOpId, listener: &Socket) -> io::Result<(Socket, SockAddr)> {

@@ -6,8 +6,8 @@
 //! *reactor pass*, and its executor does not come to one while any task can run: `yield_now` never gets there. A
 //! task that waits for a channel that nobody connects to is woken once in each pass: that is how the loop has one.
 //! A pass costs three to four system calls (two timers are armed and cancelled each time), so the loop does not pass
-//! after every turn: when there is no more to do, and one more turn has not found anything that other threads ask, the core
-//! parks, which submits too.
+//! after every turn: when there is no more to do, and no other thread has called meanwhile ([`Wakeup`]), the core parks, which
+//! submits too.
 //!
 //! # Parking
 //!
@@ -36,7 +36,7 @@ pub use probe::warm_up;
 
 use super::{
     IdlePolicy, LinkOptions, LocalFuture, LocalWakeup, Now, RuntimeError, Turn, TurnOutcome, Wakeup, caught,
-    directory, panic_message,
+    directory, monotonic_ns, panic_message,
 };
 use crate::runtime::probe::{core as available_core, locked_memory_error};
 use ::glommio::channels::shared_channel;
@@ -360,10 +360,10 @@ impl Core {
         let inner = Rc::clone(&self.context.inner);
         let mut turns_since_pass = 0;
         let mut progress_ns = 0;
-        let mut armed = false;
         loop {
+            inner.wakeup.begin_turn();
+            inner.local.begin_turn();
             let now = Now::read();
-            inner.local.take();
             let TurnOutcome { progressed, more, next_deadline_ns, stop } = caught(|| turn.turn(now))?;
             if stop {
                 return Ok(());
@@ -371,11 +371,6 @@ impl Core {
             let more = more || inner.local.is_pending();
             if progressed || more {
                 progress_ns = now.monotonic_ns;
-                turns_since_pass += 1;
-                if turns_since_pass >= TURNS_PER_PASS {
-                    self.pass.once().await;
-                    turns_since_pass = 0;
-                }
             }
             let spinning = match self.idle {
                 IdlePolicy::Spin => true,
@@ -384,21 +379,16 @@ impl Core {
                 }
                 IdlePolicy::Park => false,
             };
-            if more || progressed && spinning {
-                if std::mem::take(&mut armed) {
-                    inner.wakeup.disarm();
-                }
-            } else if spinning || next_deadline_ns <= now.monotonic_ns {
+            if !more && !spinning && next_deadline_ns > now.monotonic_ns && inner.wakeup.park() {
+                // A turn may take a while, of which the deadline knows nothing.
+                self.sleep(monotonic_ns(), next_deadline_ns).await;
+                turns_since_pass = 0;
+                continue;
+            }
+            turns_since_pass += 1;
+            if !progressed && !more || turns_since_pass >= TURNS_PER_PASS {
+                turns_since_pass = 0;
                 self.pass.once().await;
-                turns_since_pass = 0;
-            } else if armed && !progressed {
-                self.sleep(now.monotonic_ns, next_deadline_ns).await;
-                inner.wakeup.disarm();
-                armed = false;
-                turns_since_pass = 0;
-            } else {
-                inner.wakeup.arm();
-                armed = true;
             }
         }
     }
@@ -413,10 +403,12 @@ impl Core {
         let until_ns = deadline_ns.min(now_ns + sleep_ns_max);
         let mut slept = false;
         poll_fn(|task| {
-            if std::mem::replace(&mut slept, true) || self.context.inner.local.is_pending() {
-                return Poll::Ready(());
-            }
-            if Pin::new(&mut self.bell).poll_read(task, &mut [0; 64]).is_ready() {
+            let CoreInner { wakeup, local, .. } = &*self.context.inner;
+            let wakes = std::mem::replace(&mut slept, true) || local.is_pending();
+            // What has been rung is taken out of the bell, or it would end the next sleep too.
+            let rings = (!wakes || wakeup.is_signalled())
+                && Pin::new(&mut self.bell).poll_read(task, &mut [0; 64]).is_ready();
+            if wakes || rings {
                 return Poll::Ready(());
             }
             self.alarm.arm(now_ns, until_ns, task)
@@ -425,7 +417,7 @@ impl Core {
     }
 
     async fn end(mut self) {
-        self.context.inner.wakeup.disarm();
+        self.context.inner.wakeup.begin_turn();
         self.context.inner.local.set_core(None);
         // Once for what was submitted by dropping: closes, and tasks that find their connection gone.
         self.pass.once().await;

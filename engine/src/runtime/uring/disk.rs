@@ -5,6 +5,7 @@
 
 use super::names::{NameOutput, Names};
 use super::operation::{Io, Operation};
+use crate::runtime::completions::Completions;
 use crate::runtime::directory::{self, invalid, whole_blocks};
 use crate::runtime::{LocalWakeup, RuntimeError, Wakeup};
 use io_uring::{opcode, squeue, types};
@@ -12,7 +13,7 @@ use ringraft_block::{AlignedBuf, BLOCK_BYTES, Block, SharedBlock};
 use ringraft_wal::disk::{Access, Disk, DiskDone, DiskError, DiskOp, DiskOpId, DiskOutput, FileId};
 use rustix::thread::CpuSet;
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 use std::rc::Rc;
@@ -29,11 +30,10 @@ pub struct UringDisk {
 /// What the disk and its operations share.
 pub(super) struct DiskShared {
     io: Rc<Io>,
-    done: RefCell<VecDeque<DiskDone<AlignedBuf>>>,
+    completions: Completions<DiskDone<AlignedBuf>>,
     files: RefCell<BTreeMap<FileId, Rc<OpenFile>>>,
     files_opened: Cell<u32>,
     names: RefCell<Names>,
-    completed: LocalWakeup,
 }
 
 pub(super) struct OpenFile {
@@ -89,18 +89,17 @@ impl UringDisk {
     pub(super) fn open(
         path: &Path,
         io: Rc<Io>,
-        completed: LocalWakeup,
+        local: LocalWakeup,
         wakeup: Arc<Wakeup>,
         unpinned: Option<CpuSet>,
     ) -> Result<Self, RuntimeError> {
         let names = Names::new(directory::open(path)?, wakeup, unpinned)?;
         let shared = DiskShared {
             io,
-            done: RefCell::default(),
+            completions: Completions::new(local),
             files: RefCell::default(),
             files_opened: Cell::new(0),
             names: RefCell::new(names),
-            completed,
         };
         Ok(Self { shared: Rc::new(shared) })
     }
@@ -214,7 +213,7 @@ impl Disk for UringDisk {
     }
 
     fn poll(&mut self, done: &mut Vec<DiskDone<AlignedBuf>>) {
-        done.extend(self.shared.done.borrow_mut().drain(..));
+        self.shared.completions.take(done);
     }
 }
 
@@ -224,8 +223,7 @@ impl DiskShared {
     }
 
     fn complete(&self, id: DiskOpId, result: Result<DiskOutput<AlignedBuf>, DiskError>) {
-        self.done.borrow_mut().push_back(DiskDone { id, result });
-        self.completed.wake();
+        self.completions.push(DiskDone { id, result });
     }
 
     pub(super) fn completed(self: &Rc<Self>, mut operation: DiskOperation, result: i32) {
@@ -284,7 +282,7 @@ impl DiskShared {
     pub(super) fn shut_down(&self) {
         self.names.borrow_mut().join();
         self.collect();
-        self.done.borrow_mut().clear();
+        self.completions.close();
         self.files.borrow_mut().clear();
     }
 }

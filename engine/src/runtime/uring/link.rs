@@ -13,6 +13,7 @@
 use super::operation::{Io, Operation};
 use super::ring::Token;
 use crate::runtime::LocalWakeup;
+use crate::runtime::completions::Completions;
 use crate::runtime::sockets::{self, LinkOptions, Sending, closed, failed, misuse, tcp_socket};
 use io_uring::{opcode, squeue, types};
 use ringraft_block::AlignedBuf;
@@ -21,7 +22,7 @@ use ringraft_net::link::{
 };
 use socket2::{SockAddr, SockRef, Socket};
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -40,13 +41,12 @@ pub struct UringLink {
 pub(super) struct LinkShared {
     io: Rc<Io>,
     options: LinkOptions,
-    done: RefCell<VecDeque<LinkDone<AlignedBuf>>>,
+    completions: Completions<LinkDone<AlignedBuf>>,
     listeners: RefCell<BTreeMap<ListenerId, Rc<Listener>>>,
     connections: RefCell<BTreeMap<ConnectionId, Rc<Connection>>>,
     ids: Cell<u64>,
     /// The link was dropped: what completes goes nowhere.
     ended: Cell<bool>,
-    completed: LocalWakeup,
 }
 
 pub(super) struct Listener {
@@ -110,16 +110,15 @@ impl LinkOperation {
 }
 
 impl UringLink {
-    pub(super) fn new(options: LinkOptions, io: Rc<Io>, completed: LocalWakeup) -> Self {
+    pub(super) fn new(options: LinkOptions, io: Rc<Io>, local: LocalWakeup) -> Self {
         let shared = LinkShared {
             io,
             options,
-            done: RefCell::default(),
+            completions: Completions::new(local),
             listeners: RefCell::default(),
             connections: RefCell::default(),
             ids: Cell::new(0),
             ended: Cell::new(false),
-            completed,
         };
         Self { shared: Rc::new(shared) }
     }
@@ -216,7 +215,7 @@ impl Link for UringLink {
     }
 
     fn poll(&mut self, done: &mut Vec<LinkDone<AlignedBuf>>) {
-        done.extend(self.shared.done.borrow_mut().drain(..));
+        self.shared.completions.take(done);
     }
 }
 
@@ -230,7 +229,7 @@ impl Drop for UringLink {
         // What is on the ring has its share of the sockets until it has come back.
         shared.listeners.borrow_mut().clear();
         shared.connections.borrow_mut().clear();
-        shared.done.borrow_mut().clear();
+        shared.completions.close();
     }
 }
 
@@ -242,8 +241,7 @@ impl LinkShared {
     }
 
     fn complete(&self, id: LinkOpId, result: Result<LinkOutput<AlignedBuf>, LinkError>) {
-        self.done.borrow_mut().push_back(LinkDone { id, result });
-        self.completed.wake();
+        self.completions.push(LinkDone { id, result });
     }
 
     /// One that is open, and is not being closed.

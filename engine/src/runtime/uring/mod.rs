@@ -3,10 +3,10 @@
 //! # A pass
 //!
 //! The loop takes the completions at hand to the disk and the link, reads the clocks, runs a turn, and lets the kernel have
-//! what the turn has started. A turn after which there is more to do is followed by another one; the kernel is entered between
-//! them for what the disk is to do, not for what waits for another machine. Otherwise the core parks after one more look at
-//! what other threads ask: the same system call that hands over operations then waits for a completion, for the bell, or
-//! until the deadline.
+//! what the turn has started. A turn after which there is more to do is followed by another one, as is one in which another
+//! thread has called ([`Wakeup`]); the kernel is entered between them for what the disk is to do, not for what waits for another
+//! machine. Otherwise the core parks: the same system call that hands over operations then waits for a completion, for the
+//! bell, or until the deadline. So a turn costs one system call, besides those of its sends.
 //!
 //! # What blocks
 //!
@@ -29,7 +29,7 @@ pub use link::UringLink;
 
 use super::{
     IdlePolicy, IoUringRefusal, LinkOptions, LocalFuture, LocalWakeup, Now, RuntimeError, Turn, TurnOutcome,
-    Wakeup, caught, probe,
+    Wakeup, caught, monotonic_ns, probe,
 };
 use disk::DiskShared;
 use operation::{Io, reap};
@@ -177,12 +177,13 @@ impl CoreContext {
         let CoreInner { io, wakeup, local, tasks, .. } = &*self.inner;
         let mut progress_ns = 0;
         let mut turns_since_flush = 0;
-        let mut armed = false;
         loop {
+            // Before anything is looked into that other threads fill.
+            wakeup.begin_turn();
             self.take_completed();
+            local.begin_turn();
             // After what completed: see `Turn::turn`.
             let now = Now::read();
-            local.take();
             let TurnOutcome { progressed, more, next_deadline_ns, stop } = caught(|| turn.turn(now))?;
             if stop {
                 return Ok(());
@@ -190,12 +191,6 @@ impl CoreContext {
             let more = tasks.run() || more || local.is_pending();
             if progressed || more {
                 progress_ns = now.monotonic_ns;
-                turns_since_flush += 1;
-                let mut ring = io.borrow_mut();
-                if ring.is_urgent() || turns_since_flush >= TURNS_PER_FLUSH {
-                    turns_since_flush = 0;
-                    ring.flush().map_err(RuntimeError::Ring)?;
-                }
             }
             let spinning = match idle {
                 IdlePolicy::Spin => true,
@@ -204,26 +199,23 @@ impl CoreContext {
                 }
                 IdlePolicy::Park => false,
             };
-            if more || progressed && spinning {
-                if std::mem::take(&mut armed) {
-                    wakeup.disarm();
-                }
-            } else if spinning || next_deadline_ns <= now.monotonic_ns {
-                io.borrow_mut().flush().map_err(RuntimeError::Ring)?;
-                std::hint::spin_loop();
-            } else if armed && !progressed {
-                let timeout = match next_deadline_ns {
-                    u64::MAX => None,
-                    deadline_ns => Some(Duration::from_nanos(deadline_ns - now.monotonic_ns)),
-                };
+            if !more && !spinning && next_deadline_ns > now.monotonic_ns && wakeup.park() {
+                // A turn may take a while, of which the deadline knows nothing.
+                let left_ns = next_deadline_ns.saturating_sub(monotonic_ns());
+                let timeout = (next_deadline_ns < u64::MAX).then(|| Duration::from_nanos(left_ns));
                 io.borrow_mut().wait(timeout).map_err(RuntimeError::Ring)?;
-                wakeup.disarm();
-                armed = false;
                 turns_since_flush = 0;
-            } else {
-                // Whoever signals from here on rings; what came before is found by one more turn.
-                wakeup.arm();
-                armed = true;
+                continue;
+            }
+            turns_since_flush += 1;
+            let idles = !progressed && !more;
+            let mut ring = io.borrow_mut();
+            if idles || ring.is_urgent() || turns_since_flush >= TURNS_PER_FLUSH {
+                turns_since_flush = 0;
+                ring.flush().map_err(RuntimeError::Ring)?;
+            }
+            if idles {
+                std::hint::spin_loop();
             }
         }
     }
@@ -238,7 +230,7 @@ impl CoreContext {
     /// Waits for all that is in flight, once nobody starts anything any more.
     fn end(&self) -> Result<(), RuntimeError> {
         let CoreInner { io, wakeup, disks, tasks, .. } = &*self.inner;
-        wakeup.disarm();
+        wakeup.begin_turn();
         tasks.end();
         loop {
             reap(io);
