@@ -1754,6 +1754,77 @@ fn more_unreadable_batches_than_may_wait_are_repaired_in_several_rebuilds() {
     assert!(again.iter().zip(&originals).all(|(again, original)| again == original.image()));
 }
 
+/// What waited for a segment that could not be opened kept its room, and where that was all there is, no other segment was ever
+/// repaired: each of its batches was refused as one too many.
+#[test]
+fn what_waits_for_a_segment_that_never_opens_gives_way_to_what_can_be_repaired() {
+    let config =
+        crate::WalConfig { segment_bytes: 36 << 20, batch_bytes_max: 2 << 20, ..crate::testing::config() };
+    let mut device = Device::default();
+    // One segment for each process.
+    for first in [0, 6] {
+        let mut harness = Harness::start_with(device, config.clone());
+        harness.open();
+        for salt in first..first + 6 {
+            harness.append_durably(1, 1, 1 << 20, salt);
+        }
+        device = harness.shut_down();
+    }
+    let mut harness = Harness::start_with(device.clone(), config.clone());
+    harness.open();
+    let originals: Vec<_> = harness.read_all();
+    let places: Vec<_> = originals.iter().map(|batch| slot_at(&harness, batch.info.first)).collect();
+    let (closed, other) = (places[0].0.clone(), places[6].0.clone());
+    assert!(places[..6].iter().all(|(name, _)| *name == closed) && closed != other);
+    for (name, at) in &places {
+        device.corrupt(name, at + 65536, |bytes| bytes[0] ^= 1, 1);
+    }
+    let mut harness = Harness::start_with(device, config);
+    harness.open();
+    assert_eq!(harness.wal.damaged().count(), 12);
+    harness.disk.unopenable.push((closed.clone(), usize::MAX));
+    let offer = |harness: &mut Harness, at: usize| {
+        let (info, image) = (originals[at].info, originals[at].image());
+        let pool = harness.pool.clone();
+        let mut block = crate::ops::take(&pool, &mut harness.disk, info.slot_bytes()).unwrap();
+        block[ENVELOPE_BYTES..ENVELOPE_BYTES + image.len()].copy_from_slice(image);
+        let taken = harness.wal.repair(&mut harness.disk, info.first, block);
+        harness.settle();
+        assert!(matches!(taken, Ok(()) | Err(RepairError::Busy)), "{taken:?}");
+        taken.is_ok()
+    };
+    let awaited = |harness: &Harness| -> usize {
+        originals.iter().filter(|batch| harness.wal.awaits_repair(batch.info.first)).count()
+    };
+    let taken = (0..6).filter(|at| offer(&mut harness, *at)).count();
+    assert!((2..6).contains(&taken), "{taken} fill the room");
+    assert_eq!(awaited(&harness), taken);
+    assert_eq!(told(&mut harness), [] as [(bool, u64); 0], "nothing can be written");
+    // Meanwhile the first ones are offered again and again, as they come.
+    let mut repaired = Vec::new();
+    for at in 6..12 {
+        assert!(offer(&mut harness, at), "it has room: {at}");
+        repaired.extend(told(&mut harness));
+        for again in 0..6 {
+            offer(&mut harness, again);
+        }
+        assert!(awaited(&harness) <= taken, "and no more than there is");
+    }
+    let expected: Vec<_> = originals[6..].iter().map(|batch| (true, batch.info.first.get())).collect();
+    assert_eq!(repaired, expected);
+    // When it opens, it is repaired as any other.
+    harness.disk.unopenable.clear();
+    harness.wal.retry_space();
+    for at in (0..6).cycle().take(36) {
+        if harness.wal.is_damaged(originals[at].info.first) {
+            offer(&mut harness, at);
+        }
+    }
+    assert_eq!((harness.wal.damaged().count(), awaited(&harness)), (0, 0));
+    let again: Vec<Vec<u8>> = harness.read_all().iter().map(|batch| batch.image().to_vec()).collect();
+    assert!(again.iter().zip(&originals).all(|(again, original)| again == original.image()));
+}
+
 #[test]
 fn damage_to_what_was_appended_under_a_claim_drops_the_older_salvage_and_leaves_no_certainty() {
     let (device, slots) = four_batches(true);

@@ -673,7 +673,7 @@ impl<D: Disk> Wal<D> {
     /// into a new copy of its segment. [`WalEvent::Repaired`] tells when that is durable.
     ///
     /// # Errors
-    /// When no such batch is damaged, the image is not its image, or too much is queued.
+    /// When no such batch is damaged, the image is not its image, or too much is queued ([`RepairError::Busy`]).
     pub fn repair(&mut self, disk: &mut D, first: LogIndex, block: Block<D::Buf>) -> Result<(), RepairError> {
         if self.stage != Stage::Open || self.poison.is_some() {
             return Err(RepairError::Stopped);
@@ -681,6 +681,14 @@ impl<D: Disk> Wal<D> {
         self.repairs.queue(&self.index, &self.segments, first, block)?;
         self.advance_repairs(disk);
         Ok(())
+    }
+
+    /// Whether the image of the damaged batch that begins at `first` is being written, or waits for that. One that was taken by
+    /// [`Self::repair`] and is not awaited any more has made room for others, since its segment could not be rebuilt: it may be
+    /// handed in again.
+    #[must_use]
+    pub fn awaits_repair(&self, first: LogIndex) -> bool {
+        self.repairs.awaits(&self.index, first)
     }
 
     /// Intact batches behind the place where damage cut the log, by first index, one for each: the log held them before, and some may
