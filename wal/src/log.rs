@@ -717,7 +717,11 @@ impl<D: Disk> Wal<D> {
     /// # Panics
     /// When the log is not open.
     pub fn release_claim(&mut self, disk: &mut D) -> u64 {
+        // When the log's start has come to lie in what was appended since, all that is older lies before it from now on.
+        let first = self.index.first_generation().or(self.active.map(|active| active.generation));
+        let first = first.filter(|_| self.salvage.is_passed_by(self.index.start().index));
         let state = &mut self.open_hard_state().state;
+        state.start_generation = state.start_generation.max(first.unwrap_or_default());
         state.claim = None;
         state.claim_epoch = 0;
         state.claim_cut = LogIndex(0);
@@ -1125,7 +1129,7 @@ impl<D: Disk> Wal<D> {
         };
         hard_state.claim_cut = claim_cut;
         hard_state.claim_may_settle = claim_may_settle;
-        self.salvage = Salvage::new(salvage, unplaced, hard_state.claim_epoch, claim_cut);
+        self.salvage = Salvage::new(salvage, unplaced, hard_state.claim_epoch, claim_cut, claim_may_settle);
         let end = self.index.end();
         let place = self.index.end_place();
         let generation = place.map_or(0, |place| place.generation);
