@@ -747,8 +747,9 @@ fn a_damaged_snapshot_gives_way_to_the_one_before_if_the_log_still_reaches() {
 #[test]
 fn a_snapshot_that_a_newer_build_has_published_refuses_the_start_by_name_and_stays() {
     use ringraft_block::crc32c_append;
-    // The version; the entry that it covers; the cluster. Each with a right checksum, or with the old one.
-    let changes: [(&[(usize, u8)], bool, bool); 5] = [
+    // Where the header is another, and by how much; whether its checksum is right; whether the start is refused.
+    type Case = (&'static [(usize, u8)], bool, bool);
+    let changes: [Case; 5] = [
         (&[(4, 1)], true, true),
         (&[(4, 1)], false, false),
         // It says of itself that it is another file's, or another cluster's: that went astray.
