@@ -87,7 +87,10 @@ fn code_of_stop(error: &StopError) -> u8 {
         StopError::Runtime(error) => code_of_runtime(error),
         StopError::Listen { .. } => PORT_IN_USE,
         StopError::Log(error) => code_of_log(error),
-        StopError::Read(_) | StopError::CopiesGone { .. } | StopError::DiskStalled { .. } => LOG,
+        StopError::Read(_)
+        | StopError::CopiesGone { .. }
+        | StopError::DiskStalled { .. }
+        | StopError::SnapshotForeign { .. } => LOG,
         _ => FAILURE,
     }
 }

@@ -3,7 +3,7 @@
 //! A [`Config`] is plain data with public fields: start from [`Config::new`], change what you need, and
 //! [`Node::start`](crate::Node::start) checks the whole with [`Config::validate`].
 
-use crate::raft::{LeaseSettings, Nanos, RaftConfig, Settings};
+use crate::raft::{LeaseSettings, Nanos, RaftConfig, Settings, SlowDiskLimits};
 use crate::runtime::{Backend, IdlePolicy};
 use crate::sessions::{self, SessionLimits};
 use crate::wire::{self, kind};
@@ -127,6 +127,17 @@ pub struct Config {
     /// A disk that does so for this long stops the node, so that whoever watches over it restarts it, or moves
     /// it. Default: 30 s, the time-out after which the block layer resets a device.
     pub disk_stall_stop: Duration,
+    /// A leader hands leadership over when its own disk takes so many times as long to make a batch durable as a quorum takes
+    /// without it, network included: from when the batch is sealed, over [`Config::disk_slow_timeout`]. Commits do not wait
+    /// for that disk, but what is to be sealed does. Where all disks are slow, or no quorum does without this one (one voter, or two), nobody
+    /// hands over; after an attempt, successful or not, there is none for eight times `disk_slow_timeout` on this node. 0 turns it off. Default: 10,
+    /// far above what disks of one kind differ by.
+    pub disk_slow_factor: u32,
+    /// What its disk takes at least, for that. Default: 20 ms: below it, an election costs more than it gains.
+    pub disk_slow_floor: Duration,
+    /// For how long most batches must have been so slow; without traffic nothing is found out. Default: none, four
+    /// `election_timeout`.
+    pub disk_slow_timeout: Option<Duration>,
 
     /// How much this node should lead, compared to the others: 255 campaigns without delay, 0 waits up to one more
     /// `election_timeout` before it campaigns. Default: none, no delay. It orders who is first to campaign; it takes
@@ -229,6 +240,9 @@ impl Config {
             scrub_bytes_per_second: 1 << 20,
             disk_stall_timeout: None,
             disk_stall_stop: Duration::from_secs(30),
+            disk_slow_factor: 10,
+            disk_slow_floor: Duration::from_millis(20),
+            disk_slow_timeout: None,
             election_priority: None,
             consensus_only: false,
             session_timeout: Duration::from_secs(600),
@@ -310,6 +324,20 @@ impl Config {
         self.disk_stall_timeout.unwrap_or(self.election_timeout)
     }
 
+    /// For how long a leader's disk is to be slow before it hands over.
+    fn disk_slow_timeout(&self) -> Duration {
+        self.disk_slow_timeout.unwrap_or(self.election_timeout.saturating_mul(4))
+    }
+
+    /// When a leader's disk is too slow for it to lead; never if that is turned off.
+    fn slow_disk(&self) -> Option<SlowDiskLimits> {
+        (self.disk_slow_factor > 0).then(|| SlowDiskLimits {
+            factor: self.disk_slow_factor,
+            floor: nanos(self.disk_slow_floor),
+            span: nanos(self.disk_slow_timeout()),
+        })
+    }
+
     /// What the configuration of the cluster says if this node composes it.
     pub(crate) fn settings(&self) -> Settings {
         let election_timeout_min_ns = nanos(self.election_timeout).0;
@@ -371,6 +399,16 @@ impl Config {
             return Err(ConfigError::DiskStall {
                 timeout_ms: timeout.as_millis(),
                 stop_ms: stop.as_millis(),
+            });
+        }
+        let (timeout, floor) = (self.disk_slow_timeout(), self.disk_slow_floor);
+        let slow = self.disk_slow_factor != 1 && !floor.is_zero() && timeout >= self.election_timeout;
+        if self.disk_slow_factor > 0 && !slow {
+            return Err(ConfigError::DiskSlow {
+                factor: self.disk_slow_factor,
+                floor_ms: floor.as_millis(),
+                timeout_ms: timeout.as_millis(),
+                election_ms: self.election_timeout.as_millis(),
             });
         }
         self.validate_sessions()?;
@@ -450,6 +488,7 @@ pub(crate) fn raft_config(config: &Config, seed: u64, incarnation: Option<Incarn
         window_bytes: config.window_bytes as u64,
         priority: config.election_priority,
         consensus_only: config.consensus_only,
+        slow_disk: config.slow_disk(),
         incarnation,
         ..RaftConfig::new(config.node, seed)
     }
@@ -603,6 +642,21 @@ pub enum ConfigError {
         /// When the node stops.
         stop_ms: u128,
     },
+    /// A leader that would hand over for a disk that is no slower than others, or at once.
+    #[error(
+        "disk_slow_factor = {factor} must be 0 (off) or at least 2, disk_slow_floor = {floor_ms} ms more than 0, and \
+         disk_slow_timeout = {timeout_ms} ms at least an election_timeout, {election_ms} ms"
+    )]
+    DiskSlow {
+        /// By how much its disk is to be slower.
+        factor: u32,
+        /// What it takes at least.
+        floor_ms: u128,
+        /// For how long.
+        timeout_ms: u128,
+        /// The election time-out.
+        election_ms: u128,
+    },
     /// A node that might elect another leader while one relies on its lease.
     #[error(
         "election_timeout is {got_ns} ns, and leases in this cluster count on at least {min_ns} ns on every member: raise it"
@@ -652,6 +706,19 @@ mod tests {
     }
 
     #[test]
+    fn a_slow_disk_can_be_put_up_with() {
+        let mut config = valid();
+        let limits = config.slow_disk().expect("on by default");
+        assert_eq!(
+            (limits.factor, limits.floor, limits.span),
+            (10, Nanos::from_millis(20), Nanos::from_millis(2_000))
+        );
+        config.disk_slow_factor = 0;
+        (config.disk_slow_floor, config.disk_slow_timeout) = (Duration::ZERO, Some(Duration::ZERO));
+        assert_eq!((config.slow_disk(), config.validate()), (None, Ok(())));
+    }
+
+    #[test]
     fn a_configured_seed_is_another_for_each_node_and_boot() {
         let mut config = valid();
         assert_eq!(timing_seed(&config, 1, 99), 99);
@@ -666,7 +733,7 @@ mod tests {
     #[test]
     fn each_contradiction_is_named() {
         type Case = (fn(&mut Config), fn(&ConfigError) -> bool);
-        let cases: [Case; 15] = [
+        let cases: [Case; 18] = [
             (|c| c.cluster = ClusterId(0), |e| matches!(e, ConfigError::NoClusterId)),
             (|c| c.members[0].id = NodeId(0), |e| matches!(e, ConfigError::ZeroId)),
             (|c| c.members[1].id = NodeId(1), |e| matches!(e, ConfigError::DuplicateId { .. })),
@@ -691,6 +758,15 @@ mod tests {
             (|c| c.segment_bytes = 1 << 20, |e| matches!(e, ConfigError::Segment { .. })),
             (|c| c.election_timeout = c.heartbeat_interval, |e| matches!(e, ConfigError::Timeouts { .. })),
             (|c| c.disk_stall_stop = Duration::ZERO, |e| matches!(e, ConfigError::DiskStall { .. })),
+            (|c| c.disk_slow_factor = 1, |e| matches!(e, ConfigError::DiskSlow { factor: 1, .. })),
+            (
+                |c| c.disk_slow_floor = Duration::ZERO,
+                |e| matches!(e, ConfigError::DiskSlow { floor_ms: 0, .. }),
+            ),
+            (
+                |c| c.disk_slow_timeout = Some(c.election_timeout / 2),
+                |e| matches!(e, ConfigError::DiskSlow { timeout_ms: 250, election_ms: 500, .. }),
+            ),
             (
                 |c| c.session_table_bytes_max = 1000,
                 |e| matches!(e, ConfigError::OutOfRange { name: "session_table_bytes_max", min: 26_880, .. }),

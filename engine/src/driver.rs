@@ -54,7 +54,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
-pub use transfer::Transferred;
+pub use transfer::{HandedOver, HandoverCause, Transferred};
 
 /// The only group of this version.
 const GROUP: GroupId = GroupId(0);
@@ -510,6 +510,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 self.transfer_ended(end);
                 Ok(())
             }
+            Action::OwnDiskSlow { own, others, to } => {
+                self.handover.disk_is_slow(own, others, to);
+                Ok(())
+            }
             Action::SendSnapshot { to } => {
                 self.snapshots.installs.wanted_by(to);
                 Ok(())
@@ -634,7 +638,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             let (connected, heard_age, sent_age) = (peer.session.is_some(), age(heard_ns), age(sent_ns));
             Some(PeerStatus { id: *id, connected, matched, stages, no_space, heard_age, sent_age })
         });
-        let frames_damaged = self.frames_damaged();
+        let (frames_damaged, handed_over) = (self.frames_damaged(), self.handover.last());
         self.shared.status.publish(|status| {
             status.formed = true;
             status.role = raft.role();
@@ -650,6 +654,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             status.peers.clear();
             status.peers.extend(peers);
             status.frames_damaged = frames_damaged;
+            status.handed_over = handed_over;
             if !Arc::ptr_eq(&status.membership, self.members.view()) {
                 status.membership = Arc::clone(self.members.view());
             }

@@ -336,6 +336,15 @@ pub enum StopError {
         /// Why, in the words of the disk or of the state machine.
         error: String,
     },
+    /// A snapshot was written by another version of this engine. It is intact, so it is neither removed nor replaced by another
+    /// member's.
+    #[error("{file}: {damage}")]
+    SnapshotForeign {
+        /// The file in the data directory.
+        file: String,
+        /// Which version, and the cure.
+        damage: crate::snapshots::SnapshotDamage,
+    },
     /// No memory for a buffer.
     #[error("no memory for a batch: {0}")]
     Memory(ringraft_wal::disk::DiskError),

@@ -9,7 +9,7 @@
 
 use crate::answer::Answer;
 use crate::config::Config;
-pub use crate::driver::Transferred;
+pub use crate::driver::{HandedOver, HandoverCause, Transferred};
 use crate::error::{LeaderHint, ProposeError, Refusal, Refused, StopCause, TransferError};
 use crate::ingress::{Ingress, Submission, Ticket};
 use crate::membership::Membership;
@@ -76,6 +76,8 @@ pub struct Status {
     pub peers: Vec<PeerStatus>,
     /// Frames of other members that arrived damaged since the start. On a sound network there are none.
     pub frames_damaged: u64,
+    /// How this node last handed leadership over to another since its start, if it has.
+    pub handed_over: Option<HandedOver>,
     /// The address that it listens on, once it does.
     pub listening: Option<SocketAddr>,
     /// Why the node has stopped, if it has.
@@ -178,6 +180,7 @@ impl Status {
             snapshot: SnapshotStatus::default(),
             peers: Vec::new(),
             frames_damaged: 0,
+            handed_over: None,
             listening: None,
             stopped: None,
             membership: Arc::default(),

@@ -39,7 +39,8 @@ pub(crate) const SLOT_READ_BYTES: usize = SLOT_BYTES + BLOCK_BYTES;
 /// Configuration and sessions are kept in memory while a snapshot is read: a bound on what a damaged header can ask for.
 const PREFIX_BYTES_MAX: u64 = 256 << 20;
 
-/// Fields of the header by offset and width: the one place that knows them. `crc` covers all before it.
+/// Fields of the header by offset and width: the one place that knows them. `crc` covers all before it. Magic, version, cluster,
+/// last index and `crc` stay where they are in all versions, so that each build knows what it does not understand.
 const HEADER: [(&str, Range<usize>); 14] = [
     ("magic", 0..4),
     ("version", 4..8),
@@ -122,11 +123,13 @@ pub enum SnapshotDamage {
     /// The header is not one, or is damaged.
     #[error("its header is damaged")]
     Header,
-    /// Another version of this engine wrote it.
-    #[error("it has version {version}: upgrade this node")]
+    /// Another version of this engine wrote it. It is intact as far as its header goes.
+    #[error("it has version {version}, and this build reads version {VERSION}: use the build that wrote it")]
     Version {
         /// The version.
         version: u32,
+        /// The last entry that it covers.
+        last: LogIndex,
     },
     /// Another cluster's.
     #[error("it belongs to another cluster")]
@@ -293,13 +296,15 @@ impl Decoder {
         {
             return Err(SnapshotDamage::Header);
         }
-        let version = u32::from_le_bytes(get(&HEADER, "version", head));
-        let slot_bytes = u32::from_le_bytes(get(&HEADER, "slot_bytes", head));
-        if version != VERSION || slot_bytes as usize != SLOT_BYTES {
-            return Err(SnapshotDamage::Version { version });
-        }
         if u128::from_le_bytes(get(&HEADER, "cluster", head)) != cluster.0 {
             return Err(SnapshotDamage::Foreign);
+        }
+        let version = u32::from_le_bytes(get(&HEADER, "version", head));
+        if version != VERSION {
+            return Err(SnapshotDamage::Version { version, last: LogIndex(number("last_index")) });
+        }
+        if u32::from_le_bytes(get(&HEADER, "slot_bytes", head)) as usize != SLOT_BYTES {
+            return Err(SnapshotDamage::Header);
         }
         let (configuration, sessions) = (number("configuration_bytes"), number("sessions_bytes"));
         if configuration.checked_add(sessions).is_none_or(|bytes| bytes > PREFIX_BYTES_MAX) {
@@ -533,6 +538,30 @@ mod tests {
         {
             assert_eq!(parse_partial_name(other), None, "{other}");
         }
+    }
+
+    /// A later build's is intact, and its bytes stay: where it was written, and of which cluster, is known all the same.
+    #[test]
+    fn a_snapshot_of_another_version_says_so_and_for_which_entry_unless_it_is_of_another_cluster() {
+        let sealed = |change: &dyn Fn(&mut [u8])| {
+            let mut file = encode(&meta(), b"state");
+            change(&mut file);
+            let crc = crc32c_append(0, &file[..HEADER_BYTES - 4]);
+            put(&HEADER, "crc", &mut file, &crc.to_le_bytes());
+            file
+        };
+        let newer = |file: &mut [u8]| put(&HEADER, "version", file, &(VERSION + 1).to_le_bytes());
+        let version = SnapshotDamage::Version { version: VERSION + 1, last: LogIndex(0x1234) };
+        assert_eq!(decode(&sealed(&newer)), Err(version));
+        let elsewhere = |file: &mut [u8]| {
+            newer(file);
+            put(&HEADER, "cluster", file, &1_u128.to_le_bytes());
+        };
+        assert_eq!(decode(&sealed(&elsewhere)), Err(SnapshotDamage::Foreign));
+        // Without its checksum nobody has said so.
+        let mut rotten = encode(&meta(), b"state");
+        newer(&mut rotten);
+        assert_eq!(decode(&rotten), Err(SnapshotDamage::Header));
     }
 
     /// The layout, and the bytes of a small file: `UPDATE_GOLDEN=1` rewrites it, and then the version must change.

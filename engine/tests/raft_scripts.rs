@@ -9,7 +9,7 @@
 //!
 //! | command | what happens |
 //! |---|---|
-//! | `nodes 3 [spare=4] [learners=4,5] [window=2] [window_bytes=1000] [lease=500ms] [consensus_only]` | a cluster of empty nodes, and spare ones that are no members; leases count on that minimum |
+//! | `nodes 3 [spare=4] [learners=4,5] [window=2] [window_bytes=1000] [lease=500ms] [slow=100ms] [consensus_only]` | a cluster of empty nodes, and spare ones that are no members; leases count on that minimum; leaders mind a disk that is ten times as slow as the others, and takes 20 ms, for that long |
 //! | `node 1 term=3 [vote=2] [log=1,1,2*3] [commit=1]` | node 1 boots with that disk: a term per batch, `*3` of three entries |
 //! | `node 1 ... [damaged=3] [claim=20@5] [uncertain=20@5]` | and it found a batch damaged, or its log cut before damage |
 //! | `tick 2 [150ms]` | node 2 ticks after that time; without a time at its deadline |
@@ -27,6 +27,7 @@
 //! | `install 1->3`, `fail 1->3` | the snapshot of node 1 is durable at node 3, and the transfer has ended; or it came to nothing |
 //! | `stateless 1`, `stateful 1` | what was applied before the log's start cannot be read at node 1, or is there again |
 //! | `stall 1`, `unstall 1` | the disk of node 1 does not answer, or answers again |
+//! | `timed 1 30ms [others=10ms] [times=5]` | node 1 proposes a batch; the others have it, and it knows, after that time or at once; its own disk has it after 30 ms |
 //! | `transfer 1 [to=2]` | leadership is to be handed over |
 //! | `read 1 [as=lease] [id=1]` | a read at node 1: `quorum` (the default), `lease`, `round` |
 //! | `abandon 1 3 4` | nobody waits any more at node 1 for the reads #3 and #4 |
@@ -44,7 +45,7 @@
 use ringraft::raft::{
     Action, AppendOutcome, BatchRun, Boot, Change, Claim, Configuration, Epoch, Event, LeaseSettings, LogId,
     Member, MemberRole, Message, Nanos, Raft, RaftConfig, ReadKind, ReadRefusal, ReplicationState, Role,
-    Settings,
+    Settings, SlowDiskLimits,
 };
 use ringraft_block::{Incarnation, LogIndex, NodeId, Term};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -156,6 +157,7 @@ struct Cluster {
     window: Option<usize>,
     window_bytes: Option<u64>,
     consensus_only: bool,
+    slow_disk: Option<SlowDiskLimits>,
     reads: u64,
     nodes: BTreeMap<NodeId, Node>,
     network: Vec<(NodeId, NodeId, Message)>,
@@ -309,6 +311,23 @@ impl Cluster {
             [what @ ("stall" | "unstall"), node] => {
                 self.feed(id(node), Event::DiskStalled { stalled: *what == "stall" });
             }
+            ["timed", node, own, ..] => {
+                let others: Vec<NodeId> =
+                    self.nodes.keys().copied().filter(|other| *other != id(node)).collect();
+                let waits = option(&words, "others").map_or(Nanos(0), millis);
+                for _ in 0..count(&words, "times", 1) {
+                    let done = self.now.plus(millis(own));
+                    self.propose(id(node), 1, 100);
+                    self.now = self.now.plus(waits);
+                    for other in &others {
+                        self.command(&format!("deliver {node}->{other}"));
+                        self.command(&format!("persist {other}"));
+                        self.command(&format!("deliver {other}->{node}"));
+                    }
+                    self.now = self.now.max(done);
+                    self.command(&format!("persist {node}"));
+                }
+            }
             ["transfer", node, ..] => {
                 let to = option(&words, "to").map(id);
                 self.feed(id(node), Event::Transfer { to });
@@ -395,6 +414,8 @@ impl Cluster {
         self.window = option(words, "window").map(|value| number(value) as usize);
         self.window_bytes = option(words, "window_bytes").map(number);
         self.consensus_only = words.contains(&"consensus_only");
+        let slow = |span| SlowDiskLimits { factor: 10, floor: Nanos::from_millis(20), span };
+        self.slow_disk = option(words, "slow").map(millis).map(slow);
         self.sealed.clear();
         self.tickets = 0;
         let spare = option(words, "spare").into_iter().flat_map(|ids| ids.split(',')).map(id);
@@ -466,7 +487,7 @@ impl Cluster {
 
     fn boot(&mut self, id: NodeId) {
         let now = self.now;
-        let consensus_only = self.consensus_only;
+        let (consensus_only, slow_disk) = (self.consensus_only, self.slow_disk);
         let defaults = RaftConfig::new(id, 0);
         let unread = self.node(id).disk.damaged_from;
         let (window_batches, window_bytes) = (
@@ -494,6 +515,7 @@ impl Cluster {
             window_bytes,
             seed: id.get() * 1_000 + node.boots,
             consensus_only,
+            slow_disk,
             ..defaults
         };
         let snapshot = node.disk.snapshot;
@@ -559,6 +581,7 @@ impl Cluster {
                 | Action::SendSnapshot { .. }
                 | Action::InstallSnapshot { .. }
                 | Action::TransferEnded { .. }
+                | Action::OwnDiskSlow { .. }
                 | Action::ReadReady { .. }
                 | Action::ReadRefused { .. }
                 | Action::MembersChanged
@@ -966,6 +989,16 @@ fn show_action(action: &Action) -> String {
         Action::SealEmpty => "seal an empty batch".to_owned(),
         Action::ReleaseClaim => "release the claim".to_owned(),
         Action::TransferEnded { end } => format!("transfer ended: {end}"),
+        Action::OwnDiskSlow { own, others, to } => {
+            let to: Vec<String> = to.iter().map(|id| format!(" {id}")).collect();
+            let millis = |span: &Nanos| span.0 / 1_000_000;
+            format!(
+                "the own disk is slow: {} ms, the others' {} ms; to{}",
+                millis(own),
+                millis(others),
+                to.concat()
+            )
+        }
         Action::Stop { violation } => format!("STOP: {violation}"),
         Action::SendSnapshot { to } => format!("send a snapshot to {to}"),
         Action::InstallSnapshot { last, epoch: Some(epoch) } => {

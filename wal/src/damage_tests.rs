@@ -13,6 +13,7 @@ use crate::testing::{Device, Fate, Harness, Rng};
 use crate::tests::{four_batches, last_segment, slot_at};
 use crate::{DamagedBatch, ReadError, Recovered, RepairError, WalError, WalEvent};
 use ringraft_block::{AlignedBuf, BLOCK_BYTES, Block, LogIndex, SECTOR_BYTES, Term};
+use std::collections::BTreeSet;
 
 /// What a start made of a device.
 #[derive(Debug, PartialEq)]
@@ -1704,6 +1705,145 @@ fn a_full_disk_under_a_claim_is_freed_of_what_lies_before_the_cut_so_that_the_lo
     }
 }
 
+/// Where nothing was left of the log, there was no segment in which it had been cut: nothing that was appended since could be purged,
+/// and nothing of what a snapshot of that covers, so a full disk kept the log from ever reaching what would release the claim.
+#[test]
+fn a_log_that_was_cut_at_its_very_beginning_is_purged_under_its_claim_and_keeps_what_may_follow() {
+    let whole = Whole::new();
+    let cut_at = whole.batch(1);
+    let mut sick = Sick::new(whole.device.clone());
+    sick.flip(&cut_at.name, cut_at.at + 60);
+    // What comes from the leader is the log that was there, as far as that went, or another.
+    for (same, appended, through) in
+        [(true, 40, 20), (true, 80, 58), (true, 80, 70), (false, 40, 20), (false, 80, 70)]
+    {
+        let mut harness = sick.clone().start();
+        let recovered = harness.open();
+        assert_eq!((recovered.claim, harness.chains().len()), (certain(3, 60), 0));
+        for index in 1..=appended {
+            if same && index <= 60 {
+                let block = whole.fetched(&mut harness, index);
+                let info = whole.batch(index).info;
+                harness.wal.append(&mut harness.disk, block, info);
+                harness.settle();
+            } else {
+                harness.append_durably(9, 1, 6000, index);
+            }
+        }
+        let salvage: Vec<BatchInfo> = harness.wal.salvage().collect();
+        assert_eq!(salvage.len(), 59);
+        let device = harness.crash(|| false);
+        // All but what lies behind the new start, and what cannot be told from it.
+        let last_of =
+            |name: &String| whole.batches.iter().rfind(|batch| batch.name == *name).unwrap().info.last.get();
+        let newest = &whole.batches.last().unwrap().name;
+        for operations in 0.. {
+            let mut harness = Harness::start(device.clone());
+            harness.open();
+            let (chains, segments) = (harness.chains(), harness.wal.stats().segments);
+            let reached = harness.wal.purge_through(&mut harness.disk, LogIndex(through));
+            assert_eq!(reached, LogIndex(through));
+            let finished = !(0..operations).all(|_| harness.step());
+            if finished {
+                let names = harness.disk.device.names();
+                for batch in &whole.batches {
+                    let stays = last_of(&batch.name) > through || batch.name == *newest;
+                    assert_eq!(names.contains(&batch.name), stays, "{through}: {}", batch.info.first);
+                }
+                let gone: BTreeSet<&String> = whole
+                    .batches
+                    .iter()
+                    .map(|batch| &batch.name)
+                    .filter(|name| !names.contains(name))
+                    .collect();
+                // Of what was appended since, a segment at least.
+                let left = harness.wal.stats().segments;
+                assert!(left + gone.len() < segments, "{through}: {left} of {segments}, {gone:?}");
+                assert_eq!(harness.wal.salvage().collect::<Vec<_>>(), salvage);
+            }
+            let (mut harness, recovered) = Sick::new(harness.crash(|| true)).opens();
+            let start = harness.wal.log_start().index;
+            assert!(start == LogIndex(through) || !finished && start == LogIndex(0), "{start}");
+            assert_eq!(harness.chains(), chains[start.get() as usize..]);
+            assert_eq!((recovered.claim, recovered.report.damage), (certain(3, 60), Vec::new()));
+            let expected: Vec<_> = salvage.iter().filter(|batch| batch.first > start).copied().collect();
+            assert_eq!(harness.wal.salvage().collect::<Vec<_>>(), expected);
+            if finished {
+                if through < 58 {
+                    let batch = whole.batch(59);
+                    let previous = whole.batch(58).info.chain;
+                    harness.wal.read_salvage(&mut harness.disk, 5, batch.info.first, previous);
+                    harness.settle();
+                    assert_eq!(harness.take_read().unwrap()[0].image(), &batch.bytes[ENVELOPE_BYTES..]);
+                }
+                break;
+            }
+        }
+        // The release takes the rest, at whatever point the power fails.
+        let mut harness = Harness::start(device);
+        harness.open();
+        harness.wal.purge_through(&mut harness.disk, LogIndex(through));
+        harness.settle();
+        let device = harness.crash(|| false);
+        for operations in 0.. {
+            let mut harness = Harness::start(device.clone());
+            harness.open();
+            let chains = harness.chains();
+            harness.wal.release_claim(&mut harness.disk);
+            let finished = !(0..operations).all(|_| harness.step());
+            let (mut harness, recovered) = Sick::new(harness.crash(|| true)).opens();
+            assert_eq!((harness.chains(), recovered.report.damage), (chains, Vec::new()), "{operations}");
+            assert!(recovered.claim.is_none() || !finished);
+            if recovered.claim.is_none() {
+                harness.settle();
+                let names = harness.disk.device.names();
+                assert!(whole.batches.iter().all(|batch| !names.contains(&batch.name)), "{names:?}");
+            }
+            if finished {
+                break;
+            }
+        }
+    }
+}
+
+/// The same where nothing that could be told is left of the former log, but that there was one.
+#[test]
+fn a_log_of_which_nothing_is_left_is_purged_under_its_claim() {
+    for gone in [true, false] {
+        let mut harness = Harness::fresh();
+        for salt in 0..60 {
+            harness.append_durably(1, 1, 6000, salt);
+        }
+        let mut device = harness.shut_down();
+        let mut names = device.names();
+        names.retain(|name| name.ends_with(".wal"));
+        for name in &names {
+            let bytes = device.content(name).len();
+            match gone {
+                true => device.remove(name),
+                false => device.corrupt(name, 0, |bytes| bytes.fill(0xab), bytes),
+            }
+        }
+        let (mut harness, recovered) = Sick::new(device).opens();
+        let claim = recovered.claim.unwrap();
+        assert!(!claim.certain && harness.chains().is_empty(), "{claim:?}");
+        for salt in 0..40 {
+            harness.append_durably(9, 1, 6000, salt);
+        }
+        let segments = harness.wal.stats().segments;
+        assert_eq!(harness.wal.purge_through(&mut harness.disk, LogIndex(30)), LogIndex(30));
+        harness.settle();
+        assert!(harness.wal.stats().segments < segments);
+        let chains = harness.chains();
+        assert_eq!(chains.len(), 10);
+        let (harness, recovered) = Sick::new(harness.crash(|| false)).opens();
+        assert_eq!((harness.chains(), recovered.claim.is_some()), (chains, true));
+        // What cannot be told stays as long as the claim.
+        let left = harness.disk.device.names();
+        assert!(gone || names.iter().all(|name| left.contains(name)), "{left:?}");
+    }
+}
+
 #[test]
 fn more_unreadable_batches_than_may_wait_are_repaired_in_several_rebuilds() {
     let config =
@@ -1750,6 +1890,77 @@ fn more_unreadable_batches_than_may_wait_are_repaired_in_several_rebuilds() {
         }
     }
     assert!(rounds > 1, "they did not fit at once");
+    let again: Vec<Vec<u8>> = harness.read_all().iter().map(|batch| batch.image().to_vec()).collect();
+    assert!(again.iter().zip(&originals).all(|(again, original)| again == original.image()));
+}
+
+/// What waited for a segment that could not be opened kept its room, and where that was all there is, no other segment was ever
+/// repaired: each of its batches was refused as one too many.
+#[test]
+fn what_waits_for_a_segment_that_never_opens_gives_way_to_what_can_be_repaired() {
+    let config =
+        crate::WalConfig { segment_bytes: 36 << 20, batch_bytes_max: 2 << 20, ..crate::testing::config() };
+    let mut device = Device::default();
+    // One segment for each process.
+    for first in [0, 6] {
+        let mut harness = Harness::start_with(device, config.clone());
+        harness.open();
+        for salt in first..first + 6 {
+            harness.append_durably(1, 1, 1 << 20, salt);
+        }
+        device = harness.shut_down();
+    }
+    let mut harness = Harness::start_with(device.clone(), config.clone());
+    harness.open();
+    let originals: Vec<_> = harness.read_all();
+    let places: Vec<_> = originals.iter().map(|batch| slot_at(&harness, batch.info.first)).collect();
+    let (closed, other) = (places[0].0.clone(), places[6].0.clone());
+    assert!(places[..6].iter().all(|(name, _)| *name == closed) && closed != other);
+    for (name, at) in &places {
+        device.corrupt(name, at + 65536, |bytes| bytes[0] ^= 1, 1);
+    }
+    let mut harness = Harness::start_with(device, config);
+    harness.open();
+    assert_eq!(harness.wal.damaged().count(), 12);
+    harness.disk.unopenable.push((closed.clone(), usize::MAX));
+    let offer = |harness: &mut Harness, at: usize| {
+        let (info, image) = (originals[at].info, originals[at].image());
+        let pool = harness.pool.clone();
+        let mut block = crate::ops::take(&pool, &mut harness.disk, info.slot_bytes()).unwrap();
+        block[ENVELOPE_BYTES..ENVELOPE_BYTES + image.len()].copy_from_slice(image);
+        let taken = harness.wal.repair(&mut harness.disk, info.first, block);
+        harness.settle();
+        assert!(matches!(taken, Ok(()) | Err(RepairError::Busy)), "{taken:?}");
+        taken.is_ok()
+    };
+    let awaited = |harness: &Harness| -> usize {
+        originals.iter().filter(|batch| harness.wal.awaits_repair(batch.info.first)).count()
+    };
+    let taken = (0..6).filter(|at| offer(&mut harness, *at)).count();
+    assert!((2..6).contains(&taken), "{taken} fill the room");
+    assert_eq!(awaited(&harness), taken);
+    assert_eq!(told(&mut harness), [] as [(bool, u64); 0], "nothing can be written");
+    // Meanwhile the first ones are offered again and again, as they come.
+    let mut repaired = Vec::new();
+    for at in 6..12 {
+        assert!(offer(&mut harness, at), "it has room: {at}");
+        repaired.extend(told(&mut harness));
+        for again in 0..6 {
+            offer(&mut harness, again);
+        }
+        assert!(awaited(&harness) <= taken, "and no more than there is");
+    }
+    let expected: Vec<_> = originals[6..].iter().map(|batch| (true, batch.info.first.get())).collect();
+    assert_eq!(repaired, expected);
+    // When it opens, it is repaired as any other.
+    harness.disk.unopenable.clear();
+    harness.wal.retry_space();
+    for at in (0..6).cycle().take(36) {
+        if harness.wal.is_damaged(originals[at].info.first) {
+            offer(&mut harness, at);
+        }
+    }
+    assert_eq!((harness.wal.damaged().count(), awaited(&harness)), (0, 0));
     let again: Vec<Vec<u8>> = harness.read_all().iter().map(|batch| batch.image().to_vec()).collect();
     assert!(again.iter().zip(&originals).all(|(again, original)| again == original.image()));
 }

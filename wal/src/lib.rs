@@ -132,8 +132,11 @@
 //!    does not read what is left of them, and removes it when it has saved its cut. Damage before the start no longer matters; a
 //!    segment that is missing behind it is noticed, since its successor names it.
 //!
-//! Under a claim the start stays before the segment in which the log was cut. Purging up to there is what makes room on a full disk
-//! for the log to reach what releases the claim.
+//! Under a claim the start stays before the segment in which the log was cut, or, unless a later start may settle the claim, lies in
+//! what was appended since. In the latter case the
+//! older segments stay from the one on that may hold a batch behind the start; what older segments hold is then none of the log, and
+//! when the claim is released, all of them lie before the start. Purging is what makes room on a full disk for the log to reach what
+//! releases the claim.
 //!
 //! **Starting anew** behind a snapshot that is durable: the whole log goes.
 //! 1. Epoch + 1, the new start and a cut at it are saved to both copies in place, in one. *Crash between:* the log as it was, or an empty

@@ -673,7 +673,7 @@ impl<D: Disk> Wal<D> {
     /// into a new copy of its segment. [`WalEvent::Repaired`] tells when that is durable.
     ///
     /// # Errors
-    /// When no such batch is damaged, the image is not its image, or too much is queued.
+    /// When no such batch is damaged, the image is not its image, or too much is queued ([`RepairError::Busy`]).
     pub fn repair(&mut self, disk: &mut D, first: LogIndex, block: Block<D::Buf>) -> Result<(), RepairError> {
         if self.stage != Stage::Open || self.poison.is_some() {
             return Err(RepairError::Stopped);
@@ -681,6 +681,14 @@ impl<D: Disk> Wal<D> {
         self.repairs.queue(&self.index, &self.segments, first, block)?;
         self.advance_repairs(disk);
         Ok(())
+    }
+
+    /// Whether the image of the damaged batch that begins at `first` is being written, or waits for that. One that was taken by
+    /// [`Self::repair`] and is not awaited any more has made room for others, since its segment could not be rebuilt: it may be
+    /// handed in again.
+    #[must_use]
+    pub fn awaits_repair(&self, first: LogIndex) -> bool {
+        self.repairs.awaits(&self.index, first)
     }
 
     /// Intact batches behind the place where damage cut the log, by first index, one for each: the log held them before, and some may
@@ -709,7 +717,11 @@ impl<D: Disk> Wal<D> {
     /// # Panics
     /// When the log is not open.
     pub fn release_claim(&mut self, disk: &mut D) -> u64 {
+        // When the log's start has come to lie in what was appended since, all that is older lies before it from now on.
+        let first = self.index.first_generation().or(self.active.map(|active| active.generation));
+        let first = first.filter(|_| self.salvage.is_passed_by(self.index.start().index));
         let state = &mut self.open_hard_state().state;
+        state.start_generation = state.start_generation.max(first.unwrap_or_default());
         state.claim = None;
         state.claim_epoch = 0;
         state.claim_cut = LogIndex(0);
@@ -1117,7 +1129,7 @@ impl<D: Disk> Wal<D> {
         };
         hard_state.claim_cut = claim_cut;
         hard_state.claim_may_settle = claim_may_settle;
-        self.salvage = Salvage::new(salvage, unplaced, hard_state.claim_epoch, claim_cut);
+        self.salvage = Salvage::new(salvage, unplaced, hard_state.claim_epoch, claim_cut, claim_may_settle);
         let end = self.index.end();
         let place = self.index.end_place();
         let generation = place.map_or(0, |place| place.generation);

@@ -10,8 +10,8 @@
 //!
 //! Failures: a block of the old file that cannot be read and holds no batch of the log becomes bytes that are damage to every reader. When it holds a batch that is not
 //! among the repaired ones, that batch is damaged too, and the rebuild is given up until it has come: it may be readable another
-//! time. Only when there are more of these than may wait in memory, their blocks become such bytes too, under an envelope made anew. No space gives up the rebuild until somebody asks to try again. A segment that cannot be opened is passed over until then, or until another of its batches
-//! comes: the others are rebuilt. Any other failed write stops the log. A segment that leaves the log is not rebuilt any further.
+//! time. Only when there are more of these than may wait in memory, their blocks become such bytes too, under an envelope made anew. No space gives up the rebuild until somebody asks to try again. A segment that cannot be opened, or of which no copy comes out right, is passed over until then, or until another of its batches
+//! comes: the others are rebuilt, and when there is no room for a batch of theirs, what waits for such a segment is forgotten ([`Repairs::awaits`]) and may be fetched again. Any other failed write stops the log. A segment that leaves the log is not rebuilt any further.
 
 mod check;
 
@@ -74,8 +74,10 @@ pub(crate) struct Repairs<B: BlockBuf> {
     work: Option<Rebuild>,
     /// No space: not before somebody asks again.
     blocked: bool,
-    /// Segments that could not be opened: not before somebody asks again, once each time.
-    unopened: BTreeSet<u32>,
+    /// Segments that could not be opened or copied: not before somebody asks again, once each time.
+    passed_over: BTreeSet<u32>,
+    /// Those among all that were not rebuilt since. What waits for them gives way to what can be written.
+    stuck: BTreeSet<u32>,
     /// Batches without which a segment is not rebuilt, since they could not be read: its generation, and their first index.
     missing: BTreeSet<(u32, LogIndex)>,
     /// Segments that are to be rebuilt for their header, whether a batch waits for it or not. One attempt for each.
@@ -164,7 +166,8 @@ impl<B: BlockBuf> Repairs<B> {
             bytes: 0,
             work: None,
             blocked: false,
-            unopened: BTreeSet::new(),
+            passed_over: BTreeSet::new(),
+            stuck: BTreeSet::new(),
             missing: BTreeSet::new(),
             headless: BTreeSet::new(),
             is_full: false,
@@ -190,10 +193,11 @@ impl<B: BlockBuf> Repairs<B> {
             return Ok(());
         }
         let bytes = known.slot_bytes();
-        if !self.fixes.is_empty() && self.bytes + bytes > QUEUED_BYTES_MAX {
-            self.is_full = true;
+        let Some(yielding) = self.yielding(bytes, place.generation) else {
+            // What waits for a segment that cannot be written makes no other one be written in a hurry.
+            self.is_full |= !self.stuck.contains(&place.generation);
             return Err(RepairError::Busy);
-        }
+        };
         let other = RepairError::Other { first };
         if block.len() < bytes {
             return Err(other);
@@ -207,13 +211,41 @@ impl<B: BlockBuf> Repairs<B> {
         }
         write_envelope(&mut block, &envelope_of(&segment.header, &info, place));
         block[image_end..bytes].fill(0);
+        yielding.into_iter().for_each(|other| self.drop_fix(other));
         self.drop_fix(first);
         self.bytes += bytes;
         self.missing.remove(&(place.generation, first));
         self.fixes.insert(first, Fix { info, place, block });
-        self.unopened.remove(&place.generation);
+        self.passed_over.remove(&place.generation);
         self.blocked = false;
         Ok(())
+    }
+
+    /// What is to be forgotten for room for so many bytes of a batch of that segment, nothing if there is room; `None` when that does
+    /// not make room either.
+    fn yielding(&self, bytes: usize, generation: u32) -> Option<Vec<LogIndex>> {
+        let (mut left, mut kept) = (self.bytes, self.fixes.len());
+        let fits = |left: usize, kept: usize| kept == 0 || left + bytes <= QUEUED_BYTES_MAX;
+        let rebuilding = self.work.as_ref().map(|work| work.generation);
+        let yields = |fix: &&Fix<B>| {
+            let of = fix.place.generation;
+            self.stuck.contains(&of) && Some(of) != rebuilding && !self.stuck.contains(&generation)
+        };
+        let mut yielding = Vec::new();
+        for fix in self.fixes.values().rev().filter(yields) {
+            if fits(left, kept) {
+                break;
+            }
+            (left, kept) = (left - fix.info.slot_bytes(), kept - 1);
+            yielding.push(fix.info.first);
+        }
+        fits(left, kept).then_some(yielding)
+    }
+
+    /// Whether the image of the batch that begins at `first` is here, and waits to be written or is being written.
+    pub(crate) fn awaits(&self, index: &Index, first: LogIndex) -> bool {
+        let known = index.containing(first).map(|(known, _)| known.chain);
+        self.fixes.get(&first).is_some_and(|fix| Some(fix.info.chain) == known)
     }
 
     fn drop_fix(&mut self, first: LogIndex) {
@@ -237,7 +269,7 @@ impl<B: BlockBuf> Repairs<B> {
     /// Space may have come back, and what could not be opened may be.
     pub(crate) fn retry(&mut self) {
         self.blocked = false;
-        self.unopened.clear();
+        self.passed_over.clear();
     }
 
     /// The segment that is to be rebuilt next.
@@ -247,7 +279,7 @@ impl<B: BlockBuf> Repairs<B> {
         }
         let waits = |generation: &u32| {
             let missing = (*generation, LogIndex(0))..=(*generation, LogIndex(u64::MAX));
-            self.unopened.contains(generation)
+            self.passed_over.contains(generation)
                 || !self.is_full && self.missing.range(missing).next().is_some()
         };
         let fixes = self.fixes.values().map(|fix| fix.place.generation);
@@ -264,6 +296,12 @@ impl<B: BlockBuf> Repairs<B> {
         self.headless.remove(&generation);
     }
 
+    /// The segment cannot be rebuilt now.
+    fn pass_over(&mut self, generation: u32) {
+        self.passed_over.insert(generation);
+        self.stuck.insert(generation);
+    }
+
     /// The descriptors, to be closed at the end.
     pub(crate) fn take_files(&mut self) -> impl Iterator<Item = FileId> {
         self.work.take().into_iter().flat_map(|work| [work.old, work.new]).flatten()
@@ -271,6 +309,7 @@ impl<B: BlockBuf> Repairs<B> {
 
     /// Forgets batches that the log no longer holds as damaged.
     pub(crate) fn forget_void(&mut self, index: &Index) {
+        self.stuck.retain(|generation| index.uses(*generation));
         if self.fixes.is_empty() && self.missing.is_empty() {
             return;
         }
@@ -358,7 +397,7 @@ impl<B: BlockBuf> Repairs<B> {
             }
             (Step::OpeningOld, Err(_)) => {
                 // Nothing was begun. It may be readable another time.
-                self.unopened.insert(work.generation);
+                self.pass_over(work.generation);
                 progress.ended = Some(work.generation);
             }
             (Step::Creating, Ok(DiskOutput::Opened { file, .. })) => {
@@ -412,6 +451,7 @@ impl<B: BlockBuf> Repairs<B> {
                     }
                 }
                 self.is_full = false;
+                self.stuck.remove(&work.generation);
             }
             (Step::Removing, result) => {
                 match result {

@@ -31,6 +31,8 @@ pub(crate) struct Salvage {
     claim_epoch: u64,
     /// What the log had left when the claim was made.
     claim_cut: LogIndex,
+    /// A later start may settle the claim, if it finds all that this one has left.
+    may_settle: bool,
     /// The save that makes the release durable.
     releasing: Option<u64>,
 }
@@ -41,9 +43,10 @@ impl Salvage {
         unplaced: Vec<SegmentName>,
         claim_epoch: u64,
         claim_cut: LogIndex,
+        may_settle: bool,
     ) -> Self {
         let generations = batches.iter().map(|batch| batch.place.generation).collect();
-        Self { batches, generations, unplaced, claim_epoch, claim_cut, releasing: None }
+        Self { batches, generations, unplaced, claim_epoch, claim_cut, may_settle, releasing: None }
     }
 
     /// Keeps a file that nobody can place.
@@ -67,6 +70,24 @@ impl Salvage {
         if index < self.claim_cut {
             self.batches.clear();
         }
+    }
+
+    /// Whether the log's start may come to lie at `start`, in or behind what was appended since the claim was made. Not where that would
+    /// take from what may settle it.
+    pub(crate) fn is_passed_by(&self, start: LogIndex) -> bool {
+        self.is_kept() && start > self.claim_cut && !self.may_settle
+    }
+
+    /// The newest segment that holds a batch which begins at `index` or before. Batches of older segments lie before that one, or were
+    /// void when the claim was made.
+    pub(crate) fn newest_generation_at(&self, index: LogIndex) -> Option<u32> {
+        let until = self.batches.partition_point(|batch| batch.info.first <= index);
+        self.batches[..until].iter().map(|batch| batch.place.generation).max()
+    }
+
+    /// Whether a file is kept that nobody can place.
+    pub(crate) fn has_unplaced(&self) -> bool {
+        !self.unplaced.is_empty()
     }
 
     /// Whether anything is kept.

@@ -60,8 +60,6 @@ pub(super) struct Repairer<B: BlockBuf> {
     report: Vec<Damage>,
     /// An end of a batch, beyond that of the log, that is proved to have been in it: a batch that was kept aside follows it.
     proved: Option<(LogIndex, Chain)>,
-    /// Batches whose image the log has, and is writing.
-    offered: BTreeSet<LogIndex>,
     searches: BTreeMap<LogIndex, Search<B>>,
     /// Of more damaged batches than are searched for at a time, those from here on have their turn, since then.
     turn_of: LogIndex,
@@ -145,7 +143,6 @@ impl<B: BlockBuf> Repairer<B> {
             scrub_at_ns: u64::MAX,
             report: Vec::new(),
             proved: None,
-            offered: BTreeSet::new(),
             searches: BTreeMap::new(),
             turn_of: LogIndex(0),
             turn_since_ns: 0,
@@ -179,7 +176,6 @@ impl<B: BlockBuf> Repairer<B> {
     }
 
     pub(super) fn truncate_after(&mut self, after: LogIndex) {
-        self.offered.retain(|first| *first <= after);
         self.proved = self.proved.filter(|(last, _)| *last <= after);
         self.searches.clear();
         self.due_at_ns = 0;
@@ -278,7 +274,6 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     pub(super) fn repaired(&mut self, first: LogIndex, last: LogIndex) -> Result<(), StopError> {
         tracing::info!(node = %self.config.node, %first, %last, "repaired");
         self.repair.repaired += 1;
-        self.repair.offered.remove(&first);
         self.configuration_repaired(first)?;
         self.damage_changed()
     }
@@ -287,7 +282,6 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     pub(super) fn forget_damage_before(&mut self, start: LogIndex) -> Result<(), StopError> {
         let gone = |first: &LogIndex| *first <= start;
         let any = self.repair.searches.keys().any(gone);
-        self.repair.offered.retain(|first| !gone(first));
         self.repair.searches.retain(|first, _| !gone(first));
         let told = self.raft().and_then(|raft| raft.restraint().damaged_from);
         if any || told != self.wal.first_damaged() { self.damage_changed() } else { Ok(()) }
@@ -307,7 +301,6 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         }
         match self.wal.repair(&mut self.disk, info.first, block) {
             Ok(()) => {
-                self.repair.offered.insert(info.first);
                 self.repair.turn_since_ns = self.now.monotonic_ns;
                 self.repair.searches.remove(&info.first);
                 self.repair.due_at_ns = self.now.monotonic_ns;

@@ -6,7 +6,8 @@
 //!
 //! At a start the newest snapshot whose every byte is right is restored, before the core begins. One that ends where the log
 //! does not reach, or has something else, is what an interrupted install has left: the log begins anew behind it. When none
-//! is right that the log still reaches, nothing can be applied, and the node asks the leader for one.
+//! is right that the log still reaches, nothing can be applied, and the node asks the leader for one. One that another build has
+//! written is no damage: the node stops, and says which.
 //!
 //! Nothing here is the log's: what fails is tried again later, loudly, and commits do not wait for any of it.
 
@@ -21,8 +22,8 @@ use crate::requests::{REQUESTS_MAX, SnapshotSlot};
 use crate::sessions::{SessionTable, SessionTableError};
 use crate::snapshots::files::{FileFailure, Ops, Part, PartStep, ReadStep, Reading, Tools};
 use crate::snapshots::{
-    Encoder, SLOT_BYTES, SLOT_PAYLOAD_BYTES, SnapshotFile, SnapshotMeta, file_bytes_max, parse_name,
-    parse_partial_name, partial_name_of,
+    Encoder, SLOT_BYTES, SLOT_PAYLOAD_BYTES, SnapshotDamage, SnapshotFile, SnapshotMeta, file_bytes_max,
+    parse_name, parse_partial_name, partial_name_of,
 };
 use crate::state_machine::{Restore, SnapshotReader, StateMachine};
 use crate::wire;
@@ -764,6 +765,12 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         match outcome {
             Ok(file) if Some(file.meta.last.index) == named => files.push(file.without_sessions()),
             Ok(_) => damaged.push(std::mem::take(name)),
+            // It says itself that it is this file.
+            Err(FileFailure::Damaged(damage @ SnapshotDamage::Version { last, .. }))
+                if Some(last) == named =>
+            {
+                return Err(StopError::SnapshotForeign { file: std::mem::take(name), damage });
+            }
             Err(failure) => {
                 tracing::error!(node = %self.config.node, name, %failure, "a snapshot cannot be read: an older one is looked for");
                 damaged.push(std::mem::take(name));

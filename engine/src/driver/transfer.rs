@@ -1,19 +1,21 @@
-//! The driver and the end of an office: leadership handed over because somebody asked, because the node shuts down, or because
-//! its log has no space.
+//! The driver and the end of an office: leadership handed over because somebody asked, because the node shuts down, because
+//! its log has no space, or because its disk is far slower than the others'.
 //!
 //! Asked → the gate closes, so that no command comes in that would have to be given back → what was admitted is sealed →
 //! the core replicates it and tells the successor → another leader is heard. If the sealing takes longer than an election
-//! time-out, or what follows it, the gate opens again.
+//! time-out, or what follows it, the gate opens again. What a slow disk keeps from being sealed for so long is not waited for: it is
+//! given back when another leads.
 
 use super::Driver;
 use crate::error::{Refusal, StopError, TransferError};
-use crate::raft::{Event, Raft, Role, TransferEnd};
+use crate::raft::{Event, Nanos, Raft, Role, TransferEnd};
 use crate::requests::TransferSlot;
 use crate::state_machine::StateMachine;
 use ringraft_block::{NodeId, Term};
 use ringraft_net::link::Link;
 use ringraft_wal::disk::Disk;
 use std::collections::VecDeque;
+use std::time::Duration;
 
 /// A leader without space tries again to find another that has some, after this.
 const NO_SPACE_RETRY_NS: u64 = 10_000_000_000;
@@ -27,6 +29,35 @@ pub struct Transferred {
     pub term: Term,
 }
 
+/// How leadership was handed over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HandedOver {
+    /// Why.
+    pub cause: HandoverCause,
+    /// Who took over.
+    pub leader: NodeId,
+    /// In which term.
+    pub term: Term,
+}
+
+/// Why leadership is handed over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HandoverCause {
+    /// [`Handle::transfer_leadership`](crate::Handle::transfer_leadership).
+    Asked,
+    /// The node was asked to stop.
+    Shutdown,
+    /// The log had no space for commands.
+    NoSpace,
+    /// The disk was far slower than the others' ([`Config::disk_slow_factor`](crate::Config::disk_slow_factor)).
+    DiskSlow {
+        /// What it took to make a batch durable, on average, from when that was sealed.
+        own: Duration,
+        /// What a quorum of the others took for the same, network included.
+        others: Duration,
+    },
+}
+
 #[derive(Default)]
 pub(super) struct Handover {
     /// Asked for in this turn.
@@ -35,9 +66,13 @@ pub(super) struct Handover {
     /// The node shuts down and has tried, or need not try, to hand over before.
     drained: bool,
     no_space_retry_at_ns: u64,
+    /// The core wants it, since the disk is slow: why, and who can take over, the best one first.
+    slow: Option<(HandoverCause, Vec<NodeId>)>,
+    last: Option<HandedOver>,
 }
 
 struct Current {
+    cause: HandoverCause,
     to: Option<NodeId>,
     /// Who is told; nobody when the node itself wanted it.
     slot: Option<TransferSlot>,
@@ -70,6 +105,17 @@ impl Handover {
 
     pub(super) fn next_deadline(&self) -> u64 {
         self.current.as_ref().map_or(u64::MAX, Current::due_ns)
+    }
+
+    /// The last one that came to something.
+    pub(super) fn last(&self) -> Option<HandedOver> {
+        self.last
+    }
+
+    /// The core has found out that the own disk is slow.
+    pub(super) fn disk_is_slow(&mut self, own: Nanos, others: Nanos, to: Vec<NodeId>) {
+        let (own, others) = (Duration::from_nanos(own.0), Duration::from_nanos(others.0));
+        self.slow = Some((HandoverCause::DiskSlow { own, others }, to));
     }
 
     /// Somebody asks for a transfer.
@@ -109,7 +155,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 slot.complete(Ok(done));
                 return Ok(());
             }
-            (None, _) => return self.begin_handover(to, Some(slot), Stage::Flushing),
+            (None, _) => return self.begin_handover(HandoverCause::Asked, to, Some(slot), Stage::Flushing),
         };
         slot.complete(Err(refused.into()));
         Ok(())
@@ -117,6 +163,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
 
     fn begin_handover(
         &mut self,
+        cause: HandoverCause,
         to: Option<NodeId>,
         slot: Option<TransferSlot>,
         stage: Stage,
@@ -124,7 +171,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let timeout = u64::try_from(self.config.election_timeout.as_nanos()).unwrap_or(u64::MAX);
         let sealed_by_ns = self.now.monotonic_ns.saturating_add(timeout);
         let deadline_ns = sealed_by_ns.saturating_add(timeout);
-        self.handover.current = Some(Current { to, slot, stage, sealed_by_ns, deadline_ns });
+        self.handover.current = Some(Current { cause, to, slot, stage, sealed_by_ns, deadline_ns });
         self.set_gate();
         if stage == Stage::UnderWay { self.step(Event::Transfer { to }) } else { Ok(()) }
     }
@@ -132,16 +179,14 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// Moves a handover on. To be called when what was admitted has been sealed as far as the log takes it.
     pub(super) fn advance_handover(&mut self) -> Result<(), StopError> {
         self.hand_over_when_full()?;
+        self.hand_over_when_slow()?;
         let now_ns = self.now.monotonic_ns;
         let Some(current) = &mut self.handover.current else { return Ok(()) };
-        if now_ns >= current.due_ns() {
-            let error = match (current.stage, current.to) {
-                (Stage::SteppedDown, _) => TransferError::NoLeaderYet,
-                (Stage::UnderWay, Some(to)) => TransferEnd::TimedOut { to }.into(),
-                (Stage::UnderWay, None) | (Stage::Flushing, _) => TransferEnd::NotSealed.into(),
-            };
-            self.end_handover(Err(error));
-        } else if current.stage == Stage::Flushing && !self.proposals.borrow().has_unsealed() {
+        let is_sealed = !self.proposals.borrow().has_unsealed();
+        // A disk that is slow may have no room for it before long.
+        let is_waived =
+            matches!(current.cause, HandoverCause::DiskSlow { .. }) && now_ns >= current.sealed_by_ns;
+        if current.stage == Stage::Flushing && (is_sealed && now_ns < current.due_ns() || is_waived) {
             current.stage = Stage::UnderWay;
             let to = current.to;
             self.step(Event::Transfer { to })?;
@@ -149,8 +194,28 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             if let Some(current) = &mut self.handover.current {
                 current.to = current.to.or(target);
             }
+        } else if now_ns >= current.due_ns() {
+            let error = match (current.stage, current.to) {
+                (Stage::SteppedDown, _) => TransferError::NoLeaderYet,
+                (Stage::UnderWay, Some(to)) => TransferEnd::TimedOut { to }.into(),
+                (Stage::UnderWay, None) | (Stage::Flushing, _) => TransferEnd::NotSealed.into(),
+            };
+            self.end_handover(Err(error));
         }
         Ok(())
+    }
+
+    /// A leader whose disk is far slower than the others' lets one lead whose disk is not.
+    fn hand_over_when_slow(&mut self) -> Result<(), StopError> {
+        let Some((cause, able)) = self.handover.slow.take() else { return Ok(()) };
+        if self.closing || self.is_draining() || self.handover.current.is_some() || !self.leads() {
+            return Ok(());
+        }
+        let takes =
+            |id: &NodeId| self.peers.get(id).is_some_and(|peer| peer.session.is_some() && !peer.no_space);
+        let Some(to) = able.into_iter().find(takes) else { return Ok(()) };
+        tracing::warn!(node = %self.config.node, %to, ?cause, "the disk is slow: leadership is handed over");
+        self.begin_handover(cause, Some(to), None, Stage::Flushing)
     }
 
     /// A leader that cannot take commands lets one lead that can.
@@ -169,7 +234,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let Some((_, to)) = best else { return Ok(()) };
         tracing::warn!(node = %self.config.node, %to, "the log has no space: leadership is handed over");
         // What was admitted and is not sealed has no place here: it is given back.
-        self.begin_handover(Some(to), None, Stage::UnderWay)
+        self.begin_handover(HandoverCause::NoSpace, Some(to), None, Stage::UnderWay)
     }
 
     /// The core gave up, or refused.
@@ -201,8 +266,13 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     }
 
     fn end_handover(&mut self, outcome: Result<Transferred, TransferError>) {
-        if let Some(slot) = self.handover.current.take().and_then(|current| current.slot) {
-            slot.complete(outcome);
+        if let Some(Current { cause, slot, .. }) = self.handover.current.take() {
+            if let Ok(Transferred { leader, term }) = outcome {
+                self.handover.last = Some(HandedOver { cause, leader, term });
+            }
+            if let Some(slot) = slot {
+                slot.complete(outcome);
+            }
         }
         self.set_gate();
     }
@@ -219,7 +289,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             let stopped = Refusal::Stopped(StopError::Requested.into());
             self.proposals.borrow_mut().set_gate(Err(stopped));
             if self.leads() && others && self.handover.current.is_none() {
-                self.begin_handover(None, None, Stage::Flushing)?;
+                self.begin_handover(HandoverCause::Shutdown, None, None, Stage::Flushing)?;
             }
         }
         Ok(self.handover.current.is_none())

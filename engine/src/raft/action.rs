@@ -1,8 +1,8 @@
 //! What the core wants done, in this order.
 
 use super::{
-    BatchRun, ChangeError, Changed, Configuration, Epoch, LogId, Message, ReadRefusal, Role, TransferEnd,
-    Violation,
+    BatchRun, ChangeError, Changed, Configuration, Epoch, LogId, Message, Nanos, ReadRefusal, Role,
+    TransferEnd, Violation,
 };
 use ringraft_block::{LogIndex, NodeId, Term};
 
@@ -73,6 +73,16 @@ pub enum Action {
     TransferEnded {
         /// Why.
         end: TransferEnd,
+    },
+    /// This node leads, and its disk is far slower than the others': leadership is to be handed over by
+    /// [`Event::Transfer`](super::Event::Transfer). Comes again after a while if nothing comes of it.
+    OwnDiskSlow {
+        /// What a batch took from its proposal until it was durable here, on average.
+        own: Nanos,
+        /// And until it was durable at a quorum without this node.
+        others: Nanos,
+        /// Voters that are heard and were quick, the best one first; at least one.
+        to: Vec<NodeId>,
     },
     /// The log no longer holds what this peer needs: send it a snapshot, and report
     /// [`Event::SnapshotEnded`](super::Event::SnapshotEnded). One at a time for each peer; void when the session with it ends.

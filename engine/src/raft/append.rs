@@ -37,6 +37,7 @@ impl Raft {
         leader.first_own.get_or_insert(batch.first);
         actions.push(Action::Persist { batch });
         self.take_configuration(&batch, configuration, actions);
+        self.time_batch(batch.last);
         self.replicate(actions);
         Ok(())
     }
@@ -193,6 +194,7 @@ impl Raft {
 
     /// Commits what a quorum holds durably, the own disk being one vote among equals.
     fn advance_commit(&mut self, actions: &mut Vec<Action>) {
+        self.look_at_timed_batch(actions);
         let RoleState::Leader(leader) = &self.role else { return };
         let own = if mutants::active(Mutant::AckBeforeDurable) {
             self.log.last().index

@@ -1,6 +1,6 @@
 //! The core's limits and intervals.
 
-use super::{Configuration, Nanos};
+use super::{Configuration, Nanos, SlowDiskLimits};
 use ringraft_block::{Incarnation, NodeId};
 
 /// What the core is told once.
@@ -30,6 +30,8 @@ pub struct RaftConfig {
     pub priority: Option<u8>,
     /// Elections only: a leader appends nothing, so nothing can be proposed, and the log stays empty.
     pub consensus_only: bool,
+    /// When this node, leading, hands over since its own disk is slow. `None`: never.
+    pub slow_disk: Option<SlowDiskLimits>,
     /// The life of this node's data directory. A configuration that names its id with another one means another node.
     /// `None` for models without directories: the id is enough.
     pub incarnation: Option<Incarnation>,
@@ -50,6 +52,7 @@ impl RaftConfig {
             seed,
             priority: None,
             consensus_only: false,
+            slow_disk: None,
             incarnation: None,
         }
     }
@@ -87,6 +90,11 @@ impl RaftConfig {
         }
         if self.window_batches == 0 || self.window_bytes == 0 {
             return Err(ConfigError::EmptyWindow);
+        }
+        if let Some(limits) = self.slow_disk
+            && (limits.factor < 2 || limits.floor.0 == 0 || limits.span.0 == 0)
+        {
+            return Err(ConfigError::SlowDisk { limits });
         }
         Ok(())
     }
@@ -127,6 +135,12 @@ pub enum ConfigError {
     /// Nothing could ever be replicated.
     #[error("a replication window of no batches or no bytes")]
     EmptyWindow,
+    /// A disk that is no slower than the others would do.
+    #[error("a slow disk takes a factor of at least 2, and a floor and a span of more than 0: {limits:?}")]
+    SlowDisk {
+        /// What was given.
+        limits: SlowDiskLimits,
+    },
 }
 
 #[cfg(test)]
@@ -145,6 +159,19 @@ mod tests {
         assert!(matches!(never.validate(), Err(ConfigError::ElectionTimeout { .. })));
         let slow = RaftConfig { commit_notice_delay: Nanos(good.heartbeat_interval.0 + 1), ..good.clone() };
         assert!(matches!(slow.validate(), Err(ConfigError::CommitNoticeDelay { .. })));
-        assert_eq!(RaftConfig { window_batches: 0, ..good }.validate(), Err(ConfigError::EmptyWindow));
+        assert_eq!(
+            RaftConfig { window_batches: 0, ..good.clone() }.validate(),
+            Err(ConfigError::EmptyWindow)
+        );
+        let limits = SlowDiskLimits { factor: 2, floor: Nanos(1), span: Nanos(1) };
+        assert_eq!(RaftConfig { slow_disk: Some(limits), ..good.clone() }.validate(), Ok(()));
+        for limits in [
+            SlowDiskLimits { factor: 1, ..limits },
+            SlowDiskLimits { floor: Nanos(0), ..limits },
+            SlowDiskLimits { span: Nanos(0), ..limits },
+        ] {
+            let slow = RaftConfig { slow_disk: Some(limits), ..good.clone() };
+            assert_eq!(slow.validate(), Err(ConfigError::SlowDisk { limits }));
+        }
     }
 }

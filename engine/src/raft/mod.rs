@@ -7,8 +7,8 @@
 //! completions and what was asked since: saves are numbered, and completions of the log carry its epoch.
 //!
 //! One verb, one file: `election` decides who leads, `append` replicates and commits, `membership` changes who decides,
-//! `repair` says what a node may do that has lost a part of its log, `transfer` hands leadership over, `read` answers
-//! without a write, `snapshot` takes over where a log no longer reaches. Each piece of state has
+//! `repair` says what a node may do that has lost a part of its log, `transfer` hands leadership over, `slow_disk` notices
+//! when that is due, `read` answers without a write, `snapshot` takes over where a log no longer reaches. Each piece of state has
 //! an owner that keeps its rule: `hard_state` that nothing leaves before term and vote are durable, `durable`
 //! that late completions do not count, `progress` what may be sent to a peer, `rounds` who was following when.
 //!
@@ -37,6 +37,7 @@ mod role;
 mod rounds;
 #[cfg(test)]
 mod simulation;
+mod slow_disk;
 mod snapshot;
 mod transfer;
 mod violation;
@@ -54,6 +55,7 @@ pub use progress::{ProgressView, ReplicationState};
 pub use quorum::Quorum;
 pub use read::{ReadIndex, ReadIndexReply, ReadKind, ReadRefusal};
 pub use repair::{Answer, Claim, Inquiry, Reach, Restraint, Verdict};
+pub use slow_disk::SlowDiskLimits;
 pub use transfer::TransferEnd;
 pub use violation::Violation;
 
@@ -91,6 +93,8 @@ pub struct Raft {
     timer: ElectionTimer,
     repair: Repair,
     reads: Reads,
+    /// Until then leadership is not handed over for a slow disk.
+    slow_disk_rests_until: Nanos,
     ignored: u64,
     violation: Option<Violation>,
 }
@@ -281,6 +285,7 @@ impl Raft {
             timer: ElectionTimer { from: boot.now, wait: Nanos(0) },
             repair: Repair::new(boot.damaged_from, boot.claim),
             reads: Reads::new(config.seed, bound_until),
+            slow_disk_rests_until: Nanos(0),
             ignored: 0,
             violation: None,
             votes: config.counts_in(configurations.current()),

@@ -3,12 +3,14 @@
 use super::membership::Changing;
 use super::progress::Progress;
 use super::rounds::Rounds;
+use super::slow_disk::SlowDisk;
 use super::transfer::Transfer;
 use super::{Action, Nanos, Raft, Role};
 use ringraft_block::{LogIndex, NodeId, Term};
 
 /// A role with what only that role knows: leaving it forgets it.
 #[derive(Clone, Debug)]
+#[expect(clippy::large_enum_variant, reason = "a node has one of it")]
 pub(super) enum RoleState {
     Follower,
     PreCandidate(Votes),
@@ -61,6 +63,7 @@ pub(super) struct Leader {
     /// In this term a member was told to campaign.
     pub(super) told_to_campaign: bool,
     pub(super) changing: Box<Changing>,
+    pub(super) slow_disk: SlowDisk,
 }
 
 impl Leader {
@@ -119,6 +122,7 @@ impl Raft {
             transfer: None,
             told_to_campaign: false,
             changing: Box::new(changing),
+            slow_disk: SlowDisk::default(),
         });
         self.leader = Some(id);
         self.announce(actions);

@@ -410,6 +410,10 @@ impl Simulation {
                 TransferEnd::Lost { .. } => "transfer lost",
                 _ => "transfer refused",
             }),
+            Action::OwnDiskSlow { to, .. } => {
+                self.cover.mark("slow disk");
+                self.feed(at, Event::Transfer { to: to.first().copied() })?;
+            }
             Action::Stop { violation } => return Err(format!("node {id}: {violation}")),
             Action::ReadReady { id, index } => self.read_ready(at, id, index)?,
             Action::ReadRefused { id, .. } => self.read_refused(at, id),

@@ -9,6 +9,7 @@
 //! a socket or a process that was paused. So once it has left, no lease may be relied on in this term
 //! ([`Raft::may_lease`]); elections and commits do not care.
 
+use super::progress::Progress;
 use super::role::RoleState;
 use super::{Action, Message, Nanos, Raft, Round, TimeoutNow};
 use ringraft_block::NodeId;
@@ -126,13 +127,20 @@ impl Raft {
     /// The voter other than this node that holds the most and was heard within an election time-out; of several the
     /// one heard last, then the lowest id. None for a node that does not lead.
     fn transfer_candidate(&self) -> Option<NodeId> {
-        let RoleState::Leader(leader) = &self.role else { return None };
-        let heard = self.now.0.saturating_sub(self.config.election_timeout.0);
-        let voters = leader.peers.iter().filter(|peer| self.configuration().is_incoming_voter(peer.id()));
-        let alive = voters.filter(|peer| peer.contact().0 >= heard && peer.round() > Round(0));
-        alive
+        self.able_to_take_over()
             .max_by_key(|peer| (peer.matched(), peer.contact(), std::cmp::Reverse(peer.id())))
-            .map(|peer| peer.id())
+            .map(Progress::id)
+    }
+
+    /// The voters other than this node that were heard within an election time-out. None for a node that does not lead.
+    pub(super) fn able_to_take_over(&self) -> impl Iterator<Item = &Progress> {
+        let peers = match &self.role {
+            RoleState::Leader(leader) => leader.peers.as_slice(),
+            _ => &[],
+        };
+        let heard = self.now.0.saturating_sub(self.config.election_timeout.0);
+        let voters = peers.iter().filter(move |peer| self.configuration().is_incoming_voter(peer.id()));
+        voters.filter(move |peer| peer.contact().0 >= heard && peer.round() > Round(0))
     }
 
     /// Tells the member to campaign once it holds the whole log and all of it is committed: then nobody who proposed here

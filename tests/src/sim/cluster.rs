@@ -12,7 +12,7 @@ use bytes::Bytes;
 use ringraft::config::{Config, MemberConfig};
 use ringraft::driver::Driver;
 use ringraft::error::{LeaderHint, Refusal, StopError};
-use ringraft::handle::{Completion, Handle, LocalPipeline, Pipeline};
+use ringraft::handle::{Completion, Handle, HandoverCause, LocalPipeline, Pipeline};
 use ringraft::membership::MemberRole;
 use ringraft::raft::{Raft, Role, invariants};
 use ringraft::runtime::{LocalWakeup, Now, Turn, Wakeup};
@@ -147,6 +147,9 @@ fn config(node: usize, ports: &[u16], tuning: &Tuning) -> Config {
         session_reply_bytes_max: 64,
         session_table_bytes_max: tuning.sessions_max * (256 + 40 * u64::from(tuning.session_window) + 64),
         read_timeout: Duration::from_millis(tuning.election_timeout_ms * tuning.read_timeouts),
+        // A disk here takes some 60 microseconds, and is up to a hundred times as slow, never for long.
+        disk_slow_floor: Duration::from_millis(1),
+        disk_slow_timeout: Some(Duration::from_millis(tuning.election_timeout_ms)),
         ..Config::new(ClusterId(0x5eed), id_of(node), members, "simulated")
     }
 }
@@ -400,6 +403,12 @@ impl SimNode for EngineNode {
 
     fn frames_damaged(&self) -> u64 {
         self.driver.frames_damaged()
+    }
+
+    fn left_for_slow_disk(&self) -> u64 {
+        let last = self.handle.status().handed_over;
+        let slow = last.filter(|last| matches!(last.cause, HandoverCause::DiskSlow { .. }));
+        slow.map_or(0, |last| last.term.get())
     }
 
     fn lack(&self) -> Lack {

@@ -349,6 +349,11 @@ pub trait SimNode {
         0
     }
 
+    /// The term to which it handed over last, if that was for its slow disk.
+    fn left_for_slow_disk(&self) -> u64 {
+        0
+    }
+
     /// Asks it to stop in good order.
     fn shutdown(&mut self);
 

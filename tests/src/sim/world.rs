@@ -274,6 +274,8 @@ struct Machine<N> {
     suspect: u64,
     /// Frames that its process has refused as damaged.
     frames_damaged: u64,
+    /// The term to which it last handed over for its slow disk.
+    left_to: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -461,6 +463,7 @@ impl<'a, C: Cluster> World<'a, C> {
                 wiped: false,
                 suspect: 0,
                 frames_damaged: 0,
+                left_to: 0,
             }
         };
         let machines = (0..nodes).map(|node| machine(node, &mut rng)).collect();
@@ -664,7 +667,7 @@ impl<'a, C: Cluster> World<'a, C> {
         machine.core_reading = None;
         machine.closing = false;
         machine.doomed = None;
-        machine.frames_damaged = 0;
+        (machine.frames_damaged, machine.left_to) = (0, 0);
         machine.woke_at = now;
         machine.lack = Lack::default();
         machine.committed_at_boot = self.history.borrow().committed_end();
@@ -704,6 +707,10 @@ impl<'a, C: Cluster> World<'a, C> {
         }
         if turned.apply_paused {
             self.context.cover(Mark::ApplyPaused);
+        }
+        let left_to = process.left_for_slow_disk();
+        if left_to > std::mem::replace(&mut machine.left_to, left_to) {
+            self.context.cover(Mark::SlowLeaderLeft);
         }
         let damaged = process.frames_damaged();
         if damaged > std::mem::replace(&mut machine.frames_damaged, damaged) {

@@ -2,6 +2,7 @@
 //! how long that takes, in virtual time.
 
 use super::*;
+use ringraft::handle::{HandedOver, HandoverCause};
 use ringraft_tests::sim::disk::DiskFaults;
 
 /// So many election time-outs are enough for anything to settle.
@@ -125,6 +126,170 @@ fn a_leader_whose_every_write_takes_longer_than_an_election_hands_over_and_comes
     rig.slow_disk(leader, 1);
     rig.run_until("it follows", |rig| rig.status(leader).durable >= commit);
     rig.stays_with(successor);
+}
+
+impl Rig {
+    /// A command in each millisecond, for as long as `leader` leads, for at most `span`; how long that was.
+    fn propose_while_led_by(&mut self, leader: usize, span: Time) -> Time {
+        let begun = self.context.now();
+        for tag in 0.. {
+            if self.leader() != Some(leader) || self.context.now() - begun >= span {
+                break;
+            }
+            self.propose(leader, tag, 300);
+            self.run_for(MILLISECOND);
+            self.completed(leader);
+        }
+        self.context.now() - begun
+    }
+
+    /// Why a node handed over last.
+    fn handed_over(&self, node: usize) -> Option<HandedOver> {
+        self.status(node).handed_over
+    }
+}
+
+/// By how much a disk is slower in which a write takes some 60 ms, far below the election time-out.
+const FAR_SLOWER: u64 = 1_000;
+
+impl Rig {
+    /// A cluster in which a disk that fills a segment for a second is not taken for one that does not answer.
+    fn started_patient(nodes: usize) -> (Self, usize) {
+        let mut rig = Self::new(nodes);
+        for node in 0..nodes {
+            let disk_stall_timeout = Some(Duration::from_secs(20));
+            rig.boot(Config { disk_stall_timeout, ..config(node, nodes) });
+        }
+        let leader = rig.run_until_led();
+        (rig, leader)
+    }
+}
+
+/// It led on: what was proposed waited until its own disk had taken what was before, though the others had it all long ago.
+#[test]
+fn a_leader_whose_disk_is_far_slower_than_the_others_hands_over_and_stays_away() {
+    let (mut rig, leader) = Rig::started_patient(3);
+    let (median, _) = rig.commit_times(leader, 200);
+    let term = rig.status(leader).term;
+    rig.slow_disk(leader, FAR_SLOWER);
+    // Four election time-outs, in four parts that each may end a batch or two later, behind the one in which it became slow.
+    let led = rig.propose_while_led_by(leader, 20 * SECOND);
+    assert!(led <= 8 * rig.timeout(), "{led} ns");
+    assert!(led >= 4 * rig.timeout(), "a disk may be slow for a while: {led} ns");
+    let successor = rig.run_until_led();
+    assert_eq!(rig.status(successor).term.get(), term.get() + 1, "nobody had to notice that it was gone");
+    rig.run_until("it has heard of it", |rig| rig.handed_over(leader).is_some());
+    let HandedOver { cause, leader: to, term: in_term } = rig.handed_over(leader).expect("in good order");
+    assert_eq!((to, in_term.get()), (NodeId(successor as u64 + 1), term.get() + 1));
+    let HandoverCause::DiskSlow { own, others } = cause else { panic!("{cause:?}") };
+    assert!(own >= Duration::from_millis(20) && own >= 10 * others && !others.is_zero(), "{cause:?}");
+    // Under the other one commits are as they were, though the slow disk is one of three.
+    let (now, _) = rig.commit_times(successor, 200);
+    assert!(now <= 2 * median, "{now} ns, before {median} ns");
+    rig.stays_with(successor);
+    assert_eq!(rig.handed_over(successor), None);
+}
+
+#[test]
+fn where_all_disks_are_slow_or_nobody_else_makes_a_quorum_a_leader_stays() {
+    for (nodes, all) in [(3, true), (1, false), (2, false)] {
+        let (mut rig, leader) = Rig::started_patient(nodes);
+        for node in (0..nodes).filter(|node| all || *node == leader) {
+            rig.slow_disk(node, FAR_SLOWER);
+        }
+        let term = rig.status(leader).term;
+        rig.propose_while_led_by(leader, 40 * rig.timeout());
+        let status = rig.status(leader);
+        assert_eq!((rig.leader(), status.term, status.handed_over), (Some(leader), term, None), "{nodes}");
+    }
+}
+
+/// Of two slow disks in three one is a follower's: a quorum without the leader is as slow as the leader.
+#[test]
+fn a_leader_that_is_as_slow_as_the_quorum_without_it_stays() {
+    let (mut rig, leader) = Rig::started_patient(3);
+    for node in [leader, (leader + 1) % 3] {
+        rig.slow_disk(node, FAR_SLOWER);
+    }
+    assert_eq!(rig.propose_while_led_by(leader, 40 * rig.timeout()) / rig.timeout(), 40);
+    assert_eq!(rig.leader(), Some(leader));
+}
+
+/// Two of five are slow, and the leader is one of them: whoever takes over is not the other one.
+#[test]
+fn a_slow_leader_hands_over_to_one_that_is_not() {
+    for turn in 1..5 {
+        let (mut rig, leader) = Rig::started_patient(5);
+        let other = (leader + turn) % 5;
+        for node in [leader, other] {
+            rig.slow_disk(node, FAR_SLOWER);
+        }
+        let led = rig.propose_while_led_by(leader, 20 * SECOND);
+        assert!(led <= 8 * rig.timeout(), "{led} ns");
+        let successor = rig.run_until_led();
+        assert!(successor != other && successor != leader);
+        rig.propose_while_led_by(successor, 20 * rig.timeout());
+        assert_eq!(rig.leader(), Some(successor));
+    }
+}
+
+#[test]
+fn a_leader_that_is_told_to_put_up_with_its_slow_disk_stays() {
+    let mut rig = Rig::new(3);
+    let disk_stall_timeout = Some(Duration::from_secs(20));
+    (0..3).for_each(|node| {
+        rig.boot(Config { disk_slow_factor: 0, disk_stall_timeout, ..config(node, 3) });
+    });
+    let leader = rig.run_until_led();
+    rig.slow_disk(leader, FAR_SLOWER);
+    assert_eq!(rig.propose_while_led_by(leader, 40 * rig.timeout()) / rig.timeout(), 40);
+    assert_eq!(rig.leader(), Some(leader));
+}
+
+/// Single stalls say nothing of a disk, however often each is the one batch that was being timed.
+#[test]
+fn a_leader_whose_disk_is_slow_now_and_then_stays() {
+    let (mut rig, leader) = Rig::started_patient(3);
+    for _ in 0..6 {
+        rig.slow_disk(leader, FAR_SLOWER);
+        assert_eq!(rig.propose_while_led_by(leader, 2 * rig.timeout()) / rig.timeout(), 2);
+        rig.slow_disk(leader, 1);
+        assert_eq!(rig.propose_while_led_by(leader, 2 * rig.timeout()) / rig.timeout(), 2);
+    }
+    assert_eq!(rig.leader(), Some(leader));
+}
+
+/// Whom it asks stands still: it gives up, and takes commands at once.
+#[test]
+fn a_slow_leader_whose_successor_does_not_take_over_leads_on_at_once() {
+    let (mut rig, leader) = Rig::started_patient(3);
+    let term = rig.status(leader).term;
+    rig.slow_disk(leader, FAR_SLOWER);
+    let target = |rig: &Rig| {
+        let process = rig.machines[leader].process.as_ref().expect("it runs");
+        process.driver.raft().and_then(|raft| raft.transfer_target())
+    };
+    for tag in 0..20_000 {
+        rig.propose(leader, tag, 300);
+        let end = rig.context.now() + MILLISECOND;
+        while target(&rig).is_none() && rig.next().0 <= end {
+            rig.step();
+        }
+        if target(&rig).is_some() {
+            break;
+        }
+        rig.context.advance_to(end);
+        rig.completed(leader);
+    }
+    let to = target(&rig).expect("it hands over");
+    rig.still = Some(to.get() as usize - 1);
+    let begun = rig.context.now();
+    rig.run_until("it gives up", |rig| target(rig).is_none());
+    assert!(rig.context.now() - begun <= rig.timeout() + 10 * MILLISECOND);
+    assert_eq!((rig.leader(), rig.status(leader).term, rig.handed_over(leader)), (Some(leader), term, None));
+    rig.completed(leader);
+    rig.commit(leader, 300);
+    assert_eq!((rig.leader(), rig.status(leader).term), (Some(leader), term));
 }
 
 // ---- Operations that never complete (FAULTS 15)

@@ -743,6 +743,62 @@ fn a_damaged_snapshot_gives_way_to_the_one_before_if_the_log_still_reaches() {
     }
 }
 
+/// It counted as damaged: the node took its state from another member, and the file was removed behind the next snapshot.
+#[test]
+fn a_snapshot_that_a_newer_build_has_published_refuses_the_start_by_name_and_stays() {
+    use ringraft_block::crc32c_append;
+    // Where the header is another, and by how much; whether its checksum is right; whether the start is refused.
+    type Case = (&'static [(usize, u8)], bool, bool);
+    let changes: [Case; 5] = [
+        (&[(4, 1)], true, true),
+        (&[(4, 1)], false, false),
+        // It says of itself that it is another file's, or another cluster's: that went astray.
+        (&[(4, 1), (24, 1)], true, false),
+        (&[(4, 1), (8, 1)], true, false),
+        // Of this version, and not of this file.
+        (&[(24, 1)], true, false),
+    ];
+    for (change, is_sealed, refuses) in changes {
+        let (mut rig, leader) = Rig::with_ballast(3, 10_000, 22);
+        let newer = (leader + 1) % 3;
+        let end = rig.commit_some(leader, 5);
+        rig.run_until_equal(end);
+        rig.snapshot(newer);
+        rig.shutdown(newer);
+        rig.run_until_ended(newer);
+        let names = rig.snapshot_files(newer);
+        let [name] = &names[..] else { panic!("{names:?}") };
+        let disk = Rc::clone(&rig.machines[newer].disk);
+        let before = disk.borrow().content(name).expect("readable");
+        let mut header = before[..128].to_vec();
+        change.iter().for_each(|(at, by)| header[*at] += by);
+        if is_sealed {
+            let crc = crc32c_append(0, &header[..124]);
+            header[124..].copy_from_slice(&crc.to_le_bytes());
+        }
+        disk.borrow_mut().damage(name, 0, 128, &Rot::Content(header.clone()));
+        rig.boot(config(newer, 3));
+        if refuses {
+            let ended = rig.run_until_ended(newer);
+            let told = ended.stopped.expect("it says why");
+            let StopError::SnapshotForeign { file, .. } = told.error() else { panic!("{told}") };
+            assert!(file == name && told.to_string().contains("use the build that wrote it"), "{told}");
+            let after = disk.borrow().content(name).expect("readable");
+            assert!(after[..128] == header && after[128..] == before[128..], "nothing has changed in it");
+            // The build that wrote it finds it whole.
+            disk.borrow_mut().damage(name, 0, 128, &Rot::Content(before[..128].to_vec()));
+            rig.boot(config(newer, 3));
+            rig.run_until("it has restored it", |rig| rig.counter(newer).restored == 1);
+            assert!(!rig.status(newer).snapshot.state_lost);
+        } else {
+            rig.run_until("it says so", |rig| rig.status(newer).snapshot.state_lost);
+        }
+        let leader = rig.run_until_led();
+        let end = rig.commit_some(leader, 2);
+        rig.run_until_equal(end);
+    }
+}
+
 #[test]
 fn a_node_whose_snapshots_are_all_damaged_fetches_the_state_from_the_leader_and_does_not_lead_before() {
     let (mut rig, leader) = Rig::with_ballast(3, 500_000, 20);

@@ -162,6 +162,11 @@ pub(super) const RULES: &[Entry] = &[
     ("3.9", "a leader whose disk does not answer makes way", &["engine/tests/scripts/disk_stalled.txt"]),
     (
         "3.10",
+        "a leader whose disk is far slower than the others' makes way",
+        &["engine/tests/scripts/slow_disk.txt"],
+    ),
+    (
+        "3.10",
         "leadership is transferred: no proposals, caught up, told to campaign, given up after an election time-out",
         &[
             "engine/tests/scripts/transfer.txt",

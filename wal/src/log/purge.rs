@@ -28,6 +28,8 @@ pub(super) struct Purge {
     through: LogIndex,
     /// Segments of lower generations are not needed behind the new start.
     needed: u32,
+    /// But for those that are kept under a claim, of this generation or a higher one.
+    kept: u32,
 }
 
 /// Segments on their way out.
@@ -48,7 +50,7 @@ impl<D: Disk> Wal<D> {
     /// Moves the log's start to `index`, or as near to it as leaves `retain_bytes` of log, and returns where it starts now. Reads
     /// before it find nothing any more. Damaged batches are not retained. [`WalEvent::Purged`] says that it is durable; only then do segments leave
     /// service. Does nothing when the log starts there already, or later. Under a claim the start stays before the segment in which the
-    /// log was cut.
+    /// log was cut, or lies in what was appended since; then the older segments stay that may hold what follows it.
     ///
     /// # Panics
     /// When the log is not open, or `index` lies behind the log's start and is not the end of a durable batch.
@@ -60,30 +62,43 @@ impl<D: Disk> Wal<D> {
         }
         assert!(self.index.chain_at(index).is_some(), "the log is purged through the end of a batch");
         assert!(index <= self.window.durable_through(), "only what is durable is purged");
-        let claimed = self.claimed_from().map(|generation| self.index.end_before(generation));
-        let index = index.min(claimed.unwrap_or(index));
         let droppable = self.index.last_droppable(self.config.retain_bytes);
         // A batch that cannot be read is of no use to anyone.
         let damaged = self.index.damaged().map(|(first, _)| first).take_while(|first| *first <= index).last();
         let damaged = damaged.and_then(|first| self.index.containing(first)).map(|(info, _)| info.last);
-        let through = index.min(droppable.max(damaged.unwrap_or_default()));
+        let mut through = index.min(droppable.max(damaged.unwrap_or_default()));
+        if !self.salvage.is_passed_by(through)
+            && let Some(generation) = self.claimed_from()
+        {
+            through = through.min(self.index.end_before(generation));
+        }
         let Some((info, place)) = self.index.containing(through).filter(|_| through > start) else {
             return start;
         };
         debug_assert_eq!(info.last, through, "both bounds are ends of batches");
         let start = LogStart { index: info.last, term: info.term, chain: info.chain };
+        let kept = self.claimed_behind(start.index);
+        let has_unplaced = self.salvage.has_unplaced();
         self.index.start_behind(start);
         self.reads.start_behind(start.index);
         let store = self.open_hard_state();
         store.state.start = start;
-        store.state.start_generation = place.generation;
+        match kept {
+            None => store.state.start_generation = place.generation,
+            // A later start may be able to place what this one could not, anywhere among the older ones.
+            Some(_) if has_unplaced => {}
+            Some(kept) => {
+                let generation = kept.min(place.generation);
+                store.state.start_generation = store.state.start_generation.max(generation);
+            }
+        }
         store.state.witness = store.state.witness.max(start.index);
         let sequence = store.request();
         // What the log goes on with holds the first batch that is kept; without one it is the segment that is appended to, and
         // while that is being replaced, the one that held the last.
         let first = self.index.first_generation();
         let needed = first.or(self.active.map(|active| active.generation)).unwrap_or(place.generation);
-        let purge = Purge { sequence, through: start.index, needed };
+        let purge = Purge { sequence, through: start.index, needed, kept: kept.unwrap_or(needed) };
         // A save that has not begun will contain this start too.
         if self.purges.len() >= 2 {
             self.purges.pop_back();
@@ -105,7 +120,7 @@ impl<D: Disk> Wal<D> {
         assert!(start.index > self.index.start().index, "the log's start does not go back");
         self.unfinished = true;
         self.epoch += 1;
-        let claimed_from = self.claimed_from().unwrap_or(0);
+        let claimed_from = self.claimed_behind(start.index).or(self.claimed_from()).unwrap_or(0);
         self.index = Index::new(self.config.group, start);
         self.window.start_behind(start.index);
         self.reads.cut_after(LogIndex(0));
@@ -149,6 +164,22 @@ impl<D: Disk> Wal<D> {
         Some(cut_in.unwrap_or(0))
     }
 
+    /// When the log's start moves to `start`, in or behind what was appended under the claim: the oldest of the older segments
+    /// that may hold a batch behind it. What they hold before it, a snapshot covers.
+    fn claimed_behind(&self, start: LogIndex) -> Option<u32> {
+        if !self.salvage.is_passed_by(start) {
+            return None;
+        }
+        let kept =
+            || self.segments.iter().filter(|segment| self.salvage.keeps(segment)).map(Segment::generation);
+        // The one in which the log was cut, if it holds any of the log.
+        let cut_in = kept().filter(|generation| self.index.uses(*generation)).last();
+        let behind = self.salvage.newest_generation_at(start.next());
+        let newest = cut_in.max(behind).or_else(|| kept().next());
+        // Nothing is kept that could be told from what was appended: then all of that is the log's.
+        Some(newest.unwrap_or(u32::MAX))
+    }
+
     /// The last index that [`Self::purge_through`] could move the start to if it had to leave `bytes` of log.
     #[must_use]
     pub fn last_droppable(&self, bytes: u64) -> LogIndex {
@@ -161,9 +192,16 @@ impl<D: Disk> Wal<D> {
         while let Some(purge) = self.purges.front()
             && purge.sequence <= durable
         {
-            let Purge { through, needed, .. } = *purge;
+            let Purge { through, needed, kept, .. } = *purge;
             self.purges.pop_front();
-            let leaving = self.segments.take_if(|segment| segment.generation() < needed);
+            let salvage = &self.salvage;
+            let stays = |segment: &Segment| segment.generation() >= kept && salvage.keeps(segment);
+            let mut leaving =
+                self.segments.take_if(|segment| segment.generation() < needed && !stays(segment));
+            if kept < needed {
+                // Older ones are read on: what a file held in its former life must not be looked for among them.
+                leaving.iter_mut().for_each(|segment| segment.sums = None);
+            }
             self.removal.segments.extend(leaving);
             events.push_back(WalEvent::Purged { through });
         }

@@ -257,6 +257,7 @@ impl LogScan {
             // Its epoch was ended by a cut, and it lies behind that cut: nothing in it counts.
             return;
         }
+        self.leave_what_the_claim_left(header.epoch);
         if header_lost {
             if header.epoch > self.epoch {
                 self.end_epoch(header.epoch);
@@ -537,6 +538,19 @@ impl LogScan {
             if self.epoch_of(batch.place.generation) < claim_epoch { stays } else { batch.place < at }
         });
         self.salvage = salvage;
+    }
+
+    /// The first segment of an epoch that began under the claim that is in force: if the log starts at or behind where the claim
+    /// cut it, all of the log is there, whether or not the segment that tells of that cut is.
+    fn leave_what_the_claim_left(&mut self, epoch: u64) {
+        let is_first = self.claim_epoch().is_some_and(|began| self.epoch < began && epoch >= began);
+        if is_first && self.hard_state.start.index >= self.hard_state.claim_cut {
+            let all = Place { generation: 0, offset: 0 };
+            self.move_aside(all);
+            self.index.truncate_at_place(all);
+            self.truncate_after(self.index.end().index);
+            self.resume();
+        }
     }
 
     /// The batches of the log at or behind a place count as salvage.

@@ -5,7 +5,7 @@
 //! verified as any reader would; what is known to be damaged, and is not among the repaired, is left out.
 //!
 //! Failures: a batch that is not right in the new file is read from the old one once more. If it is right there, the copy
-//! failed, and the rebuild begins anew, a few times. If it is not, it is damaged as well, and awaited.
+//! failed, and the rebuild begins anew, a few times; then other segments have their turn. If it is not, it is damaged as well, and awaited.
 
 use super::{Progress, Rebuild, Repairs, Step, Tools, WHAT, is_same};
 use crate::disk::{Disk, DiskError, DiskOp, DiskOutput};
@@ -121,7 +121,8 @@ impl<B: BlockBuf> Repairs<B> {
             _ => {
                 self.failed_copies += 1;
                 if self.failed_copies >= ATTEMPTS_MAX {
-                    (self.failed_copies, self.blocked) = (0, true);
+                    self.failed_copies = 0;
+                    self.pass_over(work.generation);
                 }
             }
         }

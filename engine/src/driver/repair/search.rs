@@ -16,7 +16,7 @@ use std::collections::{BTreeMap, BTreeSet};
 impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// What cannot be read and is still held in memory needs nobody else.
     pub(super) fn mend_from_memory(&mut self) -> Result<(), StopError> {
-        let here = self.wal.damaged_firsts().filter(|first| !self.repair.offered.contains(first));
+        let here = self.wal.damaged_firsts().filter(|first| !self.wal.awaits_repair(*first));
         let here: Vec<_> = here.filter_map(|first| self.recent.starting_at(first).cloned()).collect();
         for batch in here {
             let info = batch.info;
@@ -76,7 +76,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// The damaged batches to be searched for: not all at once, and when those that have their turn get nowhere, the next ones
     /// get theirs.
     fn next_known(&mut self, room: usize) -> Vec<LogIndex> {
-        let unrepaired = |first: &LogIndex| !self.repair.offered.contains(first);
+        // The log forgets images that it cannot write when others come that it can: those are searched for again.
+        let unrepaired = |first: &LogIndex| !self.wal.awaits_repair(*first);
         let mut known: Vec<LogIndex> = self.wal.damaged_firsts().filter(unrepaired).collect();
         let now = self.now.monotonic_ns;
         if known.len() <= room {
