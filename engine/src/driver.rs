@@ -121,6 +121,8 @@ pub struct Driver<D: Disk, L: Link<Buf = D::Buf>, S> {
     address_in_use_since_ns: Option<u64>,
     /// There is something to apply, and nothing to wait for.
     apply_due: bool,
+    /// There is something to send, and nothing to wait for.
+    sends_on: bool,
     closing: bool,
     /// The last turn began to close, or to hand over before that.
     ends: bool,
@@ -273,6 +275,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             referrals: referrals::Referrals::default(),
             address_in_use_since_ns: None,
             apply_due: false,
+            sends_on: false,
             closing: false,
             ends: false,
             closed: false,
@@ -373,6 +376,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let stale = self.members.is_stale() && self.raft().is_some();
         self.ends
             || self.wal.is_due()
+            || self.network_has_more()
             || stale
             || self.apply_due
             || self.has_reads_to_answer()
