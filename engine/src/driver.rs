@@ -123,6 +123,8 @@ pub struct Driver<D: Disk, L: Link<Buf = D::Buf>, S> {
     apply_due: bool,
     /// Until then a turn without news has nothing to do but to let the network go on; 0 when the last one has left something.
     rests_until_ns: u64,
+    /// There is something to send, and nothing to wait for.
+    sends_on: bool,
     closing: bool,
     /// The last turn began to close, or to hand over before that.
     ends: bool,
@@ -291,6 +293,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             address_in_use_since_ns: None,
             apply_due: false,
             rests_until_ns: 0,
+            sends_on: false,
             closing: false,
             ends: false,
             closed: false,
@@ -435,6 +438,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let stale = self.members.is_stale() && self.raft().is_some();
         self.ends
             || self.wal.is_due()
+            || self.network_has_more()
             || stale
             || self.apply_due
             || self.has_reads_to_answer()

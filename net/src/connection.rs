@@ -116,6 +116,16 @@ impl<B: BlockBuf> Connection<B> {
         }
     }
 
+    /// Whether frames are queued and no send is under way.
+    pub(crate) fn has_unsent(&self) -> bool {
+        let outbound = match &self.phase {
+            Phase::Open(open) => &open.outbound,
+            Phase::Draining { outbound, .. } => outbound,
+            _ => return false,
+        };
+        outbound.has_queued() && !self.is_in_flight(Op::Send) && self.condemned.is_none()
+    }
+
     /// Accepted, and not (yet) identified.
     pub(crate) fn is_stranger(&self) -> bool {
         !self.dialed && self.peer.is_none()

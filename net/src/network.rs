@@ -309,6 +309,12 @@ impl<L: Link> Network<L> {
         }
     }
 
+    /// Whether frames are queued that [`Network::flush`] would submit now.
+    #[must_use]
+    pub fn has_unsent(&self) -> bool {
+        self.slots.iter().any(|(_, connection)| connection.has_unsent())
+    }
+
     /// When [`Network::advance`] has something to do, at the latest; 0 for at once, `u64::MAX` for never. Queued
     /// frames and completions are not the clock's business.
     #[must_use]

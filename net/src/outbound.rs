@@ -184,6 +184,11 @@ impl<B: BlockBuf> Outbound<B> {
         self.sending.is_none() && self.queue.is_empty()
     }
 
+    /// Whether anything is queued that is not under way.
+    pub(crate) fn has_queued(&self) -> bool {
+        !self.queue.is_empty()
+    }
+
     /// Frames and bytes queued, those under way included.
     pub(crate) fn depth(&self) -> (usize, usize) {
         (self.queued_frames, self.queued_bytes)

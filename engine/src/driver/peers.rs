@@ -9,7 +9,7 @@ use crate::raft::{AppendOutcome, Event, Message, Raft, Role};
 use crate::state_machine::StateMachine;
 use crate::wire::{self, AckMessage, AppendMessage, Body, Encoder, FormationMessage};
 use ringraft_block::{Block, LogIndex, NodeId};
-use ringraft_net::link::{Link, LinkError};
+use ringraft_net::link::{Link, LinkDone, LinkError, LinkOutput};
 use ringraft_net::{Frame, NetEvent, RejectReason, Rejection};
 use ringraft_wal::disk::Disk;
 use ringraft_wal::format::{BatchKind, Chain, ENVELOPE_BYTES, parse_image};
@@ -326,6 +326,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// Moves what the outboxes can send to the network, and that to the sockets.
     pub(super) fn send_queued(&mut self) {
         let Some(network) = &mut self.network else { return };
+        let refused_before = network.stats().sends_refused;
         let durable = self.wal.durable_through();
         for (id, peer) in &mut self.peers {
             loop {
@@ -369,6 +370,29 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.repair.send(network, &mut self.encoder);
         self.snapshots.installs.send(network, &mut self.encoder);
         network.flush(&mut self.link);
+        let refused = network.stats().sends_refused > refused_before;
+        self.take_sent(refused);
+    }
+
+    /// Takes what the sockets took while it was submitted to them, as they mostly do, so that it does not cost a turn. Other
+    /// completions are for the next one, which reads the clock after them. `refused` says that there was more to send than the
+    /// network has room for.
+    fn take_sent(&mut self, refused: bool) {
+        let Some(network) = &mut self.network else { return };
+        self.link.poll(&mut self.link_done);
+        let is_sent = |done: &&LinkDone<D::Buf>| matches!(done.result, Ok(LinkOutput::Sent { .. }));
+        let sent = self.link_done.iter().take_while(is_sent).count();
+        let mut blocks = Blocks { disk: &mut self.disk, pool: &self.pool };
+        for completion in self.link_done.drain(..sent) {
+            let now = self.now.monotonic_ns;
+            network.handle(now, &mut self.link, completion, &mut blocks, &mut self.net_events);
+        }
+        self.sends_on = sent > 0 && (refused || network.has_unsent());
+    }
+
+    /// Whether the network has something that only another turn takes, or has room again for what it had to refuse.
+    pub(super) fn network_has_more(&self) -> bool {
+        self.sends_on || !self.link_done.is_empty() || !self.net_events.is_empty()
     }
 }
 
