@@ -407,6 +407,8 @@ fn two_processes_on_one_directory_are_refused() {
 fn too_little_lockable_memory_is_refused_with_the_cure() {
     let dir = on_disk();
     let mut command = node(dir.path(), 1, free_port());
+    // The other backend locks none.
+    command.args(["--backend", "glommio"]);
     // SAFETY: only system calls are made between fork and exec.
     unsafe {
         command.pre_exec(|| {
