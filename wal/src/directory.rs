@@ -139,8 +139,9 @@ mod tests {
     use super::*;
 
     fn scratch() -> tempfile::TempDir {
-        tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR").to_owned() + "/../target")
-            .expect("a directory for test data")
+        // Beside the test's own program, wherever cargo builds: the system's temporary directory is often in memory.
+        let program = std::env::current_exe().expect("a program");
+        tempfile::tempdir_in(program.parent().expect("in a directory")).expect("a directory for test data")
     }
 
     #[test]
