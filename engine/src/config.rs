@@ -128,10 +128,10 @@ pub struct Config {
     /// it. Default: 30 s, the time-out after which the block layer resets a device.
     pub disk_stall_stop: Duration,
     /// A leader hands leadership over when its own disk takes so many times as long to make a batch durable as a quorum takes
-    /// without it, network included: from when the batch is sealed, over [`Config::disk_slow_timeout`]. Commits do not wait
-    /// for that disk, but what is to be sealed does. Where all disks are slow, or no quorum does without this one (one voter, or two), nobody
-    /// hands over; after an attempt, successful or not, there is none for eight times `disk_slow_timeout` on this node. 0 turns it off. Default: 10,
-    /// far above what disks of one kind differ by.
+    /// without it, network included: from when the batch is sealed, over `disk_slow_timeout`. Commits do not wait for that
+    /// disk, but what is to be sealed does. Where all disks are slow, or no quorum does without this one (one voter, or two),
+    /// nobody hands over; after an attempt, successful or not, there is none for eight times `disk_slow_timeout` on this node.
+    /// 0 turns it off. Default: 10, far above what disks of one kind differ by.
     pub disk_slow_factor: u32,
     /// What its disk takes at least, for that. Default: 20 ms: below it, an election costs more than it gains.
     pub disk_slow_floor: Duration,
