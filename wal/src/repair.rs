@@ -270,6 +270,8 @@ impl<B: BlockBuf> Repairs<B> {
     pub(crate) fn retry(&mut self) {
         self.blocked = false;
         self.passed_over.clear();
+        // Whether they are still what no rebuild gets over, the next attempt tells.
+        self.stuck.clear();
     }
 
     /// The segment that is to be rebuilt next.

@@ -272,7 +272,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let applied = self.applier.applied();
         let commit = self.raft().map_or(LogIndex(0), Raft::commit);
         if let Some((index, reads)) = self.reads.barrier.take_if(|(index, _)| *index <= applied) {
-            self.reads.applying.entry(index).or_default().extend(reads);
+            // All of them may have been given up meanwhile.
+            if !reads.is_empty() {
+                self.reads.applying.entry(index).or_default().extend(reads);
+            }
         }
         while self.reads.committing.first_key_value().is_some_and(|(index, _)| *index <= commit) {
             let Some((_, reads)) = self.reads.committing.pop_first() else { break };

@@ -207,6 +207,11 @@ impl LocalWakeup {
         self.inner.asked.get() || self.inner.completions.get() > 0
     }
 
+    /// Whether a turn was asked for since the last one began, and there is nothing to take.
+    pub(super) fn is_only_asked(&self) -> bool {
+        self.inner.asked.get() && self.inner.completions.get() == 0
+    }
+
     /// The task to be woken, `None` when it has ended.
     pub(super) fn set_core(&self, core: Option<Waker>) {
         *self.inner.core.borrow_mut() = core;

@@ -379,11 +379,14 @@ impl Core {
                 }
                 IdlePolicy::Park => false,
             };
-            if !more && !spinning && next_deadline_ns > now.monotonic_ns && inner.wakeup.park() {
+            if !more && !spinning {
                 // A turn may take a while, of which the deadline knows nothing.
-                self.sleep(monotonic_ns(), next_deadline_ns).await;
-                turns_since_pass = 0;
-                continue;
+                let now_ns = monotonic_ns();
+                let rests = next_deadline_ns > now_ns && inner.wakeup.park();
+                if rests && self.sleep(now_ns, next_deadline_ns).await {
+                    turns_since_pass = 0;
+                    continue;
+                }
             }
             turns_since_pass += 1;
             if !progressed && !more || turns_since_pass >= TURNS_PER_PASS {
@@ -393,8 +396,9 @@ impl Core {
         }
     }
 
-    /// Until a completion, a signal or the deadline; or less.
-    async fn sleep(&mut self, now_ns: u64, deadline_ns: u64) {
+    /// Until a completion, a signal or the deadline; or less. False if the executor may not have come to a pass meanwhile: there was
+    /// nothing to wait for, or only a task of this core has asked for a turn.
+    async fn sleep(&mut self, now_ns: u64, deadline_ns: u64) -> bool {
         if self.context.inner.blocking.get() > 0 {
             self.blocking_until_ns = now_ns + BLOCKING_ECHO_NS;
         }
@@ -404,16 +408,17 @@ impl Core {
         let mut slept = false;
         poll_fn(|task| {
             let CoreInner { wakeup, local, .. } = &*self.context.inner;
-            let wakes = std::mem::replace(&mut slept, true) || local.is_pending();
+            let before = std::mem::replace(&mut slept, true);
+            let wakes = before || local.is_pending();
             // What has been rung is taken out of the bell, or it would end the next sleep too.
             let rings = (!wakes || wakeup.is_signalled())
                 && Pin::new(&mut self.bell).poll_read(task, &mut [0; 64]).is_ready();
             if wakes || rings {
-                return Poll::Ready(());
+                return Poll::Ready(before && !local.is_only_asked());
             }
-            self.alarm.arm(now_ns, until_ns, task)
+            self.alarm.arm(now_ns, until_ns, task).map(|()| false)
         })
-        .await;
+        .await
     }
 
     async fn end(mut self) {

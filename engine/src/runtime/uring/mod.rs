@@ -199,9 +199,9 @@ impl CoreContext {
                 }
                 IdlePolicy::Park => false,
             };
-            if !more && !spinning && next_deadline_ns > now.monotonic_ns && wakeup.park() {
-                // A turn may take a while, of which the deadline knows nothing.
-                let left_ns = next_deadline_ns.saturating_sub(monotonic_ns());
+            // A turn may take a while, of which the deadline knows nothing.
+            let left_ns = if more || spinning { 0 } else { next_deadline_ns.saturating_sub(monotonic_ns()) };
+            if left_ns > 0 && wakeup.park() {
                 let timeout = (next_deadline_ns < u64::MAX).then(|| Duration::from_nanos(left_ns));
                 io.borrow_mut().wait(timeout).map_err(RuntimeError::Ring)?;
                 turns_since_flush = 0;
