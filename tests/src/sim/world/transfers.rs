@@ -182,13 +182,8 @@ impl<C: Cluster> World<'_, C> {
                 return true;
             }
         }
-        // Who lacks a part of its log does not lead, and the leader does not know who that is. What the others have purged, nobody
-        // can give it.
-        let voters = leader.map_or(0, |leader| self.members_of(leader).incoming);
-        let mut machines = self.machines.iter().enumerate().filter(|(at, _)| voters >> at & 1 == 1);
-        let is_whole = machines.all(|(_, machine)| machine.process.as_ref().is_some_and(SimNode::is_whole));
         let asked = match leader {
-            Some(leader) if nodes > 1 && self.rng.chance(400_000) && is_whole => {
+            Some(leader) if nodes > 1 && self.rng.chance(400_000) => {
                 let to = Some(to).filter(|to| *to != leader);
                 self.transfer(leader, to).map(|tag| (tag, to))
             }
