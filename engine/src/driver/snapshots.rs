@@ -170,7 +170,7 @@ impl<B: BlockBuf> Snapshots<B> {
         self.files.last()
     }
 
-    fn newest_index(&self) -> LogIndex {
+    pub(super) fn newest_index(&self) -> LogIndex {
         self.newest().map_or(LogIndex(0), |file| file.meta.last.index)
     }
 
@@ -212,7 +212,7 @@ impl<B: BlockBuf> Snapshots<B> {
         }
     }
 
-    /// Another member needs more than the newest has.
+    /// Another member needs more than the newest has, or this one does.
     pub(super) fn take_soon(&mut self) {
         self.needed = true;
     }

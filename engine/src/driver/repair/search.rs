@@ -263,6 +263,12 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         if !young || self.repair.turn_of == LogIndex(0) {
             self.repair.waiting_for = awaited.into_iter().collect();
         }
+        // What is applied here, and nobody gives, the others may have purged: behind a snapshot of its own this node needs it no more.
+        let applied = self.applier.applied();
+        let needless = |first: &LogIndex| *first <= applied && *first > self.snapshots.newest_index();
+        if self.repair.searches.iter().any(|(first, search)| !is_young(search) && needless(first)) {
+            self.snapshots.take_soon();
+        }
         let quiet = self.repair.warned_at_ns.is_some_and(|at| now.saturating_sub(at) < WARN_INTERVAL_NS);
         if !self.repair.waiting_for.is_empty() && !quiet {
             self.repair.warned_at_ns = Some(now);
