@@ -856,6 +856,48 @@ fn a_batch_that_the_others_have_purged_comes_back_in_a_snapshot() {
     rig.commit_some(leader, 2);
 }
 
+/// What it lacks it had applied long before it rotted: no snapshot of others has anything for it, and none of them can give that
+/// batch. It was asked for as long as the node ran, and the node did not lead.
+#[test]
+fn a_batch_that_rots_after_it_was_applied_and_that_the_others_have_purged_is_left_behind_a_snapshot() {
+    for (seed, of_leader) in [(22, false), (23, true)] {
+        let (mut rig, leader) = Rig::with_ballast(3, 0, seed);
+        let broken = if of_leader { leader } else { (leader + 1) % 3 };
+        rig.commit_some(leader, 3);
+        let bytes = 1_777;
+        let lost = rig.commit(leader, bytes);
+        rig.commit_some(leader, 5);
+        // The scrubber reads what is closed, as by a restart.
+        (0..3).for_each(|node| rig.crash(node, Crash::Kill));
+        rig.boot_all();
+        let mut leader = rig.run_until_led();
+        if of_leader != (leader == broken) {
+            let to = if of_leader { broken } else { (broken + 1) % 3 };
+            assert_eq!(rig.transfer(leader, Some(to)), Ok(to));
+            leader = to;
+        }
+        let end = rig.commit_some(leader, 2);
+        rig.run_until_equal(end);
+        let others = (0..3).filter(|node| *node != broken);
+        for node in others {
+            assert_eq!(rig.snapshot(node), end);
+        }
+        rot_command(&rig, broken, bytes);
+        rig.run_until("found", |rig| rig.status(broken).damage.batches == 1);
+        rig.run_until("left behind", |rig| rig.log_start(broken) >= lost);
+        let status = rig.status(broken);
+        assert_eq!((status.damage.batches, status.damage.repaired), (0, 0));
+        assert_eq!(rig.counter(broken).restored, 0, "its own state is in order");
+        // It leads.
+        let leader = rig.run_until_led();
+        if leader != broken {
+            assert_eq!(rig.transfer(leader, Some(broken)), Ok(broken));
+        }
+        let end = rig.commit_some(broken, 2);
+        rig.run_until_equal(end);
+    }
+}
+
 /// Flips a bit in the slot, of a node that is down, that holds a command of so many bytes at least.
 fn rot_command(rig: &Rig, node: usize, bytes: usize) {
     let mut disk = rig.machines[node].disk.borrow_mut();

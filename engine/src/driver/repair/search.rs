@@ -263,7 +263,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         if !young || self.repair.turn_of == LogIndex(0) {
             self.repair.waiting_for = awaited.into_iter().collect();
         }
-        // What is applied here, and nobody gives, the others may have purged: behind a snapshot of its own this node needs it no more.
+        // What is applied here, and nobody gives, the others may have purged: behind a snapshot of its own this node needs it
+        // no more.
         let applied = self.applier.applied();
         let needless = |first: &LogIndex| *first <= applied && *first > self.snapshots.newest_index();
         if self.repair.searches.iter().any(|(first, search)| !is_young(search) && needless(first)) {
