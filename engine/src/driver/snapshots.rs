@@ -467,6 +467,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             return;
         }
         if self.snapshots.unsupported {
+            self.snapshots.needed = false;
             return self.snapshots.refuse_all(&SnapshotError::Unsupported);
         }
         if applied <= newest {
