@@ -79,10 +79,13 @@ impl Measuring<'_> {
             match moment {
                 Moment::Begins { shape, leader, followers } if shape == SMALL => {
                     let followers = followers.iter().map(|follower| Traced::Process(*follower));
-                    tracing = self.trace(std::iter::once(Traced::Thread(leader)).chain(followers))?;
+                    // The leader's thread last: what it starts, such as the other tracers, would count as its own.
+                    tracing = self.trace(followers.chain([Traced::Thread(leader)]))?;
                 }
                 Moment::Ended { commits } if !tracing.is_empty() => {
-                    self.keep(FLOOR, commits, finish(std::mem::take(&mut tracing))?)?;
+                    let mut counts = finish(std::mem::take(&mut tracing))?;
+                    counts.rotate_right(1);
+                    self.keep(FLOOR, commits, counts)?;
                 }
                 _ => {}
             }
