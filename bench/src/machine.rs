@@ -2,7 +2,7 @@
 
 use crate::exit::{self, Failure};
 use rustix::process::Pid;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::fs;
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt as _;
@@ -10,19 +10,30 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// What the figures were measured on.
-#[derive(Clone, Debug, Serialize)]
-pub(crate) struct Environment {
-    pub(crate) version: &'static str,
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Environment {
+    /// Of the program that measured.
+    pub version: String,
     /// Debug assertions make everything slower: such figures are for tests.
-    pub(crate) optimised: bool,
-    pub(crate) unix_time_s: u64,
-    pub(crate) kernel: String,
-    pub(crate) cpu: String,
-    pub(crate) cpus: usize,
-    pub(crate) memory_mib: u64,
-    pub(crate) file_system: String,
-    pub(crate) device: Option<String>,
-    pub(crate) load_1min_before: Option<f64>,
+    pub optimised: bool,
+    /// When.
+    pub unix_time_s: u64,
+    /// The kernel's release.
+    pub kernel: String,
+    /// The processor's model.
+    pub cpu: String,
+    /// Processors that this program may use.
+    pub cpus: usize,
+    /// Memory of the machine.
+    pub memory_mib: u64,
+    /// Of the data's directory.
+    pub file_system: String,
+    /// The device below it.
+    pub device: Option<String>,
+    /// What kind of device that is.
+    pub device_class: Option<String>,
+    /// Processes that wanted to run in the last minute, on average.
+    pub load_1min_before: Option<f64>,
 }
 
 /// Looks at the machine and at the disk of `dir`.
@@ -31,8 +42,9 @@ pub(crate) fn environment(dir: &Path) -> anyhow::Result<Environment> {
     let cpu = cpu_info.lines().find_map(|line| line.strip_prefix("model name"));
     let load = fs::read_to_string("/proc/loadavg").ok();
     let sysinfo = rustix::system::sysinfo();
+    let device = BlockDevice::of(dir);
     Ok(Environment {
-        version: env!("CARGO_PKG_VERSION"),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
         optimised: !cfg!(debug_assertions),
         unix_time_s: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
         kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
@@ -40,7 +52,8 @@ pub(crate) fn environment(dir: &Path) -> anyhow::Result<Environment> {
         cpus: std::thread::available_parallelism().map_or(1, usize::from),
         memory_mib: (sysinfo.totalram as u64 * u64::from(sysinfo.mem_unit)) >> 20,
         file_system: file_system(dir)?,
-        device: BlockDevice::of(dir).map(|device| device.name),
+        device_class: device.as_ref().map(BlockDevice::class),
+        device: device.map(|device| device.name),
         load_1min_before: load.and_then(|load| load.split(' ').next()?.parse().ok()),
     })
 }
@@ -86,10 +99,32 @@ impl BlockDevice {
     pub(crate) fn of(dir: &Path) -> Option<Self> {
         let device = fs::metadata(dir).ok()?.dev();
         let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
-        let counters = PathBuf::from(format!("/sys/dev/block/{major}:{minor}/stat"));
-        let name = fs::read_link(format!("/sys/dev/block/{major}:{minor}")).ok()?;
-        let device = Self { name: name.file_name()?.to_string_lossy().into_owned(), counters };
+        let place = fs::canonicalize(format!("/sys/dev/block/{major}:{minor}")).ok()?;
+        let name = place.file_name()?.to_string_lossy().into_owned();
+        let device = Self { name, counters: place.join("stat") };
         device.written_bytes().map(|_| device)
+    }
+
+    /// Its kind, and what the kernel says of its cache.
+    fn class(&self) -> String {
+        let kind = match self.name.trim_end_matches(|c: char| c.is_ascii_digit()) {
+            name if name.starts_with("nvme") => "NVMe",
+            name if name.starts_with("vd") => "virtio",
+            name if name.starts_with("sd") => "SCSI or SATA",
+            name if name.starts_with("dm-") => "device mapper",
+            name if name.starts_with("md") => "RAID",
+            name if name.starts_with("loop") => "loop",
+            name => name,
+        };
+        // A partition has its disk's queue.
+        let mut queues = self.counters.ancestors().skip(1).take(2).map(|device| device.join("queue"));
+        let queue = queues.find(|queue| queue.is_dir());
+        let says = |name: &str| Some(fs::read_to_string(queue.as_ref()?.join(name)).ok()?.trim().to_owned());
+        let turns = says("rotational").map(|says| if says == "1" { "rotating" } else { "not rotating" });
+        let fua = says("fua").map(|says| if says == "1" { "FUA" } else { "no FUA" });
+        let cache = says("write_cache").map(|says| format!("{says} cache"));
+        let said = turns.map(str::to_owned).into_iter().chain(cache).chain(fua.map(str::to_owned));
+        std::iter::once(kind.to_owned()).chain(said).collect::<Vec<_>>().join(", ")
     }
 
     /// Bytes written to it since the machine started, by anybody.
@@ -257,5 +292,6 @@ mod tests {
         let environment = environment(Path::new(env!("CARGO_MANIFEST_DIR"))).unwrap();
         assert!(machine_time().unwrap().busy_ns > 0);
         assert!(environment.cpus > 0 && environment.memory_mib > 0 && !environment.kernel.is_empty());
+        assert_eq!(environment.device.is_some(), environment.device_class.is_some(), "{environment:?}");
     }
 }

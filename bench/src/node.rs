@@ -67,7 +67,8 @@ pub(crate) struct NodeArgs {
     ///
     /// Replica 1 leads, says LEADER, and takes orders on its standard input, a line each: `bench PAYLOAD-BYTES IN-FLIGHT
     /// WARM-MS RUN-MS`. It keeps so many commands in flight, says BEGIN when the first span is over, and at the end of the
-    /// second END with the figures as JSON. A replica stops when its standard input ends.
+    /// second END with the figures as JSON. To `status` any replica answers STATUS and where it stands, as JSON. A replica
+    /// stops when its standard input ends.
     #[arg(long, requires = "ports", help_heading = "Driven")]
     drive: bool,
     /// The ports of replicas 1, 2, … on loopback, instead of --members
@@ -278,6 +279,11 @@ impl Service {
                 Input::Line(line) => line,
             };
             let words: Vec<&str> = line.split_whitespace().collect();
+            if words == ["status"] {
+                let status = NodeStatus::from(self.handle.status());
+                say(&format!("STATUS {}", serde_json::to_string(&status)?))?;
+                continue;
+            }
             let ["bench", numbers @ ..] = &words[..] else { bail!("not an order: {line}") };
             let numbers: Vec<u64> = numbers.iter().map(|word| word.parse()).collect::<Result<_, _>>()?;
             let [payload_bytes, in_flight, warm_ms, run_ms] = numbers[..] else {

@@ -634,6 +634,23 @@ fn a_driven_replica_that_was_elected_before_the_first_hands_over_to_it() {
 }
 
 #[test]
+fn every_driven_replica_tells_where_it_stands() {
+    let dir = on_disk();
+    let (mut replicas, mut lines) = driven(dir.path(), |_| Vec::new());
+    let follower = replicas[0].child().stdout.take().unwrap();
+    let mut said_by_follower = BufReader::new(follower).lines();
+    for (place, leads) in [(2, true), (0, false)] {
+        use std::io::Write as _;
+        writeln!(replicas[place].child().stdin.as_mut().unwrap(), "status").unwrap();
+        let line = if leads { lines.next() } else { said_by_follower.next() }.unwrap().unwrap();
+        let status: Value = serde_json::from_str(line.strip_prefix("STATUS ").unwrap()).unwrap();
+        assert_eq!(status["leads"], leads, "{status}");
+        assert!(status["commit"].is_u64() && status["applied"].is_u64(), "{status}");
+    }
+    dismissed(dir.path(), replicas, lines);
+}
+
+#[test]
 fn a_driven_replica_does_what_it_is_ordered_or_nothing() {
     let dir = on_disk();
     for (order, why) in [

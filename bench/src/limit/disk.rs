@@ -90,7 +90,7 @@ impl AsFd for LogFile {
 struct Zeros([u8; PIECE_BYTES]);
 
 /// The name of `dir`'s file system. Fails where nothing can be durable, or where `needed_bytes` do not fit.
-pub(super) fn check_file_system(dir: &Path, needed_bytes: u64) -> anyhow::Result<String> {
+pub(crate) fn check_file_system(dir: &Path, needed_bytes: u64) -> anyhow::Result<String> {
     const TMPFS: u64 = 0x0102_1994;
     const RAMFS: u64 = 0x8584_58f6;
     let stat = rustix::fs::statfs(dir)

@@ -165,6 +165,14 @@ impl Follower {
         }
         Ok(followers.into_iter().flatten().collect())
     }
+
+    /// Its process, if it has one of its own.
+    pub(super) fn process(&self) -> Option<u32> {
+        match &self.running {
+            Running::Process(child) => Some(child.id()),
+            Running::Thread(_) => None,
+        }
+    }
 }
 
 impl Drop for Follower {

@@ -40,6 +40,8 @@ use rustix::time::ClockId;
 pub use follower::{FOLLOWER_COMMAND, FollowerArgs, FollowerKind, follower_main};
 pub use report::{LimitReport, LimitRow, Pattern, render};
 
+pub(crate) use disk::check_file_system;
+
 use disk::{BLOCK_BYTES, LogFile};
 use follower::Follower;
 use socket::{Answer, Command, Control};
@@ -66,6 +68,12 @@ impl Shape {
     pub const fn of(bytes: usize, in_flight: usize) -> Self {
         let blocks = bytes.div_ceil(BLOCK_BYTES);
         Self { batch_bytes: if blocks == 0 { BLOCK_BYTES } else { blocks * BLOCK_BYTES }, in_flight }
+    }
+}
+
+impl std::fmt::Display for Shape {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} x {}", crate::runs::work::bytes(self.batch_bytes), self.in_flight)
     }
 }
 
@@ -144,24 +152,51 @@ impl LimitOptions {
     }
 }
 
+/// What [`measure_observed`] tells while it goes on.
+#[derive(Clone, Copy, Debug)]
+pub enum Moment<'a> {
+    /// The replication pattern is about to begin in this shape.
+    Begins {
+        /// The shape.
+        shape: Shape,
+        /// The thread that leads: the one that calls.
+        leader: u32,
+        /// The processes that follow; none of them where followers are threads.
+        followers: &'a [u32],
+    },
+    /// It is over.
+    Ended {
+        /// Batches committed since it began, those of the warm-up included.
+        commits: u64,
+    },
+}
+
+/// Whoever wants to know the moments of a measurement.
+type Observer<'a> = dyn FnMut(Moment<'_>) -> anyhow::Result<()> + Send + 'a;
+
 /// Measures, on a thread of its own, and leaves nothing behind: no file, no process.
 ///
 /// That holds for every return. If the process is killed, its followers die with it and its files, which
 /// have no names, are gone; only in the first milliseconds could an empty directory named `ringraft-limit-*`
 /// stay. A program that handles signals sets [`LimitOptions::stop`] instead.
 pub fn measure(options: &LimitOptions) -> anyhow::Result<LimitReport> {
+    measure_observed(options, &mut |_| Ok(()))
+}
+
+/// The same, with somebody who is told before and after each shape of the replication pattern, and may make it fail.
+pub fn measure_observed(options: &LimitOptions, observer: &mut Observer<'_>) -> anyhow::Result<LimitReport> {
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().name("limit-leader".into());
-        let leader = thread.spawn_scoped(scope, || lead(options)).context("starting a thread")?;
+        let leader = thread.spawn_scoped(scope, || lead(options, observer)).context("starting a thread")?;
         leader.join().map_err(|_| anyhow!("the measurement panicked"))?
     })
 }
 
-fn lead(options: &LimitOptions) -> anyhow::Result<LimitReport> {
+fn lead(options: &LimitOptions, observer: &mut Observer<'_>) -> anyhow::Result<LimitReport> {
     options.check()?;
     let helpers = (options.nodes - 1).max(1);
     let file_bytes = options.file_bytes();
-    let file_system = disk::check_file_system(&options.dir, file_bytes * (helpers as u64 + 1))?;
+    let file_system = check_file_system(&options.dir, file_bytes * (helpers as u64 + 1))?;
     let ring_mode = ring::probe()?;
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     if let Some(core) = options.cores.as_deref().and_then(<[usize]>::first) {
@@ -182,7 +217,7 @@ fn lead(options: &LimitOptions) -> anyhow::Result<LimitReport> {
     // All files are open and have lost their names: from here on even a kill leaves nothing behind.
     scratch.close().context("removing the scratch directory")?;
 
-    let rows = rows(options, &mut file, &mut followers, file_bytes, &pace);
+    let rows = rows(options, &mut file, &mut followers, file_bytes, &pace, observer);
     // A signal that asks to stop may reach the followers first; then their end is not the news.
     pace.check()?;
     Ok(LimitReport::new(options, file_system, ring_mode, cpus, rows?))
@@ -194,6 +229,7 @@ fn rows(
     followers: &mut [Follower],
     file_bytes: u64,
     pace: &Pace,
+    observer: &mut Observer<'_>,
 ) -> anyhow::Result<Vec<LimitRow>> {
     file.fill(file_bytes)?;
     for follower in followers.iter_mut() {
@@ -205,6 +241,9 @@ fn rows(
     for &shape in &options.disk {
         rows.push(LimitRow::new(Pattern::Write, 1, shape, &replicate::lead(file, &mut [], shape, pace)?));
     }
+    let processes: Vec<u32> =
+        followers.iter().take(options.nodes - 1).filter_map(Follower::process).collect();
+    let leader = rustix::thread::gettid().as_raw_pid().cast_unsigned();
     let mut peers: Vec<&mut Control> = followers.iter_mut().map(|follower| &mut follower.control).collect();
     for (pattern, batch_bytes) in [(Pattern::RoundTrip, ROUND_TRIP_BYTES), (Pattern::Stream, STREAM_BYTES)] {
         let Some(peer) = peers.first_mut() else { bail!("there is no follower") };
@@ -213,7 +252,9 @@ fn rows(
     }
     peers.truncate(options.nodes - 1);
     for &shape in &options.replicated {
+        observer(Moment::Begins { shape, leader, followers: &processes })?;
         let measured = replicate::lead(file, &mut peers, shape, pace)?;
+        observer(Moment::Ended { commits: measured.total })?;
         rows.push(LimitRow::new(Pattern::Replicate, options.nodes, shape, &measured));
     }
     Ok(rows)
@@ -280,6 +321,8 @@ struct Measured {
     samples: Samples,
     /// Operations in `seconds`.
     count: u64,
+    /// All of them, those of the warm-up included.
+    total: u64,
     seconds: f64,
     /// Processor time per operation, of all nodes.
     cpu_ns_each: f64,

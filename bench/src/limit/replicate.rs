@@ -111,6 +111,7 @@ pub(super) fn lead(
     Ok(Measured {
         samples: measured.samples,
         count: measured.counted,
+        total: measured.count,
         seconds: measured.seconds,
         cpu_ns_each: measured.cpu_ns_total as f64 / measured.count as f64,
     })

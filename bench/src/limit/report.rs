@@ -6,6 +6,7 @@ use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use serde::{Deserialize, Serialize};
 
 use super::{LimitOptions, Measured, Shape, measure};
+use crate::runs::work::bytes;
 
 /// What a row measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -197,8 +198,4 @@ pub fn render(report: &LimitReport) -> String {
         "{} ({}), kernel {}, {} cores, io_uring {}\n{table}\n",
         report.dir, report.file_system, report.kernel, report.cpus, report.ring_mode
     )
-}
-
-fn bytes(bytes: usize) -> String {
-    if bytes >= 1024 { format!("{} KiB", bytes / 1024) } else { format!("{bytes} B") }
 }

@@ -192,6 +192,7 @@ pub(super) fn send_messages(
     Ok(Measured {
         samples,
         count: counted,
+        total: count,
         seconds: elapsed.as_secs_f64(),
         cpu_ns_each: cpu_ns as f64 / count as f64,
     })

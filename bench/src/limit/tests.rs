@@ -61,6 +61,32 @@ fn a_report_is_filled_and_no_file_or_follower_is_left_for_each_number_of_nodes()
 }
 
 #[test]
+fn an_observer_hears_of_each_shape_of_the_pattern_and_can_end_the_measurement() {
+    let dir = on_disk();
+    let options = small(dir.path(), 3);
+    let mut heard = Vec::new();
+    let mut total = 0;
+    let report = measure_observed(&options, &mut |moment| {
+        match moment {
+            Moment::Begins { shape, leader, followers } => {
+                assert_eq!((leader, followers.len()), (rustix::thread::gettid().as_raw_pid() as u32, 0));
+                heard.push(shape);
+            }
+            Moment::Ended { commits } => total += commits,
+        }
+        Ok(())
+    })
+    .unwrap();
+    assert_eq!(heard, options.replicated);
+    let counted = report.rows.iter().filter(|row| row.pattern == Pattern::Replicate).map(|row| row.count);
+    assert!(total >= counted.sum::<u64>(), "{total} commits with those of the warm-up");
+
+    let error = measure_observed(&options, &mut |_| bail!("not today")).unwrap_err();
+    assert!(error.to_string().contains("not today"), "{error:#}");
+    assert_eq!(open_files_in(dir.path()), 0);
+}
+
+#[test]
 fn a_file_system_in_memory_is_refused_with_its_cure() {
     let memory = Path::new("/dev/shm");
     let dir = match tempfile::tempdir_in(memory) {
