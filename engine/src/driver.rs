@@ -121,7 +121,8 @@ pub struct Driver<D: Disk, L: Link<Buf = D::Buf>, S> {
     address_in_use_since_ns: Option<u64>,
     /// There is something to apply, and nothing to wait for.
     apply_due: bool,
-    /// Until then a turn without news has nothing to do but to let the network go on; 0 when the last one has left something.
+    /// Until then a turn without news has nothing to do but to let the log and the network go on; 0 when the last one has left
+    /// something.
     rests_until_ns: u64,
     /// There is something to send, and nothing to wait for.
     sends_on: bool,
@@ -150,11 +151,11 @@ struct Deferred {
 /// What a turn has come to.
 struct Ran {
     progressed: bool,
-    /// Nothing but the network had anything to do.
+    /// Nothing but the log, with work of its own, and the network had anything to do.
     rested: bool,
 }
 
-/// What the network has done in a turn.
+/// What the disk, or the network, has done in a turn.
 #[derive(Default)]
 struct Moved {
     any: bool,
@@ -343,6 +344,11 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         counted.checksum_errors + counted.frame_errors
     }
 
+    /// How leadership was handed over last, if this node gave it away since its start.
+    pub fn handed_over(&self) -> Option<HandedOver> {
+        self.handover.last()
+    }
+
     /// The log.
     pub fn wal(&self) -> &Wal<D> {
         &self.wal
@@ -366,16 +372,18 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// What each stage makes of the time and of what has come, in an order in which hardly any leaves something to one before
     /// it; what it does leave there, [`Self::has_more`] knows.
     fn run_turn(&mut self) -> Result<Ran, StopError> {
-        let mut progressed = self.on_disk()?;
-        let Moved { any: moved, news } = self.on_network()?;
-        if !progressed && !news && self.is_at_rest() {
-            // A send has completed, or a part of a frame has come: every fourth turn or so of a node that is busy.
+        let disk = self.on_disk()?;
+        let network = self.on_network()?;
+        let mut progressed = disk.any || network.any;
+        if !disk.news && !network.news && self.is_at_rest() {
+            // A send has completed, or a part of a frame has come, or the log has taken one of the many steps in which it scrubs,
+            // makes segments and saves its hard state: many of the turns of a node that is busy.
+            self.note_operation();
             self.stall.looked(self.now.monotonic_ns);
             self.trim_recent();
             self.send_queued();
-            return Ok(Ran { progressed: moved, rested: true });
+            return Ok(Ran { progressed, rested: true });
         }
-        progressed |= moved;
         progressed |= self.take_requests();
         self.watch_disk()?;
         self.step(Event::Tick)?;

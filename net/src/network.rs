@@ -598,15 +598,12 @@ impl<L: Link> Network<L> {
     }
 
     fn accept_if_due(&mut self, link: &mut L) {
-        let may_accept = self.may_accept();
-        let now = self.now;
-        if let Listener::Open { listener, accepting, accept_at_ns } = &mut self.listener
-            && !*accepting
-            && now >= *accept_at_ns
-            && may_accept
+        if let Listener::Open { listener, accepting: false, accept_at_ns } = self.listener
+            && self.now >= accept_at_ns
+            && self.may_accept()
         {
-            *accepting = true;
-            link.submit(LinkOpId((Op::Accept as u64) << 56), LinkOp::Accept { listener: *listener });
+            self.listener = Listener::Open { listener, accepting: true, accept_at_ns };
+            link.submit(LinkOpId((Op::Accept as u64) << 56), LinkOp::Accept { listener });
         }
     }
 
@@ -1119,11 +1116,11 @@ impl<L: Link> Network<L> {
             | Phase::Draining { deadline_ns, .. } => *deadline_ns,
             Phase::Closed => u64::MAX,
             Phase::Open(open) => {
-                let paused =
-                    connection.peer.and_then(|peer| self.peers.get(&peer)).is_some_and(|peer| peer.paused);
+                let is_paused =
+                    || connection.peer.and_then(|peer| self.peers.get(&peer)).is_some_and(|peer| peer.paused);
                 let read_at_ns = match open.hold {
                     Hold::None => u64::MAX,
-                    _ if paused => u64::MAX,
+                    _ if is_paused() => u64::MAX,
                     Hold::Turn | Hold::Paused => 0,
                     Hold::Block => self.after(BLOCK_RETRY_NS),
                 };

@@ -71,7 +71,7 @@ fn after_a_turn_that_leaves_nothing_to_do_another_one_does_nothing_and_the_run_i
     }
 }
 
-/// A turn without news for anybody but the network passes over what has nothing to do: nothing may come of that.
+/// A turn without news for anybody but the network, or the log itself, passes over what has nothing to do: nothing may come of that.
 #[test]
 fn a_run_is_the_same_when_every_turn_looks_at_everything() {
     let kinds = [(None, None), (Some(true), Some(false)), (Some(false), Some(true))];

@@ -12,6 +12,9 @@ use std::collections::{BTreeMap, VecDeque};
 /// 56 KiB per chunk.
 const CHUNK: usize = 1024;
 
+/// So many of the last batches are looked at, one by one, before all are searched.
+const NEAR: usize = 8;
+
 /// Where a slot begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Place {
@@ -235,10 +238,12 @@ impl Index {
         if index > self.last {
             return None;
         }
-        // Most ask for the last batch.
+        // Most ask for one of the last batches.
         let newest = self.len().checked_sub(1)?;
-        if self.row(newest)?.first <= index {
-            return self.at(newest);
+        for ordinal in (0..=newest).rev().take(NEAR) {
+            if self.row(ordinal)?.first <= index {
+                return self.at(ordinal);
+            }
         }
         let after = self.partition(|row| row.first <= index);
         self.at(after.checked_sub(1)?)

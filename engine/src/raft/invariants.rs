@@ -131,9 +131,9 @@ pub fn check(raft: &Raft) -> Result<(), Broken> {
         "what precedes the log is committed",
         "{start:?}, commit {commit:?}"
     );
-    let first = log.batch_at(start.index.next());
+    let first = log.term_at(start.index.next());
     ensure!(
-        first.is_none_or(|first| first.term >= start.term),
+        first.is_none_or(|first| first >= start.term),
         "terms do not fall behind a snapshot",
         "{start:?}, {first:?}"
     );

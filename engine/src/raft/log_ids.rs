@@ -1,11 +1,14 @@
 //! The log as the core sees it: where batches end, and which term sealed them.
 //!
 //! 16 bytes per batch and 16 per change of term, so that a log of a million batches costs 16 MB. An index is
-//! found by binary search; the end of the log, where nearly all questions are, is a field away.
+//! found by binary search, unless it is one of the last batches', which nearly all questions are about.
 
 use super::{BatchRun, LogId};
 use ringraft_block::{LogIndex, Term};
 use std::collections::VecDeque;
+
+/// So many of the last batches are looked at, one by one, before all are searched.
+const NEAR: usize = 8;
 
 /// The batches after `start`, without gaps, their terms never decreasing.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -153,11 +156,7 @@ impl LogIds {
         if index > newest.last {
             return None;
         }
-        // Most ask for the end of the log.
-        let slot = match newest.first() <= index {
-            true => newest,
-            false => self.batches.get(self.batches.partition_point(|slot| slot.last < index))?,
-        };
+        let slot = self.batches.get(self.ended_by(index.previous()))?;
         let term = self.term_at(slot.last)?;
         Some(BatchRun { first: slot.first(), last: slot.last, term, bytes: slot.bytes })
     }
@@ -174,17 +173,18 @@ impl LogIds {
         if index < self.start.index {
             return None;
         }
-        // Most ask for the end of the log.
-        if let Some(newest) = self.batches.back().filter(|newest| newest.last <= index) {
-            return Some(newest.last);
+        let last = self.ended_by(index).checked_sub(1).and_then(|at| self.batches.get(at));
+        Some(last.map_or(self.start.index, |slot| slot.last))
+    }
+
+    /// How many batches end at or below `index`.
+    fn ended_by(&self, index: LogIndex) -> usize {
+        // Most ask for the end of the log, or for a place shortly before it.
+        let near = self.batches.iter().rev().take(NEAR).position(|slot| slot.last <= index);
+        match near {
+            Some(later) => self.batches.len() - later,
+            None => self.batches.partition_point(|slot| slot.last <= index),
         }
-        let after = self.batches.partition_point(|slot| slot.last <= index);
-        Some(
-            after
-                .checked_sub(1)
-                .and_then(|at| self.batches.get(at))
-                .map_or(self.start.index, |slot| slot.last),
-        )
     }
 
     /// The last batch end at or below `index` whose term is at or below `term`; none if that would be below the
@@ -280,6 +280,28 @@ mod tests {
         log.truncate_after(LogIndex(0));
         assert_eq!(log.last(), id(0, 0));
         assert_eq!(log, LogIds::new(id(0, 0)));
+    }
+
+    #[test]
+    fn a_batch_is_found_near_the_end_and_far_from_it() {
+        let counts: Vec<u64> = (0..3 * NEAR as u64).map(|batch| batch % 3 + 1).collect();
+        let batches: Vec<(u64, u64)> = counts.iter().map(|count| (*count, 1)).collect();
+        let log = log(id(10, 1), &batches);
+        let mut floor = 10;
+        for count in counts {
+            let last = floor + count;
+            for index in (floor + 1..=last).map(LogIndex) {
+                let batch = log.batch_at(index).expect("it is in the log");
+                assert_eq!((batch.first, batch.last), (LogIndex(floor + 1), LogIndex(last)), "{index}");
+                let expected = if index.get() == last { last } else { floor };
+                assert_eq!(log.floor(index), Some(LogIndex(expected)), "{index}");
+            }
+            floor = last;
+        }
+        assert_eq!(log.last().index, LogIndex(floor));
+        assert_eq!(log.floor(LogIndex(floor + 5)), Some(LogIndex(floor)));
+        assert_eq!((log.batch_at(LogIndex(10)), log.batch_at(LogIndex(floor + 1))), (None, None));
+        assert_eq!((log.floor(LogIndex(10)), log.floor(LogIndex(9))), (Some(LogIndex(10)), None));
     }
 
     #[test]

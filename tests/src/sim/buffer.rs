@@ -3,13 +3,16 @@
 //! Buffers of hundreds of kilobytes come and go by the thousand in a run, and most are filled at once: they are used again
 //! rather than released, and are not zeroed for it. What an earlier use left in one is as good as what a pool's
 //! block holds. It comes from the same run ([`begin_run`]), so the same seed finds the same there.
+//!
+//! Most of what is read from a disk are segments that are blank behind some batches: a buffer knows where its zeros begin, so
+//! that they are not written over and over again ([`SimBuf::read_into`]).
 
 use ringraft_block::{AlignedBuf, BLOCK_BYTES, BlockBuf};
 use std::cell::RefCell;
 
 thread_local! {
-    /// `[c]` holds buffers of `BLOCK_BYTES << c` bytes.
-    static SPARE: RefCell<Vec<Vec<AlignedBuf>>> = const { RefCell::new(Vec::new()) };
+    /// `[c]` holds buffers of `BLOCK_BYTES << c` bytes, each with where its zeros begin.
+    static SPARE: RefCell<Vec<Vec<(AlignedBuf, usize)>>> = const { RefCell::new(Vec::new()) };
 }
 
 /// A run begins: it finds nothing of an earlier one.
@@ -21,6 +24,8 @@ pub fn begin_run() {
 pub struct SimBuf {
     /// Always present until `drop`.
     memory: Option<AlignedBuf>,
+    /// From here on there are only zeros.
+    blank_from: usize,
 }
 
 impl SimBuf {
@@ -29,7 +34,20 @@ impl SimBuf {
     pub fn take(bytes: usize) -> Self {
         let class = class_of(bytes);
         let spare = SPARE.with_borrow_mut(|spare| spare.get_mut(class).and_then(Vec::pop));
-        Self { memory: Some(spare.unwrap_or_else(|| AlignedBuf::zeroed(BLOCK_BYTES << class))) }
+        let (memory, blank_from) = spare.unwrap_or_else(|| (AlignedBuf::zeroed(BLOCK_BYTES << class), 0));
+        Self { memory: Some(memory), blank_from }
+    }
+
+    /// Puts `bytes` at the start of the buffer: those that `content` fills, `content_bytes` of them, and zeros. What is behind
+    /// stays.
+    pub fn read_into(&mut self, bytes: usize, content_bytes: usize, content: impl FnOnce(&mut [u8])) {
+        let blank_from = self.blank_from;
+        let memory = self.memory.as_mut().expect("a buffer has its memory until it is dropped").bytes_mut();
+        content(&mut memory[..content_bytes]);
+        if let Some(stale) = memory.get_mut(content_bytes..blank_from.min(bytes)) {
+            stale.fill(0);
+        }
+        self.blank_from = if blank_from > bytes { blank_from } else { content_bytes };
     }
 }
 
@@ -44,7 +62,9 @@ impl BlockBuf for SimBuf {
     }
 
     fn bytes_mut(&mut self) -> &mut [u8] {
-        self.memory.as_mut().expect("a buffer has its memory until it is dropped").bytes_mut()
+        let bytes = self.memory.as_mut().expect("a buffer has its memory until it is dropped").bytes_mut();
+        self.blank_from = bytes.len();
+        bytes
     }
 }
 
@@ -58,13 +78,14 @@ impl Drop for SimBuf {
             if spare.len() <= class {
                 spare.resize_with(class + 1, Vec::new);
             }
-            spare[class].push(memory);
+            spare[class].push((memory, self.blank_from));
         });
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::rng::Rng;
     use super::*;
 
     #[test]
@@ -78,5 +99,31 @@ mod tests {
         assert!(SimBuf::take(4 * BLOCK_BYTES).bytes().iter().all(|byte| *byte == 7));
         begin_run();
         assert!(SimBuf::take(4 * BLOCK_BYTES).bytes().iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn what_is_read_into_a_buffer_is_all_that_is_there_whatever_was_before() {
+        begin_run();
+        let random = |rng: &mut Rng, most: usize| rng.index(most + 1);
+        let mut rng = Rng::new(7);
+        let mut expected = vec![0; 4 * BLOCK_BYTES];
+        for round in 1..=2_000_u32 {
+            // It goes back and is taken again each time.
+            let mut buffer = SimBuf::take(expected.len());
+            assert!(buffer.bytes() == expected, "round {round}");
+            if rng.chance(200_000) {
+                let at = rng.index(expected.len());
+                (buffer.bytes_mut()[at], expected[at]) = (round as u8, round as u8);
+                continue;
+            }
+            let bytes = random(&mut rng, expected.len());
+            let content_bytes = random(&mut rng, bytes);
+            buffer.read_into(bytes, content_bytes, |content| {
+                assert_eq!(content.len(), content_bytes);
+                content.fill(round as u8 | 1);
+            });
+            expected[..content_bytes].fill(round as u8 | 1);
+            expected[content_bytes..bytes].fill(0);
+        }
     }
 }

@@ -406,7 +406,7 @@ impl SimNode for EngineNode {
     }
 
     fn left_for_slow_disk(&self) -> u64 {
-        let last = self.handle.status().handed_over;
+        let last = self.driver.handed_over();
         let slow = last.filter(|last| matches!(last.cause, HandoverCause::DiskSlow { .. }));
         slow.map_or(0, |last| last.term.get())
     }

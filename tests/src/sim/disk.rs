@@ -529,7 +529,8 @@ impl DiskState {
                 if !file.is_readable(offset, available) {
                     return Err(error(DiskErrorKind::Io, kind));
                 }
-                file.read(offset, &mut block[..available]);
+                let content_bytes = file.content_bytes(offset, available);
+                block.buffer_mut().read_into(available, content_bytes, |content| file.read(offset, content));
                 Ok(DiskOutput::Read { block, bytes: available })
             }
             DiskOp::Flush { .. } => {

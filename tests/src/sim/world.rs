@@ -42,7 +42,7 @@ pub struct Options {
     pub image_check_every: u64,
     /// After about one in so many turns that leave nothing to do, another one is taken at once, which must do nothing; 0 for none.
     pub rest_check_every: u64,
-    /// Whether every turn looks at everything, also one after which a turn without news need only let the network go on.
+    /// Whether every turn looks at everything, also one after which a turn without news need only let the log and the network go on.
     pub whole_turns: bool,
     /// Whether disks fail, run full, write short and rot; without it the seed decides.
     pub disk_faults: Option<bool>,
@@ -557,18 +557,19 @@ impl<'a, C: Cluster> World<'a, C> {
             (at, next) = (*due, Some(Next::Schedule));
         }
         for (node, machine) in self.machines.iter().enumerate() {
-            if machine.process.is_none() {
+            let free_at = machine.busy_until.max(machine.paused_until);
+            if free_at >= at || machine.process.is_none() {
                 continue;
             }
             let mut due = machine.wake_at;
-            if due > machine.busy_until {
+            if due > free_at {
                 if fabric.has_done(node) {
                     due = 0;
                 } else if let Some(disk) = machine.disk.borrow().next_due() {
                     due = due.min(disk);
                 }
             }
-            let due = due.max(machine.busy_until).max(machine.paused_until);
+            let due = due.max(free_at);
             if due < at {
                 (at, next) = (due, Some(Next::Node(node)));
             }

@@ -48,11 +48,11 @@ pub(crate) fn is_unused(segment: &SegmentBytes<'_>) -> bool {
 }
 
 fn is_blank(bytes: &[u8]) -> bool {
-    // Every segment's blank rest is compared: by the cache line, so that the processor takes as much as it can at once.
-    let (lines, rest) = bytes.as_chunks::<64>();
-    let any = |line: &[u8; 64]| {
-        let (words, _) = line.as_chunks::<8>();
+    // Every segment's blank rest is compared: by some cache lines, so that the processor takes as much as it can at once.
+    let (parts, rest) = bytes.as_chunks::<256>();
+    let any = |part: &[u8; 256]| {
+        let (words, _) = part.as_chunks::<8>();
         words.iter().fold(0, |any, word| any | u64::from_ne_bytes(*word))
     };
-    lines.iter().all(|line| any(line) == 0) && rest.iter().all(|byte| *byte == 0)
+    parts.iter().all(|part| any(part) == 0) && rest.iter().all(|byte| *byte == 0)
 }

@@ -258,10 +258,10 @@ impl Bench {
     pub(in crate::driver) fn settle(&mut self) {
         for _ in 0..2_000 {
             let before = self.memory.borrow().waiting.len();
-            let progressed = self.driver.on_disk().expect("the disk is in order");
+            let moved = self.driver.on_disk().expect("the disk is in order");
             self.driver.write_pending();
             self.driver.mend().expect("it goes on");
-            if !progressed && before == self.memory.borrow().waiting.len() {
+            if !moved.any && before == self.memory.borrow().waiting.len() {
                 return;
             }
         }

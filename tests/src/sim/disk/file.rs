@@ -90,6 +90,13 @@ impl Inode {
         }
     }
 
+    /// How many of so many bytes at `offset` come before those behind which there are only zeros.
+    pub(super) fn content_bytes(&self, offset: u64, bytes: usize) -> usize {
+        let written = self.unflushed.iter().map(|write| write.offset + write.data.len() as u64);
+        let end = written.chain([(self.pages.len() * BLOCK_BYTES) as u64]).max().unwrap_or(0);
+        (end.saturating_sub(offset) as usize).min(bytes)
+    }
+
     pub(super) fn flush(&mut self, covers: u64) {
         let unflushed = std::mem::take(&mut self.unflushed);
         for write in unflushed {
@@ -158,10 +165,10 @@ impl Inode {
 }
 
 pub(super) fn all_zero(bytes: &[u8]) -> bool {
-    let (lines, rest) = bytes.as_chunks::<64>();
-    let any = |line: &[u8; 64]| {
-        let (words, _) = line.as_chunks::<8>();
+    let (parts, rest) = bytes.as_chunks::<256>();
+    let any = |part: &[u8; 256]| {
+        let (words, _) = part.as_chunks::<8>();
         words.iter().fold(0, |any, word| any | u64::from_ne_bytes(*word))
     };
-    lines.iter().all(|line| any(line) == 0) && rest.iter().all(|byte| *byte == 0)
+    parts.iter().all(|part| any(part) == 0) && rest.iter().all(|byte| *byte == 0)
 }
