@@ -64,6 +64,10 @@ const APPLY_READ: u64 = u64::MAX;
 const WITNESS_DELAY_NS: u64 = 1_000_000_000;
 /// How often a log without space tries again to reserve some.
 const SPACE_RETRY_NS: u64 = 1_000_000_000;
+/// A segment that is filled ahead of its need goes on this often, however little is appended, ...
+const FILL_INTERVAL_NS: u64 = 50_000_000;
+/// ... by so many bytes: 5 MiB/s. A log that has appended nothing for so long fills it at full speed.
+const FILL_STEP_BYTES: u64 = 256 << 10;
 /// It is looked so often when a leader's peers were active.
 const ACTIVITY_INTERVAL_NS: u64 = 1_000_000;
 /// Bytes of one read of the log, for apply or for a peer that is behind.
@@ -106,6 +110,8 @@ pub struct Driver<D: Disk, L: Link<Buf = D::Buf>, S> {
     deferred: VecDeque<Deferred>,
     no_space: bool,
     space_retry_at_ns: u64,
+    /// When the log is told next that time has passed for a segment that is being filled.
+    fill_at_ns: u64,
     witness_at_ns: u64,
     /// When to look again when peers were active.
     activity_at_ns: u64,
@@ -281,6 +287,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             deferred: VecDeque::new(),
             no_space: false,
             space_retry_at_ns: u64::MAX,
+            fill_at_ns: u64::MAX,
             witness_at_ns: u64::MAX,
             activity_at_ns: 0,
             clock: clock::LogClock::default(),
@@ -423,13 +430,15 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             && self.snapshots.is_at_rest(now_ns)
             && !(self.no_space || self.closing || raft.is_state_lost())
             && self.wal.first_damaged().is_none()
+            // The log may have begun to fill a segment, or have filled it, of which nothing tells.
+            && self.wal.is_filling() == (self.fill_at_ns < u64::MAX)
     }
 
     /// When the next turn is to come without news of the network or of the disk.
     fn due_ns(&self) -> u64 {
         let now_ns = self.now.monotonic_ns;
         let members = self.members.next_deadline(self.pin_patience_ns());
-        let log = self.witness_at_ns.min(self.space_retry_at_ns);
+        let log = self.witness_at_ns.min(self.space_retry_at_ns).min(self.fill_at_ns);
         let always = members.min(log).min(self.handover.next_deadline()).min(self.reads_deadline());
         if self.closing {
             return always;

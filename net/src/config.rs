@@ -68,7 +68,7 @@ pub struct NetLimits {
     /// The wait before listening again after a failure: 100 ms.
     pub listen_retry_ns: u64,
     /// Accepted connections that have not identified themselves: 32. Beyond it, those that come from an address of
-    /// no peer are closed first, the oldest first.
+    /// no peer are closed first, the oldest first. And so many questions ([`crate::Network::ask`]) that have not ended.
     pub handshakes_max: usize,
     /// Connections of one peer that are closed here but not yet by the system, and dials that were given up: 8.
     /// While there are as many, no other is begun. It bounds the memory of a peer that reconnects all the time.

@@ -455,9 +455,17 @@ impl<L: Link> Network<L> {
     }
 
     /// Asks the node at an address, which need not be a peer, and to which this node need not be one, whom to turn to; the answer
-    /// is [`NetEvent::Referred`], or none comes. One question at a time: false if one is under way, or this node is closing.
+    /// is [`NetEvent::Referred`], or none comes. False if that is being asked there already, or this node is closing, or too many
+    /// questions ([`NetLimits::handshakes_max`]) have not ended, those included that were given up and that the link still dials.
     pub fn ask(&mut self, node: NodeId, address: SocketAddr, link: &mut L) -> bool {
-        if self.closing || self.slots.iter().any(|(_, connection)| connection.asks.is_some()) {
+        let questions = self.slots.iter().filter(|(_, connection)| connection.asks.is_some());
+        let (mut count, mut is_asked) = (0, false);
+        for (_, question) in questions {
+            count += 1;
+            is_asked |= !matches!(question.phase, Phase::Closed)
+                && (question.asks, question.remote) == (Some(node), address);
+        }
+        if self.closing || is_asked || count >= self.limits.handshakes_max {
             return false;
         }
         let mut connection = self.dialing(address, None);

@@ -452,7 +452,7 @@ fn whoever_asks_is_referred_in_both_directions_and_nothing_changes() {
     for (asks, of, expected) in [(2, 1, Some(leader)), (1, 2, None)] {
         let Node { net, link, .. } = world.node(asks);
         assert!(net.ask(NodeId(of), address(of), link));
-        assert!(!net.ask(NodeId(of), address(of), link), "one at a time");
+        assert!(!net.ask(NodeId(of), address(of), link), "it is being asked");
         world.run(10);
         assert_eq!(world.node(asks).seen.pop(), Some(Seen::Referred(of, expected)));
         assert_eq!(world.node(of).net.stats().referrals, 1);
@@ -514,4 +514,36 @@ fn an_answer_that_is_none_ends_the_question_and_a_silent_node_does_not_block_the
     let Node { net, link, .. } = world.node(1);
     assert!(net.ask(NodeId(2), address(2), link), "the other one was given up");
     assert!(!world.node(1).seen.iter().any(|seen| matches!(seen, Seen::Referred(..))));
+}
+
+/// It kept all others back until the link had given its dial up, which takes a system that hears nothing ten seconds and more.
+#[test]
+fn a_question_whose_dial_goes_unanswered_keeps_no_other_back() {
+    let limits = NetLimits { handshakes_max: 4, ..NetLimits::default() };
+    let mut world = World::new(2, &limits);
+    world.connect_all();
+    let leader = Referral { node: NodeId(3), address: address(3) };
+    world.node(1).net.refer_to(Some(leader));
+    for node in 7..=10 {
+        world.hub.silence(address(node), true);
+    }
+    let ask = |world: &mut World, of: u64| {
+        let Node { net, link, .. } = world.node(2);
+        net.ask(NodeId(of), address(of), link)
+    };
+    let answered = |world: &mut World| {
+        world.run(10);
+        std::mem::take(&mut world.node(2).seen).contains(&Seen::Referred(1, Some(leader)))
+    };
+    for node in 7..=9 {
+        assert!(ask(&mut world, node) && !ask(&mut world, node), "it is being asked");
+        assert!(ask(&mut world, 1) && answered(&mut world));
+    }
+    // They are given up, and can be asked again; what is still under way of them counts, and keeps the descriptors bounded.
+    world.run_for(2 * limits.dial_timeout_ns);
+    assert!(ask(&mut world, 7) && !ask(&mut world, 10), "too many");
+    world.hub.fail_unanswered_dials();
+    world.run(10);
+    assert!(ask(&mut world, 10));
+    assert!(ask(&mut world, 1) && answered(&mut world));
 }

@@ -1846,6 +1846,19 @@ fn a_log_of_which_nothing_is_left_is_purged_under_its_claim() {
 
 #[test]
 fn more_unreadable_batches_than_may_wait_are_repaired_in_several_rebuilds() {
+    repaired_in_several_rebuilds(0);
+}
+
+/// Once it had been found not to open, its batches that came and found no room no longer made it be written without those that could
+/// not be read, and those found no room: it was never rebuilt.
+#[test]
+fn a_segment_that_opens_when_tried_again_is_repaired_in_several_rebuilds_like_any_other() {
+    repaired_in_several_rebuilds(1);
+}
+
+/// Repairs a segment of which no batch can be read and whose file cannot be opened for that so many times at first, trying again
+/// in each round.
+fn repaired_in_several_rebuilds(unopenable: usize) {
     let config =
         crate::WalConfig { segment_bytes: 36 << 20, batch_bytes_max: 2 << 20, ..crate::testing::config() };
     let mut harness = Harness::start_with(Device::default(), config.clone());
@@ -1866,22 +1879,34 @@ fn more_unreadable_batches_than_may_wait_are_repaired_in_several_rebuilds() {
         assert!(harness.take_read().is_err());
     }
     told(&mut harness);
+    let (segment, _) = slot_at(&harness, originals[0].info.first);
+    harness.disk.unopenable.push((segment, unopenable));
+    let hand_in = |harness: &mut Harness, first: LogIndex| {
+        let batch = originals.iter().find(|batch| batch.info.first == first).unwrap();
+        let pool = harness.pool.clone();
+        let mut block = crate::ops::take(&pool, &mut harness.disk, batch.info.slot_bytes()).unwrap();
+        let image = batch.image();
+        block[ENVELOPE_BYTES..ENVELOPE_BYTES + image.len()].copy_from_slice(image);
+        match harness.wal.repair(&mut harness.disk, first, block) {
+            Ok(()) | Err(RepairError::Busy) => {}
+            Err(error) => panic!("{error}"),
+        }
+    };
+    if unopenable > 0 {
+        // One for which there is room.
+        hand_in(&mut harness, originals[0].info.first);
+        harness.settle();
+        assert_eq!(told(&mut harness), []);
+    }
     let (mut repaired, mut rounds) = (Vec::new(), 0);
     while repaired.len() < 6 {
         rounds += 1;
         assert!(rounds < 6, "it comes to an end: {repaired:?}");
-        let damaged: Vec<LogIndex> = harness.wal.damaged().map(|batch| batch.info.first).collect();
-        for first in damaged {
-            let batch = originals.iter().find(|batch| batch.info.first == first).unwrap();
-            let pool = harness.pool.clone();
-            let mut block = crate::ops::take(&pool, &mut harness.disk, batch.info.slot_bytes()).unwrap();
-            let image = batch.image();
-            block[ENVELOPE_BYTES..ENVELOPE_BYTES + image.len()].copy_from_slice(image);
-            match harness.wal.repair(&mut harness.disk, first, block) {
-                Ok(()) | Err(RepairError::Busy) => {}
-                Err(error) => panic!("{error}"),
-            }
+        if unopenable > 0 {
+            harness.wal.retry_space();
         }
+        let damaged: Vec<LogIndex> = harness.wal.damaged().map(|batch| batch.info.first).collect();
+        damaged.into_iter().for_each(|first| hand_in(&mut harness, first));
         harness.settle();
         repaired.extend(told(&mut harness).into_iter().filter(|(is_repaired, _)| *is_repaired));
         if !repaired.is_empty() {
@@ -1890,6 +1915,7 @@ fn more_unreadable_batches_than_may_wait_are_repaired_in_several_rebuilds() {
         }
     }
     assert!(rounds > 1, "they did not fit at once");
+    assert!(harness.disk.unopenable.iter().all(|(_, times)| *times == 0));
     let again: Vec<Vec<u8>> = harness.read_all().iter().map(|batch| batch.image().to_vec()).collect();
     assert!(again.iter().zip(&originals).all(|(again, original)| again == original.image()));
 }

@@ -103,7 +103,8 @@
 //! batch of the log are removed. *Crash:* removed by the next start.
 //!
 //! **Making a segment** (in the background)
-//! 1. `segment-N.new` is created, filled with zeros, flushed, closed. *Crash:* removed by the next start.
+//! 1. `segment-N.new` is created, filled with zeros, flushed, closed. While the log appends and has a segment to go on in, zeros
+//!    follow what is appended, at most two bytes for each ([`Wal::fill_step`]). *Crash:* removed by the next start.
 //! 2. Renamed to `.free`, directory synced. *Crash:* the next start finds either name.
 //! 3. To enter service it (or a `.used` one, which goes first) is renamed to `.wal` and the directory synced, before its header is
 //!    written. *Crash:* a `.wal` file with a blank header and nothing but prior content is removed rather than used, since

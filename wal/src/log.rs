@@ -816,6 +816,9 @@ impl<D: Disk> Wal<D> {
         self.stats.writes += 1;
         self.stats.written_bytes += bytes as u64;
         self.stats.image_bytes += u64::from(info.image_bytes);
+        if let Some(maker) = self.maker.as_mut() {
+            maker.follow(bytes as u64);
+        }
         block
     }
 
@@ -938,12 +941,32 @@ impl<D: Disk> Wal<D> {
         self.repairs.retry();
     }
 
+    /// Whether a segment is being filled with zeros: call [`Self::fill_step`] from time to time while it is.
+    #[must_use]
+    pub fn is_filling(&self) -> bool {
+        self.stage == Stage::Open
+            && self.poison.is_none()
+            && self.maker.as_ref().is_some_and(Maker::is_filling)
+    }
+
+    /// Says that time has passed. While the log appends and has a segment to go on in, zeros are written only as it appends, a little
+    /// faster; a call lets about `budget_bytes` of them be written besides. When nothing was appended since the last call,
+    /// they are written at full speed until something is. The log's progress does not depend on these calls: without them,
+    /// an idle log's pool stays as full as it is.
+    pub fn fill_step(&mut self, disk: &mut D, budget_bytes: u64) {
+        if self.is_filling()
+            && let Some(maker) = self.maker.as_mut()
+        {
+            maker.pass(disk, &mut self.ops, budget_bytes);
+        }
+    }
+
     /// Finishes what is in flight, records how far the log is durable, and closes the files. [`WalEvent::Closed`] is the last event. A
     /// start that is under way is finished first; reads that wait are refused.
     pub fn close(&mut self, disk: &mut D) {
         (self.close_asked, self.unfinished) = (true, true);
         if self.stage == Stage::Open && self.poison.is_none() {
-            self.begin_closing();
+            self.begin_closing(disk);
             self.has_drained(disk);
         }
     }
@@ -1431,7 +1454,8 @@ impl<D: Disk> Wal<D> {
         if std::mem::take(&mut self.space_freed) {
             maker.retry();
         }
-        maker.advance(disk, &mut self.ops, wanted);
+        let urgent = self.standby.is_idle();
+        maker.advance(disk, &mut self.ops, wanted, urgent);
         self.head_standby(disk)?;
         self.tell_space(events);
         Ok(())
@@ -1532,19 +1556,19 @@ impl<D: Disk> Wal<D> {
     }
 
     /// What is made ready for later is given up; what the log has promised is finished.
-    fn begin_closing(&mut self) {
+    fn begin_closing(&mut self, disk: &mut D) {
         self.stage = Stage::Closing;
         self.reads.stop();
         self.scrub.reads.stop();
         self.recycler.stop();
         if let Some(maker) = self.maker.as_mut() {
-            maker.stop();
+            maker.stop(disk, &mut self.ops);
         }
     }
 
     fn advance_close(&mut self, disk: &mut D, events: &mut VecDeque<WalEvent<D::Buf>>) {
         if self.close_asked && self.stage == Stage::Open {
-            self.begin_closing();
+            self.begin_closing(disk);
         }
         // A start that waits for space has changed nothing and has nothing to finish.
         let waits = self.hard_state.as_ref().is_some_and(HardStateStore::is_blocked);

@@ -1,7 +1,7 @@
 //! Segments made ahead, so that rolling over to the next one is no step in latency.
 //!
 //! The happy path: the [`Maker`] creates a file under its `.new` name, fills it with zeros through an ordinary
-//! (not durable) descriptor, flushes once, and renames it to `.free`. Recycled segments ([`crate::recycle`]) come back as `.used`,
+//! (not durable) descriptor, no faster than the log's appends bear ([`pace`]), flushes once, and renames it to `.free`. Recycled segments ([`crate::recycle`]) come back as `.used`,
 //! and as long as there are enough of them none is made. The [`Standby`] takes the oldest recycled or free one, renames it to `.wal`, opens it for durable writes and writes its header. When the active segment is full the log takes the
 //! standby over and the next free one moves up.
 //!
@@ -9,19 +9,20 @@
 //! on with what is there. Any other error stops the log. A crash leaves a `.new` file, removed at the next start, or a
 //! `.wal` file with a blank or unused header, removed as well.
 
-use crate::disk::{Access, Disk, DiskDone, DiskError, DiskErrorKind, DiskOp, DiskOutput, FileId};
+mod pace;
+
+use crate::disk::{Access, Disk, DiskDone, DiskError, DiskErrorKind, DiskOp, DiskOpId, DiskOutput, FileId};
 use crate::error::WalError;
 use crate::format::{PriorContent, SegmentHeader, write_segment_header};
 use crate::mutants::{self, Mutant};
 use crate::ops::{Ops, Owner, take, zeros};
 use crate::segment::{SegmentName, Stage};
+use pace::{FILL_BYTES, Pace};
 use ringraft_block::{BLOCK_BYTES, BlockBuf, Pool, SharedBlock};
 use std::collections::VecDeque;
 
-/// Zeros are written in pieces of at most so much: larger ones delay the log's own writes behind them.
-const FILL_BYTES: u64 = 256 * 1024;
 /// So many pieces are on their way at once.
-const FILLS_IN_FLIGHT: u32 = 2;
+const FILLS_IN_FLIGHT: usize = 2;
 
 const WHAT_MAKE: &str = "making a segment";
 const WHAT_STANDBY: &str = "putting a segment into service";
@@ -35,6 +36,7 @@ pub(crate) struct Maker<B: BlockBuf> {
     /// Recycled segments, oldest first.
     used: VecDeque<SegmentName>,
     phase: Making<B>,
+    pace: Pace,
     made: u64,
     stopped: bool,
     blocked: Option<DiskError>,
@@ -59,9 +61,18 @@ struct Fill<B: BlockBuf> {
     file: FileId,
     zeros: SharedBlock<B>,
     next: u64,
-    in_flight: u32,
+    /// The pieces on their way, and their sizes.
+    in_flight: Vec<(DiskOpId, usize)>,
     /// No space, or the log is closing: nothing more is written, and what is in flight is awaited.
     failed: bool,
+}
+
+impl<B: BlockBuf> Fill<B> {
+    /// A piece is on its way no more; its size.
+    fn landed(&mut self, id: DiskOpId) -> Option<usize> {
+        let at = self.in_flight.iter().position(|(other, _)| *other == id)?;
+        Some(self.in_flight.swap_remove(at).1)
+    }
 }
 
 impl<B: BlockBuf> Maker<B> {
@@ -69,7 +80,8 @@ impl<B: BlockBuf> Maker<B> {
     pub(crate) fn new(segment_bytes: u64, next_serial: u32, ready: VecDeque<SegmentName>) -> Self {
         let (used, free) = ready.into_iter().partition(|name| name.stage == Stage::Used);
         let (phase, blocked) = (Making::Idle, None);
-        Self { segment_bytes, next_serial, free, used, phase, made: 0, stopped: false, blocked }
+        let pace = Pace::new();
+        Self { segment_bytes, next_serial, free, used, phase, pace, made: 0, stopped: false, blocked }
     }
 
     /// The number of segments that are ready to enter service.
@@ -94,11 +106,28 @@ impl<B: BlockBuf> Maker<B> {
     }
 
     /// Makes no more, and gives up the one that is being filled: the log is closing.
-    pub(crate) fn stop(&mut self) {
+    pub(crate) fn stop<D: Disk<Buf = B>>(&mut self, disk: &mut D, ops: &mut Ops) {
         self.stopped = true;
         if let Making::Filling(fill) = &mut self.phase {
             fill.failed = true;
         }
+        self.go_on(disk, ops);
+    }
+
+    /// Whether a segment is being filled with zeros, or waits to be.
+    pub(crate) fn is_filling(&self) -> bool {
+        matches!(&self.phase, Making::Filling(fill) if !fill.failed)
+    }
+
+    /// The log has appended `bytes`: zeros may follow.
+    pub(crate) fn follow(&mut self, bytes: u64) {
+        self.pace.follow(bytes, self.ready());
+    }
+
+    /// Time has passed: `bytes` of zeros may be written whatever was appended, and all of them if nothing was.
+    pub(crate) fn pass<D: Disk<Buf = B>>(&mut self, disk: &mut D, ops: &mut Ops, bytes: u64) {
+        self.pace.pass(bytes);
+        self.go_on(disk, ops);
     }
 
     /// The lack of space that keeps it from making another.
@@ -120,8 +149,17 @@ impl<B: BlockBuf> Maker<B> {
         self.used.pop_front().or_else(|| self.free.pop_front())
     }
 
-    /// Begins another segment when fewer than `wanted` are ready.
-    pub(crate) fn advance<D: Disk<Buf = B>>(&mut self, disk: &mut D, ops: &mut Ops, wanted: usize) {
+    /// Begins another segment when fewer than `wanted` are ready, or goes on with the one that is being filled; at full speed
+    /// when it is `urgent`, since there is none to go on in.
+    pub(crate) fn advance<D: Disk<Buf = B>>(
+        &mut self,
+        disk: &mut D,
+        ops: &mut Ops,
+        wanted: usize,
+        urgent: bool,
+    ) {
+        self.pace.set_urgent(urgent);
+        self.go_on(disk, ops);
         if !self.is_idle() || self.stopped || self.blocked.is_some() || self.ready() >= wanted {
             return;
         }
@@ -130,6 +168,7 @@ impl<B: BlockBuf> Maker<B> {
         self.next_serial = self.next_serial.wrapping_add(1);
         let op = DiskOp::Create { name: name.to_string(), bytes: self.segment_bytes, access: Access::Write };
         ops.submit(disk, Owner::Maker, op);
+        self.pace.begin();
         self.phase = Making::Creating(name);
     }
 
@@ -143,7 +182,7 @@ impl<B: BlockBuf> Maker<B> {
         let phase = std::mem::replace(&mut self.phase, Making::Idle);
         let output = match done.result {
             Ok(output) => output,
-            Err(error) => return self.failed(disk, ops, phase, error),
+            Err(error) => return self.failed(disk, ops, phase, done.id, error),
         };
         match (phase, output) {
             (Making::Creating(name), DiskOutput::Opened { file, .. }) => {
@@ -151,19 +190,15 @@ impl<B: BlockBuf> Maker<B> {
                 let block =
                     take(pool, disk, bytes).map_err(|error| WalError::Disk { what: WHAT_MAKE, error })?;
                 let zeros = zeros(block, bytes);
-                self.fill(disk, ops, Fill { name, file, zeros, next: 0, in_flight: 0, failed: self.stopped });
+                let in_flight = Vec::with_capacity(FILLS_IN_FLIGHT);
+                self.fill(disk, ops, Fill { name, file, zeros, next: 0, in_flight, failed: self.stopped });
             }
             (Making::Filling(mut fill), DiskOutput::Written { bytes }) => {
-                fill.in_flight -= 1;
-                // The last piece may be shorter than the others; no piece is shorter than a block.
-                if bytes == 0 || !bytes.is_multiple_of(BLOCK_BYTES) {
-                    let asked = FILL_BYTES.min(self.segment_bytes) as usize;
+                let Some(asked) = fill.landed(done.id) else {
+                    return Err(WalError::Protocol { what: WHAT_MAKE });
+                };
+                if bytes != asked {
                     return Err(WalError::ShortWrite { what: WHAT_MAKE, asked, written: bytes });
-                }
-                let expected = self.segment_bytes.min(FILL_BYTES) as usize;
-                let tail = (self.segment_bytes % FILL_BYTES) as usize;
-                if bytes != expected && bytes != tail {
-                    return Err(WalError::ShortWrite { what: WHAT_MAKE, asked: expected, written: bytes });
                 }
                 self.fill(disk, ops, fill);
             }
@@ -191,16 +226,28 @@ impl<B: BlockBuf> Maker<B> {
         Ok(())
     }
 
-    fn fill<D: Disk<Buf = B>>(&mut self, disk: &mut D, ops: &mut Ops, mut fill: Fill<B>) {
-        while !fill.failed && fill.in_flight < FILLS_IN_FLIGHT && fill.next < self.segment_bytes {
-            let bytes = FILL_BYTES.min(self.segment_bytes - fill.next) as usize;
-            let block = fill.zeros.clone();
-            let op = DiskOp::Write { file: fill.file, offset: fill.next, block, bytes };
-            ops.submit(disk, Owner::Maker, op);
-            fill.next += bytes as u64;
-            fill.in_flight += 1;
+    /// Goes on with the segment that is being filled, if there is one.
+    fn go_on<D: Disk<Buf = B>>(&mut self, disk: &mut D, ops: &mut Ops) {
+        match std::mem::replace(&mut self.phase, Making::Idle) {
+            Making::Filling(fill) => self.fill(disk, ops, fill),
+            other => self.phase = other,
         }
-        self.phase = if fill.in_flight > 0 {
+    }
+
+    fn fill<D: Disk<Buf = B>>(&mut self, disk: &mut D, ops: &mut Ops, mut fill: Fill<B>) {
+        let has_more = |fill: &Fill<B>| !fill.failed && fill.next < self.segment_bytes;
+        while has_more(&fill) && fill.in_flight.len() < FILLS_IN_FLIGHT {
+            let bytes = self.pace.piece(self.segment_bytes - fill.next);
+            if bytes == 0 {
+                break;
+            }
+            self.pace.spend(bytes);
+            let (file, offset, block) = (fill.file, fill.next, fill.zeros.clone());
+            let op = DiskOp::Write { file, offset, block, bytes: bytes as usize };
+            fill.in_flight.push((ops.submit(disk, Owner::Maker, op), bytes as usize));
+            fill.next += bytes;
+        }
+        self.phase = if has_more(&fill) || !fill.in_flight.is_empty() {
             Making::Filling(fill)
         } else if fill.failed {
             ops.submit(disk, Owner::Maker, DiskOp::Close { file: fill.file });
@@ -217,6 +264,7 @@ impl<B: BlockBuf> Maker<B> {
         disk: &mut D,
         ops: &mut Ops,
         phase: Making<B>,
+        id: DiskOpId,
         error: DiskError,
     ) -> Result<(), WalError> {
         let no_space = error.kind == DiskErrorKind::NoSpace;
@@ -228,7 +276,7 @@ impl<B: BlockBuf> Maker<B> {
             }
             Making::Filling(mut fill) if no_space => {
                 self.blocked = Some(error);
-                fill.in_flight -= 1;
+                fill.landed(id);
                 fill.failed = true;
                 self.fill(disk, ops, fill);
             }

@@ -517,10 +517,14 @@ impl Harness {
         true
     }
 
-    /// Turns until nothing is waiting.
+    /// Turns until nothing is waiting, and so much time has passed that no segment is being filled either.
     pub(crate) fn settle(&mut self) {
         self.turn();
-        while self.step() {}
+        while self.step() || self.wal.is_filling() {
+            if self.disk.queue.is_empty() {
+                self.wal.fill_step(&mut self.disk, 0);
+            }
+        }
         self.turn();
         assert!(self.disk.queue.is_empty());
     }

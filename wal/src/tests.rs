@@ -1,6 +1,7 @@
 //! The crash contract, tested: what each operation promises, under crashes, failures and damage.
 
 mod headers;
+mod pacing;
 mod segments;
 mod versions;
 

@@ -11,6 +11,11 @@ use ringraft_wal::{DataDirectory, Wal, WalConfig, WalEvent};
 use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// A segment that is filled ahead of its need goes on this often, by so much, however little is appended: as in a node.
+const FILL_INTERVAL: Duration = Duration::from_millis(50);
+const FILL_STEP_BYTES: u64 = 256 << 10;
 
 /// The backend, and how much it has in hand.
 pub(crate) struct CountingDisk {
@@ -48,6 +53,8 @@ pub(crate) struct Log {
     builder: Option<BatchBuilder<Buf>>,
     done: Vec<DiskDone<Buf>>,
     time_ms: u64,
+    /// When the log was told last that time has passed, while it fills a segment.
+    filled_at: Option<Instant>,
     _directory: DataDirectory,
 }
 
@@ -63,6 +70,7 @@ impl Log {
             builder: None,
             done: Vec::new(),
             time_ms: 0,
+            filled_at: None,
             _directory: directory,
         })
     }
@@ -76,14 +84,24 @@ impl Log {
         }
         let in_flight = self.disk.in_flight;
         self.wal.advance(&mut self.disk, events);
+        self.pass_time();
         progressed |= self.disk.in_flight != in_flight || !events.is_empty();
         progressed
+    }
+
+    fn pass_time(&mut self) {
+        if !self.wal.is_filling() {
+            self.filled_at = None;
+        } else if self.filled_at.get_or_insert_with(Instant::now).elapsed() >= FILL_INTERVAL {
+            self.filled_at = None;
+            self.wal.fill_step(&mut self.disk, FILL_STEP_BYTES);
+        }
     }
 
     /// Nothing is under way, not even in the background.
     #[allow(dead_code, reason = "not every benchmark waits for that")]
     pub(crate) fn is_at_rest(&self) -> bool {
-        self.disk.in_flight == 0
+        self.disk.in_flight == 0 && !self.wal.is_filling()
     }
 
     /// Seals a batch of `count` times `command` and appends it. The log must be ready for it.

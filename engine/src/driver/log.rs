@@ -1,8 +1,8 @@
 //! The driver and the log: what became durable, what is to be, and how a node comes to be part of its cluster.
 
 use super::{
-    APPLY_READ, Deferred, Driver, GROUP, Life, Moved, SPACE_RETRY_NS, WITNESS_DELAY_NS, invariant, run_of,
-    take_first,
+    APPLY_READ, Deferred, Driver, FILL_INTERVAL_NS, FILL_STEP_BYTES, GROUP, Life, Moved, SPACE_RETRY_NS,
+    WITNESS_DELAY_NS, invariant, run_of, take_first,
 };
 use crate::config::{self, ConfigError};
 use crate::error::StopError;
@@ -223,6 +223,12 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         if self.space_retry_at_ns == u64::MAX && self.wal.first_damaged().is_some() {
             self.space_retry_at_ns = now_ns.saturating_add(SPACE_RETRY_NS);
         }
+        if now_ns >= self.fill_at_ns {
+            self.fill_at_ns = u64::MAX;
+            self.wal.fill_step(&mut self.disk, FILL_STEP_BYTES);
+        }
+        let fill_at_ns = self.fill_at_ns.min(now_ns.saturating_add(FILL_INTERVAL_NS));
+        self.fill_at_ns = if self.wal.is_filling() { fill_at_ns } else { u64::MAX };
     }
 
     pub(super) fn form(&mut self, step: Step) -> Result<(), StopError> {

@@ -20,7 +20,8 @@
 //!
 //! Nothing depends on the answer, or on the introduction, being true: it is one more place to look for the cluster, until a
 //! configuration names this node or a leader is heard. Hearsay replaces no address that an operator or a configuration gave: it
-//! adds to them, since whoever was away knows only where the others were, and they may have moved meanwhile. If the one that must
+//! adds to them, since whoever was away knows only where the others were, and they may have moved meanwhile. Nor does it replace older
+//! hearsay: whoever names ever new places of a node has each of them tried after those that were known before. If the one that must
 //! dial is the one that was away, nobody but who has moved can tell it where to: that is what the introductions are for.
 //!
 //! **How often.** Who has left may not know it, and who joins may never be added: nobody would ever answer them otherwise than
@@ -36,7 +37,7 @@ use ringraft_net::link::Link;
 use ringraft_net::{PeerConfig, Referral};
 use ringraft_wal::disk::Disk;
 use std::collections::btree_map::Entry;
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::ops::Bound;
 
@@ -49,10 +50,10 @@ const ASK_PAUSE_NS_MAX: u64 = 8_000_000_000;
 /// Who was asked so recently is not asked back: two that seek would go on asking each other.
 const ASK_BACK_NS: u64 = 4 * ASK_INTERVAL_NS;
 
-/// So many places are remembered that are in no configuration here; the oldest is forgotten for a new one.
+/// So many places are remembered that are in no configuration here; the newest is forgotten for a new one.
 const ACQUAINTANCES_MAX: usize = 32;
 
-/// So many of them of one node: whoever tells many that it is not at does not push out those of others.
+/// So many of them of one node: whoever tells many that it is not at pushes out neither those of others nor those heard before.
 pub(super) const HEARSAY_EACH_MAX: usize = 3;
 
 /// Somebody, where it may be.
@@ -76,7 +77,7 @@ pub(super) struct Referrals {
     /// Whom it refers others to.
     given: Option<Referral>,
     /// Of a member that hears no leader: whom it was referred to, and who introduced themselves, the oldest first.
-    acquaintances: VecDeque<At>,
+    acquaintances: Vec<At>,
     /// How many there have been.
     met: u64,
 }
@@ -107,9 +108,9 @@ impl Referrals {
         self.told.map(|to| (to.node, to.address))
     }
 
-    /// Who may be members of a configuration that is not known here, and where members may be that moved, the newest first.
+    /// Who may be members of a configuration that is not known here, and where members may be that moved, the oldest first.
     pub(super) fn acquaintances(&self) -> impl Iterator<Item = At> + '_ {
-        self.acquaintances.iter().rev().copied()
+        self.acquaintances.iter().copied()
     }
 
     /// Has no more to do with acquaintances that `which` is true of.
@@ -155,14 +156,14 @@ impl Referrals {
             return false;
         }
         let of_it = self.acquaintances.iter().filter(|(known, _)| *known == id).count();
-        let first = match of_it < HEARSAY_EACH_MAX {
-            true => (self.acquaintances.len() == ACQUAINTANCES_MAX).then_some(0),
-            false => self.acquaintances.iter().position(|(known, _)| *known == id),
+        let newest = match of_it < HEARSAY_EACH_MAX {
+            true => self.acquaintances.len().checked_sub(1).filter(|last| *last + 1 >= ACQUAINTANCES_MAX),
+            false => self.acquaintances.iter().rposition(|(known, _)| *known == id),
         };
-        if let Some(first) = first {
-            self.acquaintances.remove(first);
+        if let Some(newest) = newest {
+            self.acquaintances.remove(newest);
         }
-        self.acquaintances.push_back((id, address));
+        self.acquaintances.push((id, address));
         self.met += 1;
         true
     }
@@ -353,8 +354,10 @@ mod tests {
         }
     }
 
+    /// The newest came first, and pushed out the oldest: whoever named ever new places of a node that no configuration here names had
+    /// this node look for it there alone.
     #[test]
-    fn of_one_node_and_of_all_so_many_places_are_remembered_and_the_oldest_go() {
+    fn of_one_node_and_of_all_so_many_places_are_remembered_and_what_was_known_first_stays_first() {
         let mut referrals = Referrals::default();
         let at = |port: u16| SocketAddr::from(([127, 0, 0, 9], port));
         let ports = |referrals: &Referrals, of: u64| -> Vec<u16> {
@@ -367,11 +370,12 @@ mod tests {
         for port in 2..100 {
             assert!(referrals.meet(NodeId(7), at(port)));
         }
-        assert_eq!((ports(&referrals, 7), ports(&referrals, 8)), (vec![99, 98, 97], vec![1]));
+        assert_eq!((ports(&referrals, 7), ports(&referrals, 8)), (vec![1, 2, 99], vec![1]));
         for id in 100..200 {
             assert!(referrals.meet(NodeId(id), at(1)));
         }
         assert_eq!(referrals.acquaintances().count(), ACQUAINTANCES_MAX);
-        assert_eq!((ports(&referrals, 7), ports(&referrals, 199)), (vec![], vec![1]));
+        assert_eq!((ports(&referrals, 7), ports(&referrals, 8)), (vec![1, 2, 99], vec![1]));
+        assert_eq!((ports(&referrals, 198), ports(&referrals, 199)), (vec![], vec![1]));
     }
 }

@@ -93,7 +93,7 @@ marks! {
     /// A disk was slow for a while.
     SlowDisk = "slow_disks", 50;
     /// A leader handed over since its disk was far slower than the others'.
-    SlowLeaderLeft = "slow_leaders_left", 0;
+    SlowLeaderLeft = "slow_leaders_left", 300;
     /// A disk stood still for a while.
     StalledDisk = "stalled_disks", 50;
     /// A disk operation failed by request of the fault schedule.

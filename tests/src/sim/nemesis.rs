@@ -83,6 +83,8 @@ pub enum Trouble {
     ClockJump,
     /// One disk is slow.
     SlowDisk,
+    /// The leader's is so slow, and for so long, that it had better not lead.
+    SlowLeadersDisk,
     /// One disk stands still.
     StallDisk,
     /// A connection breaks at a random byte.
@@ -186,6 +188,9 @@ pub const SCHEMES: &[Entry] = &[
 pub const FLAWS: &[Entry] =
     &[entry(Trouble::Misdirect, 6, Needs::RottingDisk), entry(Trouble::FlipBits, 8, Needs::Nothing)];
 
+/// Kinds that are drawn apart from all of those.
+pub const BURDENS: &[Entry] = &[entry(Trouble::SlowLeadersDisk, 8, Needs::Nothing)];
+
 /// What a run allows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Allowed {
@@ -267,6 +272,7 @@ impl Nemesis {
         };
         let unrest_ppm = [0, 150_000, 500_000][draw(SCHEMES)];
         draw(FLAWS);
+        draw(BURDENS);
         Self { seed, rng, weights, pause, length, regicide_ppm, perjury_ppm, unrest_ppm }
     }
 

@@ -76,6 +76,7 @@ impl<C: Cluster> World<'_, C> {
                 | Trouble::StaleAnswer
                 | Trouble::CutOffWrite
                 | Trouble::Overtaken
+                | Trouble::SlowLeadersDisk
         );
         let befell = if of_leader { leader } else { node };
         let time = self.context.now();
@@ -162,10 +163,11 @@ impl<C: Cluster> World<'_, C> {
             }
             Trouble::SlowDisk => {
                 let factor = [3, 10, 100][self.nemesis.rng().index(3)];
-                self.context.cover(Mark::SlowDisk);
-                self.context.record(node, What::DiskSpeed, factor, 0);
-                self.machines[node].disk.borrow_mut().faults_mut().slow_factor = factor;
-                self.plan(length, Plan::DiskNormal { node });
+                self.slow_disk(node, factor, length);
+            }
+            Trouble::SlowLeadersDisk => {
+                let timeouts = self.nemesis.rng().between(2, 6);
+                self.slow_disk(leader, 200, timeouts * self.tuning.election_timeout_ms * MILLISECOND);
             }
             Trouble::StallDisk => {
                 self.context.cover(Mark::StalledDisk);
@@ -224,6 +226,13 @@ impl<C: Cluster> World<'_, C> {
         let nodes = self.machines.len();
         let to = self.nemesis.rng().index(2 * nodes);
         self.transfer(node, (to < nodes).then_some(to));
+    }
+
+    fn slow_disk(&mut self, node: usize, factor: u64, length: Time) {
+        self.context.cover(Mark::SlowDisk);
+        self.context.record(node, What::DiskSpeed, factor, 0);
+        self.machines[node].disk.borrow_mut().faults_mut().slow_factor = factor;
+        self.plan(length, Plan::DiskNormal { node });
     }
 
     fn slow_links(&mut self, length: Time, slow: impl Fn(usize, usize) -> bool) {
