@@ -162,6 +162,8 @@ pub struct MemberStatus {
     pub term: u64,
     /// The leader it knows; 0 for none.
     pub leader: u64,
+    /// The end of its log.
+    pub last: u64,
     /// Commit index.
     pub commit: u64,
     /// Applied index.
@@ -479,11 +481,14 @@ impl Cluster {
         self.order(id, "status")?;
         let line = self.member(id)?.answers.wait("status")?;
         let words: Vec<&str> = line.split_whitespace().collect();
-        let [_, role, term, leader, commit, applied, chain] = words[..] else { bail!("odd answer {line:?}") };
+        let [_, role, term, leader, last, commit, applied, chain] = words[..] else {
+            bail!("odd answer {line:?}")
+        };
         Ok(MemberStatus {
             role: role.to_owned(),
             term: term.parse()?,
             leader: leader.parse()?,
+            last: last.parse()?,
             commit: commit.parse()?,
             applied: applied.parse()?,
             chain: chain.to_owned(),
@@ -541,8 +546,10 @@ impl Cluster {
                 seen.push(self.status(id)?);
             }
             let first = &seen[0];
+            // A new leader may not know yet that what its log has of an earlier term is committed.
             let same = |status: &MemberStatus| {
                 status.applied == status.commit
+                    && status.commit == status.last
                     && (status.applied, &status.chain) == (first.applied, &first.chain)
             };
             if first.applied > 0 && seen.iter().all(same) {

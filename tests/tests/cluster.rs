@@ -1,6 +1,6 @@
 //! Real processes, real disk, real sockets, real kills: nothing that was acknowledged is lost. On each backend.
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use ringraft::runtime::Backend;
 use ringraft_tests::process::{Cluster, ENGINE_FLAGS, EngineFlags, Program};
 use std::net::TcpListener;
@@ -28,9 +28,7 @@ fn cluster(backend: Backend, count: u64) -> Result<Cluster> {
 fn members_on_different_backends_are_one_cluster_and_read_each_others_logs() -> Result<()> {
     let mut cluster = cluster(Backend::Glommio, 3)?;
     for (round, id) in (1..).zip([1, 2, 3, 1, 2, 3]) {
-        let leader = load(&mut cluster, round * 1_000)?;
-        cluster.wait_acks(500)?;
-        cluster.stop_load(leader)?;
+        load_for(&mut cluster, round * 1_000, 500)?;
         cluster.kill(id)?;
         let backend = if round <= 3 { Backend::Uring } else { Backend::Glommio };
         cluster.set_engine(flags(backend));
@@ -46,6 +44,22 @@ fn load(cluster: &mut Cluster, first_stream: u64) -> Result<u64> {
     let leader = cluster.wait_leader()?;
     cluster.order(leader, &format!("load {first_stream} 64"))?;
     Ok(leader)
+}
+
+/// Puts the load on whoever leads until so many more commands are acknowledged. On a busy machine leadership may move meanwhile.
+fn load_for(cluster: &mut Cluster, first_stream: u64, more: usize) -> Result<()> {
+    let wanted = cluster.ledger().acked.len() + more;
+    for attempt in 0..10 {
+        let leader = load(cluster, first_stream + attempt * 64)?;
+        while cluster.ledger().acked.len() < wanted && cluster.status(leader)?.role == "Leader" {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        cluster.stop_load(leader)?;
+        if cluster.ledger().acked.len() >= wanted {
+            return Ok(());
+        }
+    }
+    bail!("{} acknowledged, {wanted} wanted, whoever leads", cluster.ledger().acked.len())
 }
 
 /// Asks whoever leads for the change that removes a member. On a busy machine leadership may move meanwhile, with the outcome

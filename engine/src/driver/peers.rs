@@ -8,7 +8,7 @@ use crate::outbox::{Head, Outgoing};
 use crate::raft::{AppendOutcome, Event, Message, Raft, Role};
 use crate::state_machine::StateMachine;
 use crate::wire::{self, AckMessage, AppendMessage, Body, Encoder, FormationMessage};
-use ringraft_block::{Block, LogIndex, NodeId};
+use ringraft_block::{Block, LogIndex, NodeId, crc32c};
 use ringraft_net::link::{Link, LinkDone, LinkError, LinkOutput};
 use ringraft_net::{Frame, NetEvent, RejectReason, Rejection};
 use ringraft_wal::disk::Disk;
@@ -112,12 +112,15 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let attachment = frame.attachment;
         match body {
             Body::Formation(message) => self.on_formation(peer, &message),
-            _ if !matches!(self.life, Life::Running(_)) => Ok(()),
+            other if !matches!(self.life, Life::Running(_)) => {
+                let piece_crc = if let Body::Piece(piece) = other { Some(piece.crc) } else { None };
+                self.pass_over(peer, piece_crc, attachment.map(|a| (a.block, a.bytes)))
+            }
             // Of somebody whom the configuration knows as another.
             Body::AppendAck(_) | Body::FetchReply(_) | Body::VoteReply(_) | Body::Request(_)
                 if self.is_foreign(peer) =>
             {
-                Ok(())
+                self.pass_over(peer, None, attachment.map(|a| (a.block, a.bytes)))
             }
             Body::Append(message) => self.on_append(peer, message, attachment.map(|a| (a.block, a.bytes))),
             Body::AppendAck(message) => self.on_ack(peer, message),
@@ -187,6 +190,27 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             network.refuse_attachment(peer, &mut self.link);
         }
         Ok(())
+    }
+
+    /// Does nothing with what came too early or too late, but to look whether what is attached came whole, a batch's image or a piece of
+    /// a snapshot with its checksum: over a connection that garbles nothing more is to come, whatever it brought.
+    pub(super) fn pass_over(
+        &mut self,
+        peer: NodeId,
+        piece_crc: Option<u32>,
+        attachment: Option<(Block<D::Buf>, usize)>,
+    ) -> Result<(), StopError> {
+        let Some((block, bytes)) = attachment else { return Ok(()) };
+        let Some(data) = block.get(ENVELOPE_BYTES..ENVELOPE_BYTES + bytes) else { return Ok(()) };
+        let is_whole = match piece_crc {
+            Some(crc) => crc32c(data) == crc,
+            None => parse_image(data).map_or_else(|error| error.is_foreign(), |_| true),
+        };
+        if is_whole {
+            Ok(())
+        } else {
+            self.refuse_attachment(peer, "damaged, in a frame that is not for now")
+        }
     }
 
     fn on_formation(&mut self, peer: NodeId, message: &FormationMessage) -> Result<(), StopError> {

@@ -5,7 +5,7 @@
 //! load FIRST COUNT   begins a closed loop of COUNT streams, from stream FIRST on; answers `ack STREAM SEQUENCE`
 //!                    for each acknowledged command, and `unknown STREAM SEQUENCE` or `lost` where one is not
 //! stop               ends the load; answers `stopped`, once its status shows all that it acknowledged as applied
-//! status             answers `status ROLE TERM LEADER COMMIT APPLIED CHAIN`
+//! status             answers `status ROLE TERM LEADER LAST COMMIT APPLIED CHAIN`
 //! applied            answers `applied INDEX CHAIN COUNT` and that many lines `at STREAM SEQUENCE`, in log order
 //! change add=ID@ADDRESS,… remove=ID,…
 //!                    changes the members; answers `changed at INDEX` or `changed not: WHY`
@@ -110,8 +110,8 @@ pub(crate) fn run(args: &NodeArgs) -> Result<()> {
                 let status = handle.status();
                 let leader = status.leader.map_or(0, |leader| leader.id.get());
                 let chain = hex(&status.applied_chain);
-                let (term, commit, applied) = (status.term, status.commit, status.applied);
-                say(&format!("status {:?} {term} {leader} {commit} {applied} {chain}", status.role));
+                let (term, last, commit, applied) = (status.term, status.last, status.commit, status.applied);
+                say(&format!("status {:?} {term} {leader} {last} {commit} {applied} {chain}", status.role));
             }
             ["applied"] => {
                 let applied = journal.0.lock().expect("no holder panics");

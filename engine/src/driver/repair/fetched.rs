@@ -23,15 +23,15 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     ) -> Result<(), StopError> {
         // An answer that came too late, or to nothing.
         if self.repair.asked.get(&from).is_none_or(|asked| asked.token != reply.token) {
-            return Ok(());
+            return self.pass_over(from, None, attachment);
         }
         let Some(asked) = self.repair.asked.remove(&from) else { return Ok(()) };
         self.repair.due_at_ns = self.now.monotonic_ns;
         if reply.leads {
             self.step(Event::LeaderHolds { leader: from, term: reply.term, last: reply.reach.highest })?;
         }
-        let Some(first) = asked.search else { return Ok(()) };
-        let Some(search) = self.repair.searches.get_mut(&first) else { return Ok(()) };
+        let search = asked.search.and_then(|first| Some((first, self.repair.searches.get_mut(&first)?)));
+        let Some((first, search)) = search else { return self.pass_over(from, None, attachment) };
         let answer = match reply.outcome {
             Fetched::Busy => {
                 // Another member may be asked at once.

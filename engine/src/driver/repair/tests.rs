@@ -1,4 +1,4 @@
-use super::testing::{Bench, IN_ENVELOPE, PATIENCE_NS, Said, TERM};
+use super::testing::{Bench, IN_ENVELOPE, IN_IMAGE, PATIENCE_NS, Said, TERM};
 use crate::raft::LogId;
 use crate::wire::{FetchMessage, Fetched};
 use ringraft_block::{AlignedBuf, Block, LogIndex, NodeId};
@@ -121,6 +121,24 @@ fn an_image_of_an_earlier_term_than_what_it_follows_closes_the_link_and_does_not
     let (to, question) = bench.questions().pop().expect("it asks again");
     give(&mut bench, to, &question);
     assert_eq!(end(&bench), 5, "with what was kept");
+}
+
+/// A connection went on over which a flipped bit had come, since nobody looked at what was not needed any more.
+#[test]
+fn an_answer_that_came_too_late_and_was_garbled_on_its_way_closes_the_link() {
+    let mut bench = with_batches(5);
+    let previous = bench.driver.chain_at(LogIndex(2)).expect("a batch end");
+    for (garbled, what) in [(false, "a whole one is passed over"), (true, "a garbled one is refused")] {
+        let (mut block, info) = bench.batch(TERM.get(), 3, previous, 700);
+        block[IN_IMAGE] ^= if garbled { 4 } else { 0 };
+        let errors = Errors::default();
+        tracing::subscriber::with_default(errors.clone(), || {
+            let image = Some((block, info.image_bytes as usize));
+            bench.try_answer(2, 4_711, announced(&info), image).expect("the node goes on");
+        });
+        let told = errors.0.lock().expect("no holder panics").clone();
+        assert_eq!(told.contains("peer disconnected") && told.contains("damaged"), garbled, "{what}: {told}");
+    }
 }
 
 #[test]
