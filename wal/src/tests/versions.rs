@@ -151,3 +151,28 @@ fn a_hard_state_of_a_newer_version_is_neither_repaired_from_the_other_copy_nor_l
         }
     }
 }
+
+/// It was taken for a newer and longer one, which no checksum proves, and kept a node with another, intact copy from starting.
+#[test]
+fn garbage_behind_the_magic_of_a_hard_state_is_no_newer_version() {
+    let (device, _) = four_batches(true);
+    let mut harness = Harness::start(device.clone());
+    harness.open();
+    let last = harness.wal.last_index();
+    let (version, total) =
+        (field("hard state file header", "version"), field("hard state file header", "total_bytes"));
+    for name in ["hard-a", "hard-b"] {
+        for (version_of, total_of) in [(14_593_u16, 3_000_000_000_u32), (14_593, 40_000), (2, 3_000_000_000)]
+        {
+            let mut damaged = device.clone();
+            let change = |bytes: &mut [u8]| {
+                bytes[version.clone()].copy_from_slice(&version_of.to_le_bytes());
+                bytes[total.clone()].copy_from_slice(&total_of.to_le_bytes());
+            };
+            damaged.corrupt(name, 0, change, HARD_STATE_FILE_BYTES);
+            let mut harness = Harness::start(damaged);
+            harness.open();
+            assert_eq!(harness.wal.last_index(), last, "{name} of {version_of}, {total_of} bytes");
+        }
+    }
+}
