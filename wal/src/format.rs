@@ -70,7 +70,8 @@ use std::fmt;
 
 /// Version of every layout in this file. A reader refuses any other. So that it can tell what a newer build wrote from rot, in every
 /// version magic, version and checksum stand where they do now, and the checksum covers the bytes that it covers now; and so do an
-/// envelope's cluster, nonce, generation and offset, by which it is told from a command that looks like one.
+/// envelope's cluster, nonce, generation and offset, by which it is told from a command that looks like one. Versions are counted
+/// one by one: of a hard state longer than this build's, whose checksum cannot be verified here, one far ahead is taken for damage.
 pub const FORMAT_VERSION: u16 = 1;
 
 /// The bytes that a slot takes on disk for an image of `image_bytes`: envelope, image, zeros to whole blocks.
