@@ -81,7 +81,7 @@ pub(crate) struct EngineArgs {
     /// A batch of many commands is sealed at this size at the latest [default: 256]
     #[arg(long, value_name = "KIB")]
     pub(crate) batch_kb: Option<usize>,
-    /// Durable writes in flight at once [default: 2]
+    /// Durable writes in flight at once, half of them for full batches only [default: 4]
     #[arg(long, value_name = "N")]
     pub(crate) writes_in_flight: Option<usize>,
     /// Bytes of durable writes in flight [default: 1024]

@@ -77,8 +77,9 @@ pub struct Config {
     /// members. Default: 256 KiB, where a durable write
     /// costs about three times one of 4 KiB, and larger ones gain little.
     pub batch_bytes_max: usize,
-    /// Durable writes in flight at once. Default: 2, so that the next batch is under way while one is being
-    /// acknowledged; more of them make batches smaller.
+    /// Durable writes in flight at once. Default: 4. A batch that might still grow is sealed only while fewer than half of
+    /// them are in flight, so that the next batch is under way while one is being acknowledged, and small ones are not made
+    /// smaller; a full one goes as soon as there is room.
     pub writes_in_flight_max: usize,
     /// Bytes of durable writes in flight. Default: 1 MiB; a larger batch goes alone.
     pub write_bytes_in_flight_max: usize,
@@ -223,7 +224,7 @@ impl Config {
             commit_notice_delay: Duration::from_millis(1),
             command_bytes_max: 1 << 20,
             batch_bytes_max: 256 << 10,
-            writes_in_flight_max: 2,
+            writes_in_flight_max: 4,
             write_bytes_in_flight_max: 1 << 20,
             window_batches: 64,
             window_bytes: 8 << 20,

@@ -205,6 +205,11 @@ impl<B: BlockBuf> Proposals<B> {
         }
     }
 
+    /// Whether the open batch takes no more: a command waits for the next one.
+    pub(crate) fn is_full(&self) -> bool {
+        !self.overflow.is_empty()
+    }
+
     /// The size of the slot that sealing the open batch would make; `None` when there is nothing to seal.
     pub(crate) fn sealable_slot_bytes(&self) -> Option<usize> {
         let builder = self.builder.as_ref().filter(|builder| !builder.is_empty())?;

@@ -367,6 +367,48 @@ fn a_command_costs_a_turn_for_each_thing_that_happens_and_none_for_what_the_sock
     assert!(spent.iter().sum::<u64>() < 1_600, "{spent:?}, and {leader} leads");
 }
 
+// ---- When a batch is sealed
+
+#[test]
+fn small_batches_leave_half_of_the_writes_in_flight_to_full_ones() {
+    let mut rig = Rig::new(3);
+    for node in 0..3 {
+        rig.boot(Config { writes_in_flight_max: 4, ..config(node, 3) });
+    }
+    let leader = rig.run_until_led();
+    rig.commit(leader, 100);
+    let in_flight = |rig: &Rig| rig.machines[leader].disk.borrow().writes_in_flight();
+    rig.run_until("all is durable", |rig| in_flight(rig) == 0);
+
+    let stall = 40 * MILLISECOND;
+    let until = rig.context.now() + stall;
+    rig.machines[leader].disk.borrow_mut().faults_mut().stalled_until = until;
+    for small in 0..6 {
+        rig.propose(leader, small, 100);
+        rig.turn(leader);
+    }
+    assert_eq!(in_flight(&rig), 2, "the others wait, and become one batch");
+
+    let half_a_batch = 15 << 10;
+    for large in 0..8 {
+        rig.propose(leader, 100 + large, half_a_batch);
+        rig.turn(leader);
+    }
+    assert_eq!(in_flight(&rig), 4, "those that are full did not wait");
+    assert!(rig.context.now() < until, "while the disk stands still");
+
+    let (mut done, mut steps) = (0, 0);
+    while done < 14 && steps < 100_000 {
+        rig.step();
+        steps += 1;
+        for completion in rig.completed(leader) {
+            completion.outcome.expect("committed");
+            done += 1;
+        }
+    }
+    assert_eq!(done, 14, "all commit when the disk goes on");
+}
+
 // ---- What a leader learns of its followers' disks
 
 #[test]

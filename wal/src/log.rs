@@ -484,6 +484,12 @@ impl<D: Disk> Wal<D> {
         }
     }
 
+    /// [`WalStats::writes_in_flight`] alone.
+    #[must_use]
+    pub fn writes_in_flight(&self) -> usize {
+        self.window.in_flight()
+    }
+
     /// [`WalStats::rollovers`] alone.
     #[must_use]
     pub fn rollovers(&self) -> u64 {

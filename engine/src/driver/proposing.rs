@@ -56,7 +56,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         taken > 0
     }
 
-    /// Seals the open batch whenever the log has room for another write: the batch is what arrived meanwhile.
+    /// Seals the open batch whenever the log has room for another write: the batch is what arrived meanwhile. One that might
+    /// still grow leaves half of the writes in flight to those that cannot, for which waiting gains nothing.
     pub(super) fn seal(&mut self) -> Result<bool, StopError> {
         let mut progressed = false;
         // Without space, what is left is for the engine's own batches.
@@ -67,14 +68,23 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 progressed = true;
                 continue;
             }
-            let slot_bytes = self.proposals.borrow().sealable_slot_bytes();
-            if !slot_bytes.is_some_and(|bytes| self.wal.is_ready_for(bytes)) {
+            let (slot_bytes, is_full) = {
+                let proposals = self.proposals.borrow();
+                (proposals.sealable_slot_bytes(), proposals.is_full())
+            };
+            let may_go = is_full || self.may_seal_early();
+            if !slot_bytes.is_some_and(|bytes| may_go && self.wal.is_ready_for(bytes)) {
                 break;
             }
             self.propose(BatchKind::Commands)?;
             progressed = true;
         }
         Ok(progressed)
+    }
+
+    /// Whether a batch that might still grow is sealed now: less than half of the writes that may be are in flight.
+    fn may_seal_early(&self) -> bool {
+        self.wal.writes_in_flight() < self.config.writes_in_flight_max.div_ceil(2)
     }
 
     /// Makes sure that there is an open batch to copy commands into.
@@ -96,7 +106,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// Seals requests about sessions, if there are some and the log has room.
     fn seal_control(&mut self) -> Result<bool, StopError> {
         let slot_bytes = self.proposals.borrow().control_slot_bytes();
-        let ready = slot_bytes.is_some_and(|bytes| self.wal.is_ready_for(bytes));
+        let ready = slot_bytes.is_some_and(|bytes| self.may_seal_early() && self.wal.is_ready_for(bytes));
         if ready {
             self.propose(BatchKind::SessionControl)?;
         }
