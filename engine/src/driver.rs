@@ -64,10 +64,6 @@ const APPLY_READ: u64 = u64::MAX;
 const WITNESS_DELAY_NS: u64 = 1_000_000_000;
 /// How often a log without space tries again to reserve some.
 const SPACE_RETRY_NS: u64 = 1_000_000_000;
-/// A segment that is filled ahead of its need goes on this often, however little is appended, ...
-const FILL_INTERVAL_NS: u64 = 50_000_000;
-/// ... by so many bytes: 5 MiB/s. A log that has appended nothing for so long fills it at full speed.
-const FILL_STEP_BYTES: u64 = 256 << 10;
 /// It is looked so often when a leader's peers were active.
 const ACTIVITY_INTERVAL_NS: u64 = 1_000_000;
 /// Bytes of one read of the log, for apply or for a peer that is behind.
