@@ -523,10 +523,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 self.wal.release_claim(&mut self.disk);
                 Ok(())
             }
-            Action::TransferEnded { end } => {
-                self.transfer_ended(end);
-                Ok(())
-            }
+            Action::TransferEnded { end } => self.transfer_ended(end),
             Action::OwnDiskSlow { own, others, to } => {
                 self.handover.disk_is_slow(own, others, to);
                 Ok(())
