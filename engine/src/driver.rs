@@ -51,6 +51,7 @@ use ringraft_wal::{HardStateUpdate, Wal, WalEvent};
 use stages::Stages;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -191,6 +192,8 @@ struct Peer<B: BlockBuf> {
     no_space: bool,
     /// When it was last heard, and last sent to, as of [`Driver::note_activity`].
     active_ns: (Option<u64>, Option<u64>),
+    /// Where it was found in this session, by hearsay, and where it was known to be otherwise.
+    moved_to: Option<(SocketAddr, Option<SocketAddr>)>,
 }
 
 impl<B: BlockBuf> Peer<B> {
@@ -202,6 +205,7 @@ impl<B: BlockBuf> Peer<B> {
             stages: None,
             no_space: false,
             active_ns: (None, None),
+            moved_to: None,
         }
     }
 }

@@ -444,6 +444,14 @@ impl<L: Link> Network<L> {
         }
     }
 
+    /// Where this node has dialed `peer`, if there is a session and this node is the one that dials: that is where it listens.
+    #[must_use]
+    pub fn dialed_at(&self, peer: NodeId) -> Option<SocketAddr> {
+        let slot = self.peers.get(&peer)?.slot?;
+        let connection = self.slots.get(slot).filter(|connection| connection.dialed)?;
+        matches!(connection.phase, Phase::Open(_)).then_some(connection.remote)
+    }
+
     /// Whom those are referred to, from now on, who ask this node.
     pub fn refer_to(&mut self, to: Option<Referral>) {
         self.referral = to;

@@ -62,6 +62,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 let leads = self.raft().and_then(Raft::leader) == Some(peer);
                 self.snapshots.installs.session_changed(peer, leads);
                 tracing::info!(node = %self.config.node, %peer, "session begins");
+                let at = self.network.as_ref().and_then(|network| network.dialed_at(peer));
+                self.met_at(peer, at);
                 self.announce(peer);
                 self.step(Event::PeerConnected { peer })
             }
@@ -72,6 +74,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                     return Ok(());
                 }
                 (state.session, state.number, state.stages, state.no_space) = (None, None, None, false);
+                state.moved_to = None;
                 state.outbox.clear();
                 self.repair.session_changed(peer);
                 let leads = self.raft().and_then(Raft::leader) == Some(peer);

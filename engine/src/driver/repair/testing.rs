@@ -350,6 +350,40 @@ impl Bench {
         self.driver.on_append(NodeId(2), message, attachment)
     }
 
+    /// The leader sends a configuration.
+    pub(in crate::driver) fn append_configuration(&mut self, configuration: &Configuration) {
+        let last = self.driver.raft().expect("it runs").last();
+        let previous_chain = self.driver.chain_at(last.index).expect("a batch end");
+        let encoded = crate::wire::configuration::encode(configuration);
+        let size = round_up_to_block(encoded.len() + 2 * BLOCK_BYTES);
+        let block = super::super::take_block(&self.driver.pool, &mut self.driver.disk, size).expect("memory");
+        let mut builder = BatchBuilder::new(block);
+        builder.push(&encoded, None).expect("it fits");
+        let (first, kind) = (last.index.next(), BatchKind::Membership);
+        let time_ms = first.get();
+        let (block, info) =
+            builder.seal(Seal { group: GROUP, term: TERM, first, kind, time_ms, previous_chain });
+        self.round += 1;
+        let append = Append {
+            term: TERM,
+            previous: last,
+            batch: Some(BatchRun {
+                first: info.first,
+                last: info.last,
+                term: info.term,
+                bytes: info.image_bytes,
+            }),
+            commit: last.index,
+            round: Round(self.round),
+            reply_now: false,
+            configuration: None,
+        };
+        let message = AppendMessage { append, previous_chain, chain: info.chain };
+        let attachment = Some((block, info.image_bytes as usize));
+        self.driver.on_append(NodeId(2), message, attachment).expect("it follows");
+        self.settle();
+    }
+
     /// What is applied and sent is not kept in memory.
     pub(in crate::driver) fn forget_recent(&mut self) {
         let durable = self.driver.wal.durable_through();
