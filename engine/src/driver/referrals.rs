@@ -292,6 +292,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let before = before.filter(|before| before.node != to.node && listed(before.node).is_none());
         let mut addresses: Vec<SocketAddr> = listed(to.node).into_iter().collect();
         put_first(&mut addresses, to.address);
+        let hearsay: Vec<SocketAddr> =
+            Some(to.address).filter(|told| listed(to.node) != Some(*told)).into_iter().collect();
         if let Some(before) = before {
             self.forget_peer(before.node)?;
         }
@@ -302,7 +304,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 Err(error) => tracing::error!(peer = %to.node, %error, "not added"),
             }
         }
-        network.set_addresses(to.node, &addresses);
+        network.set_addresses(to.node, &addresses, &hearsay);
         Ok(())
     }
 
