@@ -51,6 +51,7 @@ use ringraft_wal::{HardStateUpdate, Wal, WalEvent};
 use stages::Stages;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -64,10 +65,6 @@ const APPLY_READ: u64 = u64::MAX;
 const WITNESS_DELAY_NS: u64 = 1_000_000_000;
 /// How often a log without space tries again to reserve some.
 const SPACE_RETRY_NS: u64 = 1_000_000_000;
-/// A segment that is filled ahead of its need goes on this often, however little is appended, ...
-const FILL_INTERVAL_NS: u64 = 50_000_000;
-/// ... by so many bytes: 5 MiB/s. A log that has appended nothing for so long fills it at full speed.
-const FILL_STEP_BYTES: u64 = 256 << 10;
 /// It is looked so often when a leader's peers were active.
 const ACTIVITY_INTERVAL_NS: u64 = 1_000_000;
 /// Bytes of one read of the log, for apply or for a peer that is behind.
@@ -195,6 +192,8 @@ struct Peer<B: BlockBuf> {
     no_space: bool,
     /// When it was last heard, and last sent to, as of [`Driver::note_activity`].
     active_ns: (Option<u64>, Option<u64>),
+    /// Where it was found in this session, by hearsay, and where it was known to be otherwise.
+    moved_to: Option<(SocketAddr, Option<SocketAddr>)>,
 }
 
 impl<B: BlockBuf> Peer<B> {
@@ -206,6 +205,7 @@ impl<B: BlockBuf> Peer<B> {
             stages: None,
             no_space: false,
             active_ns: (None, None),
+            moved_to: None,
         }
     }
 }
@@ -527,10 +527,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 self.wal.release_claim(&mut self.disk);
                 Ok(())
             }
-            Action::TransferEnded { end } => {
-                self.transfer_ended(end);
-                Ok(())
-            }
+            Action::TransferEnded { end } => self.transfer_ended(end),
             Action::OwnDiskSlow { own, others, to } => {
                 self.handover.disk_is_slow(own, others, to);
                 Ok(())

@@ -332,6 +332,7 @@ impl Cluster {
                 let to = option(&words, "to").map(id);
                 self.feed(id(node), Event::Transfer { to });
             }
+            ["put-off", node] => self.feed(id(node), Event::HandoverPutOff),
             ["read", node, ..] => {
                 self.reads = count(&words, "id", self.reads + 1);
                 let kind = match option(&words, "as") {
@@ -946,6 +947,7 @@ fn show_event(event: &Event) -> String {
         Event::Transfer { to } => {
             format!("transfer to {}", to.map_or("the best".to_owned(), |to| to.to_string()))
         }
+        Event::HandoverPutOff => "the hand-over could not begin".to_owned(),
         Event::DiskStalled { stalled } => {
             format!("the disk {}", if *stalled { "stalls" } else { "answers again" })
         }

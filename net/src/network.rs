@@ -429,9 +429,14 @@ impl<L: Link> Network<L> {
     /// goes on. If the first one is another than before, it is dialed at once; the others when their turn comes, so that they may be
     /// hearsay: who answers there is judged as anywhere, by cluster, id and incarnation. Does nothing if there is none. Those behind
     /// the first [`ADDRESSES_MAX`](crate::ADDRESSES_MAX) are not looked at.
-    pub fn set_addresses(&mut self, peer: NodeId, addresses: &[SocketAddr]) {
+    ///
+    /// Those that `hearsay` names too are dialed as the others. But whoever comes from there is a stranger, also while there are more
+    /// of them than can be let in.
+    pub fn set_addresses(&mut self, peer: NodeId, addresses: &[SocketAddr], hearsay: &[SocketAddr]) {
         let Some(known) = self.peers.get_mut(&peer) else { return };
-        if !known.move_to(addresses) {
+        let moves = known.move_to(addresses);
+        known.set_hearsay(hearsay);
+        if !moves {
             return;
         }
         let Some(slot) = known.slot else { return };
@@ -442,6 +447,14 @@ impl<L: Link> Network<L> {
                 connection.condemned = Some(DisconnectCause::Disconnected);
             }
         }
+    }
+
+    /// Where this node has dialed `peer`, if there is a session and this node is the one that dials: that is where it listens.
+    #[must_use]
+    pub fn dialed_at(&self, peer: NodeId) -> Option<SocketAddr> {
+        let slot = self.peers.get(&peer)?.slot?;
+        let connection = self.slots.get(slot).filter(|connection| connection.dialed)?;
+        matches!(connection.phase, Phase::Open(_)).then_some(connection.remote)
     }
 
     /// Whom those are referred to, from now on, who ask this node.
@@ -662,7 +675,7 @@ impl<L: Link> Network<L> {
         self.receive_greeting(slot, vec![0; HANDSHAKE_BYTES].into_boxed_slice(), 0, link);
     }
 
-    /// The handshake to give up when there are too many: the oldest from an address of no peer, `newcomer`
+    /// The handshake to give up when there are too many: the oldest from an address of no peer, or of one by hearsay only, `newcomer`
     /// included; if all come from peers' addresses, the oldest.
     fn most_dispensable(&self, newcomer: usize) -> usize {
         let greetings = self.slots.iter().filter_map(|(slot, connection)| {

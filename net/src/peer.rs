@@ -23,6 +23,8 @@ pub struct PeerConfig {
 pub(crate) struct Peer {
     /// Where it may listen, never nowhere.
     addresses: Vec<SocketAddr>,
+    /// Which of these are hearsay.
+    hearsay: Vec<SocketAddr>,
     /// Which of these is dialed next.
     next: usize,
     pub(crate) pinned: Option<Incarnation>,
@@ -44,6 +46,7 @@ impl Peer {
     pub(crate) fn new(config: &PeerConfig) -> Self {
         Self {
             addresses: vec![config.address],
+            hearsay: Vec::new(),
             next: 0,
             pinned: config.incarnation,
             newest: None,
@@ -64,8 +67,15 @@ impl Peer {
         self.addresses[self.next]
     }
 
+    /// Whether it may be there by more than hearsay: a stranger can name an address of its own as a peer's.
     pub(crate) fn has_ip(&self, ip: IpAddr) -> bool {
-        self.addresses.iter().any(|address| address.ip() == ip)
+        self.addresses.iter().any(|address| address.ip() == ip && !self.hearsay.contains(address))
+    }
+
+    /// Which of its addresses are hearsay.
+    pub(crate) fn set_hearsay(&mut self, hearsay: &[SocketAddr]) {
+        self.hearsay.clear();
+        self.hearsay.extend(hearsay.iter().filter(|address| self.addresses.contains(address)));
     }
 
     /// It is looked for at these addresses. Whether it is to be dialed at the first of them at once, as if nothing had failed: when

@@ -364,11 +364,11 @@ fn peers_come_go_and_move() {
     world.hub.silence(address(40), true);
     world.run_for(100 * MILLISECOND);
     assert_eq!(world.node(1).session(2), None);
-    world.node(2).net.set_addresses(NodeId(1), &[address(1)]);
+    world.node(2).net.set_addresses(NodeId(1), &[address(1)], &[]);
     world.run(10);
     assert!(world.node(1).session(2).is_some(), "dialed at once");
     let session = world.node(1).session(2);
-    world.node(2).net.set_addresses(NodeId(1), &[address(41)]);
+    world.node(2).net.set_addresses(NodeId(1), &[address(41)], &[]);
     world.run_for(SECOND);
     assert_eq!(world.node(1).session(2), session, "a session goes on");
 }
@@ -378,9 +378,11 @@ fn a_peer_is_looked_for_at_all_its_addresses_and_then_again_where_a_session_has_
     let mut world = World::new(2, &NetLimits::default());
     let (nobody, no_answer) = (address(40), address(41));
     world.hub.silence(no_answer, true);
-    world.node(2).net.set_addresses(NodeId(1), &[nobody, no_answer, address(1)]);
+    world.node(2).net.set_addresses(NodeId(1), &[nobody, no_answer, address(1)], &[]);
     world.connect_all();
     assert_eq!(world.hub.dials(1), [nobody, no_answer, address(1)]);
+    assert_eq!(world.node(2).net.dialed_at(NodeId(1)), Some(address(1)));
+    assert_eq!(world.node(1).net.dialed_at(NodeId(2)), None, "it was dialed");
     world.run_for(3 * SECOND);
     let lose =
         |world: &World| world.hub.open_streams().into_iter().for_each(|stream| world.hub.reset(stream));
@@ -402,7 +404,7 @@ fn whoever_else_is_at_an_address_of_a_peer_is_refused_by_name_and_changes_nothin
     let impostor = address(40);
     world.hub.listen(impostor);
     world.node(3).net.pin(NodeId(1), incarnation(1));
-    world.node(3).net.set_addresses(NodeId(1), &[address(2), impostor, address(1)]);
+    world.node(3).net.set_addresses(NodeId(1), &[address(2), impostor, address(1)], &[]);
     let mut raw = None;
     world.run_until("the impostor is dialed", |world| {
         raw = world.hub.accept(impostor);
@@ -451,7 +453,7 @@ fn the_first_address_of_a_peer_keeps_its_turn() {
     world.nodes.remove(0);
     for number in 0..2_000 {
         let rumour = address(100 + number);
-        world.nodes[0].net.set_addresses(NodeId(1), &[address(1), rumour, address(99)]);
+        world.nodes[0].net.set_addresses(NodeId(1), &[address(1), rumour, address(99)], &[]);
         world.run(1);
     }
     let dials = world.hub.dials(1);

@@ -356,6 +356,22 @@ fn strangers_do_not_crowd_out_a_slow_handshake_from_a_peers_address() {
     assert_eq!(world.node(1).session(2), Some(9));
 }
 
+/// Whoever had named an address of its own as a member's was as good as one: its connections pushed out those of members.
+#[test]
+fn an_address_that_is_a_peers_by_hearsay_is_a_strangers() {
+    let mut world = World::alone(2, &NetLimits { handshakes_max: 4, ..NetLimits::default() });
+    let (configured, rumour) = (address(2), "10.0.0.9:7".parse().unwrap());
+    world.node(1).net.set_addresses(NodeId(2), &[rumour, configured], &[rumour]);
+    let member = world.hub.connect(address(1), "127.0.0.1:5");
+    for _ in 0..100 {
+        world.hub.connect(address(1), "10.0.0.9:1");
+        world.run(2);
+    }
+    member.write(&hello(2, 1, 9).encode());
+    world.run(3);
+    assert_eq!(world.node(1).session(2), Some(9));
+}
+
 #[test]
 fn a_peers_address_is_no_pass_beyond_the_number_of_handshakes() {
     let limits = NetLimits { handshakes_max: 4, ..NetLimits::default() };

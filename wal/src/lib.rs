@@ -190,4 +190,5 @@ pub use log::{HardStateUpdate, Recovered, Wal, WalConfig, WalEvent, WalStats};
 pub use read::StoredBatch;
 pub use recovery::RecoveryReport;
 pub use repair::DamagedBatch;
+pub use reserve::{FILL_INTERVAL, FILL_STEP_BYTES};
 pub use scrub::ScrubStatus;

@@ -955,7 +955,8 @@ impl<D: Disk> Wal<D> {
             && self.maker.as_ref().is_some_and(Maker::is_filling)
     }
 
-    /// Says that time has passed. While the log appends and has a segment to go on in, zeros are written only as it appends, a little
+    /// Says that time has passed: [`FILL_INTERVAL`](crate::FILL_INTERVAL), with a budget of
+    /// [`FILL_STEP_BYTES`](crate::FILL_STEP_BYTES), in a node. While the log appends and has a segment to go on in, zeros are written only as it appends, a little
     /// faster; a call lets about `budget_bytes` of them be written besides. When nothing was appended since the last call,
     /// they are written at full speed until something is. The log's progress does not depend on these calls: without them,
     /// an idle log's pool stays as full as it is.

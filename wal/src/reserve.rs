@@ -18,6 +18,7 @@ use crate::mutants::{self, Mutant};
 use crate::ops::{Ops, Owner, take, zeros};
 use crate::segment::{SegmentName, Stage};
 use pace::{FILL_BYTES, Pace};
+pub use pace::{FILL_INTERVAL, FILL_STEP_BYTES};
 use ringraft_block::{BLOCK_BYTES, BlockBuf, Pool, SharedBlock};
 use std::collections::VecDeque;
 

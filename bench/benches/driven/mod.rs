@@ -7,15 +7,11 @@ use ringraft::runtime::{Turn, Wakeup};
 use ringraft_block::{ClusterId, GroupId, LogIndex, NodeId, Pool, Term};
 use ringraft_wal::disk::{Disk, DiskDone, DiskError, DiskOp, DiskOpId};
 use ringraft_wal::format::{BatchBuilder, BatchKind, LogStart, Seal, image_bytes_for, slot_bytes};
-use ringraft_wal::{DataDirectory, Wal, WalConfig, WalEvent};
+use ringraft_wal::{DataDirectory, FILL_INTERVAL, FILL_STEP_BYTES, Wal, WalConfig, WalEvent};
 use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
-
-/// A segment that is filled ahead of its need goes on this often, by so much, however little is appended: as in a node.
-const FILL_INTERVAL: Duration = Duration::from_millis(50);
-const FILL_STEP_BYTES: u64 = 256 << 10;
+use std::time::Instant;
 
 /// The backend, and how much it has in hand.
 pub(crate) struct CountingDisk {
@@ -89,6 +85,7 @@ impl Log {
         progressed
     }
 
+    /// As a node does.
     fn pass_time(&mut self) {
         if !self.wal.is_filling() {
             self.filled_at = None;

@@ -1,8 +1,8 @@
 //! The driver and the log: what became durable, what is to be, and how a node comes to be part of its cluster.
 
 use super::{
-    APPLY_READ, Deferred, Driver, FILL_INTERVAL_NS, FILL_STEP_BYTES, GROUP, Life, Moved, SPACE_RETRY_NS,
-    WITNESS_DELAY_NS, invariant, run_of, take_first,
+    APPLY_READ, Deferred, Driver, GROUP, Life, Moved, SPACE_RETRY_NS, WITNESS_DELAY_NS, invariant, run_of,
+    take_first,
 };
 use crate::config::{self, ConfigError};
 use crate::error::StopError;
@@ -16,7 +16,9 @@ use ringraft_net::Network;
 use ringraft_net::link::Link;
 use ringraft_wal::disk::Disk;
 use ringraft_wal::format::{BatchInfo, BatchKind};
-use ringraft_wal::{ReadError, Recovered, WalEvent};
+use ringraft_wal::{FILL_INTERVAL, FILL_STEP_BYTES, ReadError, Recovered, WalEvent};
+
+const FILL_INTERVAL_NS: u64 = FILL_INTERVAL.as_nanos() as u64;
 
 impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// What the log reports is news, and so is what has completed for snapshots. The rest the log did for itself: of that others

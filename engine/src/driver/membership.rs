@@ -432,12 +432,19 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         for (id, address) in &self.members.guests {
             add_address(&mut wanted, *id, *address);
         }
+        let mut hearsay = Addresses::new();
+        let told = self.referrals.told().filter(|_| !is_member);
+        for (id, address) in self.referrals.acquaintances().chain(told) {
+            if wanted.get(&id).is_none_or(|known| !known.contains(&address)) {
+                add_address(&mut hearsay, id, address);
+            }
+        }
         for (id, address) in self.referrals.acquaintances() {
             add_address(&mut wanted, id, address);
             add_address(&mut addresses, id, address);
         }
         // Whoever refers this node to the leader knows better where that is than a list from long ago.
-        if let Some((id, address)) = self.referrals.told().filter(|_| !is_member) {
+        if let Some((id, address)) = told {
             put_first(wanted.entry(id).or_default(), address);
         }
         wanted.remove(&own);
@@ -449,7 +456,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             tracing::info!(node = %own, %index, configuration = ?view.configuration, "members");
             self.members.view = Arc::new(view);
         }
-        self.have_sessions_with(wanted, &pins)
+        self.have_sessions_with(wanted, &hearsay, &pins)
     }
 
     /// Ends the session with `peer`, if there is one, and tells the core.
@@ -469,6 +476,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     fn have_sessions_with(
         &mut self,
         wanted: Addresses,
+        hearsay: &Addresses,
         pins: &BTreeMap<NodeId, Incarnation>,
     ) -> Result<(), StopError> {
         let gone: Vec<NodeId> = self.peers.keys().filter(|id| !wanted.contains_key(id)).copied().collect();
@@ -490,7 +498,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 }
                 vacant.insert(super::Peer::new());
             }
-            network.set_addresses(id, &addresses);
+            network.set_addresses(id, &addresses, hearsay.get(&id).map_or(&[], Vec::as_slice));
             match pin {
                 Some(incarnation) => network.pin(id, incarnation),
                 None => network.unpin(id),

@@ -62,6 +62,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 let leads = self.raft().and_then(Raft::leader) == Some(peer);
                 self.snapshots.installs.session_changed(peer, leads);
                 tracing::info!(node = %self.config.node, %peer, "session begins");
+                let at = self.network.as_ref().and_then(|network| network.dialed_at(peer));
+                self.met_at(peer, at);
                 self.announce(peer);
                 self.step(Event::PeerConnected { peer })
             }
@@ -72,6 +74,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                     return Ok(());
                 }
                 (state.session, state.number, state.stages, state.no_space) = (None, None, None, false);
+                state.moved_to = None;
                 state.outbox.clear();
                 self.repair.session_changed(peer);
                 let leads = self.raft().and_then(Raft::leader) == Some(peer);
@@ -430,5 +433,64 @@ fn encoded<'a>(encoder: &'a mut Encoder, message: &Outgoing) -> (u16, &'a [u8]) 
         Outgoing::TimeoutNow(message) => (wire::kind::TIMEOUT_NOW, encoder.timeout_now(message)),
         Outgoing::ReadIndex(request) => (wire::kind::READ_INDEX, encoder.read_index(request)),
         Outgoing::ReadIndexReply(reply) => (wire::kind::READ_INDEX_REPLY, encoder.read_index_reply(reply)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::repair::testing::{Bench, Errors, TERM};
+    use super::*;
+    use crate::raft::{Append, LogId, Round};
+    use crate::wire::PieceMessage;
+    use ringraft_net::{AlignedBytes, Attachment};
+
+    /// What is attached to what came too early was thrown away unseen: nobody ever learnt that the connection garbles.
+    #[test]
+    fn what_comes_to_a_node_that_does_not_run_yet_is_looked_at_as_any_other() {
+        for (is_piece, is_garbled) in [(false, false), (false, true), (true, false), (true, true)] {
+            let mut bench = Bench::unformed();
+            let (mut block, info) = bench.batch(TERM.get(), 1, Chain::default(), 700);
+            let bytes = info.image_bytes as usize;
+            let image = ENVELOPE_BYTES..ENVELOPE_BYTES + bytes;
+            let crc = crc32c(&block[image.clone()]);
+            if is_garbled {
+                let at = image.start + bytes / 2;
+                block[at] ^= 1;
+            }
+            let encoder = &mut bench.driver.encoder;
+            let (kind, body) = if is_piece {
+                let last = LogId { term: TERM, index: LogIndex(9) };
+                (
+                    wire::kind::SNAPSHOT_PIECE,
+                    encoder.piece(&PieceMessage { last, digest: [7; 16], offset: 0, crc }),
+                )
+            } else {
+                let append = Append {
+                    term: TERM,
+                    previous: LogId::default(),
+                    batch: Some(run_of(&info)),
+                    commit: LogIndex(0),
+                    round: Round(1),
+                    reply_now: false,
+                    configuration: None,
+                };
+                let chain = info.chain;
+                (
+                    wire::kind::APPEND,
+                    encoder.append(&AppendMessage { append, previous_chain: Chain::default(), chain }),
+                )
+            };
+            let body = AlignedBytes::copy_of(body);
+            let attachment = Some(Attachment { block, bytes });
+            let frame = Frame { kind, group: GROUP, body, attachment };
+            let errors = Errors::default();
+            tracing::subscriber::with_default(errors.clone(), || {
+                bench.driver.on_frame(NodeId(2), frame).expect("the node goes on");
+            });
+            let told = errors.told();
+            let is_refused = told.contains("peer disconnected") && told.contains("not for now");
+            assert_eq!(is_refused, is_garbled, "a piece: {is_piece}; {told}");
+            assert_eq!(told.is_empty(), !is_garbled, "{told}");
+        }
     }
 }

@@ -6,21 +6,31 @@ use crate::error::{LeaderHint, Refusal, StopError};
 use crate::mutants::{self, Mutant};
 use crate::raft::{Event, Raft, Role};
 use crate::state_machine::StateMachine;
-use ringraft_block::LogIndex;
+use ringraft_block::{LogIndex, NodeId};
 use ringraft_net::link::Link;
 use ringraft_wal::disk::Disk;
 use ringraft_wal::format::{BatchBuilder, BatchKind, Chain, Seal};
+use std::net::SocketAddr;
 
 impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     pub(super) fn refusal(&self) -> Refusal {
         Refusal::NotLeader { leader: self.leader_hint() }
     }
 
+    /// Where the leader listens: by the configuration in force, unless a session was found elsewhere since, where hearsay had it.
     pub(super) fn leader_hint(&self) -> Option<LeaderHint> {
         let id = self.raft()?.leader()?;
+        let known = self.known_address_of(id);
+        let moved_to = self.peers.get(&id).and_then(|peer| peer.moved_to);
+        let found = moved_to.filter(|(_, instead_of)| *instead_of == known).map(|(at, _)| at);
+        found.or(known).map(|address| LeaderHint { id, address })
+    }
+
+    /// By the configurations, the newest first, then by the operator; by hearsay where they do not know it.
+    pub(super) fn known_address_of(&self, id: NodeId) -> Option<SocketAddr> {
         let configured =
             || self.config.members.iter().find(|member| member.id == id).map(|member| member.address);
-        self.members.address_of(id).or_else(configured).map(|address| LeaderHint { id, address })
+        self.members.address_of(id).or_else(configured)
     }
 
     /// Opens or closes the way in for proposals.

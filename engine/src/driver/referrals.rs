@@ -200,6 +200,18 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         }
     }
 
+    /// A session with `peer` begins that this node has dialed `at`. Where only hearsay had it, that was true, and it is newer than what
+    /// is known otherwise, until that changes.
+    pub(super) fn met_at(&mut self, peer: NodeId, at: Option<SocketAddr>) {
+        let is_told = |at| matches!(self.life, Life::Forming(_)) && self.referrals.told() == Some((peer, at));
+        let is_heard = |at| self.referrals.acquaintances().any(|heard| heard == (peer, at)) || is_told(at);
+        let instead_of = self.known_address_of(peer);
+        let moved_to = at.filter(|at| instead_of != Some(*at) && is_heard(*at)).map(|at| (at, instead_of));
+        if let Some(peer) = self.peers.get_mut(&peer) {
+            peer.moved_to = moved_to;
+        }
+    }
+
     /// Whether there is a member to look for.
     fn seeks(&self) -> bool {
         let seeks = match &self.life {
@@ -280,6 +292,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let before = before.filter(|before| before.node != to.node && listed(before.node).is_none());
         let mut addresses: Vec<SocketAddr> = listed(to.node).into_iter().collect();
         put_first(&mut addresses, to.address);
+        let hearsay: Vec<SocketAddr> =
+            Some(to.address).filter(|told| listed(to.node) != Some(*told)).into_iter().collect();
         if let Some(before) = before {
             self.forget_peer(before.node)?;
         }
@@ -290,7 +304,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 Err(error) => tracing::error!(peer = %to.node, %error, "not added"),
             }
         }
-        network.set_addresses(to.node, &addresses);
+        network.set_addresses(to.node, &addresses, &hearsay);
         Ok(())
     }
 
@@ -352,6 +366,40 @@ mod tests {
                 assert_eq!((id, port), expected);
             }
         }
+    }
+
+    /// It named the address of the log, where the leader was before it moved and this member slept.
+    #[test]
+    fn a_leader_that_was_found_where_hearsay_has_it_is_named_there_until_the_configuration_changes() {
+        let mut bench = Bench::new();
+        bench.append(1, 1);
+        bench.driver.keep_members().expect("it goes on");
+        let at = |port: u16| SocketAddr::from(([127, 0, 0, 9], port));
+        let named = |bench: &Bench| bench.driver.leader_hint().map(|hint| hint.address.port());
+        assert_eq!(named(&bench), Some(7_002));
+        // That somebody says so is nothing yet, and where nobody says it is, it may be by chance.
+        assert!(bench.driver.take_up_with(NodeId(2), at(9)));
+        bench.driver.members.changed();
+        bench.driver.keep_members().expect("it goes on");
+        assert_eq!(named(&bench), Some(7_002));
+        for (dialed_at, expected) in [
+            (None, 7_002),
+            (Some(at(8)), 7_002),
+            (Some(at(9)), 9),
+            (Some(SocketAddr::from(([127, 0, 0, 1], 7_002))), 7_002),
+        ] {
+            bench.driver.met_at(NodeId(2), dialed_at);
+            assert_eq!(named(&bench), Some(expected));
+        }
+        bench.driver.met_at(NodeId(2), Some(at(9)));
+        let mut members = bench.driver.raft().expect("it runs").configuration().members().to_vec();
+        members[1].address = at(10).to_string();
+        let configuration = crate::raft::Configuration::new(members).expect("valid");
+        let index = bench.driver.raft().expect("it runs").configuration_index();
+        assert_eq!(index, ringraft_block::LogIndex(0));
+        bench.append_configuration(&configuration);
+        bench.driver.keep_members().expect("it goes on");
+        assert_eq!(named(&bench), Some(10), "the configuration in force is newer");
     }
 
     /// The newest came first, and pushed out the oldest: whoever named ever new places of a node that no configuration here names had

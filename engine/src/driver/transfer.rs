@@ -66,9 +66,18 @@ pub(super) struct Handover {
     /// The node shuts down and has tried, or need not try, to hand over before.
     drained: bool,
     no_space_retry_at_ns: u64,
-    /// The core wants it, since the disk is slow: why, and who can take over, the best one first.
-    slow: Option<(HandoverCause, Vec<NodeId>)>,
+    /// The core wants it, since the disk is slow.
+    slow: Option<Slow>,
     last: Option<HandedOver>,
+}
+
+/// A hand-over that begins as soon as it can.
+struct Slow {
+    cause: HandoverCause,
+    /// Who can take over, the best one first.
+    able: Vec<NodeId>,
+    /// For so long that is taken for true.
+    until_ns: Option<u64>,
 }
 
 struct Current {
@@ -104,7 +113,8 @@ impl Handover {
     }
 
     pub(super) fn next_deadline(&self) -> u64 {
-        self.current.as_ref().map_or(u64::MAX, Current::due_ns)
+        let slow = self.slow.as_ref().and_then(|slow| slow.until_ns).unwrap_or(u64::MAX);
+        self.current.as_ref().map_or(u64::MAX, Current::due_ns).min(slow)
     }
 
     /// The last one that came to something.
@@ -115,7 +125,8 @@ impl Handover {
     /// The core has found out that the own disk is slow.
     pub(super) fn disk_is_slow(&mut self, own: Nanos, others: Nanos, to: Vec<NodeId>) {
         let (own, others) = (Duration::from_nanos(own.0), Duration::from_nanos(others.0));
-        self.slow = Some((HandoverCause::DiskSlow { own, others }, to));
+        let cause = HandoverCause::DiskSlow { own, others };
+        self.slow = Some(Slow { cause, able: to, until_ns: None });
     }
 
     /// Somebody asks for a transfer.
@@ -205,15 +216,29 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         Ok(())
     }
 
-    /// A leader whose disk is far slower than the others' lets one lead whose disk is not.
+    /// A leader whose disk is far slower than the others' lets one lead whose disk is not. If that cannot begin, it waits until it can;
+    /// whether the disk is still slow, and who can take over, the core is asked again now and then.
     fn hand_over_when_slow(&mut self) -> Result<(), StopError> {
-        let Some((cause, able)) = self.handover.slow.take() else { return Ok(()) };
-        if self.closing || self.is_draining() || self.handover.current.is_some() || !self.leads() {
+        let Some(mut slow) = self.handover.slow.take() else { return Ok(()) };
+        if self.closing || self.is_draining() {
             return Ok(());
+        }
+        if !self.leads() {
+            return self.step(Event::HandoverPutOff);
         }
         let takes =
             |id: &NodeId| self.peers.get(id).is_some_and(|peer| peer.session.is_some() && !peer.no_space);
-        let Some(to) = able.into_iter().find(takes) else { return Ok(()) };
+        let able = slow.able.iter().copied().find(takes).filter(|_| self.handover.current.is_none());
+        let Some(to) = able else {
+            let timeout = u64::try_from(self.config.election_timeout.as_nanos()).unwrap_or(u64::MAX);
+            let now_ns = self.now.monotonic_ns;
+            if now_ns >= *slow.until_ns.get_or_insert_with(|| now_ns.saturating_add(timeout)) {
+                return self.step(Event::HandoverPutOff);
+            }
+            self.handover.slow = Some(slow);
+            return Ok(());
+        };
+        let cause = slow.cause;
         tracing::warn!(node = %self.config.node, %to, ?cause, "the disk is slow: leadership is handed over");
         self.begin_handover(cause, Some(to), None, Stage::Flushing)
     }
@@ -238,9 +263,21 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     }
 
     /// The core gave up, or refused.
-    pub(super) fn transfer_ended(&mut self, end: TransferEnd) {
+    pub(super) fn transfer_ended(&mut self, end: TransferEnd) -> Result<(), StopError> {
         tracing::info!(node = %self.config.node, %end, "leadership was not handed over");
+        let cause = self.handover.current.as_ref().map(|current| current.cause);
+        let was_refused = match end {
+            TransferEnd::NotLeader
+            | TransferEnd::UnderWay { .. }
+            | TransferEnd::NotAVoter { .. }
+            | TransferEnd::NoCandidate => true,
+            TransferEnd::TimedOut { .. } | TransferEnd::NotSealed | TransferEnd::Lost { .. } => false,
+        };
         self.end_handover(Err(end.into()));
+        if was_refused && matches!(cause, Some(HandoverCause::DiskSlow { .. })) {
+            return self.step(Event::HandoverPutOff);
+        }
+        Ok(())
     }
 
     /// The role changed, or another leader was heard.
@@ -298,5 +335,71 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// Whether the node is on its way out, though not closing yet.
     pub(super) fn is_draining(&self) -> bool {
         self.handover.drained
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::repair::testing::{Bench, PATIENCE_NS};
+    use super::*;
+    use crate::raft::{Message, VoteReply};
+
+    /// Node 1 wins an election, by the vote of node 2.
+    fn led() -> Bench {
+        let mut bench = Bench::new();
+        bench.append(1, 1);
+        bench.lose_leader();
+        let term = |bench: &Bench| bench.driver.raft().expect("it runs").term();
+        for pre in [true, false] {
+            let term = if pre { Term(term(&bench).get() + 1) } else { term(&bench) };
+            let reply = Message::VoteReply(VoteReply { term, granted: true, pre });
+            bench.driver.step(Event::Received { from: NodeId(2), message: reply }).expect("it goes on");
+            bench.settle();
+        }
+        assert!(bench.driver.leads());
+        bench
+    }
+
+    /// It was forgotten, and the core rested as if leadership had gone to somebody and come to nothing: for eight times as long as the disk
+    /// must be slow.
+    #[test]
+    fn a_handover_for_a_slow_disk_that_nobody_can_take_up_begins_as_soon_as_somebody_can() {
+        let mut bench = led();
+        let (own, others) = (Nanos(50_000_000), Nanos(1_000_000));
+        for node in [2, 3] {
+            bench.driver.peers.get_mut(&NodeId(node)).expect("a member").no_space = true;
+        }
+        let to = |bench: &Bench| bench.driver.handover.current.as_ref().map(|current| current.to);
+        bench.driver.handover.disk_is_slow(own, others, vec![NodeId(3), NodeId(2)]);
+        bench.driver.advance_handover().expect("it goes on");
+        assert_eq!(to(&bench), None);
+        bench.driver.now.monotonic_ns += PATIENCE_NS / 2;
+        bench.driver.advance_handover().expect("it goes on");
+        assert_eq!(to(&bench), None);
+        bench.driver.peers.get_mut(&NodeId(2)).expect("a member").no_space = false;
+        bench.driver.advance_handover().expect("it goes on");
+        assert_eq!(to(&bench), Some(Some(NodeId(2))));
+        // It ends with the session.
+        let lose = |bench: &mut Bench| {
+            bench.disconnect(2);
+            bench.connect(2);
+        };
+        lose(&mut bench);
+        assert_eq!(to(&bench), None);
+        // Nor while another one is under way, but not for ever: the core is asked then whether the disk is slow still.
+        for (span_ns, begins) in [(PATIENCE_NS / 2, true), (PATIENCE_NS, false)] {
+            let driver = &mut bench.driver;
+            let begun = driver.begin_handover(HandoverCause::Asked, None, None, Stage::SteppedDown);
+            begun.expect("it goes on");
+            driver.handover.disk_is_slow(own, others, vec![NodeId(2)]);
+            driver.advance_handover().expect("it goes on");
+            assert!(driver.handover.slow.is_some());
+            driver.now.monotonic_ns += span_ns;
+            driver.advance_handover().expect("it goes on");
+            driver.end_handover(Err(TransferError::NoLeaderYet));
+            driver.advance_handover().expect("it goes on");
+            assert_eq!(to(&bench), begins.then_some(Some(NodeId(2))));
+            lose(&mut bench);
+        }
     }
 }

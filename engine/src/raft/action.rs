@@ -75,7 +75,8 @@ pub enum Action {
         end: TransferEnd,
     },
     /// This node leads, and its disk is far slower than the others': leadership is to be handed over by
-    /// [`Event::Transfer`](super::Event::Transfer). Comes again after a while if nothing comes of it.
+    /// [`Event::Transfer`](super::Event::Transfer). Comes again after a while if nothing comes of it; if that could not even begin,
+    /// [`Event::HandoverPutOff`](super::Event::HandoverPutOff) says so, and it comes again at once.
     OwnDiskSlow {
         /// What a batch took from its proposal until it was durable here, on average.
         own: Nanos,

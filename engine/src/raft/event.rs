@@ -91,6 +91,9 @@ pub enum Event {
         /// To whom; without a name, to the most caught-up voter.
         to: Option<NodeId>,
     },
+    /// What [`Action::OwnDiskSlow`](super::Action::OwnDiskSlow) asked for could not begin. It was no attempt, and if the disk is still
+    /// slow, it is asked for again at once.
+    HandoverPutOff,
     /// A read is asked for; answered by one [`Action::ReadReady`](super::Action::ReadReady) or
     /// [`Action::ReadRefused`](super::Action::ReadRefused). All that arrived at about the same time may go under one id.
     ///

@@ -365,6 +365,7 @@ impl Raft {
             Event::NothingBehind { after } => self.nothing_behind(after, actions)?,
             Event::DiskStalled { stalled } => self.stalled(stalled, actions),
             Event::Transfer { to } => self.transfer(to, actions),
+            Event::HandoverPutOff => self.handover_put_off(actions),
             Event::Read { id, kind } => self.read(id, kind, actions),
             Event::ReadsAbandoned { ids } => self.abandon_reads(&ids),
             Event::Purged { through } => self.purged(through)?,

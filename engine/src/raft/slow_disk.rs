@@ -8,8 +8,8 @@
 //! quick → leadership is handed over as if somebody had asked for it.
 //!
 //! The measure compares, so nobody hands over where all disks are slow, nor where no quorum does without this one; and whoever
-//! takes over was quicker. After an attempt there is none for a while, whatever became of it. Everything counts by the moments
-//! that the driver hands in.
+//! takes over was quicker. After an attempt there is none for a while, whatever became of it; one that could not begin was none.
+//! Everything counts by the moments that the driver hands in.
 
 use super::progress::Progress;
 use super::role::RoleState;
@@ -162,8 +162,16 @@ impl Raft {
         let mean = |total: Nanos| Nanos(total.0 / slow_disk.count.max(1));
         actions.push(Action::OwnDiskSlow { own: mean(slow_disk.own), others: mean(slow_disk.others), to });
         self.slow_disk_rests_until = self.now.plus(Nanos(limits.span.0.saturating_mul(REST)));
-        if let RoleState::Leader(leader) = &mut self.role {
-            leader.slow_disk.forget();
+    }
+
+    /// The hand-over that was asked for could not begin: there is nothing to rest from. What has been slow for long enough, and has
+    /// not been quick since, still is.
+    pub(super) fn handover_put_off(&mut self, actions: &mut Vec<Action>) {
+        self.slow_disk_rests_until = self.now;
+        let RoleState::Leader(leader) = &self.role else { return };
+        let Some(limits) = self.config.slow_disk else { return };
+        if leader.transfer.is_none() && leader.slow_disk.slow_parts >= PARTS {
+            self.own_disk_is_slow(limits, actions);
         }
     }
 }

@@ -8,6 +8,15 @@
 //! Nothing is held back while there is no segment to go on in, nor while nothing is appended. The log has no clock: that time passes
 //! it learns from [`Pace::pass`], and takes itself for idle when it has appended nothing between two of them.
 
+use std::time::Duration;
+
+/// How often a node calls [`Wal::fill_step`](crate::Wal::fill_step) while a segment is being filled: however little is appended, it
+/// goes on. A log that has appended nothing for so long fills it at full speed.
+pub const FILL_INTERVAL: Duration = Duration::from_millis(50);
+
+/// The budget of such a call: 5 MiB/s.
+pub const FILL_STEP_BYTES: u64 = 256 << 10;
+
 /// Zeros are written in pieces of at most so much: larger ones delay the log's own writes behind them.
 pub(super) const FILL_BYTES: u64 = 256 * 1024;
 /// Pieces that follow what is appended have at least so much, but for the last.

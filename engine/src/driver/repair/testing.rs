@@ -25,7 +25,7 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 /// How long a member may take to answer.
 pub(in crate::driver) const PATIENCE_NS: u64 = 1_000_000_000;
@@ -187,8 +187,7 @@ pub(in crate::driver) enum Said {
 
 impl Bench {
     pub(in crate::driver) fn new() -> Self {
-        let mut bench = Self::over(Rc::new(RefCell::new(Memory::default())));
-        assert!(matches!(bench.driver.life, Life::Forming(_)));
+        let mut bench = Self::unformed();
         let member = |id| Member {
             id: NodeId(id),
             incarnation: if id == 1 { bench.driver.incarnation } else { Incarnation(id.into()) },
@@ -199,6 +198,13 @@ impl Bench {
         bench.driver.form(Step::Form(configuration)).expect("a configuration");
         bench.settle();
         bench.begin();
+        bench
+    }
+
+    /// The node when it does not know yet whether there is a cluster.
+    pub(in crate::driver) fn unformed() -> Self {
+        let bench = Self::over(Rc::new(RefCell::new(Memory::default())));
+        assert!(matches!(bench.driver.life, Life::Forming(_)));
         bench
     }
 
@@ -344,6 +350,40 @@ impl Bench {
         self.driver.on_append(NodeId(2), message, attachment)
     }
 
+    /// The leader sends a configuration.
+    pub(in crate::driver) fn append_configuration(&mut self, configuration: &Configuration) {
+        let last = self.driver.raft().expect("it runs").last();
+        let previous_chain = self.driver.chain_at(last.index).expect("a batch end");
+        let encoded = crate::wire::configuration::encode(configuration);
+        let size = round_up_to_block(encoded.len() + 2 * BLOCK_BYTES);
+        let block = super::super::take_block(&self.driver.pool, &mut self.driver.disk, size).expect("memory");
+        let mut builder = BatchBuilder::new(block);
+        builder.push(&encoded, None).expect("it fits");
+        let (first, kind) = (last.index.next(), BatchKind::Membership);
+        let time_ms = first.get();
+        let (block, info) =
+            builder.seal(Seal { group: GROUP, term: TERM, first, kind, time_ms, previous_chain });
+        self.round += 1;
+        let append = Append {
+            term: TERM,
+            previous: last,
+            batch: Some(BatchRun {
+                first: info.first,
+                last: info.last,
+                term: info.term,
+                bytes: info.image_bytes,
+            }),
+            commit: last.index,
+            round: Round(self.round),
+            reply_now: false,
+            configuration: None,
+        };
+        let message = AppendMessage { append, previous_chain, chain: info.chain };
+        let attachment = Some((block, info.image_bytes as usize));
+        self.driver.on_append(NodeId(2), message, attachment).expect("it follows");
+        self.settle();
+    }
+
     /// What is applied and sent is not kept in memory.
     pub(in crate::driver) fn forget_recent(&mut self) {
         let durable = self.driver.wal.durable_through();
@@ -422,4 +462,36 @@ impl Bench {
         };
         self.driver.on_fetch(NodeId(from), message).expect("it goes on");
     }
+}
+
+/// What the driver logs as errors.
+#[derive(Clone, Default)]
+pub(in crate::driver) struct Errors(Arc<Mutex<String>>);
+
+impl Errors {
+    pub(in crate::driver) fn told(&self) -> String {
+        self.0.lock().expect("no holder panics").clone()
+    }
+}
+
+impl tracing::Subscriber for Errors {
+    fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
+        *metadata.level() == tracing::Level::ERROR
+    }
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+    fn event(&self, event: &tracing::Event<'_>) {
+        struct Text<'a>(&'a mut String);
+        impl tracing::field::Visit for Text<'_> {
+            fn record_debug(&mut self, field: &tracing::field::Field, value: &dyn std::fmt::Debug) {
+                self.0.push_str(&format!("{field}={value:?} "));
+            }
+        }
+        event.record(&mut Text(&mut self.0.lock().expect("no holder panics")));
+    }
+    fn enter(&self, _: &tracing::span::Id) {}
+    fn exit(&self, _: &tracing::span::Id) {}
 }

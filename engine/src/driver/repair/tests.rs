@@ -1,10 +1,9 @@
-use super::testing::{Bench, IN_ENVELOPE, IN_IMAGE, PATIENCE_NS, Said, TERM};
+use super::testing::{Bench, Errors, IN_ENVELOPE, IN_IMAGE, PATIENCE_NS, Said, TERM};
 use crate::raft::LogId;
 use crate::wire::{FetchMessage, Fetched};
 use ringraft_block::{AlignedBuf, Block, LogIndex, NodeId};
 use ringraft_wal::format::{BatchInfo, Chain};
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex};
 
 const MILLISECOND_NS: u64 = 1_000_000;
 
@@ -39,32 +38,6 @@ fn give(bench: &mut Bench, from: u64, question: &FetchMessage) {
     let image = Some((block, info.image_bytes as usize));
     bench.try_answer(from, question.token, announced(&info), image).expect("it goes on");
     bench.settle();
-}
-
-/// What the driver logs as errors.
-#[derive(Clone, Default)]
-struct Errors(Arc<Mutex<String>>);
-
-impl tracing::Subscriber for Errors {
-    fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
-        *metadata.level() == tracing::Level::ERROR
-    }
-    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
-        tracing::span::Id::from_u64(1)
-    }
-    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
-    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
-    fn event(&self, event: &tracing::Event<'_>) {
-        struct Text<'a>(&'a mut String);
-        impl tracing::field::Visit for Text<'_> {
-            fn record_debug(&mut self, field: &tracing::field::Field, value: &dyn std::fmt::Debug) {
-                self.0.push_str(&format!("{field}={value:?} "));
-            }
-        }
-        event.record(&mut Text(&mut self.0.lock().expect("no holder panics")));
-    }
-    fn enter(&self, _: &tracing::span::Id) {}
-    fn exit(&self, _: &tracing::span::Id) {}
 }
 
 #[test]
@@ -113,7 +86,7 @@ fn an_image_of_an_earlier_term_than_what_it_follows_closes_the_link_and_does_not
     });
     bench.settle();
     assert_eq!(end(&bench), 3, "nothing was taken");
-    let told = errors.0.lock().expect("no holder panics").clone();
+    let told = errors.told();
     assert!(told.contains("peer disconnected") && told.contains("earlier term"), "{told}");
 
     // The real one is.
@@ -136,7 +109,7 @@ fn an_answer_that_came_too_late_and_was_garbled_on_its_way_closes_the_link() {
             let image = Some((block, info.image_bytes as usize));
             bench.try_answer(2, 4_711, announced(&info), image).expect("the node goes on");
         });
-        let told = errors.0.lock().expect("no holder panics").clone();
+        let told = errors.told();
         assert_eq!(told.contains("peer disconnected") && told.contains("damaged"), garbled, "{what}: {told}");
     }
 }
