@@ -549,7 +549,7 @@ fn a_leader_that_closes_tells_who_asks_for_a_change_that_it_has_stopped() {
 fn k6_whoever_leads_next_finishes_a_change_wherever_the_leader_dies() {
     // The moment at which the leader dies, in steps of the rig after it was asked.
     let mut stages = std::collections::BTreeSet::new();
-    for steps in (0..600).step_by(12) {
+    for steps in (0..240).step_by(3) {
         let mut rig = grown(3, 4);
         rig.boot(joining(3, &[0, 1, 2]));
         rig.run_for(3 * SECOND);
