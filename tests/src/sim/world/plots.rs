@@ -406,7 +406,10 @@ impl<C: Cluster> World<'_, C> {
             _ => {}
         }
         let machine = &mut self.machines[node];
-        if cut && self.truncation_checks > 0 && !machine.rotten {
+        if machine.rotten {
+            // Since then, perhaps: what a recovery finds there is judged by what repairs it.
+            machine.suspect = 0;
+        } else if cut && self.truncation_checks > 0 {
             self.truncation_checks -= 1;
             machine.suspect = 4;
         }
