@@ -255,9 +255,10 @@ impl Cluster {
                 let batch = BatchRun { first: index, last: index, term, bytes: 100 };
                 self.feed(id(node), Event::Adopt { batch, configuration: None });
             }
-            ["nowhere", node, after] => {
+            ["nowhere", node, after, highest @ ..] => {
                 let after = LogIndex(number(after));
-                self.feed(id(node), Event::NothingBehind { after });
+                let highest = highest.first().map(|highest| position(highest)).unwrap_or_default();
+                self.feed(id(node), Event::NothingBehind { after, highest, believed: true });
             }
             ["asked", node, highest] => {
                 self.feed(id(node), Event::AllAsked { highest: position(highest) });
@@ -943,7 +944,10 @@ fn show_event(event: &Event) -> String {
         Event::AllAsked { highest } => {
             format!("everybody ends at {} at the highest", show_position(*highest))
         }
-        Event::NothingBehind { after } => format!("nobody has anything behind {after}"),
+        Event::NothingBehind { after, highest, .. } if *highest > LogId::default() => {
+            format!("nobody has anything behind {after}, somebody ends at {}", show_position(*highest))
+        }
+        Event::NothingBehind { after, .. } => format!("nobody has anything behind {after}"),
         Event::Transfer { to } => {
             format!("transfer to {}", to.map_or("the best".to_owned(), |to| to.to_string()))
         }

@@ -79,6 +79,10 @@ pub enum Event {
     NothingBehind {
         /// The end of the last batch before the damage.
         after: LogIndex,
+        /// The highest end that any voter reported, over whatever batches.
+        highest: LogId,
+        /// Whether nobody who may have had more keeps that from being believed.
+        believed: bool,
     },
     /// The disk has not answered for too long, or answers again.
     DiskStalled {

@@ -362,7 +362,9 @@ impl Raft {
             Event::Adopt { batch, configuration } => self.adopt(batch, configuration, actions)?,
             Event::LeaderHolds { leader, term, last } => self.leader_holds(leader, term, last),
             Event::AllAsked { highest } => self.all_asked(highest),
-            Event::NothingBehind { after } => self.nothing_behind(after, actions)?,
+            Event::NothingBehind { after, highest, believed } => {
+                self.nothing_behind(after, highest, believed, actions)?;
+            }
             Event::DiskStalled { stalled } => self.stalled(stalled, actions),
             Event::Transfer { to } => self.transfer(to, actions),
             Event::HandoverPutOff => self.handover_put_off(actions),

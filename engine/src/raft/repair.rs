@@ -25,7 +25,9 @@
 //!      which may have had more: all copies of one more batch may be gone, against the bound, and there is nothing to be
 //!      done but to wait, and to say so.
 //! - Either: every voter has been asked and none holds any batch behind the end of this log: what was there has been
-//!   lost everywhere, or was never acknowledged ([`Event::NothingBehind`](super::Event::NothingBehind)).
+//!   lost everywhere, or was never acknowledged ([`Event::NothingBehind`](super::Event::NothingBehind)). Unless the claim is not
+//!   certain and somebody's log ends higher, over other batches: then the end of this one may be void itself, by a cut that
+//!   is forgotten too, and what the node forgot may be in that log. So it is as in 3.
 //!
 //! What it forgot it may only take from elsewhere when it is proved to be the same: a leader's log, or a batch over
 //! which one that it kept itself verifies ([`Event::Adopt`](super::Event::Adopt)). The highest term among the batches
@@ -220,6 +222,8 @@ impl Raft {
     pub(super) fn nothing_behind(
         &mut self,
         after: LogIndex,
+        highest: LogId,
+        believed: bool,
         actions: &mut Vec<Action>,
     ) -> Result<(), Violation> {
         let idle = matches!(self.role, RoleState::Follower) && self.leader.is_none();
@@ -235,6 +239,14 @@ impl Raft {
         // A leader settles it otherwise; a log that has changed makes it another question.
         let known = !self.configurations.is_uncertain();
         if !idle || !known || !(damaged || at_end) || !durable || after < self.commit {
+            return Ok(());
+        }
+        let uncertain = self.repair.claim.is_some_and(|claim| !claim.certain);
+        if !damaged && uncertain && highest > self.log.last() {
+            // What is committed is in a log that ends no lower than it (Raft, section 5.4.1), and not in this one.
+            if believed {
+                self.all_asked(highest);
+            }
             return Ok(());
         }
         if damaged {
@@ -333,6 +345,8 @@ pub enum Verdict {
     Nowhere {
         /// The highest end that any voter reported, in its log or kept aside.
         highest: LogId,
+        /// Whether it is reached by one that is sure of its log, or too few are in doubt for there to have been more.
+        believed: bool,
     },
     /// Nobody holds the batch, and a quorum had it: it may have been committed, and all copies of it are gone.
     AllCopiesGone,
@@ -447,7 +461,7 @@ impl Inquiry {
             false => unproved,
             true if quorum.reached(|id| self.had.contains(&id)) => Verdict::AllCopiesGone,
             true if quorum.reached(|id| self.had.contains(&id) || self.unclear.contains(&id)) => unproved,
-            true => Verdict::Nowhere { highest },
+            true => Verdict::Nowhere { highest, believed },
         })
     }
 }
@@ -493,7 +507,7 @@ mod tests {
         assert_eq!(inquiry.open().count(), 2);
         inquiry.answered(NodeId(2), 1, Answer::None, sure(2, 3));
         inquiry.answered(NodeId(3), 1, Answer::None, sure(1, 3));
-        assert_eq!(inquiry.verdict(&quorum), Some(Verdict::Nowhere { highest: end(2, 9) }));
+        assert_eq!(inquiry.verdict(&quorum), Some(Verdict::Nowhere { highest: end(2, 9), believed: true }));
     }
 
     #[test]
@@ -515,13 +529,13 @@ mod tests {
         let unproved = Verdict::Unproved { highest: Some(highest) };
         use Answer::{Had, None, Other, Unclear};
         assert_eq!(ask(1, &[]), Verdict::AllCopiesGone);
-        assert_eq!(ask(3, &[None, None]), Verdict::Nowhere { highest });
+        assert_eq!(ask(3, &[None, None]), Verdict::Nowhere { highest, believed: true });
         assert_eq!(ask(3, &[None, Had]), Verdict::AllCopiesGone);
         assert_eq!(ask(3, &[Other, Had]), unproved);
         assert_eq!(ask(3, &[None, Unclear]), unproved);
-        assert_eq!(ask(5, &[None, None, None, Unclear]), Verdict::Nowhere { highest });
+        assert_eq!(ask(5, &[None, None, None, Unclear]), Verdict::Nowhere { highest, believed: true });
         assert_eq!(ask(5, &[None, None, Had, Unclear]), unproved);
-        assert_eq!(ask(5, &[None, None, None, Had]), Verdict::Nowhere { highest });
+        assert_eq!(ask(5, &[None, None, None, Had]), Verdict::Nowhere { highest, believed: true });
         assert_eq!(ask(5, &[None, None, Had, Had]), Verdict::AllCopiesGone);
     }
 

@@ -3,7 +3,7 @@
 use super::{Asked, Outgoing, Own, ReadFor, SEARCHES_MAX, Search, TURN_PATIENCES, WARN_INTERVAL_NS};
 use crate::driver::Driver;
 use crate::error::{LostExtent, StopError};
-use crate::raft::{Claim, Event, Inquiry, Role, Verdict};
+use crate::raft::{Claim, Event, Inquiry, LogId, Role, Verdict};
 use crate::state_machine::StateMachine;
 use crate::wire::FetchMessage;
 use ringraft_block::{LogIndex, NodeId};
@@ -214,15 +214,16 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                     return Err(self.copies_gone(first, want));
                 }
                 Verdict::AllCopiesGone | Verdict::Nowhere { .. } if in_office => {
-                    self.step(Event::NothingBehind { after: first.previous() })?;
+                    let (highest, believed) = (LogId::default(), false);
+                    self.step(Event::NothingBehind { after: first.previous(), highest, believed })?;
                 }
                 Verdict::AllCopiesGone if !leads => return Err(self.copies_gone(first, want)),
-                Verdict::Nowhere { .. } if !leads => {
+                Verdict::Nowhere { highest, believed } if !leads => {
                     tracing::warn!(
-                        node = %self.config.node, %first,
-                        "no voter has what was here: it was never committed, and is given up"
+                        node = %self.config.node, %first, ?highest,
+                        "no voter has what was here: it was never committed"
                     );
-                    self.step(Event::NothingBehind { after: first.previous() })?;
+                    self.step(Event::NothingBehind { after: first.previous(), highest, believed })?;
                 }
                 Verdict::Unproved { highest: Some(highest) } if want.is_none() => {
                     self.step(Event::AllAsked { highest })?;

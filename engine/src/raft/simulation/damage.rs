@@ -357,10 +357,9 @@ impl Simulation {
             }
         }
         match verdict {
-            Some(Verdict::Nowhere { highest }) if leaderless => {
+            Some(Verdict::Nowhere { highest, believed }) if leaderless => {
                 self.cover.mark(if want.is_some() { "given up: known" } else { "given up: claim" });
-                let _ = highest;
-                self.feed(at, Event::NothingBehind { after: previous.index })?;
+                self.feed(at, Event::NothingBehind { after: previous.index, highest, believed })?;
                 self.tell_damage(at)
             }
             Some(Verdict::Unproved { highest }) if want.is_none() => {
