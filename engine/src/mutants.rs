@@ -26,6 +26,8 @@ pub enum Mutant {
     MatchFromSent,
     /// A claim ends with what is committed in a term that the node knew before.
     ClaimEndsInItsTerm,
+    /// A claim ends since nobody has anything behind an end of the log that may be void, whatever others have in its place.
+    ClaimEndsAtVoidEnd,
     /// A session's command below the acknowledged floor is looked up as if it were not.
     SessionFloorIgnored,
     /// Sessions expire by each member's own clock.
@@ -117,7 +119,8 @@ pub enum Mutant {
 
 impl Mutant {
     /// Those that only damaged logs show.
-    pub const REPAIR: [Self; 2] = [Self::ClaimEndsInItsTerm, Self::DamageAcknowledged];
+    pub const REPAIR: [Self; 3] =
+        [Self::ClaimEndsInItsTerm, Self::ClaimEndsAtVoidEnd, Self::DamageAcknowledged];
 
     /// Those that only commands of sessions show.
     pub const SESSIONS: [Self; 4] =

@@ -43,9 +43,9 @@
 //! | `quiet <command>` | without its trace |
 
 use ringraft::raft::{
-    Action, AppendOutcome, BatchRun, Boot, Change, Claim, Configuration, Epoch, Event, LeaseSettings, LogId,
-    Member, MemberRole, Message, Nanos, Raft, RaftConfig, ReadKind, ReadRefusal, ReplicationState, Role,
-    Settings, SlowDiskLimits,
+    Action, AppendOutcome, BatchRun, Boot, Change, Claim, Configuration, Elsewhere, Epoch, Event,
+    LeaseSettings, LogId, Member, MemberRole, Message, Nanos, Raft, RaftConfig, ReadKind, ReadRefusal,
+    ReplicationState, Role, Settings, SlowDiskLimits,
 };
 use ringraft_block::{Incarnation, LogIndex, NodeId, Term};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -258,7 +258,8 @@ impl Cluster {
             ["nowhere", node, after, highest @ ..] => {
                 let after = LogIndex(number(after));
                 let highest = highest.first().map(|highest| position(highest)).unwrap_or_default();
-                self.feed(id(node), Event::NothingBehind { after, highest, believed: true });
+                let elsewhere = Elsewhere { highest, believed: true };
+                self.feed(id(node), Event::NothingBehind { after, elsewhere });
             }
             ["asked", node, highest] => {
                 self.feed(id(node), Event::AllAsked { highest: position(highest) });
@@ -944,8 +945,9 @@ fn show_event(event: &Event) -> String {
         Event::AllAsked { highest } => {
             format!("everybody ends at {} at the highest", show_position(*highest))
         }
-        Event::NothingBehind { after, highest, .. } if *highest > LogId::default() => {
-            format!("nobody has anything behind {after}, somebody ends at {}", show_position(*highest))
+        Event::NothingBehind { after, elsewhere } if elsewhere.highest > LogId::default() => {
+            let highest = show_position(elsewhere.highest);
+            format!("nobody has anything behind {after}, somebody ends at {highest}")
         }
         Event::NothingBehind { after, .. } => format!("nobody has anything behind {after}"),
         Event::Transfer { to } => {

@@ -1,6 +1,8 @@
 //! What happens to the core: everything it knows of the world arrives as one of these.
 
-use super::{BatchRun, Change, Configuration, Epoch, LogId, ReadIndex, ReadIndexReply, ReadKind, Round};
+use super::{
+    BatchRun, Change, Configuration, Elsewhere, Epoch, LogId, ReadIndex, ReadIndexReply, ReadKind, Round,
+};
 use ringraft_block::{LogIndex, NodeId, Term};
 use std::collections::BTreeSet;
 
@@ -79,10 +81,8 @@ pub enum Event {
     NothingBehind {
         /// The end of the last batch before the damage.
         after: LogIndex,
-        /// The highest end that any voter reported, over whatever batches.
-        highest: LogId,
-        /// Whether nobody who may have had more keeps that from being believed.
-        believed: bool,
+        /// Where the others' logs end, over whatever batches.
+        elsewhere: Elsewhere,
     },
     /// The disk has not answered for too long, or answers again.
     DiskStalled {

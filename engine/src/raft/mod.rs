@@ -54,7 +54,7 @@ pub use members::{Configuration, ConfigurationError, LeaseSettings, Member, Memb
 pub use progress::{ProgressView, ReplicationState};
 pub use quorum::Quorum;
 pub use read::{ReadIndex, ReadIndexReply, ReadKind, ReadRefusal};
-pub use repair::{Answer, Claim, Inquiry, Reach, Restraint, Verdict};
+pub use repair::{Answer, Claim, Elsewhere, Inquiry, Reach, Restraint, Verdict};
 pub use slow_disk::SlowDiskLimits;
 pub use transfer::TransferEnd;
 pub use violation::Violation;
@@ -362,9 +362,7 @@ impl Raft {
             Event::Adopt { batch, configuration } => self.adopt(batch, configuration, actions)?,
             Event::LeaderHolds { leader, term, last } => self.leader_holds(leader, term, last),
             Event::AllAsked { highest } => self.all_asked(highest),
-            Event::NothingBehind { after, highest, believed } => {
-                self.nothing_behind(after, highest, believed, actions)?;
-            }
+            Event::NothingBehind { after, elsewhere } => self.nothing_behind(after, elsewhere, actions)?,
             Event::DiskStalled { stalled } => self.stalled(stalled, actions),
             Event::Transfer { to } => self.transfer(to, actions),
             Event::HandoverPutOff => self.handover_put_off(actions),

@@ -26,8 +26,10 @@
 //!      done but to wait, and to say so.
 //! - Either: every voter has been asked and none holds any batch behind the end of this log: what was there has been
 //!   lost everywhere, or was never acknowledged ([`Event::NothingBehind`](super::Event::NothingBehind)). Unless the claim is not
-//!   certain and somebody's log ends higher, over other batches: then the end of this one may be void itself, by a cut that
-//!   is forgotten too, and what the node forgot may be in that log. So it is as in 3.
+//!   certain and another voter reaches a higher term than this log's last: then the end of this log may be void itself,
+//!   by a cut that is forgotten too, and what the node forgot may be what that voter has. So it is as in 3. A lower or equal
+//!   term is no such sign: who cut this log did so for a leader of a term above that of all that he cut off, what that one
+//!   committed with this node's word ends in his term, and batches of one term are those of one log.
 //!
 //! What it forgot it may only take from elsewhere when it is proved to be the same: a leader's log, or a batch over
 //! which one that it kept itself verifies ([`Event::Adopt`](super::Event::Adopt)). The highest term among the batches
@@ -37,7 +39,7 @@ use super::role::RoleState;
 use super::{Action, BatchRun, Configuration, LogId, Quorum, Raft, Violation};
 use crate::mutants::{self, Mutant};
 use ringraft_block::{LogIndex, NodeId, Term};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// More was in this node's log than can be read: it was cut before the damage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -222,8 +224,7 @@ impl Raft {
     pub(super) fn nothing_behind(
         &mut self,
         after: LogIndex,
-        highest: LogId,
-        believed: bool,
+        elsewhere: Elsewhere,
         actions: &mut Vec<Action>,
     ) -> Result<(), Violation> {
         let idle = matches!(self.role, RoleState::Follower) && self.leader.is_none();
@@ -241,11 +242,12 @@ impl Raft {
         if !idle || !known || !(damaged || at_end) || !durable || after < self.commit {
             return Ok(());
         }
-        let uncertain = self.repair.claim.is_some_and(|claim| !claim.certain);
-        if !damaged && uncertain && highest > self.log.last() {
+        let uncertain = self.repair.claim.is_some_and(|claim| !claim.certain)
+            && !mutants::active(Mutant::ClaimEndsAtVoidEnd);
+        if !damaged && uncertain && elsewhere.highest.term > self.log.last().term {
             // What is committed is in a log that ends no lower than it (Raft, section 5.4.1), and not in this one.
-            if believed {
-                self.all_asked(highest);
+            if elsewhere.believed {
+                self.all_asked(elsewhere.highest);
             }
             return Ok(());
         }
@@ -342,12 +344,7 @@ pub enum Answer {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// Nobody holds the batch, and too few had it for it to be committed: it can be given up.
-    Nowhere {
-        /// The highest end that any voter reported, in its log or kept aside.
-        highest: LogId,
-        /// Whether it is reached by one that is sure of its log, or too few are in doubt for there to have been more.
-        believed: bool,
-    },
+    Nowhere(Elsewhere),
     /// Nobody holds the batch, and a quorum had it: it may have been committed, and all copies of it are gone.
     AllCopiesGone,
     /// Batches that may be others lie behind the position, or too many cannot tell whether they had one.
@@ -356,6 +353,17 @@ pub enum Verdict {
         /// than they can show, and nobody else reaches it.
         highest: Option<LogId>,
     },
+}
+
+/// Where the logs of those end who have nothing behind a position.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Elsewhere {
+    /// The highest end that another voter reported, in its log or kept aside. When a quorum may have had more than they can
+    /// show, the asking one's own is among them: of what it kept aside there may be no other copy. Otherwise whoever
+    /// acknowledged that too, and did not lose it without knowing, has reported it.
+    pub highest: LogId,
+    /// Whether it is reached by one that is sure of its log, or too few are in doubt for there to have been more.
+    pub believed: bool,
 }
 
 /// How far all that a voter holds reaches.
@@ -386,9 +394,8 @@ pub struct Inquiry {
     other: BTreeSet<NodeId>,
     /// Of whom it is in doubt, by their last answers, where their logs ended.
     in_doubt: BTreeSet<NodeId>,
-    highest: LogId,
-    /// The same of those that are sure of their logs.
-    sure: LogId,
+    /// How far all that each holds reached at most.
+    reaches: BTreeMap<NodeId, LogId>,
 }
 
 impl Inquiry {
@@ -399,9 +406,8 @@ impl Inquiry {
         let voters: BTreeSet<NodeId> = quorum.voters().filter(|voter| *voter != own).collect();
         let (had, unclear, other) = ([own].into(), BTreeSet::new(), BTreeSet::new());
         let in_doubt = reach.in_doubt.then_some(own).into_iter().collect();
-        let highest = reach.highest;
-        let sure = if reach.in_doubt { LogId::default() } else { highest };
-        Self { open: voters.clone(), voters, second: false, had, unclear, other, in_doubt, highest, sure }
+        let reaches = [(own, reach.highest)].into();
+        Self { open: voters.clone(), voters, second: false, had, unclear, other, in_doubt, reaches }
     }
 
     /// Who has to be asked now, in a round of this number.
@@ -409,9 +415,12 @@ impl Inquiry {
         self.open.iter().copied()
     }
 
-    /// Whose answers leave open what was there.
-    pub fn doubted(&self) -> impl Iterator<Item = NodeId> + '_ {
-        self.other.union(&self.unclear).copied()
+    /// Whose answers leave open what was there; with the `end` of a log that may be void, also who reaches a higher term.
+    pub fn doubted(&self, end: Option<LogId>) -> BTreeSet<NodeId> {
+        let above = |reach: LogId| end.is_some_and(|end| reach.term > end.term);
+        let beyond =
+            self.voters.iter().filter(|voter| self.reaches.get(voter).is_some_and(|reach| above(*reach)));
+        self.other.union(&self.unclear).chain(beyond).copied().collect()
     }
 
     /// The round, which answers must name: one of an earlier round is void.
@@ -425,13 +434,13 @@ impl Inquiry {
         if round != self.round() || !self.open.remove(&voter) {
             return;
         }
-        self.highest = self.highest.max(reach.highest);
+        let highest = self.reaches.entry(voter).or_default();
+        *highest = reach.highest.max(*highest);
         if reach.in_doubt {
             self.in_doubt.insert(voter);
         } else {
             // In the meantime it may have been settled.
             self.in_doubt.remove(&voter);
-            self.sure = self.sure.max(reach.highest);
         }
         match answer {
             Answer::Other => drop(self.other.insert(voter)),
@@ -453,16 +462,24 @@ impl Inquiry {
                 return None;
             }
         }
-        let highest = self.highest;
         let lost_more = quorum.reached(|id| self.in_doubt.contains(&id));
-        let believed = !lost_more || self.sure >= highest;
-        let unproved = Verdict::Unproved { highest: believed.then_some(highest) };
+        let sure = self.most(|id| !self.in_doubt.contains(&id));
+        let highest = self.most(|_| true);
+        let unproved = Verdict::Unproved { highest: (!lost_more || sure >= highest).then_some(highest) };
+        let elsewhere = self.most(|id| lost_more || self.voters.contains(&id));
+        let elsewhere = Elsewhere { highest: elsewhere, believed: !lost_more || sure >= elsewhere };
         Some(match self.other.is_empty() {
             false => unproved,
             true if quorum.reached(|id| self.had.contains(&id)) => Verdict::AllCopiesGone,
             true if quorum.reached(|id| self.had.contains(&id) || self.unclear.contains(&id)) => unproved,
-            true => Verdict::Nowhere { highest, believed },
+            true => Verdict::Nowhere(elsewhere),
         })
+    }
+
+    /// How far those reach at most whom `who` names.
+    fn most(&self, who: impl Fn(NodeId) -> bool) -> LogId {
+        let reaches = self.reaches.iter().filter(|(id, _)| who(**id)).map(|(_, reach)| *reach);
+        reaches.max().unwrap_or_default()
     }
 }
 
@@ -486,6 +503,10 @@ mod tests {
         LogId { term: Term(term), index: LogIndex(index) }
     }
 
+    fn nowhere(highest: LogId) -> Verdict {
+        Verdict::Nowhere(Elsewhere { highest, believed: true })
+    }
+
     fn sure(term: u64, index: u64) -> Reach {
         Reach { highest: end(term, index), in_doubt: false }
     }
@@ -507,7 +528,7 @@ mod tests {
         assert_eq!(inquiry.open().count(), 2);
         inquiry.answered(NodeId(2), 1, Answer::None, sure(2, 3));
         inquiry.answered(NodeId(3), 1, Answer::None, sure(1, 3));
-        assert_eq!(inquiry.verdict(&quorum), Some(Verdict::Nowhere { highest: end(2, 9), believed: true }));
+        assert_eq!(inquiry.verdict(&quorum), Some(nowhere(end(2, 9))));
     }
 
     #[test]
@@ -529,14 +550,34 @@ mod tests {
         let unproved = Verdict::Unproved { highest: Some(highest) };
         use Answer::{Had, None, Other, Unclear};
         assert_eq!(ask(1, &[]), Verdict::AllCopiesGone);
-        assert_eq!(ask(3, &[None, None]), Verdict::Nowhere { highest, believed: true });
+        assert_eq!(ask(3, &[None, None]), nowhere(highest));
         assert_eq!(ask(3, &[None, Had]), Verdict::AllCopiesGone);
         assert_eq!(ask(3, &[Other, Had]), unproved);
         assert_eq!(ask(3, &[None, Unclear]), unproved);
-        assert_eq!(ask(5, &[None, None, None, Unclear]), Verdict::Nowhere { highest, believed: true });
+        assert_eq!(ask(5, &[None, None, None, Unclear]), nowhere(highest));
         assert_eq!(ask(5, &[None, None, Had, Unclear]), unproved);
-        assert_eq!(ask(5, &[None, None, None, Had]), Verdict::Nowhere { highest, believed: true });
+        assert_eq!(ask(5, &[None, None, None, Had]), nowhere(highest));
         assert_eq!(ask(5, &[None, None, Had, Had]), Verdict::AllCopiesGone);
+    }
+
+    #[test]
+    fn what_only_the_asking_one_kept_aside_says_where_logs_end_when_a_quorum_is_in_doubt() {
+        let ask = |answer: Answer, reach: Reach| {
+            let quorum = quorum(3);
+            let mut inquiry = Inquiry::new(NodeId(1), &quorum, doubted(2, 9));
+            for _ in 0..2 {
+                inquiry.answered(NodeId(2), inquiry.round(), answer, reach);
+                inquiry.answered(NodeId(3), inquiry.round(), Answer::None, sure(1, 4));
+                if let Some(verdict) = inquiry.verdict(&quorum) {
+                    return (verdict, inquiry.doubted(Some(end(1, 7))));
+                }
+            }
+            panic!("no verdict");
+        };
+        assert_eq!(ask(Answer::None, sure(1, 8)), (nowhere(end(1, 8)), [].into()), "of the same term");
+        assert_eq!(ask(Answer::None, sure(2, 2)), (nowhere(end(2, 2)), [NodeId(2)].into()));
+        let elsewhere = Elsewhere { highest: end(2, 9), believed: false };
+        assert_eq!(ask(Answer::None, doubted(1, 8)), (Verdict::Nowhere(elsewhere), [].into()));
     }
 
     #[test]

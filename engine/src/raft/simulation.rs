@@ -33,6 +33,10 @@ struct Disk {
     /// Where the log was cut when the claim arose, and what was readable behind.
     cut_at: LogIndex,
     kept: Vec<Kept>,
+    /// What the last cut took away: it is written over only in time, and void as long as the cut is known.
+    cut_off: Vec<BatchRun>,
+    /// What preceded that.
+    cut_after: LogId,
     /// What precedes the log.
     start: LogId,
     /// The end of the newest snapshot.
@@ -728,11 +732,15 @@ impl Simulation {
                 life.completions.push_back(Event::Persisted { epoch, last: batch.last });
             }
             Some(Write::Truncate { after, epoch }) => {
+                let behind = node.disk.log.iter().filter(|batch| batch.last > after);
+                let intact = |batch: &&BatchRun| !node.disk.damaged.contains(&batch.first);
+                node.disk.cut_off = behind.take_while(intact).copied().collect();
                 node.disk.log.retain(|batch| batch.last <= after);
+                node.disk.cut_after = node.disk.last();
                 node.disk.damaged.retain(|first| *first <= after);
                 if node.disk.claim.is_some() && after < node.disk.cut_at {
-                    // What was behind the cut continued what is cut off now.
-                    node.disk.claim = None;
+                    // What was kept behind that cut continued what is cut off now. The claim stays: it ends when the core says so.
+                    node.disk.cut_at = after;
                     node.disk.kept.clear();
                 }
                 node.disk.epoch = epoch;

@@ -3,7 +3,7 @@
 use super::{Asked, Outgoing, Own, ReadFor, SEARCHES_MAX, Search, TURN_PATIENCES, WARN_INTERVAL_NS};
 use crate::driver::Driver;
 use crate::error::{LostExtent, StopError};
-use crate::raft::{Claim, Event, Inquiry, LogId, Role, Verdict};
+use crate::raft::{Claim, Elsewhere, Event, Inquiry, LogId, Role, Verdict};
 use crate::state_machine::StateMachine;
 use crate::wire::FetchMessage;
 use ringraft_block::{LogIndex, NodeId};
@@ -186,6 +186,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     pub(super) fn conclude(&mut self) -> Result<(), StopError> {
         let Some(raft) = self.raft() else { return Ok(()) };
         let (id, quorum, reach) = (self.config.node, raft.quorum().clone(), self.reach(raft));
+        let last = raft.last();
         // What is not settled is asked again, and not at once: somebody else has to do something first.
         let rests_until_ns = self.now.monotonic_ns.saturating_add(self.repair.patience_ns / 4);
         let mut verdicts = Vec::new();
@@ -195,7 +196,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 && let Some(verdict) = search.inquiry.verdict(&quorum)
             {
                 verdicts.push((*first, search.want, verdict));
-                search.doubted = search.inquiry.doubted().collect();
+                search.doubted = search.inquiry.doubted(search.want.is_none().then_some(last));
                 search.inquiry = Inquiry::new(id, &quorum, reach);
                 search.retry_at_ns.clear();
                 search.rests_until_ns = rests_until_ns;
@@ -210,25 +211,26 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             let leads = raft.leader().is_some();
             let in_office = raft.role() == Role::Leader && want.is_some();
             match verdict {
-                Verdict::AllCopiesGone | Verdict::Nowhere { .. } if committed => {
+                Verdict::AllCopiesGone | Verdict::Nowhere(_) if committed => {
                     return Err(self.copies_gone(first, want));
                 }
-                Verdict::AllCopiesGone | Verdict::Nowhere { .. } if in_office => {
-                    let (highest, believed) = (LogId::default(), false);
-                    self.step(Event::NothingBehind { after: first.previous(), highest, believed })?;
+                Verdict::AllCopiesGone | Verdict::Nowhere(_) if in_office => {
+                    // The highest end of all decides about a claim only, and who leads makes none.
+                    let elsewhere = Elsewhere { highest: LogId::default(), believed: false };
+                    self.step(Event::NothingBehind { after: first.previous(), elsewhere })?;
                 }
                 Verdict::AllCopiesGone if !leads => return Err(self.copies_gone(first, want)),
-                Verdict::Nowhere { highest, believed } if !leads => {
+                Verdict::Nowhere(elsewhere) if !leads => {
                     tracing::warn!(
-                        node = %self.config.node, %first, ?highest,
+                        node = %self.config.node, %first, highest = ?elsewhere.highest,
                         "no voter has what was here: it was never committed"
                     );
-                    self.step(Event::NothingBehind { after: first.previous(), highest, believed })?;
+                    self.step(Event::NothingBehind { after: first.previous(), elsewhere })?;
                 }
                 Verdict::Unproved { highest: Some(highest) } if want.is_none() => {
                     self.step(Event::AllAsked { highest })?;
                 }
-                Verdict::AllCopiesGone | Verdict::Nowhere { .. } | Verdict::Unproved { .. } => {}
+                Verdict::AllCopiesGone | Verdict::Nowhere(_) | Verdict::Unproved { .. } => {}
             }
         }
         Ok(())

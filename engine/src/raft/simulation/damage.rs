@@ -51,6 +51,14 @@ impl Disk {
         in_log || self.kept.iter().any(|(_, batch)| batch.end() == end)
     }
 
+    /// The batch that began with the last cut, if there is one and it took something away.
+    fn position_of_cut(&self) -> Option<usize> {
+        let position = self.log.partition_point(|batch| batch.first <= self.cut_after.index);
+        let previous = position.checked_sub(1).map_or(self.start, |before| self.log[before].end());
+        (!self.cut_off.is_empty() && position < self.log.len() && previous == self.cut_after)
+            .then_some(position)
+    }
+
     /// How far all that is here reaches.
     fn reach(&self, raft: &Raft) -> Reach {
         let Some(claim) = raft.restraint().claim else {
@@ -88,9 +96,12 @@ impl Simulation {
         }
         let leader = self.nodes[at].life.as_ref().and_then(|life| life.raft.leader());
         let leader = self.nodes.iter().position(|node| Some(node.id) == leader);
-        match (self.random.below(4), leader) {
+        // Without a leader, who has most.
+        let others = (0..self.nodes.len()).filter(|other| *other != at);
+        let best = leader.or_else(|| others.max_by_key(|other| self.nodes[*other].disk.last()));
+        match (self.random.below(4), best) {
             (0, _) => self.doomed.push((at, false)),
-            (1 | 2, Some(leader)) => self.doomed.push((leader, false)),
+            (1 | 2, Some(best)) => self.doomed.push((best, false)),
             _ => {}
         }
     }
@@ -178,6 +189,14 @@ impl Simulation {
         if count == 0 {
             return;
         }
+        let position = self.nodes[at].disk.position_of_cut();
+        if let Some(position) = position.filter(|_| self.random.below(3) > 0) {
+            let end = self.nodes[at].disk.log[position].end();
+            if self.may_lose(at, end) {
+                self.lose_unknown(at, position);
+            }
+            return;
+        }
         // Mostly near the end, where it matters.
         let back = self.random.below(count).min(self.random.below(8)).min(self.random.below(4));
         let position = (count - 1 - back) as usize;
@@ -240,15 +259,26 @@ impl Simulation {
             }
         };
         self.cover.mark(if claim.certain { "certain claim" } else { "uncertain claim" });
+        // With what began with a cut the cut is forgotten, and what it took away ends the log as if nothing had happened.
+        let begins_there = disk.position_of_cut() == Some(position);
+        let forgets_cut = begins_there && disk.claim.is_none() && !claim.certain && self.random.below(2) == 0;
         self.lost.extend(lost.into_iter().map(|end| (id, end)));
         let node = &mut self.nodes[at];
-        let cut_at = disk.log[position].first.previous();
+        let cut_at = match disk.cut_off.last() {
+            Some(batch) if forgets_cut => batch.last,
+            _ => disk.log[position].first.previous(),
+        };
         // The start that cuts saves the highest term that it saw.
         if term > node.disk.term {
             (node.disk.term, node.disk.vote) = (term, None);
         }
         node.disk.log.truncate(position);
-        node.disk.damaged.retain(|first| *first <= cut_at);
+        node.disk.damaged.retain(|first| *first < disk.log[position].first);
+        let cut_off = std::mem::take(&mut node.disk.cut_off);
+        if forgets_cut {
+            self.cover.mark("forgotten cut");
+            node.disk.log.extend(cut_off);
+        }
         node.disk.kept = kept;
         node.disk.claim = Some(claim);
         node.disk.cut_at = cut_at;
@@ -357,9 +387,18 @@ impl Simulation {
             }
         }
         match verdict {
-            Some(Verdict::Nowhere { highest, believed }) if leaderless => {
-                self.cover.mark(if want.is_some() { "given up: known" } else { "given up: claim" });
-                self.feed(at, Event::NothingBehind { after: previous.index, highest, believed })?;
+            Some(Verdict::Nowhere(elsewhere)) if leaderless => {
+                self.feed(at, Event::NothingBehind { after: previous.index, elsewhere })?;
+                let life = self.nodes[at].life.as_ref();
+                let kept = want.is_none() && life.is_some_and(|life| life.raft.restraint().claim.is_some());
+                self.cover.mark(match want {
+                    Some(_) => "given up: known",
+                    None if kept => "nothing behind an end that may be void",
+                    None => "given up: claim",
+                });
+                if kept && !elsewhere.believed {
+                    self.waiting.insert(id);
+                }
                 self.tell_damage(at)
             }
             Some(Verdict::Unproved { highest }) if want.is_none() => {
@@ -524,6 +563,8 @@ fn damaged_logs_lose_nothing_that_was_committed_and_heal() {
         "known damage",
         "certain claim",
         "uncertain claim",
+        "forgotten cut",
+        "nothing behind an end that may be void",
         "repaired",
         "adopted what was kept",
         "adopted by proof",
@@ -546,7 +587,7 @@ fn every_known_bug_of_repair_is_caught_when_it_is_put_back() {
     let mut unnoticed = Vec::new();
     for mutant in Mutant::REPAIR {
         mutants::set(Some(mutant));
-        let found = (0..env("SEEDS", 4_000)).find_map(|seed| {
+        let found = (0..env("SEEDS", 20_000)).find_map(|seed| {
             let found = run(seed, &mut Cover::default()).err()?;
             Some((seed, found.lines().next().unwrap_or_default().to_owned()))
         });
