@@ -257,12 +257,14 @@ impl Cluster {
             }
             ["nowhere", node, after, highest @ ..] => {
                 let after = LogIndex(number(after));
+                let believed = highest.get(1) != Some(&"doubted");
                 let highest = highest.first().map(|highest| position(highest)).unwrap_or_default();
-                let elsewhere = Elsewhere { highest, believed: true };
+                let elsewhere = Elsewhere { highest, believed };
                 self.feed(id(node), Event::NothingBehind { after, elsewhere });
             }
             ["asked", node, highest] => {
-                self.feed(id(node), Event::AllAsked { highest: position(highest) });
+                let elsewhere = Elsewhere { highest: position(highest), believed: true };
+                self.feed(id(node), Event::AllAsked { elsewhere });
             }
             ["ask", node] => {
                 let Some(leader) = self.raft(id(node)).leader() else {
@@ -942,8 +944,8 @@ fn show_event(event: &Event) -> String {
         Event::LeaderHolds { leader, term, last } => {
             format!("leader {leader} of t{term} holds {}", show_position(*last))
         }
-        Event::AllAsked { highest } => {
-            format!("everybody ends at {} at the highest", show_position(*highest))
+        Event::AllAsked { elsewhere } => {
+            format!("everybody ends at {} at the highest", show_position(elsewhere.highest))
         }
         Event::NothingBehind { after, elsewhere } if elsewhere.highest > LogId::default() => {
             let highest = show_position(elsewhere.highest);

@@ -74,7 +74,7 @@ pub enum Event {
     /// Every voter has said how far all that it holds reaches ([`Inquiry`](super::Inquiry)).
     AllAsked {
         /// The highest end.
-        highest: LogId,
+        elsewhere: Elsewhere,
     },
     /// Every voter has been asked for the batch behind `after`, where this log can no longer be read, and none holds one
     /// ([`Inquiry`](super::Inquiry)). A leader steps down: it can send nobody what lies behind.

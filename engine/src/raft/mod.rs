@@ -361,7 +361,7 @@ impl Raft {
             Event::DamageChanged { damaged } => self.damage_changed(damaged, actions)?,
             Event::Adopt { batch, configuration } => self.adopt(batch, configuration, actions)?,
             Event::LeaderHolds { leader, term, last } => self.leader_holds(leader, term, last),
-            Event::AllAsked { highest } => self.all_asked(highest),
+            Event::AllAsked { elsewhere } => self.all_asked(elsewhere),
             Event::NothingBehind { after, elsewhere } => self.nothing_behind(after, elsewhere, actions)?,
             Event::DiskStalled { stalled } => self.stalled(stalled, actions),
             Event::Transfer { to } => self.transfer(to, actions),

@@ -17,7 +17,7 @@
 //!   2. it is durable through all that the leader of its present term held at some moment after this start: what it
 //!      ever acknowledged to that leader is in that, and an older leader can commit nothing more without its
 //!      being there ([`Event::LeaderHolds`](super::Event::LeaderHolds));
-//!   3. every voter has been asked ([`Inquiry`]): then it votes as if its log ended at the highest end that any of
+//!   3. every voter has been asked ([`Inquiry`]): then it votes as if its log ended at the highest end that any other of
 //!      them reported, and is free when it does. What is committed lies intact at one of them (the contract's bound),
 //!      so whoever reaches that end holds it (Raft, section 5.4.1: the later log is the more complete one). That end is
 //!      believed when a voter reaches it that is sure of its own log, or when fewer than a quorum are in doubt about
@@ -25,11 +25,12 @@
 //!      which may have had more: all copies of one more batch may be gone, against the bound, and there is nothing to be
 //!      done but to wait, and to say so.
 //! - Either: every voter has been asked and none holds any batch behind the end of this log: what was there has been
-//!   lost everywhere, or was never acknowledged ([`Event::NothingBehind`](super::Event::NothingBehind)). Unless the claim is not
-//!   certain and another voter reaches a higher term than this log's last: then the end of this log may be void itself,
-//!   by a cut that is forgotten too, and what the node forgot may be what that voter has. So it is as in 3. A lower or equal
-//!   term is no such sign: who cut this log did so for a leader of a term above that of all that he cut off, what that one
-//!   committed with this node's word ends in his term, and batches of one term are those of one log.
+//!   lost everywhere, or was never acknowledged ([`Event::NothingBehind`](super::Event::NothingBehind)). Unless another voter
+//!   reaches a higher term than this log's last: then the end of this log may be void itself, by a cut that is forgotten
+//!   too, and what the node forgot may be what that voter has. So it is as in 3, and a certain claim stands for no more than
+//!   that highest end. A lower or equal term is no such sign: who cut this log did so for a leader of a term above that of
+//!   all that he cut off, what that one committed with this node's word ends in his term, and batches of one term are
+//!   those of one log.
 //!
 //! What it forgot it may only take from elsewhere when it is proved to be the same: a leader's log, or a batch over
 //! which one that it kept itself verifies ([`Event::Adopt`](super::Event::Adopt)). The highest term among the batches
@@ -67,7 +68,7 @@ pub(super) struct Repair {
     /// one, before the log has told of a change.
     damaged: BTreeSet<LogIndex>,
     claim: Option<Claim>,
-    /// What stands for the end of the log that was there while the claim is not certain.
+    /// What stands for the end of the log that was there since everybody has been asked.
     floor: Option<LogId>,
     /// All that the leader of that term held at some moment of this life.
     leader_held: Option<(Term, LogId)>,
@@ -131,7 +132,7 @@ impl Repair {
         let was = match self.claim {
             _ if self.stalled => return None,
             None => last,
-            Some(claim) => claim.end().or(self.floor)?,
+            Some(claim) => self.floor.or(claim.end())?,
         };
         Some(was.max(last))
     }
@@ -211,11 +212,14 @@ impl Raft {
         }
     }
 
-    /// Every voter has been asked twice: no log, and nothing kept aside, reaches beyond `highest`.
-    pub(super) fn all_asked(&mut self, highest: LogId) {
+    /// Every voter has been asked twice: none reaches beyond what is said of `elsewhere`.
+    pub(super) fn all_asked(&mut self, elsewhere: Elsewhere) {
         // Nobody knows who all of them are while the members are not known.
-        if self.repair.claim.is_some_and(|claim| !claim.certain) && !self.configurations.is_uncertain() {
-            self.repair.floor = Some(highest);
+        let Some(claim) = self.repair.claim.filter(|_| !self.configurations.is_uncertain()) else { return };
+        if elsewhere.believed {
+            // More than its end was never here.
+            let end = claim.end().unwrap_or(elsewhere.highest);
+            self.repair.floor = Some(end.min(elsewhere.highest));
         }
     }
 
@@ -242,26 +246,30 @@ impl Raft {
         if !idle || !known || !(damaged || at_end) || !durable || after < self.commit {
             return Ok(());
         }
-        let uncertain = self.repair.claim.is_some_and(|claim| !claim.certain)
-            && !mutants::active(Mutant::ClaimEndsAtVoidEnd);
-        if !damaged && uncertain && elsewhere.highest.term > self.log.last().term {
-            // What is committed is in a log that ends no lower than it (Raft, section 5.4.1), and not in this one.
-            if elsewhere.believed {
-                self.all_asked(elsewhere.highest);
-            }
-            return Ok(());
-        }
+        let may_be_void =
+            self.end_may_be_void(elsewhere.highest) && !mutants::active(Mutant::ClaimEndsAtVoidEnd);
         if damaged {
             self.cut(after, actions);
-        }
-        // A certain claim stands for what followed the damaged batch, and goes with it. An uncertain one may stand for others in
-        // their place, which were written after a cut that is forgotten too: nobody has been asked about those.
-        if self.repair.claim.is_some_and(|claim| claim.certain || !damaged) {
-            self.release(actions);
+            // A certain claim stands for what followed the damaged batch, and goes with it. An uncertain one may stand for
+            // others in their place, which were written after a cut that is forgotten too: nobody has been asked about those.
+            let goes = self.repair.claim.is_some_and(|claim| claim.certain && !may_be_void);
+            if goes { self.release(actions) } else { self.restart_election_timer() }
+        } else if may_be_void {
+            self.all_asked(elsewhere);
         } else {
-            self.restart_election_timer();
+            self.release(actions);
         }
         Ok(())
+    }
+
+    /// Whether what ends this log may have been cut off once by a leader of a higher term, of which this node and its log no
+    /// longer know, when other voters reach to `highest`.
+    fn end_may_be_void(&self, highest: LogId) -> bool {
+        let (last, start) = (self.log.last(), self.log.start());
+        // What is committed, or in a snapshot, is cut off by nobody, and the claim names the highest term that was there.
+        let settled = last.index <= self.commit.max(start.index);
+        let newer = self.repair.claim.is_some_and(|claim| claim.term > last.term);
+        !settled && newer && highest.term > last.term
     }
 
     /// Drops everything after `after`, a batch end.
@@ -282,7 +290,7 @@ impl Raft {
         let Some(claim) = self.repair.claim else { return };
         let durable = self.durable.last();
         let Some(end) = self.log.batch_end_at(durable) else { return };
-        let reached = claim.end().or(self.repair.floor).is_some_and(|was| end >= was);
+        let reached = self.repair.floor.or(claim.end()).is_some_and(|was| end >= was);
         let later_term = !claim.certain
             && self.commit <= durable
             && self.log.term_at(self.commit).is_some_and(|term| {
@@ -348,19 +356,15 @@ pub enum Verdict {
     /// Nobody holds the batch, and a quorum had it: it may have been committed, and all copies of it are gone.
     AllCopiesGone,
     /// Batches that may be others lie behind the position, or too many cannot tell whether they had one.
-    Unproved {
-        /// The highest end that any voter reported, in its log or kept aside; none when a quorum of them may have had more
-        /// than they can show, and nobody else reaches it.
-        highest: Option<LogId>,
-    },
+    Unproved(Elsewhere),
 }
 
-/// Where the logs of those end who have nothing behind a position.
+/// Where the others' logs end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Elsewhere {
-    /// The highest end that another voter reported, in its log or kept aside. When a quorum may have had more than they can
-    /// show, the asking one's own is among them: of what it kept aside there may be no other copy. Otherwise whoever
-    /// acknowledged that too, and did not lose it without knowing, has reported it.
+    /// The highest end that another voter reported, in its log or kept aside. When a quorum, the asking one included, may have
+    /// had more than they can show, its own is among them: of what it kept aside there may be no other copy. Otherwise
+    /// somebody else acknowledged that too and did not lose it without knowing, and has reported it.
     pub highest: LogId,
     /// Whether it is reached by one that is sure of its log, or too few are in doubt for there to have been more.
     pub believed: bool,
@@ -371,7 +375,8 @@ pub struct Elsewhere {
 pub struct Reach {
     /// The end of its log, of what it kept aside, or of what it is certain to have had: the highest.
     pub highest: LogId,
-    /// It may have had more, and cannot tell: it makes a claim that is not certain.
+    /// It may have had more, and cannot tell: it makes a claim that is not certain. Or it knows of a change of the members
+    /// that whoever asks does not, so that others than those who are asked may have more.
     pub in_doubt: bool,
 }
 
@@ -384,6 +389,9 @@ pub struct Reach {
 /// and what was committed before the second round began lies intact at somebody who is asked in it.
 #[derive(Clone, Debug)]
 pub struct Inquiry {
+    /// Who asks.
+    own: NodeId,
+    quorum: Quorum,
     /// Everyone to be asked.
     voters: BTreeSet<NodeId>,
     second: bool,
@@ -407,7 +415,24 @@ impl Inquiry {
         let (had, unclear, other) = ([own].into(), BTreeSet::new(), BTreeSet::new());
         let in_doubt = reach.in_doubt.then_some(own).into_iter().collect();
         let reaches = [(own, reach.highest)].into();
-        Self { open: voters.clone(), voters, second: false, had, unclear, other, in_doubt, reaches }
+        Self {
+            own,
+            quorum: quorum.clone(),
+            open: voters.clone(),
+            voters,
+            second: false,
+            had,
+            unclear,
+            other,
+            in_doubt,
+            reaches,
+        }
+    }
+
+    /// Whether it is put to the voters of this quorum: to others it would be another question.
+    #[must_use]
+    pub fn is_of(&self, quorum: &Quorum) -> bool {
+        self.quorum == *quorum
     }
 
     /// Who has to be asked now, in a round of this number.
@@ -415,12 +440,13 @@ impl Inquiry {
         self.open.iter().copied()
     }
 
-    /// Whose answers leave open what was there; with the `end` of a log that may be void, also who reaches a higher term.
+    /// Whose answers leave open what was there. Of a claim these are also those that reach a higher term than the `end` of
+    /// the log, and those in doubt, who may have had more than they say.
     pub fn doubted(&self, end: Option<LogId>) -> BTreeSet<NodeId> {
-        let above = |reach: LogId| end.is_some_and(|end| reach.term > end.term);
-        let beyond =
-            self.voters.iter().filter(|voter| self.reaches.get(voter).is_some_and(|reach| above(*reach)));
-        self.other.union(&self.unclear).chain(beyond).copied().collect()
+        let told = self.other.union(&self.unclear).copied();
+        let Some(end) = end else { return told.collect() };
+        let above = self.reaches.iter().filter(|(_, reach)| reach.term > end.term).map(|(id, _)| *id);
+        told.chain(above).chain(self.in_doubt.iter().copied()).filter(|id| *id != self.own).collect()
     }
 
     /// The round, which answers must name: one of an earlier round is void.
@@ -451,7 +477,7 @@ impl Inquiry {
     }
 
     /// What follows from the answers, once all are there; the second round begins by itself.
-    pub fn verdict(&mut self, quorum: &Quorum) -> Option<Verdict> {
+    pub fn verdict(&mut self) -> Option<Verdict> {
         if !self.open.is_empty() {
             return None;
         }
@@ -462,16 +488,17 @@ impl Inquiry {
                 return None;
             }
         }
-        let lost_more = quorum.reached(|id| self.in_doubt.contains(&id));
         let sure = self.most(|id| !self.in_doubt.contains(&id));
-        let highest = self.most(|_| true);
-        let unproved = Verdict::Unproved { highest: (!lost_more || sure >= highest).then_some(highest) };
-        let elsewhere = self.most(|id| lost_more || self.voters.contains(&id));
-        let elsewhere = Elsewhere { highest: elsewhere, believed: !lost_more || sure >= elsewhere };
+        let lost_more = self.quorum.reached(|id| self.in_doubt.contains(&id));
+        let lost_with_own = self.quorum.reached(|id| id == self.own || self.in_doubt.contains(&id));
+        let highest = self.most(|id| lost_with_own || id != self.own);
+        let elsewhere = Elsewhere { highest, believed: !lost_more || sure >= highest };
         Some(match self.other.is_empty() {
-            false => unproved,
-            true if quorum.reached(|id| self.had.contains(&id)) => Verdict::AllCopiesGone,
-            true if quorum.reached(|id| self.had.contains(&id) || self.unclear.contains(&id)) => unproved,
+            false => Verdict::Unproved(elsewhere),
+            true if self.quorum.reached(|id| self.had.contains(&id)) => Verdict::AllCopiesGone,
+            true if self.quorum.reached(|id| self.had.contains(&id) || self.unclear.contains(&id)) => {
+                Verdict::Unproved(elsewhere)
+            }
             true => Verdict::Nowhere(elsewhere),
         })
     }
@@ -520,15 +547,15 @@ mod tests {
         let quorum = quorum(3);
         let mut inquiry = Inquiry::new(NodeId(1), &quorum, sure(1, 4));
         inquiry.answered(NodeId(2), 0, Answer::None, sure(2, 9));
-        assert_eq!(inquiry.verdict(&quorum), None, "3 has not answered");
+        assert_eq!(inquiry.verdict(), None, "3 has not answered");
         inquiry.answered(NodeId(3), 0, Answer::None, sure(1, 3));
-        assert_eq!(inquiry.verdict(&quorum), None, "a second round");
+        assert_eq!(inquiry.verdict(), None, "a second round");
         assert_eq!(inquiry.open().collect::<Vec<_>>(), [NodeId(2), NodeId(3)]);
         inquiry.answered(NodeId(2), 0, Answer::None, sure(2, 9));
         assert_eq!(inquiry.open().count(), 2);
         inquiry.answered(NodeId(2), 1, Answer::None, sure(2, 3));
         inquiry.answered(NodeId(3), 1, Answer::None, sure(1, 3));
-        assert_eq!(inquiry.verdict(&quorum), Some(nowhere(end(2, 9))));
+        assert_eq!(inquiry.verdict(), Some(nowhere(end(2, 9))));
     }
 
     #[test]
@@ -540,14 +567,14 @@ mod tests {
                 for (voter, answer) in (2..).zip(answers) {
                     inquiry.answered(NodeId(voter), inquiry.round(), *answer, sure(1, 1));
                 }
-                if let Some(verdict) = inquiry.verdict(&quorum) {
+                if let Some(verdict) = inquiry.verdict() {
                     return verdict;
                 }
             }
             panic!("no verdict");
         };
         let highest = end(1, 1);
-        let unproved = Verdict::Unproved { highest: Some(highest) };
+        let unproved = Verdict::Unproved(Elsewhere { highest, believed: true });
         use Answer::{Had, None, Other, Unclear};
         assert_eq!(ask(1, &[]), Verdict::AllCopiesGone);
         assert_eq!(ask(3, &[None, None]), nowhere(highest));
@@ -568,7 +595,7 @@ mod tests {
             for _ in 0..2 {
                 inquiry.answered(NodeId(2), inquiry.round(), answer, reach);
                 inquiry.answered(NodeId(3), inquiry.round(), Answer::None, sure(1, 4));
-                if let Some(verdict) = inquiry.verdict(&quorum) {
+                if let Some(verdict) = inquiry.verdict() {
                     return (verdict, inquiry.doubted(Some(end(1, 7))));
                 }
             }
@@ -577,7 +604,11 @@ mod tests {
         assert_eq!(ask(Answer::None, sure(1, 8)), (nowhere(end(1, 8)), [].into()), "of the same term");
         assert_eq!(ask(Answer::None, sure(2, 2)), (nowhere(end(2, 2)), [NodeId(2)].into()));
         let elsewhere = Elsewhere { highest: end(2, 9), believed: false };
-        assert_eq!(ask(Answer::None, doubted(1, 8)), (Verdict::Nowhere(elsewhere), [].into()));
+        assert_eq!(
+            ask(Answer::None, doubted(1, 8)),
+            (Verdict::Nowhere(elsewhere), [NodeId(2)].into()),
+            "in doubt"
+        );
     }
 
     #[test]
@@ -589,13 +620,16 @@ mod tests {
                 for (voter, reach) in (2..).zip(reaches) {
                     inquiry.answered(NodeId(voter), inquiry.round(), Answer::Other, reach);
                 }
-                if let Some(verdict) = inquiry.verdict(&quorum) {
+                if let Some(verdict) = inquiry.verdict() {
                     return verdict;
                 }
             }
             panic!("no verdict");
         };
-        let reached = |highest| Verdict::Unproved { highest };
+        let reached = |highest: Option<LogId>| {
+            let believed = highest.is_some();
+            Verdict::Unproved(Elsewhere { highest: highest.unwrap_or(end(1, 9)), believed })
+        };
         let one = [sure(1, 9), sure(1, 7)];
         assert_eq!(ask(doubted(1, 4), one, one), reached(Some(end(1, 9))));
         let two = [doubted(1, 9), sure(1, 7)];

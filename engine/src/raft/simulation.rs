@@ -828,11 +828,12 @@ impl Simulation {
                 self.boot(at);
             }
         }
-        let damage = std::mem::take(&mut self.damage);
         self.waiting.clear();
-        if damage > 0 {
+        if self.damage > 0 {
+            // What a life before a damage said does not reach the sessions of the next one.
             (0..self.nodes.len()).try_for_each(|at| self.reconnect(at))?;
         }
+        let damage = std::mem::take(&mut self.damage);
         // Lost messages must not need the news of a lost session to be sent again.
         if self.random.below(2) == 0 {
             (0..self.nodes.len()).try_for_each(|at| self.reconnect(at))?;

@@ -3,7 +3,7 @@
 use super::{Asked, Outgoing, Own, ReadFor, SEARCHES_MAX, Search, TURN_PATIENCES, WARN_INTERVAL_NS};
 use crate::driver::Driver;
 use crate::error::{LostExtent, StopError};
-use crate::raft::{Claim, Elsewhere, Event, Inquiry, LogId, Role, Verdict};
+use crate::raft::{Claim, Elsewhere, Event, Inquiry, LogId, Raft, Role, Verdict};
 use crate::state_machine::StateMachine;
 use crate::wire::FetchMessage;
 use ringraft_block::{LogIndex, NodeId};
@@ -30,11 +30,12 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     fn claimed_position(&self, claim: Option<Claim>) -> Option<(LogIndex, Chain)> {
         let claim = claim?;
         let since = self.repair.leaderless_since_ns?;
-        let last = self.raft()?.last().index;
-        if claim.certain && last >= claim.last {
+        let end = self.raft()?.last();
+        if claim.end().is_some_and(|was| end >= was) {
             // All of it is back, and only has to become durable.
             return None;
         }
+        let last = end.index;
         let waited = self.now.monotonic_ns.saturating_sub(since) >= self.repair.patience_ns;
         if waited { Some((last.next(), self.chain_at(last)?)) } else { None }
     }
@@ -54,7 +55,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         });
         let wanted: Vec<_> = claimed.into_iter().chain(known).collect();
         let is_wanted = |first: &LogIndex, search: &Search<D::Buf>| {
-            wanted.contains(&(*first, search.previous, search.want))
+            search.inquiry.is_of(&quorum) && wanted.contains(&(*first, search.previous, search.want))
         };
         self.repair.searches.retain(|first, search| is_wanted(first, search));
         for (first, previous, want) in wanted {
@@ -193,7 +194,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         for (first, search) in &mut self.repair.searches {
             if search.own != Own::Reading
                 && search.candidate.is_none()
-                && let Some(verdict) = search.inquiry.verdict(&quorum)
+                && let Some(verdict) = search.inquiry.verdict()
             {
                 verdicts.push((*first, search.want, verdict));
                 search.doubted = search.inquiry.doubted(search.want.is_none().then_some(last));
@@ -221,16 +222,20 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 }
                 Verdict::AllCopiesGone if !leads => return Err(self.copies_gone(first, want)),
                 Verdict::Nowhere(elsewhere) if !leads => {
-                    tracing::warn!(
-                        node = %self.config.node, %first, highest = ?elsewhere.highest,
-                        "no voter has what was here: it was never committed"
-                    );
+                    let restrained = |raft: &Raft| (raft.claim(), raft.last());
+                    let before = restrained(raft);
                     self.step(Event::NothingBehind { after: first.previous(), elsewhere })?;
+                    if self.raft().is_some_and(|raft| restrained(raft) != before) {
+                        tracing::warn!(
+                            node = %self.config.node, %first,
+                            "no voter has what was here: it was never committed, and is given up"
+                        );
+                    }
                 }
-                Verdict::Unproved { highest: Some(highest) } if want.is_none() => {
-                    self.step(Event::AllAsked { highest })?;
+                Verdict::Unproved(elsewhere) if want.is_none() => {
+                    self.step(Event::AllAsked { elsewhere })?;
                 }
-                Verdict::AllCopiesGone | Verdict::Nowhere(_) | Verdict::Unproved { .. } => {}
+                Verdict::AllCopiesGone | Verdict::Nowhere(_) | Verdict::Unproved(_) => {}
             }
         }
         Ok(())

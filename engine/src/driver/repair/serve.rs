@@ -118,13 +118,16 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     ) {
         let Some(raft) = self.raft() else { return };
         let leads = raft.role() == Role::Leader;
+        let mut reach = self.reach(raft);
+        // Whoever lacks a change of the members may ask the wrong ones: how far those reach proves nothing then.
+        reach.in_doubt |= raft.configuration_index() >= message.first;
         let reply = FetchReplyMessage {
             token: message.token,
             outcome,
             proves: self.proves(message),
             term: raft.term(),
             leads,
-            reach: self.reach(raft),
+            reach,
         };
         // Whoever asks again has given the first question up.
         self.repair.outgoing.retain(|(peer, waiting)| *peer != to || matches!(waiting, Outgoing::Fetch(_)));

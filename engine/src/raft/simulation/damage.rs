@@ -261,7 +261,7 @@ impl Simulation {
         self.cover.mark(if claim.certain { "certain claim" } else { "uncertain claim" });
         // With what began with a cut the cut is forgotten, and what it took away ends the log as if nothing had happened.
         let begins_there = disk.position_of_cut() == Some(position);
-        let forgets_cut = begins_there && disk.claim.is_none() && !claim.certain && self.random.below(2) == 0;
+        let forgets_cut = begins_there && disk.claim.is_none() && self.random.below(2) == 0;
         self.lost.extend(lost.into_iter().map(|end| (id, end)));
         let node = &mut self.nodes[at];
         let cut_at = match disk.cut_off.last() {
@@ -375,7 +375,7 @@ impl Simulation {
             want,
             inquiry: Inquiry::new(id, &quorum, reach),
         });
-        let verdict = search.inquiry.verdict(&quorum);
+        let verdict = search.inquiry.verdict();
         let open: Vec<NodeId> = search.inquiry.open().collect();
         let round = search.inquiry.round();
         let question = Question { token: search.token, round, previous, proof };
@@ -396,26 +396,26 @@ impl Simulation {
                     None if kept => "nothing behind an end that may be void",
                     None => "given up: claim",
                 });
-                if kept && !elsewhere.believed {
+                if kept && proof.is_some() {
                     self.waiting.insert(id);
                 }
+                self.waits_for_more_than_there_is(at);
                 self.tell_damage(at)
             }
-            Some(Verdict::Unproved { highest }) if want.is_none() => {
+            Some(Verdict::Unproved(elsewhere)) if want.is_none() => {
                 self.cover.mark("all asked");
                 if proof.is_some() {
                     self.waiting.insert(id);
                 }
-                match highest {
-                    Some(highest) => self.feed(at, Event::AllAsked { highest }),
-                    None => {
-                        self.cover.mark("all asked, and a quorum in doubt");
-                        self.waiting.insert(id);
-                        Ok(())
-                    }
+                if !elsewhere.believed {
+                    self.cover.mark("all asked, and a quorum in doubt");
+                    self.waiting.insert(id);
                 }
+                self.feed(at, Event::AllAsked { elsewhere })?;
+                self.waits_for_more_than_there_is(at);
+                Ok(())
             }
-            Some(Verdict::Unproved { .. }) => {
+            Some(Verdict::Unproved(_)) => {
                 // Who may have had the batch has to be mended first, and perhaps only a leader can do that.
                 self.waiting.insert(id);
                 Ok(())
@@ -426,6 +426,22 @@ impl Simulation {
                 Ok(())
             }
             _ => Ok(()),
+        }
+    }
+
+    /// Whether no log reaches what a node with a claim waits for: somebody had it, and a quorum may have.
+    fn waits_for_more_than_there_is(&mut self, at: usize) {
+        let restraint = |node: &Node| node.life.as_ref().map(|life| life.raft.restraint());
+        let Some(restraint) = restraint(&self.nodes[at]).filter(|restraint| restraint.claim.is_some()) else {
+            return;
+        };
+        let reaches = |node: &Node| {
+            node.life
+                .as_ref()
+                .is_some_and(|life| restraint.vote_bar.is_some_and(|bar| life.raft.last() >= bar))
+        };
+        if !self.nodes.iter().any(reaches) {
+            self.waiting.insert(self.nodes[at].id);
         }
     }
 
@@ -470,7 +486,8 @@ impl Simulation {
             .proof
             .is_some_and(|end| raft.log().batch_end_at(end.index) == Some(end) || node.disk.has_intact(end));
         let leads = (raft.role() == Role::Leader).then(|| (raft.term(), raft.last()));
-        let reach = node.disk.reach(raft);
+        let mut reach = node.disk.reach(raft);
+        reach.in_doubt |= raft.configuration_index() > previous.index;
         Some(Reply { question, batch, answer, proves, leads, reach })
     }
 
@@ -494,9 +511,12 @@ impl Simulation {
             (None, Some(batch)) => {
                 let proved = reply.proves || kept_next(&batch);
                 let current = life.raft.last() == previous && life.raft.leader().is_none();
-                if proved && current {
-                    self.cover.mark(if reply.proves { "adopted by proof" } else { "adopted between" });
+                if proved {
                     life.search = None;
+                    if !current {
+                        return Ok(());
+                    }
+                    self.cover.mark(if reply.proves { "adopted by proof" } else { "adopted between" });
                     return self.feed(at, Event::Adopt { batch, configuration: None });
                 }
                 // What cannot precede the next batch that was kept is certainly another one.
