@@ -215,6 +215,7 @@ const FETCHED_UNCLEAR: u32 = 6;
 const FETCHED_PROVES: u32 = 1;
 const FETCHED_LEADS: u32 = 2;
 const FETCHED_IN_DOUBT: u32 = 4;
+const FETCHED_CLAIMS: u32 = 8;
 
 /// A follower's question where it can read.
 #[derive(Archive, Serialize)]
@@ -541,6 +542,7 @@ impl Encoder {
         let proves = if message.proves { FETCHED_PROVES } else { 0 };
         let leads = if message.leads { FETCHED_LEADS } else { 0 };
         let in_doubt = if message.reach.in_doubt { FETCHED_IN_DOUBT } else { 0 };
+        let claims = if message.reach.claims { FETCHED_CLAIMS } else { 0 };
         self.encode(&FetchReplyBody {
             chain: chain.0,
             token: message.token.into(),
@@ -550,7 +552,7 @@ impl Encoder {
             batch_last: end.index.get().into(),
             batch_term: end.term.get().into(),
             outcome: outcome.into(),
-            flags: (proves | leads | in_doubt).into(),
+            flags: (proves | leads | in_doubt | claims).into(),
         })
     }
 
@@ -828,7 +830,7 @@ fn decode_fetch(body: &ArchivedFetchBody) -> Option<FetchMessage> {
 fn decode_fetch_reply(body: &ArchivedFetchReplyBody) -> Option<FetchReplyMessage> {
     let flags = body.flags.to_native();
     let highest = log_id(body.end_term, body.end_index);
-    if flags & !(FETCHED_PROVES | FETCHED_LEADS | FETCHED_IN_DOUBT) != 0 {
+    if flags & !(FETCHED_PROVES | FETCHED_LEADS | FETCHED_IN_DOUBT | FETCHED_CLAIMS) != 0 {
         return None;
     }
     let outcome = match body.outcome.to_native() {
@@ -848,7 +850,11 @@ fn decode_fetch_reply(body: &ArchivedFetchReplyBody) -> Option<FetchReplyMessage
         proves: flags & FETCHED_PROVES != 0,
         term: Term(body.term.to_native()),
         leads: flags & FETCHED_LEADS != 0,
-        reach: Reach { highest, in_doubt: flags & FETCHED_IN_DOUBT != 0 },
+        reach: Reach {
+            highest,
+            in_doubt: flags & FETCHED_IN_DOUBT != 0,
+            claims: flags & FETCHED_CLAIMS != 0,
+        },
     })
 }
 
@@ -1065,7 +1071,8 @@ mod tests {
             Fetched::Busy,
         ] {
             let (proves, leads) = (outcome == Fetched::NotSent, outcome == Fetched::None);
-            let reach = Reach { highest: end, in_doubt: outcome == Fetched::Unclear };
+            let (in_doubt, claims) = (outcome == Fetched::Unclear, outcome == Fetched::Had);
+            let reach = Reach { highest: end, in_doubt, claims };
             let reply = FetchReplyMessage { token: 9, outcome, proves, term: Term(8), leads, reach };
             assert_eq!(round_trip(kind::FETCH_REPLY, encoder.fetch_reply(&reply)), Body::FetchReply(reply));
         }

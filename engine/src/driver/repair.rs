@@ -127,9 +127,9 @@ enum ReadFor {
     /// For a member that asked.
     Member { to: NodeId, message: FetchMessage },
     /// What was kept aside at the position of this search.
-    Own { search: LogIndex },
+    Own { search: LogIndex, previous: Chain },
     /// What was kept aside behind the candidate of this search.
-    Between { search: LogIndex, from: NodeId, round: u8, reach: Reach },
+    Between { search: LogIndex, from: NodeId, round: u8, reach: Reach, reached: (LogIndex, Chain) },
     /// The same, behind a batch some way on from the searched one, which ends so.
     Beyond { search: LogIndex, from: NodeId, round: u8, reach: Reach, reached: (LogIndex, Chain) },
 }
@@ -330,11 +330,11 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// leader, its log.
     fn reach(&self, raft: &Raft) -> Reach {
         let Some(claim) = raft.restraint().claim else {
-            return Reach { highest: raft.last(), in_doubt: false };
+            return Reach { highest: raft.last(), in_doubt: false, claims: false };
         };
         let kept = self.wal.salvage().map(|info| LogId { term: info.term, index: info.last }).max();
         let highest = raft.last().max(kept.unwrap_or_default()).max(claim.end().unwrap_or_default());
-        Reach { highest, in_doubt: !claim.certain }
+        Reach { highest, in_doubt: !claim.certain, claims: true }
     }
 }
 

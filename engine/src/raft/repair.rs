@@ -18,7 +18,7 @@
 //!      ever acknowledged to that leader is in that, and an older leader can commit nothing more without its
 //!      being there ([`Event::LeaderHolds`](super::Event::LeaderHolds));
 //!   3. every voter has been asked ([`Inquiry`]): then it votes as if its log ended at the highest end that any other of
-//!      them reported, and is free when it does. What is committed lies intact at one of them (the contract's bound),
+//!      them can show, and is free when it does. What is committed lies intact at one of them (the contract's bound),
 //!      so whoever reaches that end holds it (Raft, section 5.4.1: the later log is the more complete one). That end is
 //!      believed when a voter reaches it that is sure of its own log, or when fewer than a quorum are in doubt about
 //!      theirs: a batch behind it would then be in the logs of no quorum. Otherwise the highest end is that of voters
@@ -27,10 +27,16 @@
 //! - Either: every voter has been asked and none holds any batch behind the end of this log: what was there has been
 //!   lost everywhere, or was never acknowledged ([`Event::NothingBehind`](super::Event::NothingBehind)). Unless another voter
 //!   reaches a higher term than this log's last: then the end of this log may be void itself, by a cut that is forgotten
-//!   too, and what the node forgot may be what that voter has. So it is as in 3, and a certain claim stands for no more than
-//!   that highest end. A lower or equal term is no such sign: who cut this log did so for a leader of a term above that of
+//!   too, and what the node forgot may be what that voter has. So it is as in 3, and a certain claim goes on. A lower or equal term is no such sign: who cut this log did so for a leader of a term above that of
 //!   all that he cut off, what that one committed with this node's word ends in his term, and batches of one term are
 //!   those of one log.
+//!
+//! Where a log ends says what may be committed, whoever else has it: a leader commits what is in his. What is only kept aside,
+//! or claimed, was acknowledged once, and counts if a quorum may have done so.
+//!
+//! Who has forgotten a change of the members asks the voters of before it. That is noticed if one of them knows of the
+//! change. If those that had it all have forgotten it, too, it is not: so one intact copy of a change has to be at a voter of the
+//! configuration before it.
 //!
 //! What it forgot it may only take from elsewhere when it is proved to be the same: a leader's log, or a batch over
 //! which one that it kept itself verifies ([`Event::Adopt`](super::Event::Adopt)). The highest term among the batches
@@ -68,7 +74,7 @@ pub(super) struct Repair {
     /// one, before the log has told of a change.
     damaged: BTreeSet<LogIndex>,
     claim: Option<Claim>,
-    /// What stands for the end of the log that was there since everybody has been asked.
+    /// What stands for the end of the log that was there while the claim is not certain.
     floor: Option<LogId>,
     /// All that the leader of that term held at some moment of this life.
     leader_held: Option<(Term, LogId)>,
@@ -132,7 +138,7 @@ impl Repair {
         let was = match self.claim {
             _ if self.stalled => return None,
             None => last,
-            Some(claim) => self.floor.or(claim.end())?,
+            Some(claim) => claim.end().or(self.floor)?,
         };
         Some(was.max(last))
     }
@@ -215,11 +221,9 @@ impl Raft {
     /// Every voter has been asked twice: none reaches beyond what is said of `elsewhere`.
     pub(super) fn all_asked(&mut self, elsewhere: Elsewhere) {
         // Nobody knows who all of them are while the members are not known.
-        let Some(claim) = self.repair.claim.filter(|_| !self.configurations.is_uncertain()) else { return };
-        if elsewhere.believed {
-            // More than its end was never here.
-            let end = claim.end().unwrap_or(elsewhere.highest);
-            self.repair.floor = Some(end.min(elsewhere.highest));
+        let members_known = !self.configurations.is_uncertain();
+        if elsewhere.believed && members_known && self.repair.claim.is_some_and(|claim| !claim.certain) {
+            self.repair.floor = Some(elsewhere.highest);
         }
     }
 
@@ -248,14 +252,15 @@ impl Raft {
         }
         let may_be_void =
             self.end_may_be_void(elsewhere.highest) && !mutants::active(Mutant::ClaimEndsAtVoidEnd);
-        if damaged {
+        if may_be_void {
+            // With it would go what is kept aside, and that may be what replaced it.
+            self.all_asked(elsewhere);
+        } else if damaged {
             self.cut(after, actions);
             // A certain claim stands for what followed the damaged batch, and goes with it. An uncertain one may stand for
             // others in their place, which were written after a cut that is forgotten too: nobody has been asked about those.
-            let goes = self.repair.claim.is_some_and(|claim| claim.certain && !may_be_void);
+            let goes = self.repair.claim.is_some_and(|claim| claim.certain);
             if goes { self.release(actions) } else { self.restart_election_timer() }
-        } else if may_be_void {
-            self.all_asked(elsewhere);
         } else {
             self.release(actions);
         }
@@ -270,6 +275,14 @@ impl Raft {
         let settled = last.index <= self.commit.max(start.index);
         let newer = self.repair.claim.is_some_and(|claim| claim.term > last.term);
         !settled && newer && highest.term > last.term
+    }
+
+    /// Whether this log has a change of the voters that one which ends before `first` lacks.
+    #[must_use]
+    pub fn has_other_voters_from(&self, first: LogIndex) -> bool {
+        let before = self.configuration_at(first.previous()).map(|(_, before)| Quorum::of(before));
+        let differs = |configuration| before.as_ref().is_none_or(|before| !before.is_of(configuration));
+        self.configurations().any(|(index, configuration)| index >= first && differs(configuration))
     }
 
     /// Drops everything after `after`, a batch end.
@@ -290,7 +303,7 @@ impl Raft {
         let Some(claim) = self.repair.claim else { return };
         let durable = self.durable.last();
         let Some(end) = self.log.batch_end_at(durable) else { return };
-        let reached = self.repair.floor.or(claim.end()).is_some_and(|was| end >= was);
+        let reached = claim.end().or(self.repair.floor).is_some_and(|was| end >= was);
         let later_term = !claim.certain
             && self.commit <= durable
             && self.log.term_at(self.commit).is_some_and(|term| {
@@ -362,9 +375,10 @@ pub enum Verdict {
 /// Where the others' logs end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Elsewhere {
-    /// The highest end that another voter reported, in its log or kept aside. When a quorum, the asking one included, may have
-    /// had more than they can show, its own is among them: of what it kept aside there may be no other copy. Otherwise
-    /// somebody else acknowledged that too and did not lose it without knowing, and has reported it.
+    /// The highest end that another voter reported: of its log, or of what it kept aside or had if a quorum may have had that.
+    /// When a quorum, the asking one included, may have had more than they can show, its own is among them: of what it
+    /// kept aside there may be no other copy. Otherwise somebody else acknowledged that too and did not lose it without
+    /// knowing, and has reported it.
     pub highest: LogId,
     /// Whether it is reached by one that is sure of its log, or too few are in doubt for there to have been more.
     pub believed: bool,
@@ -378,6 +392,8 @@ pub struct Reach {
     /// It may have had more, and cannot tell: it makes a claim that is not certain. Or it knows of a change of the members
     /// that whoever asks does not, so that others than those who are asked may have more.
     pub in_doubt: bool,
+    /// It makes a claim: not all of it is its log.
+    pub claims: bool,
 }
 
 /// One question to all other voters: who holds the batch behind this position?
@@ -404,6 +420,8 @@ pub struct Inquiry {
     in_doubt: BTreeSet<NodeId>,
     /// How far all that each holds reached at most.
     reaches: BTreeMap<NodeId, LogId>,
+    /// The same by answers without a claim: where logs ended.
+    ends: BTreeMap<NodeId, LogId>,
 }
 
 impl Inquiry {
@@ -415,6 +433,7 @@ impl Inquiry {
         let (had, unclear, other) = ([own].into(), BTreeSet::new(), BTreeSet::new());
         let in_doubt = reach.in_doubt.then_some(own).into_iter().collect();
         let reaches = [(own, reach.highest)].into();
+        let ends = (!reach.claims).then_some((own, reach.highest)).into_iter().collect();
         Self {
             own,
             quorum: quorum.clone(),
@@ -426,6 +445,7 @@ impl Inquiry {
             other,
             in_doubt,
             reaches,
+            ends,
         }
     }
 
@@ -460,8 +480,14 @@ impl Inquiry {
         if round != self.round() || !self.open.remove(&voter) {
             return;
         }
-        let highest = self.reaches.entry(voter).or_default();
-        *highest = reach.highest.max(*highest);
+        let raise = |most: &mut BTreeMap<NodeId, LogId>| {
+            let highest = most.entry(voter).or_default();
+            *highest = reach.highest.max(*highest);
+        };
+        raise(&mut self.reaches);
+        if !reach.claims {
+            raise(&mut self.ends);
+        }
         if reach.in_doubt {
             self.in_doubt.insert(voter);
         } else {
@@ -488,10 +514,17 @@ impl Inquiry {
                 return None;
             }
         }
-        let sure = self.most(|id| !self.in_doubt.contains(&id));
         let lost_more = self.quorum.reached(|id| self.in_doubt.contains(&id));
         let lost_with_own = self.quorum.reached(|id| id == self.own || self.in_doubt.contains(&id));
-        let highest = self.most(|id| lost_with_own || id != self.own);
+        let may_have = |end: LogId| {
+            let reaches = |id| self.reaches.get(&id).is_some_and(|reach| *reach >= end);
+            self.quorum.reached(|id| id == self.own || self.in_doubt.contains(&id) || reaches(id))
+        };
+        let reaches = self.reaches.iter().filter(|(_, end)| may_have(**end)).chain(&self.ends);
+        let reaches = reaches.filter(|(id, _)| lost_with_own || **id != self.own);
+        let highest = reaches.map(|(_, end)| *end).max().unwrap_or_default();
+        let sure = self.reaches.iter().filter(|(id, _)| !self.in_doubt.contains(id));
+        let sure = sure.map(|(_, end)| *end).max().unwrap_or_default();
         let elsewhere = Elsewhere { highest, believed: !lost_more || sure >= highest };
         Some(match self.other.is_empty() {
             false => Verdict::Unproved(elsewhere),
@@ -501,12 +534,6 @@ impl Inquiry {
             }
             true => Verdict::Nowhere(elsewhere),
         })
-    }
-
-    /// How far those reach at most whom `who` names.
-    fn most(&self, who: impl Fn(NodeId) -> bool) -> LogId {
-        let reaches = self.reaches.iter().filter(|(id, _)| who(**id)).map(|(_, reach)| *reach);
-        reaches.max().unwrap_or_default()
     }
 }
 
@@ -535,11 +562,11 @@ mod tests {
     }
 
     fn sure(term: u64, index: u64) -> Reach {
-        Reach { highest: end(term, index), in_doubt: false }
+        Reach { highest: end(term, index), in_doubt: false, claims: false }
     }
 
     fn doubted(term: u64, index: u64) -> Reach {
-        Reach { highest: end(term, index), in_doubt: true }
+        Reach { highest: end(term, index), in_doubt: true, claims: true }
     }
 
     #[test]
@@ -609,6 +636,36 @@ mod tests {
             (Verdict::Nowhere(elsewhere), [NodeId(2)].into()),
             "in doubt"
         );
+    }
+
+    #[test]
+    fn what_is_only_claimed_counts_if_a_quorum_may_have_had_it() {
+        let claimed = |term, index| Reach { claims: true, ..sure(term, index) };
+        let ask = |voters: u64, answers: &[(Answer, Reach)]| {
+            let quorum = quorum(voters);
+            let mut inquiry = Inquiry::new(NodeId(1), &quorum, claimed(5, 9));
+            for _ in 0..2 {
+                for (voter, (answer, reach)) in (2..).zip(answers) {
+                    inquiry.answered(NodeId(voter), inquiry.round(), *answer, *reach);
+                }
+                if let Some(verdict) = inquiry.verdict() {
+                    return verdict;
+                }
+            }
+            panic!("no verdict");
+        };
+        use Answer::{Had, None, Unclear};
+        let low = (None, sure(4, 7));
+        assert_eq!(
+            ask(4, &[(Had, claimed(5, 9)), low, low]),
+            nowhere(end(4, 7)),
+            "two of four, and never a third"
+        );
+        assert_eq!(ask(4, &[(Had, claimed(5, 9)), (None, sure(5, 8)), low]), nowhere(end(5, 8)));
+        assert_eq!(ask(4, &[(None, claimed(5, 8)), (None, claimed(5, 9)), low]), nowhere(end(5, 8)));
+        let doubted = Reach { in_doubt: true, ..claimed(4, 9) };
+        let verdict = Verdict::Unproved(Elsewhere { highest: end(5, 9), believed: true });
+        assert_eq!(ask(4, &[(Unclear, doubted), (Had, claimed(5, 9)), low]), verdict);
     }
 
     #[test]

@@ -18,7 +18,11 @@ pub enum Bug {
 }
 
 impl Bug {
-    /// All that a cluster of nodes can show. Two bugs of the core are left to the core's own simulation:
+    /// All that a cluster of nodes can show. Three bugs of the core are left to the core's own simulation:
+    ///
+    /// A cut that is forgotten, an acknowledgement behind it that only a node has that is lost next, and an election before
+    /// that one is back (`ClaimEndsAtVoidEnd`) come together in one of some ten thousand runs here; the core's own simulation
+    /// seeks them.
     ///
     /// The log never hands the core a completion from before a truncation under an older epoch
     /// (`LateCompletionCounted`); the log has a bug like it.
@@ -39,7 +43,11 @@ impl Bug {
             .chain(EngineMutant::SNAPSHOT_DRIVER)
             .chain(EngineMutant::REPAIR)
             .chain(EngineMutant::MEMBERSHIP);
-        let cores = [EngineMutant::LateCompletionCounted, EngineMutant::StaleRejectionTaken];
+        let cores = [
+            EngineMutant::LateCompletionCounted,
+            EngineMutant::StaleRejectionTaken,
+            EngineMutant::ClaimEndsAtVoidEnd,
+        ];
         let engine = engine.filter(|mutant| !cores.contains(mutant)).map(Self::Engine);
         engine.chain(LogMutant::ALL.into_iter().map(Self::Log)).collect()
     }

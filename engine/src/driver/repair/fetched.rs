@@ -120,7 +120,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 search.candidate = Some((block, info));
                 let token = self.repair.token();
                 let (search, round, reach) = (info.first, asked.round, reply.reach);
-                self.repair.reads.insert(token, ReadFor::Between { search, from, round, reach });
+                self.repair.reads.insert(token, ReadFor::Between { search, from, round, reach, reached });
                 self.wal.read_salvage(&mut self.disk, token, next.first, info.chain);
                 Ok(None)
             }
@@ -194,17 +194,22 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 self.answer_read(to, &message, result);
                 Ok(())
             }
-            Some(ReadFor::Own { search: first }) => {
+            Some(ReadFor::Own { search: first, previous }) => {
                 let Some(search) = self.repair.searches.get_mut(&first) else { return Ok(()) };
+                if search.previous != previous {
+                    return Ok(());
+                }
                 search.own = Own::Other;
                 match result.ok().and_then(|batches| batches.into_iter().next()) {
                     Some(batch) => self.adopt_stored(batch),
                     None => Ok(()),
                 }
             }
-            Some(ReadFor::Between { search: first, from, round, reach }) => {
+            Some(ReadFor::Between { search: first, from, round, reach, reached }) => {
                 let Some(search) = self.repair.searches.get_mut(&first) else { return Ok(()) };
-                let Some((block, info)) = search.candidate.take() else { return Ok(()) };
+                // The search may be another one by now, with a candidate of its own.
+                let candidate = |(_, info): &mut (_, BatchInfo)| (info.last, info.chain) == reached;
+                let Some((block, info)) = search.candidate.take_if(candidate) else { return Ok(()) };
                 match result {
                     Ok(_) => self.adopt(info, block),
                     Err(ReadError::NotFound { .. }) => {

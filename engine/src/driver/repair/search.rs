@@ -107,7 +107,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         search.own = if kept { Own::Reading } else { Own::Other };
         if kept {
             let token = self.repair.token();
-            self.repair.reads.insert(token, ReadFor::Own { search: first });
+            self.repair.reads.insert(token, ReadFor::Own { search: first, previous });
             self.wal.read_salvage(&mut self.disk, token, first, previous);
         }
     }

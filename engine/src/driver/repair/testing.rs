@@ -444,7 +444,7 @@ impl Bench {
         image: Option<(Block<AlignedBuf>, usize)>,
     ) -> Result<(), StopError> {
         let highest = LogId { term: TERM, index: LogIndex(1) };
-        let reach = Reach { highest, in_doubt: false };
+        let reach = Reach { highest, in_doubt: false, claims: false };
         let reply = FetchReplyMessage { token, outcome, proves: true, term: TERM, leads: false, reach };
         self.driver.on_fetch_reply(NodeId(from), reply, image)
     }

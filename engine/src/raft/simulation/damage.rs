@@ -62,11 +62,11 @@ impl Disk {
     /// How far all that is here reaches.
     fn reach(&self, raft: &Raft) -> Reach {
         let Some(claim) = raft.restraint().claim else {
-            return Reach { highest: raft.last(), in_doubt: false };
+            return Reach { highest: raft.last(), in_doubt: false, claims: false };
         };
         let kept = self.kept.iter().map(|(_, batch)| batch.end()).max().unwrap_or_default();
         let highest = raft.last().max(kept).max(claim.end().unwrap_or_default());
-        Reach { highest, in_doubt: !claim.certain }
+        Reach { highest, in_doubt: !claim.certain, claims: true }
     }
 }
 
@@ -429,7 +429,7 @@ impl Simulation {
         }
     }
 
-    /// Whether no log reaches what a node with a claim waits for: somebody had it, and a quorum may have.
+    /// Whether no log reaches what a node with a claim waits for, and a quorum had it, or may have.
     fn waits_for_more_than_there_is(&mut self, at: usize) {
         let restraint = |node: &Node| node.life.as_ref().map(|life| life.raft.restraint());
         let Some(restraint) = restraint(&self.nodes[at]).filter(|restraint| restraint.claim.is_some()) else {
@@ -440,7 +440,14 @@ impl Simulation {
                 .as_ref()
                 .is_some_and(|life| restraint.vote_bar.is_some_and(|bar| life.raft.last() >= bar))
         };
-        if !self.nodes.iter().any(reaches) {
+        let had = |id: NodeId| {
+            let node = self.nodes.iter().find(|node| node.id == id);
+            let claim = node.and_then(|node| node.disk.claim);
+            let holds =
+                |bar| self.lost.contains(&(id, bar)) || node.is_some_and(|node| node.disk.has_intact(bar));
+            claim.is_some_and(|claim| !claim.certain) || restraint.vote_bar.is_none_or(holds)
+        };
+        if !self.nodes.iter().any(reaches) && Quorum::of(&self.configuration).reached(had) {
             self.waiting.insert(self.nodes[at].id);
         }
     }
@@ -487,7 +494,7 @@ impl Simulation {
             .is_some_and(|end| raft.log().batch_end_at(end.index) == Some(end) || node.disk.has_intact(end));
         let leads = (raft.role() == Role::Leader).then(|| (raft.term(), raft.last()));
         let mut reach = node.disk.reach(raft);
-        reach.in_doubt |= raft.configuration_index() > previous.index;
+        reach.in_doubt |= raft.has_other_voters_from(previous.index.next());
         Some(Reply { question, batch, answer, proves, leads, reach })
     }
 
