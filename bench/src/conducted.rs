@@ -13,7 +13,7 @@ use crate::bench::control::NodeStatus;
 use crate::cleanup;
 use crate::limit::check_file_system;
 use crate::runs::work::{Figures, Work};
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, ensure};
 use serde::Deserialize;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::{Ipv4Addr, TcpListener};
@@ -31,6 +31,8 @@ const LOOK_AGAIN: Duration = Duration::from_millis(5);
 const FILLING: Work = Work::from_thread(32 << 10, 16);
 /// Filling stops at the end of one of these.
 const FILLING_SPAN: Duration = Duration::from_millis(250);
+/// So many of them in a row without a commit are no hiccup.
+const IDLE_SPANS_MAX: u32 = 50;
 /// Arguments with which a run of some seconds goes through all segments of a log several times: the pool has four of them.
 pub const STEADY: [&str; 6] = ["--command-kb", "64", "--segment-mb", "16", "--snapshot-mb", "32"];
 
@@ -177,6 +179,12 @@ impl Replicas {
     /// Has commands kept in flight, first for `warm_up`, then measured for `run`. Where they are proposed was decided when
     /// the replicas were started.
     pub fn order(&mut self, work: Work, warm_up: Duration, run: Duration) -> anyhow::Result<Outcome> {
+        let outcome = self.try_order(work, warm_up, run)?;
+        outcome.with_context(|| format!("nothing was committed in {run:?}"))
+    }
+
+    /// The same; nothing if nothing was committed.
+    fn try_order(&mut self, work: Work, warm_up: Duration, run: Duration) -> anyhow::Result<Option<Outcome>> {
         let Work { payload_bytes, in_flight, .. } = work;
         let spans = (warm_up.as_millis(), run.as_millis());
         self.orders.say(&format!("bench {payload_bytes} {in_flight} {} {}", spans.0, spans.1))?;
@@ -186,7 +194,7 @@ impl Replicas {
         let processor = self.processor()?.saturating_sub(before);
         let said: Said = serde_json::from_str(&end).with_context(|| format!("not an outcome: {end}"))?;
         if said.entries == 0 {
-            bail!("nothing was committed in {:.1} s", said.secs);
+            return Ok(None);
         }
         let per_s = said.entries as f64 / said.secs;
         let cpu_us = processor.as_secs_f64() * 1e6 / said.entries as f64;
@@ -198,15 +206,18 @@ impl Replicas {
             cpu_us,
             cpu_s_per_gb: cpu_us * 1e3 / payload_bytes as f64,
         };
-        Ok(Outcome { entries: said.entries, figures })
+        Ok(Some(Outcome { entries: said.entries, figures }))
     }
 
     /// Writes that much of commands, and little more.
     pub fn write(&mut self, bytes: u64) -> anyhow::Result<()> {
-        let mut written = 0;
+        let (mut written, mut idle) = (0, 0);
         while written < bytes {
-            let outcome = self.order(FILLING, Duration::ZERO, FILLING_SPAN)?;
-            written += outcome.entries * FILLING.payload_bytes as u64;
+            let outcome = self.try_order(FILLING, Duration::ZERO, FILLING_SPAN)?;
+            written += outcome.as_ref().map_or(0, |outcome| outcome.entries * FILLING.payload_bytes as u64);
+            // A disk may hang for the moment.
+            idle = if outcome.is_none() { idle + 1 } else { 0 };
+            ensure!(idle < IDLE_SPANS_MAX, "nothing was committed in {:?}", FILLING_SPAN * idle);
         }
         Ok(())
     }
