@@ -956,8 +956,8 @@ impl<D: Disk> Wal<D> {
     }
 
     /// Says that time has passed: [`FILL_INTERVAL`](crate::FILL_INTERVAL), with a budget of
-    /// [`FILL_STEP_BYTES`](crate::FILL_STEP_BYTES), in a node. While the log appends and has a segment to go on in, zeros are written only as it appends, a little
-    /// faster; a call lets about `budget_bytes` of them be written besides. When nothing was appended since the last call,
+    /// [`FILL_STEP_BYTES`](crate::FILL_STEP_BYTES), in a node. While the log appends and has a segment to go on in, zeros
+    /// are written only as it appends, a little faster; a call lets about `budget_bytes` of them be written besides. When nothing was appended since the last call,
     /// they are written at full speed until something is. The log's progress does not depend on these calls: without them,
     /// an idle log's pool stays as full as it is.
     pub fn fill_step(&mut self, disk: &mut D, budget_bytes: u64) {

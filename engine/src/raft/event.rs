@@ -73,7 +73,7 @@ pub enum Event {
     },
     /// Every voter has said how far all that it holds reaches ([`Inquiry`](super::Inquiry)).
     AllAsked {
-        /// The highest end.
+        /// How far, and whether that is believed.
         elsewhere: Elsewhere,
     },
     /// Every voter has been asked for the batch behind `after`, where this log can no longer be read, and none holds one

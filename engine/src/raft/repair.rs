@@ -4,8 +4,9 @@
 //! votes go; but nothing at or behind the batch is acknowledged, and the node does not campaign, until its bytes are
 //! there again. Only what was acknowledged before the damage was found stays so, in that term and session: the leader
 //! counts it already, and to take what lies behind out as well would stop its commits and make no copy whole. The next
-//! leader, or the same one over a new session, begins to count anew, and is told what can be read. **A claim**: the log was cut before the damage, and more was there. What of it was acknowledged is
-//! known (a *certain* claim: the end of the log that was) or is not.
+//! leader, or the same one over a new session, begins to count anew, and is told what can be read. **A claim**: the log was
+//! cut before the damage, and more was there. What of it was acknowledged is known (a *certain* claim: the end of the log
+//! that was) or is not.
 //!
 //! What a claim forbids follows from what was forgotten: the node may have acknowledged, and a leader may have
 //! counted, entries that its log no longer shows. So it must not help to elect anyone who lacks them.
@@ -23,16 +24,18 @@
 //!      believed when a voter reaches it that is sure of its own log, or when fewer than a quorum are in doubt about
 //!      theirs: a batch behind it would then be in the logs of no quorum. Otherwise the highest end is that of voters
 //!      which may have had more: all copies of one more batch may be gone, against the bound, and there is nothing to be
-//!      done but to wait, and to say so.
+//!      done but to wait, and to say so. (Who knows of a change of the voters that this node's log lacks is in doubt, too:
+//!      others than those who are asked may have more.)
 //! - Either: every voter has been asked and none holds any batch behind the end of this log: what was there has been
 //!   lost everywhere, or was never acknowledged ([`Event::NothingBehind`](super::Event::NothingBehind)). Unless another voter
 //!   reaches a higher term than this log's last: then the end of this log may be void itself, by a cut that is forgotten
-//!   too, and what the node forgot may be what that voter has. So it is as in 3, and a certain claim goes on. A lower or equal term is no such sign: who cut this log did so for a leader of a term above that of
-//!   all that he cut off, what that one committed with this node's word ends in his term, and batches of one term are
-//!   those of one log.
+//!   too, and what the node forgot may be what that voter has. So it is as in 3, a certain claim goes on, and a batch that
+//!   cannot be read is not cut off: with it would go what is kept aside, which may be what replaced it. A lower or equal
+//!   term is no such sign: who cut this log did so for a leader of a term above that of all that he cut off, what that one
+//!   committed with this node's word ends in his term, and batches of one term are those of one log.
 //!
-//! Where a log ends says what may be committed, whoever else has it: a leader commits what is in his. What is only kept aside,
-//! or claimed, was acknowledged once, and counts if a quorum may have done so.
+//! In 3 and in the last rule, where a voter's log ends counts, whoever else has that: a leader commits what is in his own. What
+//! a voter only kept aside, or claims, was acknowledged once, and counts if a quorum may have done so.
 //!
 //! Who has forgotten a change of the members asks the voters of before it. That is noticed if one of them knows of the
 //! change. If those that had it all have forgotten it, too, it is not: so one intact copy of a change has to be at a voter of the

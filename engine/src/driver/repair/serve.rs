@@ -119,7 +119,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let Some(raft) = self.raft() else { return };
         let leads = raft.role() == Role::Leader;
         let mut reach = self.reach(raft);
-        // Whoever lacks a change of the members may ask the wrong ones: how far those reach proves nothing then.
+        // Whoever lacks a change of the voters may ask the wrong ones: how far those reach proves nothing then.
         reach.in_doubt |= raft.has_other_voters_from(message.first);
         let reply = FetchReplyMessage {
             token: message.token,
