@@ -129,7 +129,7 @@ impl Turn for Living<'_> {
         let progressed = result.as_ref().is_ok_and(|(progressed, _)| *progressed);
         *self.life.borrow_mut() = result.map(|(_, life)| life).transpose();
         let stop = self.life.borrow().is_some();
-        TurnOutcome { progressed, more: progressed, next_deadline_ns: u64::MAX, stop }
+        TurnOutcome { worked: progressed, more: progressed, next_deadline_ns: u64::MAX, stop }
     }
 }
 

@@ -333,14 +333,14 @@ impl Turn for Comparison {
             Ok(progressed) => (progressed, self.phase == Phase::Over),
             Err(error) => {
                 *self.result.borrow_mut() = Some(Err(error));
-                return TurnOutcome { progressed: true, more: false, next_deadline_ns: u64::MAX, stop: true };
+                return TurnOutcome { worked: true, more: false, next_deadline_ns: u64::MAX, stop: true };
             }
         };
         if stop {
             let outcomes = self.variants.drain(..).map(|variant| (variant.kind, variant.outcome)).collect();
             *self.result.borrow_mut() = Some(Ok(outcomes));
         }
-        TurnOutcome { progressed, more: progressed, next_deadline_ns: u64::MAX, stop }
+        TurnOutcome { worked: progressed, more: progressed, next_deadline_ns: u64::MAX, stop }
     }
 }
 

@@ -72,7 +72,8 @@ pub(crate) struct EngineArgs {
     /// What runs the core: glommio, or uring (Linux 6.1) [default: uring where the kernel has it]
     #[arg(long, value_name = "NAME", value_parser = backend)]
     pub(crate) backend: Option<Backend>,
-    /// What the core does when idle: park, adaptive (adaptive:MICROSECONDS) or spin [default: park]
+    /// What the core does when idle: park, adaptive (adaptive:MICROSECONDS) or spin [default:
+    /// adaptive:500]
     #[arg(long, value_name = "POLICY", value_parser = idle)]
     pub(crate) idle: Option<IdlePolicy>,
     /// The largest command [default: 1024]
@@ -181,14 +182,11 @@ fn backend(text: &str) -> Result<Backend, String> {
     }
 }
 
-/// How long the adaptive policy looks for work, in microseconds, when nothing else is said.
-const ADAPTIVE_SPIN_US: u64 = 50;
-
 fn idle(text: &str) -> Result<IdlePolicy, String> {
     match text.split_once(':').unwrap_or((text, "")) {
         ("park", "") => Ok(IdlePolicy::Park),
         ("spin", "") => Ok(IdlePolicy::Spin),
-        ("adaptive", "") => Ok(IdlePolicy::Adaptive { spin_us: ADAPTIVE_SPIN_US }),
+        ("adaptive", "") => Ok(IdlePolicy::ADAPTIVE),
         ("adaptive", spin_us) => {
             let spin_us = spin_us.parse().map_err(|_| format!("`{spin_us}` is no number of microseconds"))?;
             Ok(IdlePolicy::Adaptive { spin_us })

@@ -36,11 +36,13 @@ const IDLE_SPANS_MAX: u32 = 50;
 /// Arguments with which a run of some seconds goes through all segments of a log several times: the pool has four of them.
 pub const STEADY: [&str; 6] = ["--command-kb", "64", "--segment-mb", "16", "--snapshot-mb", "32"];
 
-/// The command of ringraft's replicas: `more` are the engine's flags.
+/// The command of ringraft's replicas: `more` are the engine's flags. `backend` may have an idle policy behind it, as in `uring/park`.
 pub fn ringraft(executable: &str, backend: &str, on_core: bool, more: &[&str]) -> Vec<String> {
     let load = if on_core { "core" } else { "thread" };
+    let (backend, idle) = backend.split_once('/').map_or((backend, None), |(name, idle)| (name, Some(idle)));
     let arguments = [executable, "node", "--drive", "--backend", backend, "--load", load];
-    arguments.iter().chain(more).map(ToString::to_string).collect()
+    let idle = idle.map(|idle| ["--idle", idle]);
+    arguments.iter().chain(idle.iter().flatten()).chain(more).map(ToString::to_string).collect()
 }
 
 /// Refuses a disk that has less room than that, and one that is in memory.

@@ -36,8 +36,8 @@ pub struct RunArgs {
     /// Seconds that each figure is measured for
     #[arg(long, default_value_t = 3.0)]
     pub seconds: f64,
-    /// Backends of ringraft
-    #[arg(long, value_delimiter = ',', default_value = "glommio,uring")]
+    /// Backends of ringraft, an idle policy behind them or not: uring/park
+    #[arg(long, value_delimiter = ',', default_value = "glommio,uring,uring/park")]
     pub backends: Vec<String>,
     /// Where the data goes: a directory on the disk in question [default: below the target directory]
     #[arg(long)]

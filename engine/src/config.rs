@@ -55,8 +55,8 @@ pub struct Config {
     pub backend: Option<Backend>,
     /// The processor that consensus is pinned to. Default: none, the scheduler places it.
     pub core: Option<usize>,
-    /// What the core does when there is nothing to do. Default: [`IdlePolicy::Park`], since spinning costs other
-    /// threads more than it gains unless a core is set apart for it.
+    /// What the core does when there is nothing to do. Default: [`IdlePolicy::ADAPTIVE`], which looks for work for a while after each
+    /// bit of work, and lets other threads of the processor go first.
     pub idle: IdlePolicy,
 
     /// A follower that hears no leader for this long and a heartbeat interval, up to half as long again, campaigns:
@@ -218,7 +218,7 @@ impl Config {
             insecure: false,
             backend: None,
             core: None,
-            idle: IdlePolicy::Park,
+            idle: IdlePolicy::default(),
             election_timeout: Duration::from_millis(500),
             heartbeat_interval: Duration::from_millis(50),
             commit_notice_delay: Duration::from_millis(1),

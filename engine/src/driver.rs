@@ -153,17 +153,10 @@ struct Deferred {
 
 /// What a turn has come to.
 struct Ran {
-    progressed: bool,
+    /// As in [`TurnOutcome`].
+    worked: bool,
     /// Nothing but the log, with work of its own, and the network had anything to do.
     rested: bool,
-}
-
-/// What the disk, or the network, has done in a turn.
-#[derive(Default)]
-struct Moved {
-    any: bool,
-    /// Something that concerns others.
-    news: bool,
 }
 
 /// How far a node has come.
@@ -379,40 +372,48 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// What each stage makes of the time and of what has come, in an order in which hardly any leaves something to one before
     /// it; what it does leave there, [`Self::has_more`] knows.
     fn run_turn(&mut self) -> Result<Ran, StopError> {
-        let disk = self.on_disk()?;
-        let network = self.on_network()?;
-        let mut progressed = disk.any || network.any;
-        if !disk.news && !network.news && self.is_at_rest() {
+        let before = self.milestones();
+        let disk_news = self.on_disk()?;
+        let network_news = self.on_network()?;
+        if !disk_news && !network_news && self.is_at_rest() {
             // A send has completed, or a part of a frame has come, or the log has taken one of the many steps in which it scrubs,
             // makes segments and saves its hard state: many of the turns of a node that is busy.
             self.note_operation();
             self.stall.looked(self.now.monotonic_ns);
             self.trim_recent();
             self.send_queued();
-            return Ok(Ran { progressed, rested: true });
+            return Ok(Ran { worked: false, rested: true });
         }
-        progressed |= self.take_requests();
+        self.take_requests();
         self.watch_disk()?;
         self.step(Event::Tick)?;
         self.mend()?;
-        progressed |= self.take_proposals();
+        let took_commands = self.take_proposals();
         self.begin_transfers()?;
-        progressed |= self.take_reads()?;
+        let took_reads = self.take_reads()?;
         self.write_pending();
-        progressed |= self.seal()?;
+        self.seal()?;
         self.advance_handover()?;
         self.keep_members()?;
         self.ask_around();
-        progressed |= self.apply()?;
-        progressed |= self.serve_reads()?;
-        progressed |= self.seal_barrier()?;
+        self.apply()?;
+        let served = self.serve_reads()?;
+        self.seal_barrier()?;
         self.mind_snapshots()?;
         self.send_queued();
         self.deliveries.flush();
         self.keep_log();
         self.ends = self.close_if_asked()?;
         self.note_operation();
-        Ok(Ran { progressed: progressed || self.ends, rested: false })
+        let worked = took_commands || took_reads || served || self.milestones() != before;
+        Ok(Ran { worked, rested: false })
+    }
+
+    /// How far commands have come: in the log, on its disk, committed, applied.
+    fn milestones(&self) -> [LogIndex; 4] {
+        let (last, commit) =
+            self.raft().map_or_else(Default::default, |raft| (raft.last().index, raft.commit()));
+        [last, self.wal.durable_through(), commit, self.applier.applied()]
     }
 
     /// Whether the last turn has left nothing to do, nothing that only time brings is due, and nobody here asks for anything. What
@@ -577,17 +578,14 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     }
 
     /// Takes what handles ask besides commands and reads to whoever sees to it later in the turn.
-    fn take_requests(&mut self) -> bool {
-        let requests = self.shared.ingress.take_requests();
-        let any = !requests.is_empty();
-        for request in requests {
+    fn take_requests(&mut self) {
+        for request in self.shared.ingress.take_requests() {
             match request {
                 Request::Transfer { to, slot } => self.handover.ask(to, slot),
                 Request::Snapshot { slot } => self.snapshots.ask(slot),
                 Request::Members(request) => self.members.ask(request),
             }
         }
-        any
     }
 
     // ---- The end
@@ -683,10 +681,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Turn for Driver<D, L, S> {
     fn turn(&mut self, now: Now) -> TurnOutcome {
         self.now = now;
         if matches!(self.life, Life::Stopped) {
-            return TurnOutcome { progressed: false, more: false, next_deadline_ns: u64::MAX, stop: true };
+            return TurnOutcome { worked: false, more: false, next_deadline_ns: u64::MAX, stop: true };
         }
         match self.run_turn() {
-            Ok(Ran { progressed, rested }) => {
+            Ok(Ran { worked, rested }) => {
                 if !rested {
                     self.note_activity();
                     self.publish();
@@ -698,11 +696,11 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Turn for Driver<D, L, S> {
                 if more {
                     self.rests_until_ns = 0;
                 }
-                TurnOutcome { progressed, more, next_deadline_ns, stop: false }
+                TurnOutcome { worked, more, next_deadline_ns, stop: false }
             }
             Err(error) => {
                 self.stop(error);
-                TurnOutcome { progressed: true, more: false, next_deadline_ns: u64::MAX, stop: true }
+                TurnOutcome { worked: false, more: false, next_deadline_ns: u64::MAX, stop: true }
             }
         }
     }

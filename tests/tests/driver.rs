@@ -123,6 +123,8 @@ struct Process {
     /// When it asked for a turn; 0 for at once.
     wake_at: Time,
     turns: u64,
+    /// Those that an adaptive core looks for more after.
+    turns_worked: u64,
 }
 
 struct Machine {
@@ -204,7 +206,7 @@ impl Rig {
         let (driver, handle) = Driver::with_backend(config, self.seed, wakeup, disk, link, counter)
             .unwrap_or_else(|error| panic!("{error}"));
         let pipeline = handle.pipeline();
-        machine.process = Some(Process { driver, handle, pipeline, wake_at: 0, turns: 0 });
+        machine.process = Some(Process { driver, handle, pipeline, wake_at: 0, turns: 0, turns_worked: 0 });
         machine.ended = None;
     }
 
@@ -253,6 +255,7 @@ impl Rig {
             .driver
             .turn(Now { monotonic_ns: now, wall_ms: now / MILLISECOND + machine.wall_ahead_ms });
         process.turns += 1;
+        process.turns_worked += u64::from(outcome.worked);
         process.wake_at = if outcome.more { now + MICROSECOND } else { outcome.next_deadline_ns };
         if outcome.stop {
             machine.ended = Some(process.handle.status());
@@ -352,6 +355,30 @@ fn micros(span: Time) -> u32 {
 // ---- What a command costs
 
 /// What a socket takes while it is submitted was reported to the next turn, which had nothing else to do.
+#[test]
+fn commands_are_work_to_look_for_more_after_and_heartbeats_are_none() {
+    let mut rig = Rig::new(3);
+    (0..3).for_each(|node| rig.boot(config(node, 3)));
+    let leader = rig.run_until_led();
+    rig.commit(leader, 100);
+    rig.run_for(SECOND);
+    let worked = |rig: &Rig| -> Vec<u64> {
+        rig.machines.iter().filter_map(|machine| Some(machine.process.as_ref()?.turns_worked)).collect()
+    };
+    let turns = |rig: &Rig| rig.machines[leader].process.as_ref().map(|process| process.turns);
+    let (turns_before, before) = (turns(&rig), worked(&rig));
+    rig.run_for(SECOND);
+    assert_eq!(worked(&rig), before, "with nothing to do");
+    assert!(turns(&rig) > turns_before, "but to remind the others");
+    rig.commit(leader, 100);
+    rig.run_for(SECOND);
+    assert!(
+        worked(&rig).iter().zip(&before).all(|(after, before)| after > before),
+        "{before:?} then {:?}",
+        worked(&rig)
+    );
+}
+
 #[test]
 fn a_command_costs_a_turn_for_each_thing_that_happens_and_none_for_what_the_sockets_take_at_once() {
     let (mut rig, leader) = Rig::started(3);

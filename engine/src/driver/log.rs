@@ -1,7 +1,7 @@
 //! The driver and the log: what became durable, what is to be, and how a node comes to be part of its cluster.
 
 use super::{
-    APPLY_READ, Deferred, Driver, GROUP, Life, Moved, SPACE_RETRY_NS, WITNESS_DELAY_NS, invariant, run_of,
+    APPLY_READ, Deferred, Driver, GROUP, Life, SPACE_RETRY_NS, WITNESS_DELAY_NS, invariant, run_of,
     take_first,
 };
 use crate::config::{self, ConfigError};
@@ -23,11 +23,10 @@ const FILL_INTERVAL_NS: u64 = FILL_INTERVAL.as_nanos() as u64;
 impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// What the log reports is news, and so is what has completed for snapshots. The rest the log did for itself: of that others
     /// see only that it may have room again, for which nothing waits at rest ([`Self::is_at_rest`]).
-    pub(super) fn on_disk(&mut self) -> Result<Moved, StopError> {
+    pub(super) fn on_disk(&mut self) -> Result<bool, StopError> {
         let mut done = std::mem::take(&mut self.disk_done);
         let mut events = std::mem::take(&mut self.wal_events);
         self.disk.poll(&mut done);
-        let completed = !done.is_empty();
         let mut news = false;
         let mut outcome = Ok(());
         for completion in done.drain(..) {
@@ -47,7 +46,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         if self.closed && self.snapshots.ops.in_flight == 0 {
             outcome = outcome.and(Err(StopError::Requested));
         }
-        outcome.map(|()| Moved { any: completed || news, news })
+        outcome.map(|()| news)
     }
 
     fn on_log(&mut self, event: WalEvent<D::Buf>) -> Result<(), StopError> {

@@ -1,7 +1,7 @@
 //! The driver and the peers: frames that arrive, messages that leave.
 
 use super::membership::configuration_in;
-use super::{ACTIVITY_INTERVAL_NS, Blocks, Driver, GROUP, Life, Moved, READ_BYTES, invariant, run_of};
+use super::{ACTIVITY_INTERVAL_NS, Blocks, Driver, GROUP, Life, READ_BYTES, invariant, run_of};
 use crate::error::StopError;
 use crate::formation::FormationError;
 use crate::outbox::{Head, Outgoing};
@@ -21,14 +21,13 @@ const VACATED_WITHIN_NS: u64 = 2_000_000_000;
 pub(super) const ANOTHER_FORMAT: &str = "a batch of a format that this node does not know: upgrade it";
 
 impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
-    pub(super) fn on_network(&mut self) -> Result<Moved, StopError> {
-        let Some(network) = &mut self.network else { return Ok(Moved::default()) };
+    pub(super) fn on_network(&mut self) -> Result<bool, StopError> {
+        let Some(network) = &mut self.network else { return Ok(false) };
         let now = self.now.monotonic_ns;
         let mut done = std::mem::take(&mut self.link_done);
         let mut events = std::mem::take(&mut self.net_events);
         let mut blocks = Blocks { disk: &mut self.disk, pool: &self.pool };
         self.link.poll(&mut done);
-        let completed = !done.is_empty();
         for completion in done.drain(..) {
             network.handle(now, &mut self.link, completion, &mut blocks, &mut events);
         }
@@ -39,7 +38,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             outcome = outcome.and_then(|()| self.on_net_event(event));
         }
         (self.link_done, self.net_events) = (done, events);
-        outcome.map(|()| Moved { any: completed || news, news })
+        outcome.map(|()| news)
     }
 
     fn on_net_event(&mut self, event: NetEvent<D::Buf>) -> Result<(), StopError> {

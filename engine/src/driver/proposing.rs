@@ -68,14 +68,12 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
 
     /// Seals the open batch whenever the log has room for another write: the batch is what arrived meanwhile. One that might
     /// still grow leaves half of the writes in flight to those that cannot, for which waiting gains nothing.
-    pub(super) fn seal(&mut self) -> Result<bool, StopError> {
-        let mut progressed = false;
+    pub(super) fn seal(&mut self) -> Result<(), StopError> {
         // Without space, what is left is for the engine's own batches.
         while !self.no_space && self.pending.is_empty() && self.raft().is_some_and(Raft::can_accept_proposals)
         {
             self.open_batch()?;
             if self.seal_control()? {
-                progressed = true;
                 continue;
             }
             let (slot_bytes, is_full) = {
@@ -87,9 +85,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 break;
             }
             self.propose(BatchKind::Commands)?;
-            progressed = true;
         }
-        Ok(progressed)
+        Ok(())
     }
 
     /// Whether a batch that might still grow is sealed now: less than half of the writes that may be are in flight.
@@ -171,14 +168,13 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         pending.map(|(_, info)| info.chain).or_else(|| self.wal.chain_at(index))
     }
 
-    pub(super) fn apply(&mut self) -> Result<bool, StopError> {
+    pub(super) fn apply(&mut self) -> Result<(), StopError> {
         self.apply_due = false;
-        let Some(commit) = self.raft().map(Raft::commit) else { return Ok(false) };
+        let Some(commit) = self.raft().map(Raft::commit) else { return Ok(()) };
         let commit = match self.raft() {
             Some(raft) if mutants::active(Mutant::AppliedBeforeCommit) => raft.last().index,
             _ => commit,
         };
-        let before = self.applier.applied();
         if mutants::active(Mutant::DedupeByLocalClock) {
             self.applier.set_local_clock(self.now.wall_ms);
         }
@@ -199,7 +195,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             Applied::Fetch(_) | Applied::Current | Applied::Waiting => {}
         }
         self.trim_recent();
-        Ok(self.applier.applied() > before)
+        Ok(())
     }
 
     /// Lets go of the batches that nobody here will ask for.

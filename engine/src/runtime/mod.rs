@@ -13,6 +13,7 @@ mod directory;
 mod error;
 pub mod glommio;
 mod park;
+mod polling;
 mod probe;
 mod sockets;
 pub mod uring;
@@ -47,20 +48,32 @@ impl Backend {
 /// A future of a user, run on the core between turns.
 pub type LocalFuture = Pin<Box<dyn Future<Output = ()>>>;
 
-/// What a core does when a turn found nothing to do.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// What a core does when a turn found nothing to do. One that looks for work gives way to any other thread of its processor
+/// with every look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IdlePolicy {
-    /// Looks for work without pause. The lowest latency, at the price of one whole processor, always: only where
-    /// every engine on the machine has a processor to itself.
+    /// Looks for work without pause, and so uses whatever its processor has left, always.
     Spin,
-    /// Looks for work for so long after the last progress, then parks.
+    /// Looks for work for so long after the last command, batch or read that it had to do with, then parks; a cluster without
+    /// load sleeps. Where others compute on the processor, to whom giving way would take long, it parks at once.
     Adaptive {
         /// How long, in microseconds.
         spin_us: u64,
     },
-    /// Parks at once: the thread sleeps until a completion, a signal or the deadline.
-    #[default]
+    /// Parks at once: the thread sleeps until a completion, a signal or the deadline. The least processor time, and the choice
+    /// where processors are shared with what computes; a commit takes the longer for each time that somebody is woken.
     Park,
+}
+
+impl IdlePolicy {
+    /// The default: looks for work for 500 µs, a few times as long as a durable write takes.
+    pub const ADAPTIVE: Self = Self::Adaptive { spin_us: 500 };
+}
+
+impl Default for IdlePolicy {
+    fn default() -> Self {
+        Self::ADAPTIVE
+    }
 }
 
 /// The clocks, read once before each turn.
@@ -96,8 +109,9 @@ fn unsigned(number: i64) -> u64 {
 /// What a turn wants to happen next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TurnOutcome {
-    /// Something was done.
-    pub progressed: bool,
+    /// A command, a batch or a read went a step further, so that more may follow soon: an adaptive core looks for it for a while
+    /// before it parks. Not for heartbeats and what the log does for itself.
+    pub worked: bool,
     /// Another turn at the same moment would do more: a bound of this one was reached, or one of its stages has left something
     /// to a stage that comes before it. Otherwise no turn is needed until there is a completion, a signal or the deadline; one
     /// that comes earlier does nothing.

@@ -142,6 +142,11 @@ impl Wakeup {
         }
     }
 
+    /// Whether anybody has called since the last turn began, which asks for another.
+    pub(super) fn is_called(&self) -> bool {
+        self.state.load(Ordering::Relaxed) != RUNNING
+    }
+
     /// Whether the bell has been rung, or is about to be, since the core parked.
     pub(super) fn is_signalled(&self) -> bool {
         self.state.load(Ordering::Relaxed) == SIGNALLED

@@ -33,13 +33,20 @@ use std::time::{Duration, Instant};
 // ---- Backends -----------------------------------------------------------------------------------------------------
 
 /// How a core is set up, on any backend.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(crate) struct Setup {
     pub(crate) core: Option<usize>,
     pub(crate) idle: IdlePolicy,
     pub(crate) name: String,
     /// As little memory, and as few entries in rings, as there can be.
     pub(crate) tight: bool,
+}
+
+impl Default for Setup {
+    /// A core that sleeps whenever it can: one that looks for work instead hides what would not have woken it.
+    fn default() -> Self {
+        Self { core: None, idle: IdlePolicy::Park, name: String::new(), tight: false }
+    }
 }
 
 /// What is tested.
@@ -82,6 +89,7 @@ macro_rules! suite {
             connections_are_set_up_for_low_latency_and_dead_peers
             a_signal_from_another_thread_wakes_a_core_under_each_idle_policy
             a_turn_that_leaves_nothing_to_do_is_the_last_one_before_the_core_parks
+            an_adaptive_core_looks_for_work_after_work_and_then_sleeps
             the_deadline_wakes_a_parked_core
             a_core_with_a_deadline_in_the_past_runs_on_and_still_does_its_io
             a_core_that_always_has_more_to_do_still_does_its_io
@@ -363,7 +371,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>> Turn for ScriptTurn<D, L> {
         let ended = self.script.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_ready();
         let inner = self.io.inner.borrow();
         let progressed = inner.submitted;
-        TurnOutcome { progressed, more: false, next_deadline_ns: u64::MAX, stop: ended }
+        TurnOutcome { worked: progressed, more: false, next_deadline_ns: u64::MAX, stop: ended }
     }
 }
 
@@ -890,9 +898,8 @@ impl<F: FnMut(Now) -> TurnOutcome> Turn for FnTurn<F> {
     }
 }
 
-const IDLE: TurnOutcome =
-    TurnOutcome { progressed: false, more: false, next_deadline_ns: u64::MAX, stop: false };
-const PROGRESS: TurnOutcome = TurnOutcome { progressed: true, more: true, ..IDLE };
+const IDLE: TurnOutcome = TurnOutcome { worked: false, more: false, next_deadline_ns: u64::MAX, stop: false };
+const PROGRESS: TurnOutcome = TurnOutcome { worked: true, more: true, ..IDLE };
 const STOP: TurnOutcome = TurnOutcome { stop: true, ..IDLE };
 
 /// Runs a closure as a core on a thread of its own.
@@ -952,7 +959,7 @@ pub(crate) fn a_turn_that_leaves_nothing_to_do_is_the_last_one_before_the_core_p
             turns.fetch_add(1, Ordering::Relaxed);
             let now = asked.load(Ordering::Relaxed);
             let progressed = answered.swap(now, Ordering::Relaxed) < now;
-            TurnOutcome { progressed, stop: now == ROUNDS, ..IDLE }
+            TurnOutcome { worked: progressed, stop: now == ROUNDS, ..IDLE }
         }
     });
     for round in 1..=ROUNDS {
@@ -966,6 +973,44 @@ pub(crate) fn a_turn_that_leaves_nothing_to_do_is_the_last_one_before_the_core_p
     // A core that looks once more before it parks takes two each. Some come by themselves: glommio's sleeps are bounded.
     let turns = turns.load(Ordering::Relaxed);
     assert!(turns < ROUNDS + ROUNDS / 2, "{turns} turns for {ROUNDS} calls");
+}
+
+pub(crate) fn an_adaptive_core_looks_for_work_after_work_and_then_sleeps<B: Backend>() {
+    let used = || rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    // Of one core that looks for work for as long as it is called, and of one that has had nothing to do since.
+    let [looked, slept] = [true, false].map(|works| {
+        let (stop, wakeup) = (Arc::new(AtomicBool::new(false)), Arc::new(Wakeup::new()));
+        let took_ns = Arc::new(AtomicU64::new(0));
+        let idle = IdlePolicy::Adaptive { spin_us: 20_000 };
+        let thread = core::<B>(Setup { idle, ..Default::default() }, &wakeup, {
+            let (stop, took_ns) = (Arc::clone(&stop), Arc::clone(&took_ns));
+            let mut turns = 0_u64;
+            let mut warm = used();
+            move |_| {
+                turns += 1;
+                if turns == 1 {
+                    // What starting has cost does not count.
+                    warm = used();
+                }
+                if stop.load(Ordering::Relaxed) {
+                    let took = Duration::try_from(used() - warm).unwrap();
+                    took_ns.store(took.as_nanos() as u64, Ordering::Relaxed);
+                    return STOP;
+                }
+                TurnOutcome { worked: works, ..IDLE }
+            }
+        });
+        for _ in 0..100 {
+            std::thread::sleep(Duration::from_millis(10));
+            wakeup.signal();
+        }
+        stop.store(true, Ordering::Relaxed);
+        wakeup.signal();
+        thread.join().unwrap().unwrap();
+        Duration::from_nanos(took_ns.load(Ordering::Relaxed))
+    });
+    // The processor may be others' for most of the time, to whom such a core gives way.
+    assert!(slept < Duration::from_millis(250) && looked > slept, "{looked:?} and {slept:?} of a second");
 }
 
 pub(crate) fn the_deadline_wakes_a_parked_core<B: Backend>() {

@@ -44,6 +44,7 @@ pub(in crate::driver) struct Memory {
     open: BTreeMap<FileId, usize>,
     waiting: VecDeque<(DiskOpId, DiskOp<AlignedBuf>)>,
     opened: u32,
+    completed: usize,
     /// Reads, or writes, do not happen.
     pub(in crate::driver) holds_reads: bool,
     pub(in crate::driver) holds_writes: bool,
@@ -147,6 +148,7 @@ impl Disk for MemoryDisk {
                 continue;
             }
             let error = |kind| DiskError { kind, operation: "memory", os_error: None };
+            memory.completed += 1;
             let result = memory.run(op).map_err(error);
             done.push(DiskDone { id, result });
         }
@@ -263,15 +265,21 @@ impl Bench {
     /// The disk does what it was asked for, and the node all that follows, in no time.
     pub(in crate::driver) fn settle(&mut self) {
         for _ in 0..2_000 {
-            let before = self.memory.borrow().waiting.len();
-            let moved = self.driver.on_disk().expect("the disk is in order");
+            let (waiting, completed) = self.operations();
+            let news = self.driver.on_disk().expect("the disk is in order");
             self.driver.write_pending();
             self.driver.mend().expect("it goes on");
-            if !moved.any && before == self.memory.borrow().waiting.len() {
+            if !news && self.operations() == (waiting, completed) {
                 return;
             }
         }
         panic!("it never settles");
+    }
+
+    /// How many operations wait, and how many have completed.
+    fn operations(&self) -> (usize, usize) {
+        let memory = self.memory.borrow();
+        (memory.waiting.len(), memory.completed)
     }
 
     pub(in crate::driver) fn wait(&mut self, span_ns: u64) {

@@ -34,6 +34,7 @@ pub use disk::GlommioDisk;
 pub use link::GlommioLink;
 pub use probe::warm_up;
 
+use super::polling::Polling;
 use super::{
     IdlePolicy, LinkOptions, LocalFuture, LocalWakeup, Now, RuntimeError, Turn, TurnOutcome, Wakeup, caught,
     directory, monotonic_ns, panic_message,
@@ -359,29 +360,25 @@ impl Core {
     async fn drive(&mut self, turn: &mut impl Turn) -> Result<(), RuntimeError> {
         let inner = Rc::clone(&self.context.inner);
         let mut turns_since_pass = 0;
-        let mut progress_ns = 0;
+        let mut polling = Polling::new(self.idle);
         loop {
             inner.wakeup.begin_turn();
             inner.local.begin_turn();
             let now = Now::read();
-            let TurnOutcome { progressed, more, next_deadline_ns, stop } = caught(|| turn.turn(now))?;
+            let TurnOutcome { more, worked, next_deadline_ns, stop } = caught(|| turn.turn(now))?;
             if stop {
                 return Ok(());
             }
             let more = more || inner.local.is_pending();
-            if progressed || more {
-                progress_ns = now.monotonic_ns;
+            if worked {
+                polling.worked(now.monotonic_ns);
             }
-            let spinning = match self.idle {
-                IdlePolicy::Spin => true,
-                IdlePolicy::Adaptive { spin_us } => {
-                    now.monotonic_ns.saturating_sub(progress_ns) < spin_us.saturating_mul(1_000)
-                }
-                IdlePolicy::Park => false,
-            };
-            if !more && !spinning {
-                // A turn may take a while, of which the deadline knows nothing.
-                let now_ns = monotonic_ns();
+            // A turn may take a while, of which the deadline knows nothing.
+            let now_ns = if more { now.monotonic_ns } else { monotonic_ns() };
+            let looks = !more && now_ns < polling.until_ns(now_ns);
+            if looks {
+                polling.give_way(now_ns, monotonic_ns);
+            } else if !more {
                 let rests = next_deadline_ns > now_ns && inner.wakeup.park();
                 if rests && self.sleep(now_ns, next_deadline_ns).await {
                     turns_since_pass = 0;
@@ -389,7 +386,7 @@ impl Core {
                 }
             }
             turns_since_pass += 1;
-            if !progressed && !more || turns_since_pass >= TURNS_PER_PASS {
+            if !more || turns_since_pass >= TURNS_PER_PASS {
                 turns_since_pass = 0;
                 self.pass.once().await;
             }

@@ -5,7 +5,8 @@
 //! The loop takes the completions at hand to the disk and the link, reads the clocks, runs a turn, and lets the kernel have
 //! what the turn has started. A turn after which there is more to do is followed by another one, as is one in which another
 //! thread has called ([`Wakeup`]); the kernel is entered between them for what the disk is to do, not for what waits for another
-//! machine. Otherwise the core parks: the same system call that hands over operations then waits for a completion, for the
+//! machine. Otherwise the core looks for work for as long as its policy says (`polling`), without a system call but for giving
+//! way, and then parks: the same system call that hands over operations then waits for a completion, for the
 //! bell, or until the deadline. So a turn costs one system call, besides those of its sends.
 //!
 //! # What blocks
@@ -27,6 +28,7 @@ mod tasks;
 pub use disk::UringDisk;
 pub use link::UringLink;
 
+use super::polling::Polling;
 use super::{
     IdlePolicy, IoUringRefusal, LinkOptions, LocalFuture, LocalWakeup, Now, RuntimeError, Turn, TurnOutcome,
     Wakeup, caught, monotonic_ns, probe,
@@ -175,7 +177,7 @@ impl CoreContext {
     /// Runs turns until one says stop.
     fn drive(&self, idle: IdlePolicy, turn: &mut impl Turn) -> Result<(), RuntimeError> {
         let CoreInner { io, wakeup, local, tasks, .. } = &*self.inner;
-        let mut progress_ns = 0;
+        let mut polling = Polling::new(idle);
         let mut turns_since_flush = 0;
         loop {
             // Before anything is looked into that other threads fill.
@@ -184,40 +186,51 @@ impl CoreContext {
             local.begin_turn();
             // After what completed: see `Turn::turn`.
             let now = Now::read();
-            let TurnOutcome { progressed, more, next_deadline_ns, stop } = caught(|| turn.turn(now))?;
+            let TurnOutcome { more, worked, next_deadline_ns, stop } = caught(|| turn.turn(now))?;
             if stop {
                 return Ok(());
             }
-            let more = tasks.run() || more || local.is_pending();
-            if progressed || more {
-                progress_ns = now.monotonic_ns;
+            if worked {
+                polling.worked(now.monotonic_ns);
             }
-            let spinning = match idle {
-                IdlePolicy::Spin => true,
-                IdlePolicy::Adaptive { spin_us } => {
-                    now.monotonic_ns.saturating_sub(progress_ns) < spin_us.saturating_mul(1_000)
+            if tasks.run() || more || local.is_pending() {
+                turns_since_flush += 1;
+                let mut ring = io.borrow_mut();
+                if ring.is_urgent() || turns_since_flush >= TURNS_PER_FLUSH {
+                    turns_since_flush = 0;
+                    ring.flush().map_err(RuntimeError::Ring)?;
                 }
-                IdlePolicy::Park => false,
-            };
+                continue;
+            }
+            turns_since_flush = 0;
+            if self.poll(&mut polling, next_deadline_ns)? {
+                continue;
+            }
             // A turn may take a while, of which the deadline knows nothing.
-            let left_ns = if more || spinning { 0 } else { next_deadline_ns.saturating_sub(monotonic_ns()) };
+            let left_ns = next_deadline_ns.saturating_sub(monotonic_ns());
             if left_ns > 0 && wakeup.park() {
                 let timeout = (next_deadline_ns < u64::MAX).then(|| Duration::from_nanos(left_ns));
                 io.borrow_mut().wait(timeout).map_err(RuntimeError::Ring)?;
-                turns_since_flush = 0;
-                continue;
-            }
-            turns_since_flush += 1;
-            let idles = !progressed && !more;
-            let mut ring = io.borrow_mut();
-            if idles || ring.is_urgent() || turns_since_flush >= TURNS_PER_FLUSH {
-                turns_since_flush = 0;
-                ring.flush().map_err(RuntimeError::Ring)?;
-            }
-            if idles {
-                std::hint::spin_loop();
+            } else {
+                io.borrow_mut().flush().map_err(RuntimeError::Ring)?;
             }
         }
+    }
+
+    /// Looks for work as long as the policy says, and not beyond the deadline. Whether there is some.
+    fn poll(&self, polling: &mut Polling, deadline_ns: u64) -> Result<bool, RuntimeError> {
+        let CoreInner { io, wakeup, local, .. } = &*self.inner;
+        let mut now_ns = monotonic_ns();
+        while now_ns < polling.until_ns(now_ns).min(deadline_ns) {
+            let mut ring = io.borrow_mut();
+            ring.flush().map_err(RuntimeError::Ring)?;
+            if ring.has_completions() || wakeup.is_called() || local.is_pending() {
+                return Ok(true);
+            }
+            drop(ring);
+            now_ns = polling.give_way(now_ns, monotonic_ns);
+        }
+        Ok(false)
     }
 
     fn take_completed(&self) {

@@ -133,6 +133,11 @@ impl<T: Owner> Ring<T> {
         }
     }
 
+    /// Whether a completion is at hand, or the bell has rung.
+    pub(super) fn has_completions(&mut self) -> bool {
+        !self.uring.completion().is_empty()
+    }
+
     /// Hands over what was started, and lets the kernel do what it has deferred, if there is either. Does not wait.
     ///
     /// # Errors
