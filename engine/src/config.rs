@@ -56,7 +56,8 @@ pub struct Config {
     /// The processor that consensus is pinned to. Default: none, the scheduler places it.
     pub core: Option<usize>,
     /// What the core does when there is nothing to do. Default: [`IdlePolicy::ADAPTIVE`], which looks for work for a while after each
-    /// bit of work, and lets other threads of the processor go first.
+    /// bit of work, and lets other threads of the processor go first. Under a limit on processor time, as containers have,
+    /// choose [`IdlePolicy::Park`].
     pub idle: IdlePolicy,
 
     /// A follower that hears no leader for this long and a heartbeat interval, up to half as long again, campaigns:

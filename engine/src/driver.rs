@@ -127,6 +127,8 @@ pub struct Driver<D: Disk, L: Link<Buf = D::Buf>, S> {
     /// Until then a turn without news has nothing to do but to let the log and the network go on; 0 when the last one has left
     /// something.
     rests_until_ns: u64,
+    /// This turn has to do with commands or reads, though nothing of the log may have moved.
+    worked: bool,
     /// There is something to send, and nothing to wait for.
     sends_on: bool,
     closing: bool,
@@ -294,6 +296,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             address_in_use_since_ns: None,
             apply_due: false,
             rests_until_ns: 0,
+            worked: false,
             sends_on: false,
             closing: false,
             ends: false,
@@ -372,6 +375,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// What each stage makes of the time and of what has come, in an order in which hardly any leaves something to one before
     /// it; what it does leave there, [`Self::has_more`] knows.
     fn run_turn(&mut self) -> Result<Ran, StopError> {
+        self.worked = false;
         let before = self.milestones();
         let disk_news = self.on_disk()?;
         let network_news = self.on_network()?;
@@ -388,16 +392,16 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.watch_disk()?;
         self.step(Event::Tick)?;
         self.mend()?;
-        let took_commands = self.take_proposals();
+        self.worked |= self.take_proposals();
         self.begin_transfers()?;
-        let took_reads = self.take_reads()?;
+        self.worked |= self.take_reads()?;
         self.write_pending();
         self.seal()?;
         self.advance_handover()?;
         self.keep_members()?;
         self.ask_around();
         self.apply()?;
-        let served = self.serve_reads()?;
+        self.worked |= self.serve_reads()?;
         self.seal_barrier()?;
         self.mind_snapshots()?;
         self.send_queued();
@@ -405,7 +409,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.keep_log();
         self.ends = self.close_if_asked()?;
         self.note_operation();
-        let worked = took_commands || took_reads || served || self.milestones() != before;
+        let worked = self.worked || self.milestones() != before;
         Ok(Ran { worked, rested: false })
     }
 

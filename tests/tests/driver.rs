@@ -296,6 +296,11 @@ impl Rig {
         self.context.advance_to(end.max(self.context.now()));
     }
 
+    /// So many turns after which an adaptive core looks for more work, of each that runs.
+    fn turns_worked(&self) -> Vec<u64> {
+        self.machines.iter().filter_map(|machine| Some(machine.process.as_ref()?.turns_worked)).collect()
+    }
+
     fn leader(&self) -> Option<usize> {
         let leads = |machine: &Machine| {
             let process = machine.process.as_ref();
@@ -354,7 +359,6 @@ fn micros(span: Time) -> u32 {
 
 // ---- What a command costs
 
-/// What a socket takes while it is submitted was reported to the next turn, which had nothing else to do.
 #[test]
 fn commands_are_work_to_look_for_more_after_and_heartbeats_are_none() {
     let mut rig = Rig::new(3);
@@ -362,23 +366,18 @@ fn commands_are_work_to_look_for_more_after_and_heartbeats_are_none() {
     let leader = rig.run_until_led();
     rig.commit(leader, 100);
     rig.run_for(SECOND);
-    let worked = |rig: &Rig| -> Vec<u64> {
-        rig.machines.iter().filter_map(|machine| Some(machine.process.as_ref()?.turns_worked)).collect()
-    };
     let turns = |rig: &Rig| rig.machines[leader].process.as_ref().map(|process| process.turns);
-    let (turns_before, before) = (turns(&rig), worked(&rig));
+    let (turns_before, before) = (turns(&rig), rig.turns_worked());
     rig.run_for(SECOND);
-    assert_eq!(worked(&rig), before, "with nothing to do");
+    assert_eq!(rig.turns_worked(), before, "with nothing to do");
     assert!(turns(&rig) > turns_before, "but to remind the others");
     rig.commit(leader, 100);
     rig.run_for(SECOND);
-    assert!(
-        worked(&rig).iter().zip(&before).all(|(after, before)| after > before),
-        "{before:?} then {:?}",
-        worked(&rig)
-    );
+    let after = rig.turns_worked();
+    assert!(after.iter().zip(&before).all(|(after, before)| after > before), "{before:?} then {after:?}");
 }
 
+/// What a socket takes while it is submitted was reported to the next turn, which had nothing else to do.
 #[test]
 fn a_command_costs_a_turn_for_each_thing_that_happens_and_none_for_what_the_sockets_take_at_once() {
     let (mut rig, leader) = Rig::started(3);

@@ -53,6 +53,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.proposals.borrow_mut().set_gate(gate);
     }
 
+    /// Whether there were some, and not only to be refused.
     pub(super) fn take_proposals(&mut self) -> bool {
         let (mut taken, mut cost) = (0, 0);
         let mut proposals = self.proposals.borrow_mut();
@@ -63,7 +64,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             taken += 1;
         }
         self.shared.ingress.taken(cost);
-        taken > 0
+        taken > 0 && proposals.is_gate_open()
     }
 
     /// Seals the open batch whenever the log has room for another write: the batch is what arrived meanwhile. One that might

@@ -48,25 +48,27 @@ impl Backend {
 /// A future of a user, run on the core between turns.
 pub type LocalFuture = Pin<Box<dyn Future<Output = ()>>>;
 
-/// What a core does when a turn found nothing to do. One that looks for work gives way to any other thread of its processor
-/// with every look.
+/// What a core does when a turn found nothing to do. One that looks for work gives way with every look: to other threads of its
+/// processor and priority, and on Linux from 6.6 on to those of its control group only.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IdlePolicy {
     /// Looks for work without pause, and so uses whatever its processor has left, always.
     Spin,
     /// Looks for work for so long after the last command, batch or read that it had to do with, then parks; a cluster without
-    /// load sleeps. Where others compute on the processor, to whom giving way would take long, it parks at once.
+    /// load sleeps. Where others compute on the processor, or its group may use no more of it, it parks at once.
     Adaptive {
         /// How long, in microseconds.
         spin_us: u64,
     },
     /// Parks at once: the thread sleeps until a completion, a signal or the deadline. The least processor time, and the choice
-    /// where processors are shared with what computes; a commit takes the longer for each time that somebody is woken.
+    /// where that is limited or paid for, for real-time priorities, and where processors are shared with what computes; a commit
+    /// takes the longer for each time that somebody is woken.
     Park,
 }
 
 impl IdlePolicy {
-    /// The default: looks for work for 500 µs, a few times as long as a durable write takes.
+    /// The default: looks for work for 500 µs, longer than a commit takes on a fast disk. So much processor time, and a little more, a
+    /// command costs each member that comes alone, with nothing else in flight.
     pub const ADAPTIVE: Self = Self::Adaptive { spin_us: 500 };
 }
 
@@ -110,7 +112,7 @@ fn unsigned(number: i64) -> u64 {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TurnOutcome {
     /// A command, a batch or a read went a step further, so that more may follow soon: an adaptive core looks for it for a while
-    /// before it parks. Not for heartbeats and what the log does for itself.
+    /// before it parks. Heartbeats do not count, nor pieces of snapshots, nor what the log does for itself.
     pub worked: bool,
     /// Another turn at the same moment would do more: a bound of this one was reached, or one of its stages has left something
     /// to a stage that comes before it. Otherwise no turn is needed until there is a completion, a signal or the deadline; one

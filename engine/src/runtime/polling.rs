@@ -2,64 +2,107 @@
 //!
 //! A sleep is dear where the processor halts in it: what wakes the core then has to wake a processor, of a virtual machine even
 //! by way of the hypervisor, which takes as long as half a durable write. A core that looks for work instead gives way with
-//! every look (`sched_yield`), so that whoever else can run on this processor runs: it uses up only what nobody wants.
+//! every look (`sched_yield`), so that whoever else can run on this processor runs.
 //!
 //! Giving way has a price where somebody computes: a thread that yields to such a one comes back after the other's whole
-//! slice, milliseconds later, and one that sleeps is woken at once. So after yields that took long, one soon after the other, the
-//! core sleeps when it has nothing to do, for many times as long as it was kept away. A single one says nothing: it may
-//! have been the hypervisor that took the processor away.
+//! slice, milliseconds later, and one that sleeps is woken soon. The same holds where the group of this thread may use no more of
+//! the processor. So after it was kept away for long the core sleeps when it has nothing to do, for many times as long.
+//! Kept away by others, that is: a hypervisor may take the processor away as well, which is no reason to give up more of it.
+//! The scheduler tells the two apart: it counts for how long a thread was ready and did not run.
 
-use super::IdlePolicy;
+use super::{IdlePolicy, monotonic_ns};
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
 
-/// A yield that takes longer than this is long; shorter ones met a few others' bits of work.
-const LONG_YIELD_NS: u64 = 1_000_000;
-/// A long yield so soon after another is the second to somebody who computes.
-const SOON_NS: u64 = 1_000_000;
-/// For so many times as long as that yield took the core does not look for work.
+/// Away for longer than this is long; others' bits of work are shorter.
+const AWAY_NS_MAX: u64 = 1_000_000;
+/// For so many times as long the core does not look for work.
 const ABSTENTION: u64 = 32;
+/// But not for longer than this.
+const ABSTENTION_NS_MAX: u64 = 200_000_000;
+/// The scheduler's count is read again when it is older than this, so that what it grew by is of the last absence mostly.
+const COUNT_AGE_NS_MAX: u64 = 1_000_000;
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub(super) struct Polling {
     idle: IdlePolicy,
-    worked_ns: u64,
-    /// When the last long yield was over.
-    long_until_ns: u64,
+    /// A turn has worked, and nobody has asked since until when to look for more.
+    worked: bool,
+    until_ns: u64,
     abstains_until_ns: u64,
+    queued: Queued,
+    /// The scheduler's count, and when it was read.
+    count: (u64, u64),
 }
 
 impl Polling {
+    /// For the thread that it is made on.
     pub(super) fn new(idle: IdlePolicy) -> Self {
-        Self { idle, worked_ns: 0, long_until_ns: 0, abstains_until_ns: 0 }
+        let queued = Queued::of_this_thread();
+        Self { idle, worked: false, until_ns: 0, abstains_until_ns: 0, queued, count: (0, 0) }
     }
 
-    /// A turn at that time has worked.
-    pub(super) fn worked(&mut self, now_ns: u64) {
-        self.worked_ns = now_ns;
+    /// A turn has worked.
+    pub(super) fn worked(&mut self) {
+        self.worked = true;
     }
 
     /// Until when to look for work, if nothing comes; then the core sleeps. 0 if it sleeps at once.
-    pub(super) fn until_ns(&self, now_ns: u64) -> u64 {
-        match self.idle {
-            IdlePolicy::Spin => u64::MAX,
-            IdlePolicy::Adaptive { .. } if now_ns < self.abstains_until_ns => 0,
-            IdlePolicy::Adaptive { spin_us } => self.worked_ns.saturating_add(spin_us.saturating_mul(1_000)),
-            IdlePolicy::Park => 0,
+    pub(super) fn until_ns(&mut self, now_ns: u64) -> u64 {
+        let IdlePolicy::Adaptive { spin_us } = self.idle else {
+            return if self.idle == IdlePolicy::Spin { u64::MAX } else { 0 };
+        };
+        if std::mem::take(&mut self.worked) {
+            self.until_ns = now_ns.saturating_add(spin_us.saturating_mul(1_000));
         }
+        if now_ns < self.abstains_until_ns { 0 } else { self.until_ns }
     }
 
-    /// Lets whoever waits for this processor have it; `clock` tells the time. Returns when that was over.
-    pub(super) fn give_way(&mut self, now_ns: u64, clock: impl FnOnce() -> u64) -> u64 {
+    /// Lets whoever waits for this processor have it. Returns when that was over.
+    pub(super) fn give_way(&mut self, now_ns: u64) -> u64 {
+        if now_ns.saturating_sub(self.count.1) > COUNT_AGE_NS_MAX {
+            self.count = (self.queued.ns(), now_ns);
+        }
         rustix::thread::sched_yield();
-        let back_ns = clock();
-        let away_ns = back_ns.saturating_sub(now_ns);
-        if away_ns > LONG_YIELD_NS {
-            let since_ns = now_ns.saturating_sub(self.long_until_ns);
-            if since_ns < SOON_NS {
-                self.abstains_until_ns = back_ns.saturating_add(away_ns.saturating_mul(ABSTENTION));
-            }
-            self.long_until_ns = back_ns;
+        let back_ns = monotonic_ns();
+        if back_ns.saturating_sub(now_ns) > AWAY_NS_MAX {
+            let (before_ns, after_ns) = (self.count.0, self.queued.ns());
+            self.count = (after_ns, back_ns);
+            self.away(now_ns, back_ns, after_ns.saturating_sub(before_ns));
         }
         back_ns
+    }
+
+    /// The core was away for long, of which it was kept waiting for so much by others.
+    fn away(&mut self, since_ns: u64, back_ns: u64, waited_ns: u64) {
+        let away_ns = back_ns.saturating_sub(since_ns);
+        if waited_ns >= away_ns / 2 {
+            let abstains_ns = away_ns.saturating_mul(ABSTENTION).min(ABSTENTION_NS_MAX);
+            self.abstains_until_ns = back_ns.saturating_add(abstains_ns);
+        }
+    }
+}
+
+/// For how long this thread was ready and did not run, as the scheduler counts.
+#[derive(Debug)]
+struct Queued {
+    /// `None` where the kernel does not tell.
+    schedstat: Option<File>,
+}
+
+impl Queued {
+    fn of_this_thread() -> Self {
+        Self { schedstat: File::open("/proc/thread-self/schedstat").ok() }
+    }
+
+    /// In nanoseconds; without a count, as if all the time.
+    fn ns(&self) -> u64 {
+        let mut text = [0; 64];
+        let read = self.schedstat.as_ref().and_then(|file| file.read_at(&mut text, 0).ok());
+        let text = read.and_then(|read| std::str::from_utf8(text.get(..read)?).ok());
+        // Nanoseconds on a processor, nanoseconds of waiting for one, and how often.
+        let waited = text.and_then(|text| text.split_ascii_whitespace().nth(1)?.parse().ok());
+        waited.unwrap_or_else(monotonic_ns)
     }
 }
 
@@ -67,32 +110,60 @@ impl Polling {
 mod tests {
     use super::*;
 
+    const MS: u64 = 1_000_000;
     const ADAPTIVE: IdlePolicy = IdlePolicy::Adaptive { spin_us: 200 };
 
     #[test]
     fn a_core_looks_for_work_for_as_long_after_work_as_its_policy_says() {
-        for (idle, until_ns) in [(IdlePolicy::Park, 0), (ADAPTIVE, 1_200_000), (IdlePolicy::Spin, u64::MAX)] {
+        for (idle, until_ns) in
+            [(IdlePolicy::Park, 0), (ADAPTIVE, MS + 200_000), (IdlePolicy::Spin, u64::MAX)]
+        {
             let mut polling = Polling::new(idle);
-            polling.worked(1_000_000);
-            assert_eq!(polling.until_ns(1_100_000), until_ns, "{idle:?}");
+            polling.worked();
+            assert_eq!(polling.until_ns(MS), until_ns, "{idle:?}");
+            assert_eq!(polling.until_ns(MS + 100_000), until_ns, "{idle:?} without more work");
         }
     }
 
     #[test]
-    fn long_yields_in_a_row_make_an_adaptive_core_sleep_for_many_times_as_long() {
-        const MS: u64 = 1_000_000;
+    fn a_core_that_others_kept_away_sleeps_for_many_times_as_long() {
         for (idle, until_ns) in [(ADAPTIVE, 0), (IdlePolicy::Spin, u64::MAX)] {
             let mut polling = Polling::new(idle);
-            polling.worked(10 * MS);
-            polling.give_way(5 * MS, || 9 * MS);
-            assert!(polling.until_ns(9 * MS) > 0, "it was one");
-            assert_eq!(polling.give_way(10 * MS, || 10 * MS + 900_000), 10 * MS + 900_000);
-            polling.give_way(11 * MS, || 14 * MS);
-            assert!(polling.until_ns(14 * MS) > 0, "the other was long ago");
-            polling.give_way(14 * MS + 900_000, || 17 * MS);
-            polling.worked(20 * MS);
-            assert_eq!(polling.until_ns(17 * MS + ABSTENTION * 2_100_000 - 1), until_ns, "{idle:?}");
-            assert!(polling.until_ns(17 * MS + ABSTENTION * 2_100_000) > 0);
+            polling.worked();
+            polling.away(10 * MS, 14 * MS, MS);
+            assert!(polling.until_ns(14 * MS) > 0, "by the hypervisor, mostly");
+            polling.away(14 * MS, 17 * MS, 3 * MS);
+            let over_ns = 17 * MS + 3 * MS * ABSTENTION;
+            polling.worked();
+            assert_eq!(polling.until_ns(over_ns - 1), until_ns, "{idle:?}");
+            polling.worked();
+            assert!(polling.until_ns(over_ns) > over_ns);
+            // Stopped by a signal, or suspended.
+            polling.away(17 * MS, 1_000_000 * MS, 999_983 * MS);
+            polling.worked();
+            let over_ns = 1_000_000 * MS + ABSTENTION_NS_MAX;
+            assert!(polling.until_ns(over_ns) > over_ns, "not for hours");
         }
+    }
+
+    #[test]
+    fn waiting_for_the_processor_is_told_from_using_it() {
+        let queued = Queued::of_this_thread();
+        if queued.schedstat.is_none() {
+            return;
+        }
+        let others: Vec<_> = (0..2 * std::thread::available_parallelism().unwrap().get())
+            .map(|_| std::process::Command::new("sh").args(["-c", "while :; do :; done"]).spawn().unwrap())
+            .collect();
+        let (began_ns, before_ns) = (monotonic_ns(), queued.ns());
+        while queued.ns() - before_ns < 20 * MS && monotonic_ns() - began_ns < 60_000 * MS {
+            rustix::thread::sched_yield();
+        }
+        let waited_ns = queued.ns() - before_ns;
+        for mut other in others {
+            other.kill().unwrap();
+            other.wait().unwrap();
+        }
+        assert!(waited_ns >= 20 * MS, "only {waited_ns} ns beside those who compute on every processor");
     }
 }

@@ -58,6 +58,24 @@ fn a_query_sees_every_command_that_was_acknowledged_before_on_the_leader_and_on_
     }
 }
 
+#[test]
+fn a_read_is_work_for_whoever_asks_and_for_the_leader() {
+    let (mut rig, leader) = Rig::started(3);
+    rig.commit(leader, 100);
+    for asked in 0..3 {
+        for consistency in [Consistency::Linearizable, Consistency::Quorum] {
+            rig.run_for(SECOND);
+            let before = rig.turns_worked();
+            rig.query(asked, consistency).expect("answered");
+            let after = rig.turns_worked();
+            assert!(
+                after[asked] > before[asked] && after[leader] > before[leader],
+                "{asked}: {before:?}, {after:?}"
+            );
+        }
+    }
+}
+
 impl Rig {
     fn isolate(&mut self, node: usize) {
         let mut fabric = self.fabric.borrow_mut();

@@ -371,14 +371,13 @@ impl Core {
             }
             let more = more || inner.local.is_pending();
             if worked {
-                polling.worked(now.monotonic_ns);
+                polling.worked();
             }
+            let more = more || inner.wakeup.is_called();
             // A turn may take a while, of which the deadline knows nothing.
             let now_ns = if more { now.monotonic_ns } else { monotonic_ns() };
             let looks = !more && now_ns < polling.until_ns(now_ns);
-            if looks {
-                polling.give_way(now_ns, monotonic_ns);
-            } else if !more {
+            if !more && !looks {
                 let rests = next_deadline_ns > now_ns && inner.wakeup.park();
                 if rests && self.sleep(now_ns, next_deadline_ns).await {
                     turns_since_pass = 0;
@@ -389,6 +388,10 @@ impl Core {
             if !more || turns_since_pass >= TURNS_PER_PASS {
                 turns_since_pass = 0;
                 self.pass.once().await;
+            }
+            // Now that the kernel has what the turn started. What has completed meanwhile takes another pass to show.
+            if looks && !inner.wakeup.is_called() && !inner.local.is_pending() {
+                polling.give_way(monotonic_ns());
             }
         }
     }

@@ -191,9 +191,9 @@ impl CoreContext {
                 return Ok(());
             }
             if worked {
-                polling.worked(now.monotonic_ns);
+                polling.worked();
             }
-            if tasks.run() || more || local.is_pending() {
+            if tasks.run() || more || local.is_pending() || wakeup.is_called() {
                 turns_since_flush += 1;
                 let mut ring = io.borrow_mut();
                 if ring.is_urgent() || turns_since_flush >= TURNS_PER_FLUSH {
@@ -219,16 +219,16 @@ impl CoreContext {
 
     /// Looks for work as long as the policy says, and not beyond the deadline. Whether there is some.
     fn poll(&self, polling: &mut Polling, deadline_ns: u64) -> Result<bool, RuntimeError> {
-        let CoreInner { io, wakeup, local, .. } = &*self.inner;
+        let CoreInner { io, wakeup, .. } = &*self.inner;
         let mut now_ns = monotonic_ns();
         while now_ns < polling.until_ns(now_ns).min(deadline_ns) {
             let mut ring = io.borrow_mut();
             ring.flush().map_err(RuntimeError::Ring)?;
-            if ring.has_completions() || wakeup.is_called() || local.is_pending() {
+            if ring.has_completions() || wakeup.is_called() {
                 return Ok(true);
             }
             drop(ring);
-            now_ns = polling.give_way(now_ns, monotonic_ns);
+            now_ns = polling.give_way(now_ns);
         }
         Ok(false)
     }
