@@ -15,7 +15,7 @@
 //!   followers may be some batches further behind.
 //! - Processor time is that of the leader's whole process and of all followers, per batch. Let the calling
 //!   process do nothing else meanwhile.
-//! - Nobody spins: a node without work sleeps in the kernel.
+//! - Nobody looks for work: a node without some sleeps in the kernel, as an engine with `--idle park` does.
 //!
 //! The files: `ring.rs` is io_uring, `disk.rs` the log files, `socket.rs` loopback and control messages,
 //! `follower.rs` the followers' lives, `replicate.rs` the pattern, `report.rs` the figures.

@@ -995,16 +995,14 @@ pub(crate) fn an_adaptive_core_looks_for_work_after_work_and_then_sleeps<B: Back
         let idle = IdlePolicy::Adaptive { spin_us: 20_000 };
         let thread = core::<B>(Setup { idle, ..Default::default() }, &wakeup, {
             let (calls, took_ns) = (Arc::clone(&calls), Arc::clone(&took_ns));
-            let mut before = None;
+            let (mut before, mut seen) = (None, 0);
             move |_| {
                 // What starting has cost does not count.
                 let before = *before.get_or_insert_with(used);
                 took_ns.store((used() - before).as_nanos() as u64, Ordering::Relaxed);
-                match calls.load(Ordering::Relaxed) {
-                    0 => IDLE,
-                    calls if calls > u64::from(CALLS) => STOP,
-                    _ => TurnOutcome { worked, ..IDLE },
-                }
+                let calls = calls.load(Ordering::Relaxed);
+                let called = std::mem::replace(&mut seen, calls) < calls;
+                TurnOutcome { worked: worked && called, stop: calls > u64::from(CALLS), ..IDLE }
             }
         });
         for _ in 0..=CALLS {

@@ -7,7 +7,7 @@
 //! task that waits for a channel that nobody connects to is woken once in each pass: that is how the loop has one.
 //! A pass costs three to four system calls (two timers are armed and cancelled each time), so the loop does not pass
 //! after every turn: when there is no more to do, and no other thread has called meanwhile ([`Wakeup`]), the core parks, which
-//! submits too.
+//! submits too. While it looks for work instead (`polling`), each look is a pass and a turn: nothing else shows what has completed.
 //!
 //! # Parking
 //!
@@ -67,7 +67,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
-/// Turns that made progress before the kernel must see what they submitted.
+/// Turns that leave more to do before the kernel must see what they submitted.
 const TURNS_PER_PASS: u32 = 2;
 /// No sleep is longer (see "Parking"): 20 wakes per second of an idle core, at some 50 µs each.
 const SLEEP_NS_MAX: u64 = 50_000_000;

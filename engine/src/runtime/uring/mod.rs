@@ -5,9 +5,10 @@
 //! The loop takes the completions at hand to the disk and the link, reads the clocks, runs a turn, and lets the kernel have
 //! what the turn has started. A turn after which there is more to do is followed by another one, as is one in which another
 //! thread has called ([`Wakeup`]); the kernel is entered between them for what the disk is to do, not for what waits for another
-//! machine. Otherwise the core looks for work for as long as its policy says (`polling`), without a system call but for giving
-//! way, and then parks: the same system call that hands over operations then waits for a completion, for the
-//! bell, or until the deadline. So a turn costs one system call, besides those of its sends.
+//! machine. Otherwise the core hands over what was started and looks for work for as long as its policy says (`polling`), without
+//! a turn and without a system call but for giving way; then it parks. One that parks at once does so with the system call that
+//! hands over: it then waits for a completion, for the bell, or until the deadline, and a turn costs one system call, besides
+//! those of its sends.
 //!
 //! # What blocks
 //!
@@ -65,7 +66,7 @@ impl Default for UringOptions {
     }
 }
 
-/// Turns that made progress before the kernel must have what they started, urgent or not, and has its say.
+/// Turns that leave more to do before the kernel must have what they started, urgent or not, and has its say.
 const TURNS_PER_FLUSH: u32 = 2;
 
 /// Memory of a ring's entry and its completions, which old kernels count as locked: rounded up.
