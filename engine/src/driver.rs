@@ -127,7 +127,7 @@ pub struct Driver<D: Disk, L: Link<Buf = D::Buf>, S> {
     /// Until then a turn without news has nothing to do but to let the log and the network go on; 0 when the last one has left
     /// something.
     rests_until_ns: u64,
-    /// This turn has to do with commands or reads, though nothing of the log may have moved.
+    /// As in [`TurnOutcome`], of this turn.
     worked: bool,
     /// There is something to send, and nothing to wait for.
     sends_on: bool,
@@ -151,14 +151,6 @@ struct Deferred {
     to: NodeId,
     term: Term,
     message: Outgoing,
-}
-
-/// What a turn has come to.
-struct Ran {
-    /// As in [`TurnOutcome`].
-    worked: bool,
-    /// Nothing but the log, with work of its own, and the network had anything to do.
-    rested: bool,
 }
 
 /// How far a node has come.
@@ -373,8 +365,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     }
 
     /// What each stage makes of the time and of what has come, in an order in which hardly any leaves something to one before
-    /// it; what it does leave there, [`Self::has_more`] knows.
-    fn run_turn(&mut self) -> Result<Ran, StopError> {
+    /// it; what it does leave there, [`Self::has_more`] knows. True if nothing but the log, with work of its own, and the network had
+    /// anything to do.
+    fn run_turn(&mut self) -> Result<bool, StopError> {
         self.worked = false;
         let before = self.milestones();
         let disk_news = self.on_disk()?;
@@ -386,7 +379,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             self.stall.looked(self.now.monotonic_ns);
             self.trim_recent();
             self.send_queued();
-            return Ok(Ran { worked: false, rested: true });
+            return Ok(true);
         }
         self.take_requests();
         self.watch_disk()?;
@@ -409,8 +402,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.keep_log();
         self.ends = self.close_if_asked()?;
         self.note_operation();
-        let worked = self.worked || self.milestones() != before;
-        Ok(Ran { worked, rested: false })
+        self.worked |= self.milestones() != before;
+        Ok(false)
     }
 
     /// How far commands have come: in the log, on its disk, committed, applied.
@@ -688,7 +681,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Turn for Driver<D, L, S> {
             return TurnOutcome { worked: false, more: false, next_deadline_ns: u64::MAX, stop: true };
         }
         match self.run_turn() {
-            Ok(Ran { worked, rested }) => {
+            Ok(rested) => {
                 if !rested {
                     self.note_activity();
                     self.publish();
@@ -700,7 +693,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Turn for Driver<D, L, S> {
                 if more {
                     self.rests_until_ns = 0;
                 }
-                TurnOutcome { worked, more, next_deadline_ns, stop: false }
+                TurnOutcome { worked: self.worked, more, next_deadline_ns, stop: false }
             }
             Err(error) => {
                 self.stop(error);

@@ -241,19 +241,18 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     }
 
     /// Seals a barrier for all that wait for one, one at a time.
-    pub(super) fn seal_barrier(&mut self) -> Result<bool, StopError> {
+    pub(super) fn seal_barrier(&mut self) -> Result<(), StopError> {
         if self.reads.queued.is_empty() {
-            return Ok(false);
+            return Ok(());
         }
         let idle = self.reads.barrier.is_none() && self.pending.is_empty() && !self.closing;
         let can = self.raft().is_some_and(Raft::can_accept_proposals) && !self.no_space;
         let position = self.raft().and_then(Raft::next_position);
         let Some((_, index)) = position.filter(|_| idle && can) else {
-            return Ok(false);
+            return Ok(());
         };
         self.reads.barrier = Some((index, std::mem::take(&mut self.reads.queued)));
-        self.propose(BatchKind::Barrier)?;
-        Ok(true)
+        self.propose(BatchKind::Barrier)
     }
 
     /// This node no longer leads: a barrier may be lost, and what stands at its index may be something else.

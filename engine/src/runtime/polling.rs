@@ -109,6 +109,8 @@ impl Queued {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::process::{Child, Command};
+    use std::time::Duration;
 
     const MS: u64 = 1_000_000;
     const ADAPTIVE: IdlePolicy = IdlePolicy::Adaptive { spin_us: 200 };
@@ -146,24 +148,67 @@ mod tests {
         }
     }
 
+    /// Processes that compute, two for each processor.
+    struct Others(Vec<Child>);
+
+    impl Others {
+        fn start() -> Self {
+            let processors = std::thread::available_parallelism().unwrap().get();
+            let mut others = Self(Vec::new());
+            for _ in 0..2 * processors {
+                others.0.push(Command::new("sh").args(["-c", "while :; do :; done"]).spawn().unwrap());
+            }
+            others
+        }
+    }
+
+    impl Drop for Others {
+        fn drop(&mut self) {
+            for other in &mut self.0 {
+                let _ = other.kill();
+                let _ = other.wait();
+            }
+        }
+    }
+
+    const PATIENCE_NS: u64 = 60_000 * MS;
+
     #[test]
     fn waiting_for_the_processor_is_told_from_using_it() {
         let queued = Queued::of_this_thread();
         if queued.schedstat.is_none() {
+            eprintln!("skipped: this kernel has no /proc/thread-self/schedstat");
             return;
         }
-        let others: Vec<_> = (0..2 * std::thread::available_parallelism().unwrap().get())
-            .map(|_| std::process::Command::new("sh").args(["-c", "while :; do :; done"]).spawn().unwrap())
-            .collect();
-        let (began_ns, before_ns) = (monotonic_ns(), queued.ns());
-        while queued.ns() - before_ns < 20 * MS && monotonic_ns() - began_ns < 60_000 * MS {
-            rustix::thread::sched_yield();
+        let used_ns = || {
+            let used = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+            Duration::try_from(used).unwrap().as_nanos() as u64
+        };
+        let _others = Others::start();
+        let (began_ns, used_before_ns, before_ns) = (monotonic_ns(), used_ns(), queued.ns());
+        let (mut used, mut waited) = (0, 0);
+        while (used < 40 * MS || waited < 40 * MS) && monotonic_ns() - began_ns < PATIENCE_NS {
+            (used, waited) = (used_ns() - used_before_ns, queued.ns() - before_ns);
         }
-        let waited_ns = queued.ns() - before_ns;
-        for mut other in others {
-            other.kill().unwrap();
-            other.wait().unwrap();
+        let took_ns = monotonic_ns() - began_ns;
+        assert!(waited >= 40 * MS, "only {waited} ns of waiting in {took_ns} ns");
+        assert!(
+            used + waited <= took_ns + 20 * MS,
+            "{used} ns of use and {waited} of waiting in {took_ns} ns"
+        );
+    }
+
+    #[test]
+    fn beside_those_who_compute_a_core_that_gives_way_soon_abstains() {
+        let _others = Others::start();
+        let mut polling = Polling::new(ADAPTIVE);
+        let began_ns = monotonic_ns();
+        let mut now_ns = began_ns;
+        while polling.abstains_until_ns == 0 {
+            assert!(now_ns - began_ns < PATIENCE_NS, "it is never kept away for long");
+            now_ns = polling.give_way(now_ns);
         }
-        assert!(waited_ns >= 20 * MS, "only {waited_ns} ns beside those who compute on every processor");
+        polling.worked();
+        assert_eq!(polling.until_ns(now_ns), 0);
     }
 }
