@@ -20,7 +20,7 @@ mod alarm;
 use self::alarm::Alarm;
 use crate::bench::control::Plan;
 use crate::bench::ledger::{Ending, Figure, Ledger, Phase};
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use ringraft::LocalHandle;
 use ringraft::error::{ProposeError, Refusal, Refused, UnknownOutcome};
 use ringraft::handle::{Completion, Handle, LocalPipeline, Pipeline};
@@ -43,8 +43,6 @@ const BACKOFF_NS: u64 = 200_000;
 const CHECKPOINT_NS: u64 = 20_000_000;
 /// The clock is read once for so many commands.
 const COMMANDS_PER_CLOCK: usize = 32;
-/// Commands of a thread are cut from pieces of this size.
-const CHUNK_BYTES: usize = 64 << 10;
 
 /// The monotonic clock in nanoseconds.
 pub(crate) fn now_ns() -> u64 {
@@ -62,6 +60,13 @@ fn head(stream: u64, sequence: u64) -> [u8; COMMAND_BYTES_MIN] {
     head[..8].copy_from_slice(&stream.to_le_bytes());
     head[8..].copy_from_slice(&sequence.to_le_bytes());
     head
+}
+
+/// A command of so many bytes whose head is to be written.
+fn command_of(payload_bytes: usize) -> Vec<u8> {
+    let mut command = vec![0; COMMAND_BYTES_MIN];
+    command.extend(filler(payload_bytes));
+    command
 }
 
 /// The stream and the sequence of a command, and what follows them.
@@ -174,7 +179,8 @@ struct Generator {
     outstanding: usize,
     /// When the next command of the open loop is due.
     due: Option<Due>,
-    backing_off: bool,
+    /// The engine was busy: nothing is sent before that.
+    backs_off_until_ns: u64,
     window: Window,
     checkpoint_ns: u64,
     /// No command is sent any more: why, and since when.
@@ -228,7 +234,7 @@ impl Generator {
             free,
             outstanding: 0,
             due,
-            backing_off: false,
+            backs_off_until_ns: 0,
             window: Window::Before,
             checkpoint_ns: 0,
             closed: None,
@@ -242,9 +248,9 @@ impl Generator {
     /// Sends what is to be sent now.
     fn send(&mut self, mut now_ns: u64, channel: &mut impl Channel) {
         self.look_at_clock(now_ns);
-        self.backing_off = false;
         let mut sent = 0;
         while self.closed.is_none()
+            && now_ns >= self.backs_off_until_ns
             && let Some(&number) = self.free.front()
         {
             let stream = &mut self.streams[number as usize];
@@ -336,6 +342,7 @@ impl Generator {
             }
         }
         if acked > 0 {
+            self.backs_off_until_ns = 0;
             if self.ledger.get(Figure::FirstAckNs) == 0 {
                 self.ledger.set(Figure::FirstAckNs, now_ns);
             }
@@ -350,7 +357,7 @@ impl Generator {
         // A definite refusal: this sequence is not in the log until it is sent again.
         self.ledger.set_sent(number as usize, self.streams[number as usize].sequence - 1);
         match reason {
-            Refusal::Busy => self.backing_off = true,
+            Refusal::Busy => self.backs_off_until_ns = now_ns + BACKOFF_NS,
             Refusal::NotLeader { .. } => self.close(Ending::LeadershipLost, now_ns),
             reason => {
                 tracing::error!(%reason, "the load ends");
@@ -416,7 +423,7 @@ impl Generator {
             Window::Before => self.plan.begin_ns,
             Window::Within | Window::After => self.plan.end_ns,
         };
-        let backoff_ns = if self.backing_off { now_ns + BACKOFF_NS } else { u64::MAX };
+        let backoff_ns = if self.backs_off_until_ns > now_ns { self.backs_off_until_ns } else { u64::MAX };
         let due_ns = match &self.due {
             Some(due) if !self.free.is_empty() => due.next_ns(),
             _ => u64::MAX,
@@ -434,29 +441,18 @@ pub(crate) struct Job {
     pub(crate) stop: Arc<AtomicBool>,
 }
 
-/// A pipeline from a thread. Commands are cut from larger pieces of memory.
+/// A pipeline from a thread.
 struct FromThread {
     pipeline: Pipeline,
-    filler: Vec<u8>,
-    chunk: BytesMut,
-}
-
-impl FromThread {
-    fn command(&mut self, head: [u8; COMMAND_BYTES_MIN]) -> Bytes {
-        let bytes = head.len() + self.filler.len();
-        if self.chunk.capacity() < bytes {
-            self.chunk = BytesMut::with_capacity(CHUNK_BYTES.max(bytes));
-        }
-        self.chunk.extend_from_slice(&head);
-        self.chunk.extend_from_slice(&self.filler);
-        self.chunk.split().freeze()
-    }
+    command: Vec<u8>,
 }
 
 impl Channel for FromThread {
     fn submit(&mut self, tag: u64, head: [u8; COMMAND_BYTES_MIN]) -> Result<(), Refused> {
-        let command = self.command(head);
-        self.pipeline.submit(tag, command)
+        self.command[..COMMAND_BYTES_MIN].copy_from_slice(&head);
+        // A refusal comes as a completion.
+        self.pipeline.enqueue(tag, &self.command);
+        Ok(())
     }
 }
 
@@ -470,8 +466,7 @@ fn sleep_precisely() {
 /// Generates load from the calling thread until the plan is over; returns after the ledger says so.
 pub(crate) fn run_on_thread(handle: &Handle, job: Job) {
     sleep_precisely();
-    let filler = filler(job.plan.payload_bytes);
-    let mut channel = FromThread { pipeline: handle.pipeline(), filler, chunk: BytesMut::new() };
+    let mut channel = FromThread { pipeline: handle.pipeline(), command: command_of(job.plan.payload_bytes) };
     let mut generator = Generator::new(job);
     let mut completions = Vec::new();
     let mut now_ns = self::now_ns();
@@ -505,9 +500,7 @@ impl Channel for OnCore {
 /// Generates load from a task on the core. For the open loop a thread wakes it when a command is due, unless a completion
 /// does before.
 async fn run_on_core(handle: &LocalHandle, job: Job) {
-    let mut command = vec![0; COMMAND_BYTES_MIN];
-    command.extend(filler(job.plan.payload_bytes));
-    let mut channel = OnCore { pipeline: handle.pipeline(), command };
+    let mut channel = OnCore { pipeline: handle.pipeline(), command: command_of(job.plan.payload_bytes) };
     let alarm = match job.plan.rate.map(|_| Alarm::new()).transpose() {
         Ok(alarm) => alarm,
         Err(error) => {
@@ -753,15 +746,20 @@ mod tests {
         assert_eq!(generator.wake_ns(10), 1_000, "the window begins before the pause is over");
         channel.room = 1;
         generator.send(20, &mut channel);
+        assert_eq!((channel.taken.len(), generator.wake_ns(2_000)), (1, 10 + BACKOFF_NS));
+        generator.send(10 + BACKOFF_NS, &mut channel);
         assert_eq!(channel.taken[1], (1, (3 << 32) + 1, 1));
-        generator.settle(2_000, &mut vec![done(1)]);
-        assert_eq!(generator.ledger.get(Figure::LatencyNsMax), 1_990);
+        generator.settle(202_000, &mut vec![done(1)]);
+        assert_eq!(generator.ledger.get(Figure::LatencyNsMax), 201_990);
         // The same when the refusal comes later, as a completion.
         let refused = Refused { reason: Refusal::Busy, command: Bytes::new() };
-        generator.settle(3_000, &mut vec![Completion { tag: 0, outcome: Err(refused.into()) }]);
+        let busy = || vec![Completion { tag: 0, outcome: Err(refused.clone().into()) }];
+        generator.settle(203_000, &mut busy());
         assert_eq!(generator.ledger.sent(0), 0);
         channel.room = 10;
-        generator.send(3_000, &mut channel);
+        generator.send(203_000 + BACKOFF_NS - 1, &mut channel);
+        assert_eq!(channel.taken.len(), 2);
+        generator.send(203_000 + BACKOFF_NS, &mut channel);
         assert_eq!(channel.taken[2..], [(0, 3 << 32, 1), (1, (3 << 32) + 1, 2)]);
     }
 

@@ -6,11 +6,11 @@
 
 mod sessions;
 
-use crate::ingress::Deliveries;
 use crate::proposals::Proposals;
 use crate::recent::Recent;
 use crate::sessions::SessionTable;
 use crate::state_machine::{CommittedBatch, Replies, StateMachine};
+use crate::tickets::Deliveries;
 use ringraft_block::{BlockBuf, LogIndex};
 use ringraft_wal::StoredBatch;
 use ringraft_wal::format::{BatchKind, BatchView, Chain};

@@ -27,7 +27,6 @@ use crate::config::{BATCH_BYTES_CAP, Config, ConfigError};
 use crate::error::{Refusal, StopCause, StopError, TransferError, UnknownOutcome};
 use crate::formation::Formation;
 use crate::handle::{Handle, LocalHandle, PeerStatus, Shared, SnapshotError};
-use crate::ingress::Deliveries;
 use crate::membership::MembershipError;
 use crate::mutants::{self, Mutant};
 use crate::outbox::{Outbox, Outgoing};
@@ -38,6 +37,7 @@ use crate::requests::Request;
 use crate::runtime::{LocalWakeup, Now, Turn, TurnOutcome, Wakeup};
 use crate::sessions::SessionTable;
 use crate::state_machine::StateMachine;
+use crate::tickets::Deliveries;
 use crate::wire::{AckStages, Encoder};
 pub(crate) use installs::PIECE_BYTES;
 use ringraft_block::{
@@ -425,6 +425,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             && self.pending.is_empty()
             && !self.shared.ingress.has_any()
             && !self.proposals.borrow().has_unsealed()
+            && !self.proposals.borrow().has_arriving()
             && self.snapshots.is_at_rest(now_ns)
             && !(self.no_space || self.closing || raft.is_state_lost())
             && self.wal.first_damaged().is_none()
@@ -449,7 +450,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// Whether another turn at the same moment would do more.
     fn has_more(&self) -> bool {
         let proposals = self.proposals.borrow();
-        let takes = proposals.has_room() || !proposals.is_gate_open();
+        let commands = proposals.has_arriving() || self.shared.ingress.has_commands();
         let stale = self.members.is_stale() && self.raft().is_some();
         self.ends
             || self.wal.is_due()
@@ -457,7 +458,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             || stale
             || self.apply_due
             || self.has_reads_to_answer()
-            || takes && self.shared.ingress.has_commands()
+            || commands && proposals.takes_more()
             || self.takes_reads() && self.shared.ingress.has_reads()
     }
 

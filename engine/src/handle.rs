@@ -11,7 +11,8 @@ use crate::answer::Answer;
 use crate::config::Config;
 pub use crate::driver::{HandedOver, HandoverCause, Transferred};
 use crate::error::{LeaderHint, ProposeError, Refusal, Refused, StopCause, TransferError};
-use crate::ingress::{Ingress, Submission, Ticket};
+use crate::group::{Commands, Group, Target};
+use crate::ingress::{Arrival, Ingress, Submission};
 use crate::membership::Membership;
 use crate::proposals::LocalIngress;
 use crate::raft::{Claim, Role};
@@ -19,6 +20,7 @@ use crate::requests::Request;
 use crate::runtime::{LocalWakeup, Wakeup};
 use crate::sessions::{Control, SessionLimits};
 pub use crate::snapshots::requests::{SnapshotError, SnapshotTaken};
+use crate::tickets::Ticket;
 pub use crate::wire::AckStages;
 use bytes::Bytes;
 use ringraft_block::{LogIndex, NodeId, Term};
@@ -260,6 +262,9 @@ impl StatusCell {
     }
 }
 
+/// Of [`Handle::propose_batch`], commands as large as this are handed over as they are instead of copied into a group.
+const GROUPED_BYTES_MAX: usize = 16 << 10;
+
 /// Proposes commands to a node from any thread or executor.
 #[derive(Clone)]
 pub struct Handle {
@@ -307,23 +312,34 @@ impl Handle {
     }
 
     /// Proposes `commands`, in order. They are neither atomic nor necessarily adjacent in the log; each has its own
-    /// outcome.
+    /// outcome. They go to the core by groups, so that many small ones cost little each.
     pub fn propose_batch(&self, commands: impl IntoIterator<Item = Bytes>) -> ProposalBatch {
         let commands: Vec<Bytes> = commands.into_iter().collect();
         let slot = Arc::new(BatchSlot::new(commands.len()));
-        for (position, command) in (0_u32..).zip(commands) {
-            let ticket = Ticket::Batch { slot: Arc::clone(&slot), position };
+        let target = Target::Batch(Arc::clone(&slot));
+        let mut group = Commands::default();
+        for (position, command) in (0..).zip(commands) {
+            if command.len() < GROUPED_BYTES_MAX.min(self.shared.command_bytes_max + 1) {
+                group.push(position, &command);
+                if group.is_full() {
+                    self.submit_group(&target, std::mem::take(&mut group));
+                }
+                continue;
+            }
+            self.submit_group(&target, std::mem::take(&mut group));
+            let ticket = Ticket::Tagged { target: target.clone(), tag: position };
             if let Err(refused) = self.submit(command, None, ticket) {
-                slot.complete(position, Err(refused.into()));
+                target.complete(&mut vec![Completion { tag: position, outcome: Err(refused.into()) }]);
             }
         }
+        self.submit_group(&target, group);
         ProposalBatch { slot }
     }
 
     /// A channel for many commands in flight, with their completions collected in batches.
     #[must_use]
     pub fn pipeline(&self) -> Pipeline {
-        Pipeline { handle: self.clone(), shared: Arc::new(PipelineShared::default()) }
+        Pipeline { handle: self.clone(), shared: Arc::default(), group: Commands::default() }
     }
 
     fn submit(&self, command: Bytes, session: Option<(u64, u64)>, ticket: Ticket) -> Result<(), Refused> {
@@ -332,16 +348,35 @@ impl Handle {
         } else if command.len() > self.shared.command_bytes_max {
             Refusal::TooLarge { bytes: command.len(), bytes_max: self.shared.command_bytes_max }
         } else {
-            match self.shared.ingress.push(Submission { command, session, ticket }) {
-                Ok(()) => {
-                    // The queue has a fence behind what it took.
-                    self.shared.wakeup.signal_after_fence();
-                    return Ok(());
-                }
-                Err(Submission { command, .. }) => return Err(Refused { reason: Refusal::Busy, command }),
-            }
+            let busy = self.push(Arrival::Command(Submission { command, session, ticket }));
+            let Err(Arrival::Command(Submission { command, .. })) = busy else { return Ok(()) };
+            return Err(Refused { reason: Refusal::Busy, command });
         };
         Err(Refused { reason, command })
+    }
+
+    /// Hands a group over. What is refused at once is told to the target.
+    fn submit_group(&self, target: &Target, commands: Commands) {
+        if commands.is_empty() {
+            return;
+        }
+        let mut group = Group::new(target.clone(), commands);
+        let reason = if let Some(cause) = self.shared.ingress.stop_cause() {
+            Refusal::Stopped(cause.clone())
+        } else {
+            let Err(Arrival::Group(busy)) = self.push(Arrival::Group(group)) else { return };
+            group = busy;
+            Refusal::Busy
+        };
+        group.refuse(&reason);
+        group.give_back();
+    }
+
+    fn push(&self, arrival: Arrival) -> Result<(), Arrival> {
+        self.shared.ingress.push(arrival)?;
+        // The queue has a fence behind what it took.
+        self.shared.wakeup.signal_after_fence();
+        Ok(())
     }
 
     /// What the node is and knows now.
@@ -447,12 +482,38 @@ pub struct Completion {
 
 /// Commands in flight from one thread, completions in batches. See [`Handle::pipeline`].
 ///
-/// Dropping it abandons completions that were not collected, not the commands: those in flight may yet be committed and
-/// applied, and nobody is told. Completions that are not collected stay in memory; how many are in flight and how many
-/// uncollected is up to its user, who counts them by tags.
+/// A command is [submitted](Pipeline::submit) by itself, at once; or [enqueued](Pipeline::enqueue), to go to the core together
+/// with others. Whoever has many small commands at a time enqueues them: what a group pays on its way into the core is otherwise
+/// paid by each.
+///
+/// ```no_run
+/// # use ringraft::handle::{Completion, Handle};
+/// # use std::time::Duration;
+/// # fn example(handle: &Handle) {
+/// let mut pipeline = handle.pipeline();
+/// for tag in 0..1000 {
+///     pipeline.enqueue(tag, b"a command");
+/// }
+/// let mut completions = Vec::new();
+/// let mut left = 1000;
+/// while left > 0 {
+///     pipeline.wait(&mut completions, Duration::MAX);
+///     for Completion { tag, outcome } in completions.drain(..) {
+///         left -= 1;
+///         println!("{tag}: {outcome:?}");
+///     }
+/// }
+/// # }
+/// ```
+///
+/// Dropping it abandons completions that were not collected, not the commands: those in flight, and those enqueued, may yet be
+/// committed and applied, and nobody is told. Completions that are not collected stay in memory; how many are in flight and how
+/// many uncollected is up to its user, who counts them by tags.
 pub struct Pipeline {
     handle: Handle,
     shared: Arc<PipelineShared>,
+    /// What has been enqueued since the last flush.
+    group: Commands,
 }
 
 impl Pipeline {
@@ -461,7 +522,8 @@ impl Pipeline {
     /// # Errors
     /// A refusal that is known at once, with the command; no completion follows.
     pub fn submit(&mut self, tag: u64, command: impl Into<Bytes>) -> Result<(), Refused> {
-        self.handle.submit(command.into(), None, Ticket::Pipeline { shared: Arc::clone(&self.shared), tag })
+        self.flush();
+        self.handle.submit(command.into(), None, Ticket::Tagged { target: self.target(), tag })
     }
 
     /// As [`Pipeline::submit`], under a sequence of a session. The caller keeps the books: it uses a sequence for
@@ -475,23 +537,64 @@ impl Pipeline {
         (session, sequence): (u64, u64),
         command: impl Into<Bytes>,
     ) -> Result<(), Refused> {
-        let ticket = Ticket::Pipeline { shared: Arc::clone(&self.shared), tag };
+        self.flush();
+        let ticket = Ticket::Tagged { target: self.target(), tag };
         self.handle.submit(command.into(), Some((session, sequence)), ticket)
+    }
+
+    /// Adds `command` under `tag` to those that go to the core together. They go when they are enough (128 commands, or
+    /// 64 KiB), and with every other call of this pipeline, [`Pipeline::flush`] among them; until then nothing is done about
+    /// them.
+    ///
+    /// `command` is copied. Each command has a completion, even if it is refused at once, as when the queue into the core is
+    /// full ([`Refusal::Busy`]).
+    pub fn enqueue(&mut self, tag: u64, command: &[u8]) {
+        let bytes_max = self.handle.shared.command_bytes_max;
+        if command.len() > bytes_max {
+            let reason = Refusal::TooLarge { bytes: command.len(), bytes_max };
+            let refused = Refused { reason, command: Bytes::copy_from_slice(command) };
+            return self.shared.complete(&mut vec![Completion { tag, outcome: Err(refused.into()) }]);
+        }
+        self.group.push(tag, command);
+        if self.group.is_full() {
+            self.flush();
+        }
+    }
+
+    /// Hands what was enqueued to the core. Does nothing if nothing was.
+    pub fn flush(&mut self) {
+        if !self.group.is_empty() {
+            let group = std::mem::replace(&mut self.group, self.shared.spare());
+            self.handle.submit_group(&self.target(), group);
+        }
     }
 
     /// Moves the completions that have arrived to `out`. Never blocks.
     pub fn completions(&mut self, out: &mut Vec<Completion>) {
+        self.flush();
         lock(&self.shared.state).take(out);
     }
 
     /// Blocks until there are completions, or until `timeout`, and moves them to `out`.
     pub fn wait(&mut self, out: &mut Vec<Completion>, timeout: Duration) {
+        self.flush();
         self.shared.wait(out, timeout);
     }
 
     /// Waits for completions and moves them to `out`. Cancel safe: what has not been moved stays.
     pub fn poll_completions(&mut self, context: &mut Context<'_>, out: &mut Vec<Completion>) -> Poll<()> {
+        self.flush();
         self.shared.poll(context, out)
+    }
+
+    fn target(&self) -> Target {
+        Target::Pipeline(Arc::clone(&self.shared))
+    }
+}
+
+impl Drop for Pipeline {
+    fn drop(&mut self) {
+        self.flush();
     }
 }
 
@@ -507,7 +610,7 @@ impl LocalPipeline {
     /// # Errors
     /// As there.
     pub fn submit(&mut self, tag: u64, command: &[u8]) -> Result<(), Refused> {
-        self.handle.submit(command, None, Ticket::Pipeline { shared: Arc::clone(&self.shared), tag })
+        self.handle.submit(command, None, Ticket::Tagged { target: self.target(), tag })
     }
 
     /// As [`Pipeline::submit_in_session`]; `command` is copied.
@@ -520,8 +623,12 @@ impl LocalPipeline {
         (session, sequence): (u64, u64),
         command: &[u8],
     ) -> Result<(), Refused> {
-        let ticket = Ticket::Pipeline { shared: Arc::clone(&self.shared), tag };
+        let ticket = Ticket::Tagged { target: self.target(), tag };
         self.handle.submit(command, Some((session, sequence)), ticket)
+    }
+
+    fn target(&self) -> Target {
+        Target::Pipeline(Arc::clone(&self.shared))
     }
 
     /// As [`Pipeline::completions`].
@@ -745,13 +852,16 @@ impl BatchSlot {
         }
     }
 
-    pub(crate) fn complete(&self, position: u32, outcome: Outcome) {
+    /// Takes outcomes, whose tags are positions, out of `run`.
+    pub(crate) fn complete(&self, run: &mut Vec<Completion>) {
         let (waker, blocked) = {
             let mut state = lock(&self.state);
-            if let Some(place) = state.outcomes.get_mut(position as usize)
-                && place.replace(outcome).is_none()
-            {
-                state.missing -= 1;
+            for Completion { tag, outcome } in run.drain(..) {
+                if let Some(place) = state.outcomes.get_mut(tag as usize)
+                    && place.replace(outcome).is_none()
+                {
+                    state.missing -= 1;
+                }
             }
             if state.missing > 0 {
                 return;
@@ -772,7 +882,15 @@ impl BatchSlot {
 pub(crate) struct PipelineShared {
     state: Mutex<PipelineState>,
     arrived: Condvar,
+    /// Memory of groups that the core has taken.
+    spare: Mutex<Vec<Commands>>,
 }
+
+/// A pipeline keeps the memory of so many groups: of those under way at a time there are few, since the core takes a group long
+/// before its commands are committed.
+const SPARE_GROUPS_MAX: usize = 16;
+/// Of a group with more memory than this nothing is kept.
+const SPARE_BYTES_MAX: usize = 256 << 10;
 
 #[derive(Default)]
 struct PipelineState {
@@ -792,10 +910,15 @@ impl PipelineState {
 }
 
 impl PipelineShared {
-    pub(crate) fn complete(&self, run: impl IntoIterator<Item = (u64, Outcome)>) {
+    /// Takes completions out of `run`, and leaves an empty vector, maybe another one.
+    pub(crate) fn complete(&self, run: &mut Vec<Completion>) {
         let (waker, blocked) = {
             let mut state = lock(&self.state);
-            state.done.extend(run.into_iter().map(|(tag, outcome)| Completion { tag, outcome }));
+            if state.done.is_empty() {
+                std::mem::swap(&mut state.done, run);
+            } else {
+                state.done.append(run);
+            }
             (state.waker.take(), std::mem::take(&mut state.blocked))
         };
         if blocked {
@@ -806,7 +929,21 @@ impl PipelineShared {
         }
     }
 
-    fn wait(&self, out: &mut Vec<Completion>, timeout: Duration) {
+    /// An empty group, with memory if there is some.
+    fn spare(&self) -> Commands {
+        lock(&self.spare).pop().unwrap_or_default()
+    }
+
+    /// Keeps the memory of a group.
+    pub(crate) fn take_back(&self, mut commands: Commands) {
+        commands.clear();
+        let mut spare = lock(&self.spare);
+        if spare.len() < SPARE_GROUPS_MAX && commands.capacity_bytes() <= SPARE_BYTES_MAX {
+            spare.push(commands);
+        }
+    }
+
+    pub(crate) fn wait(&self, out: &mut Vec<Completion>, timeout: Duration) {
         let started = Instant::now();
         let mut state = lock(&self.state);
         while state.done.is_empty() {
@@ -854,6 +991,110 @@ mod tests {
         let slot = ProposalSlot::spare_or_new();
         assert_eq!(Arc::as_ptr(&slot), place);
         assert!(slot.take_outcome().is_none(), "it is as new");
+    }
+
+    fn unstarted() -> Handle {
+        let member = crate::config::MemberConfig { id: NodeId(1), address: ([127, 0, 0, 1], 1).into() };
+        let config = Config {
+            command_bytes_max: 100,
+            ingress_capacity: 300,
+            ..Config::new(ringraft_block::ClusterId(1), NodeId(1), vec![member], "")
+        };
+        Handle { shared: Arc::new(Shared::new(&config, Arc::new(Wakeup::new()))) }
+    }
+
+    /// What has come into the core, as tags or numbers of commands.
+    fn arrived(handle: &Handle) -> Vec<usize> {
+        std::iter::from_fn(|| handle.shared.ingress.pop())
+            .map(|arrival| match arrival {
+                Arrival::Command(_) => 1,
+                Arrival::Group(group) => group.left(),
+            })
+            .collect()
+    }
+
+    #[test]
+    fn what_is_enqueued_goes_to_the_core_when_it_is_enough_and_with_every_other_call() {
+        let handle = unstarted();
+        let mut pipeline = handle.pipeline();
+        let mut out = Vec::new();
+        (0..130).for_each(|tag| pipeline.enqueue(tag, b"command"));
+        assert_eq!(arrived(&handle), [128]);
+        pipeline.submit(130, &b"command"[..]).unwrap();
+        assert_eq!(arrived(&handle), [2, 1], "in order");
+        let calls: [fn(&mut Pipeline, &mut Vec<Completion>); 4] = [
+            |pipeline, _| pipeline.flush(),
+            |pipeline, out| pipeline.completions(out),
+            |pipeline, out| pipeline.wait(out, Duration::ZERO),
+            |pipeline, out| {
+                let mut context = Context::from_waker(Waker::noop());
+                assert!(pipeline.poll_completions(&mut context, out).is_pending());
+            },
+        ];
+        for call in calls {
+            pipeline.enqueue(1, b"command");
+            assert_eq!(arrived(&handle), []);
+            call(&mut pipeline, &mut out);
+            assert_eq!(arrived(&handle), [1]);
+        }
+        pipeline.enqueue(1, b"command");
+        drop(pipeline);
+        assert_eq!(arrived(&handle), [1]);
+        assert!(out.is_empty());
+    }
+
+    #[test]
+    fn what_is_enqueued_and_refused_completes() {
+        let handle = unstarted();
+        let mut pipeline = handle.pipeline();
+        pipeline.enqueue(1, &[0; 101]);
+        (2..402).for_each(|tag| pipeline.enqueue(tag, b"command"));
+        let mut out = Vec::new();
+        pipeline.completions(&mut out);
+        let reasons = out.iter().map(|done| match &done.outcome {
+            Err(ProposeError::Refused(refused)) => (done.tag, refused.reason.clone(), refused.command.len()),
+            outcome => panic!("{outcome:?}"),
+        });
+        let reasons: Vec<_> = reasons.collect();
+        assert_eq!(reasons[0], (1, Refusal::TooLarge { bytes: 101, bytes_max: 100 }, 101));
+        // Two groups are in the queue, the third goes beyond its bound, what is left fits again.
+        let busy: Vec<_> = (258..386).map(|tag| (tag, Refusal::Busy, 7)).collect();
+        assert_eq!(reasons[1..], busy);
+        assert_eq!(arrived(&handle), [128, 128, 16]);
+    }
+
+    #[test]
+    fn the_memory_of_a_group_serves_the_next_one() {
+        let handle = unstarted();
+        let mut pipeline = handle.pipeline();
+        pipeline.enqueue(1, b"command");
+        pipeline.flush();
+        let Some(Arrival::Group(group)) = handle.shared.ingress.pop() else { panic!("a group") };
+        let place = group.next().map(|(_, command)| command.as_ptr());
+        group.give_back();
+        pipeline.enqueue(2, b"another");
+        pipeline.flush();
+        pipeline.enqueue(3, b"a third");
+        pipeline.flush();
+        handle.shared.ingress.pop();
+        let Some(Arrival::Group(group)) = handle.shared.ingress.pop() else { panic!("a group") };
+        assert_eq!(group.next().map(|(_, command)| command.as_ptr()), place);
+    }
+
+    #[test]
+    fn a_batch_goes_by_groups_but_for_what_is_large_and_keeps_its_order() {
+        let handle = unstarted();
+        let mut shared = Arc::try_unwrap(handle.shared).ok().expect("the only one");
+        shared.command_bytes_max = 1 << 20;
+        let handle = Handle { shared: Arc::new(shared) };
+        let sizes = [10, 10, GROUPED_BYTES_MAX, 10, (1 << 20) + 1, 10];
+        let batch = handle.propose_batch(sizes.map(|size| vec![0; size].into()));
+        assert_eq!(arrived(&handle), [2, 1, 1, 1]);
+        let state = lock(&batch.slot.state);
+        assert_eq!(state.missing, 5);
+        assert!(
+            matches!(&state.outcomes[4], Some(Err(ProposeError::Refused(refused))) if matches!(refused.reason, Refusal::TooLarge { .. }))
+        );
     }
 
     #[test]

@@ -1,77 +1,28 @@
-//! The way into the core: a bounded queue that any thread may push to and the core polls every turn.
+//! The way into the core: a bounded queue that any thread may push to, command by command or group by group, and the core polls
+//! every turn.
 //!
 //! It is bounded by number and by bytes, since nothing is taken from it while the core holds as much as it may.
 //!
 //! A push wakes nobody unless the core is parked; then it signals once (`runtime::Wakeup`). The queue carries
-//! commands and the address that the outcome goes to; it knows nothing of the log.
+//! commands and the address that their outcomes go to; it knows nothing of the log.
 
-use crate::error::{ProposeError, StopCause};
-use crate::handle::{BatchSlot, Outcome, PipelineShared, ProposalSlot};
+use crate::error::{ProposeError, Refusal, Refused, StopCause};
+use crate::group::Group;
 use crate::proposals::COMMAND_OVERHEAD_BYTES;
 use crate::reads::{ReadQueue, ReadRequest};
 use crate::requests::{Request, Requests};
+use crate::tickets::{Deliveries, Ticket};
 use bytes::Bytes;
 use crossbeam_queue::ArrayQueue;
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
-use std::sync::{Arc, OnceLock};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 
 /// A command on its way into the core.
 pub(crate) struct Submission {
     pub(crate) command: Bytes,
     pub(crate) session: Option<(u64, u64)>,
     pub(crate) ticket: Ticket,
-}
-
-/// Where the outcome of a command goes.
-pub(crate) enum Ticket {
-    /// A [`Proposal`](crate::handle::Proposal) future.
-    Proposal(Arc<ProposalSlot>),
-    /// One command of a [`ProposalBatch`](crate::handle::ProposalBatch).
-    Batch { slot: Arc<BatchSlot>, position: u32 },
-    /// A [`Pipeline`](crate::handle::Pipeline), under the tag that its user chose.
-    Pipeline { shared: Arc<PipelineShared>, tag: u64 },
-    /// A request about sessions, which goes into a batch of its own kind.
-    Control(Arc<ProposalSlot>),
-}
-
-impl Ticket {
-    /// Tells the outcome to whoever waits. For pipelines, completions are gathered by [`Deliveries`] instead.
-    fn deliver(self, outcome: Outcome) {
-        match self {
-            Self::Proposal(slot) | Self::Control(slot) => slot.complete(outcome),
-            Self::Batch { slot, position } => slot.complete(position, outcome),
-            Self::Pipeline { shared, tag } => shared.complete([(tag, outcome)]),
-        }
-    }
-}
-
-/// Outcomes of one turn, gathered so that each pipeline is locked and woken once per run of its commands.
-#[derive(Default)]
-pub(crate) struct Deliveries {
-    pipeline: Option<Arc<PipelineShared>>,
-    run: Vec<(u64, Outcome)>,
-}
-
-impl Deliveries {
-    pub(crate) fn push(&mut self, ticket: Ticket, outcome: Outcome) {
-        match ticket {
-            Ticket::Pipeline { shared, tag } => {
-                if !self.pipeline.as_ref().is_some_and(|pipeline| Arc::ptr_eq(pipeline, &shared)) {
-                    self.flush();
-                    self.pipeline = Some(shared);
-                }
-                self.run.push((tag, outcome));
-            }
-            ticket => ticket.deliver(outcome),
-        }
-    }
-
-    pub(crate) fn flush(&mut self) {
-        if let Some(pipeline) = self.pipeline.take() {
-            pipeline.complete(self.run.drain(..));
-        }
-    }
 }
 
 impl Submission {
@@ -81,12 +32,67 @@ impl Submission {
     }
 }
 
+/// What the queue carries.
+pub(crate) enum Arrival {
+    Command(Submission),
+    Group(Group),
+}
+
+impl Arrival {
+    pub(crate) fn queued(&self) -> Queued {
+        match self {
+            Self::Command(submission) => Queued::of(1, submission.cost()),
+            Self::Group(group) => Queued::of(group.left(), group.cost()),
+        }
+    }
+
+    /// Tells whoever waits that it was refused.
+    fn refuse(self, reason: Refusal) {
+        match self {
+            Self::Command(Submission { command, ticket, .. }) => {
+                let refused = Refused { reason, command };
+                let mut deliveries = Deliveries::default();
+                deliveries.push(ticket, Err(ProposeError::Refused(refused)));
+                deliveries.flush();
+            }
+            Self::Group(mut group) => group.refuse(&reason),
+        }
+    }
+}
+
+/// A number of commands and their bytes, in one word: so both are counted at once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Queued(u64);
+
+impl Queued {
+    /// The most of bytes by far: `Config` bounds them by 16 GiB.
+    const BYTES_BITS: u32 = 36;
+
+    fn of(commands: usize, bytes: usize) -> Self {
+        Self((commands as u64) << Self::BYTES_BITS | bytes as u64)
+    }
+
+    fn commands(self) -> usize {
+        (self.0 >> Self::BYTES_BITS) as usize
+    }
+
+    fn bytes(self) -> usize {
+        (self.0 & ((1 << Self::BYTES_BITS) - 1)) as usize
+    }
+
+    /// Both together.
+    pub(crate) fn add(&mut self, more: Self) {
+        self.0 += more.0;
+    }
+}
+
 /// What handles and the core share.
 pub(crate) struct Ingress {
-    queue: ArrayQueue<Submission>,
-    /// What is in the queue, or about to be.
-    queued_bytes: AtomicUsize,
-    queued_bytes_max: usize,
+    queue: ArrayQueue<Arrival>,
+    /// What is in the queue, or about to be: a [`Queued`].
+    queued: AtomicU64,
+    commands_max: usize,
+    bytes_max: usize,
     /// Set when the core takes no more: whoever pushed in the meantime is answered by `drain_stopped`.
     stopped: OnceLock<StopCause>,
     shutdown: AtomicBool,
@@ -95,11 +101,12 @@ pub(crate) struct Ingress {
 }
 
 impl Ingress {
-    pub(crate) fn new(capacity: usize, queued_bytes_max: usize, reads_max: usize) -> Self {
+    pub(crate) fn new(commands_max: usize, bytes_max: usize, reads_max: usize) -> Self {
         Self {
-            queue: ArrayQueue::new(capacity),
-            queued_bytes: AtomicUsize::new(0),
-            queued_bytes_max,
+            queue: ArrayQueue::new(commands_max),
+            queued: AtomicU64::new(0),
+            commands_max,
+            bytes_max,
             stopped: OnceLock::new(),
             shutdown: AtomicBool::new(false),
             requests: Requests::default(),
@@ -107,16 +114,18 @@ impl Ingress {
         }
     }
 
-    /// Queues `submission`; hands it back when the queue is full, by number or by bytes. One is always queued, however large.
-    pub(crate) fn push(&self, submission: Submission) -> Result<(), Submission> {
-        let cost = submission.cost();
+    /// Queues `arrival`; hands it back when the queue is full, by number or by bytes. One is always queued, however large.
+    pub(crate) fn push(&self, arrival: Arrival) -> Result<(), Arrival> {
+        let more = arrival.queued();
         // Counted before it is there, so that it is never taken before it is counted.
-        let before = self.queued_bytes.fetch_add(cost, Ordering::Relaxed);
-        let fits = before == 0 || before.saturating_add(cost) <= self.queued_bytes_max;
-        let pushed = if fits { self.queue.push(submission) } else { Err(submission) };
-        if let Err(submission) = pushed {
-            self.queued_bytes.fetch_sub(cost, Ordering::Relaxed);
-            return Err(submission);
+        let before = Queued(self.queued.fetch_add(more.0, Ordering::Relaxed));
+        let fits = before == Queued::default()
+            || before.commands() + more.commands() <= self.commands_max
+                && before.bytes() + more.bytes() <= self.bytes_max;
+        let pushed = if fits { self.queue.push(arrival) } else { Err(arrival) };
+        if let Err(arrival) = pushed {
+            self.queued.fetch_sub(more.0, Ordering::Relaxed);
+            return Err(arrival);
         }
         // A core that stopped between the caller's check and the push never looks again. The fence, with the one in
         // `stop`, lets at least one of the two see the other; and with the one in `Wakeup::begin_turn`, that of who signals next.
@@ -127,9 +136,9 @@ impl Ingress {
         Ok(())
     }
 
-    /// The next command. It counts as queued until [`Ingress::taken`]. Costs two loads when there is none: an empty queue's own
+    /// What comes next. It counts as queued until [`Ingress::taken`]. Costs two loads when there is none: an empty queue's own
     /// `pop` is a fence, and whoever needs one, because it is about to park or stop, has its own.
-    pub(crate) fn pop(&self) -> Option<Submission> {
+    pub(crate) fn pop(&self) -> Option<Arrival> {
         if self.queue.is_empty() { None } else { self.queue.pop() }
     }
 
@@ -138,10 +147,10 @@ impl Ingress {
         !self.queue.is_empty()
     }
 
-    /// Commands that cost so much have been popped: told once for all of a turn.
-    pub(crate) fn taken(&self, cost: usize) {
-        if cost > 0 {
-            self.queued_bytes.fetch_sub(cost, Ordering::Relaxed);
+    /// So much has been popped: told once for all of a turn.
+    pub(crate) fn taken(&self, taken: Queued) {
+        if taken != Queued::default() {
+            self.queued.fetch_sub(taken.0, Ordering::Relaxed);
         }
     }
 
@@ -172,11 +181,9 @@ impl Ingress {
     fn drain_stopped(&self, cause: &StopCause) {
         self.requests.refuse_all(cause);
         self.reads.refuse_all(cause);
-        while let Some(submission) = self.queue.pop() {
-            self.queued_bytes.fetch_sub(submission.cost(), Ordering::Relaxed);
-            let Submission { command, ticket, .. } = submission;
-            let reason = crate::error::Refusal::Stopped(cause.clone());
-            ticket.deliver(Err(ProposeError::Refused(crate::error::Refused { reason, command })));
+        while let Some(arrival) = self.queue.pop() {
+            self.queued.fetch_sub(arrival.queued().0, Ordering::Relaxed);
+            arrival.refuse(Refusal::Stopped(cause.clone()));
         }
     }
 
@@ -209,5 +216,69 @@ impl Ingress {
 
     pub(crate) fn shutdown_requested(&self) -> bool {
         self.shutdown.load(Ordering::Acquire)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::StopError;
+    use crate::group::{Commands, Target};
+    use crate::handle::{Completion, PipelineShared, ProposalSlot};
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    fn group(pipeline: &Arc<PipelineShared>, commands: usize, bytes: usize) -> Arrival {
+        let mut together = Commands::default();
+        (0..commands).for_each(|tag| together.push(tag as u64, &vec![7; bytes]));
+        Arrival::Group(Group::new(Target::Pipeline(Arc::clone(pipeline)), together))
+    }
+
+    fn command(bytes: usize) -> Arrival {
+        let ticket = Ticket::Proposal(Arc::new(ProposalSlot::default()));
+        Arrival::Command(Submission { command: vec![7; bytes].into(), session: None, ticket })
+    }
+
+    #[test]
+    fn the_commands_of_groups_count_one_by_one_against_the_bounds() {
+        let pipeline = Arc::new(PipelineShared::default());
+        let by_number = Ingress::new(10, 1 << 30, 1);
+        assert!(by_number.push(group(&pipeline, 6, 1)).is_ok());
+        assert!(by_number.push(group(&pipeline, 5, 1)).is_err());
+        assert!(by_number.push(group(&pipeline, 3, 1)).is_ok());
+        assert!(by_number.push(command(1)).is_ok());
+        assert!(by_number.push(command(1)).is_err());
+        let taken = by_number.pop().map(|arrival| arrival.queued()).expect("the first group");
+        assert!(by_number.push(group(&pipeline, 5, 1)).is_err(), "until it is told");
+        by_number.taken(taken);
+        assert!(by_number.push(group(&pipeline, 6, 1)).is_ok());
+
+        let by_bytes = Ingress::new(1000, 10_000, 1);
+        assert!(by_bytes.push(group(&pipeline, 100, 200)).is_ok(), "one always");
+        assert!(by_bytes.push(command(0)).is_err());
+        by_bytes.taken(by_bytes.pop().map(|arrival| arrival.queued()).expect("the group"));
+        assert!(by_bytes.push(group(&pipeline, 10, 900)).is_ok());
+        assert!(by_bytes.push(command(1000)).is_err());
+        assert!(by_bytes.push(command(10_000 - 10 * 964 - COMMAND_OVERHEAD_BYTES)).is_ok());
+        assert!(by_bytes.push(command(0)).is_err());
+    }
+
+    #[test]
+    fn a_stop_refuses_every_command_of_a_group_before_and_after_it() {
+        let pipeline = Arc::new(PipelineShared::default());
+        let ingress = Ingress::new(10, 1 << 20, 1);
+        assert!(ingress.push(group(&pipeline, 3, 5)).is_ok());
+        ingress.stop(StopError::Requested.into());
+        assert!(ingress.push(group(&pipeline, 2, 5)).is_ok());
+        let mut completions = Vec::new();
+        pipeline.wait(&mut completions, Duration::ZERO);
+        let tags: Vec<u64> = completions.iter().map(|done| done.tag).collect();
+        assert_eq!(tags, [0, 1, 2, 0, 1]);
+        for Completion { outcome, .. } in completions {
+            let Err(ProposeError::Refused(refused)) = outcome else { panic!("{outcome:?}") };
+            assert!(matches!(refused.reason, Refusal::Stopped(_)));
+            assert_eq!(refused.command, [7; 5][..]);
+        }
+        assert_eq!(ingress.queued.load(Ordering::Relaxed), 0);
     }
 }

@@ -74,6 +74,7 @@ pub mod config;
 pub mod driver;
 pub mod error;
 pub mod formation;
+mod group;
 pub mod handle;
 mod ingress;
 pub mod membership;
@@ -90,6 +91,7 @@ pub mod runtime;
 pub mod sessions;
 pub mod snapshots;
 pub mod state_machine;
+mod tickets;
 mod wire;
 
 pub use answer::Answer;

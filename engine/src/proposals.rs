@@ -9,10 +9,12 @@
 //! has an unknown outcome: its batch may survive on another member.
 
 use crate::error::{ProposeError, Refusal, Refused, UnknownOutcome};
+use crate::group::Group;
 use crate::handle::{Committed, Outcome};
-use crate::ingress::{Deliveries, Submission, Ticket};
+use crate::ingress::{Arrival, Submission};
 use crate::mutants::{self, Mutant};
 use crate::state_machine::Replies;
+use crate::tickets::{Deliveries, Ticket, Tickets};
 use bytes::Bytes;
 use ringraft_block::{Block, BlockBuf, LogIndex, Term};
 use ringraft_wal::format::{
@@ -61,15 +63,19 @@ pub(crate) struct Proposals<B: BlockBuf> {
     /// `None` until the first block comes.
     builder: Option<BatchBuilder<B>>,
     /// Tickets of the commands in the open batch.
-    open: Vec<Ticket>,
+    open: Tickets,
     overflow: VecDeque<Submission>,
+    /// A group of which commands are left: they come before what is in the queue.
+    arriving: Option<Group>,
+    /// The next of them did not fit into the open batch.
+    arriving_waits: bool,
     /// Requests about sessions, which go into batches of their own kind.
     control: VecDeque<Submission>,
     /// The last batch was of that kind, so that commands that wait come first now.
     control_sealed: bool,
     /// Batches in the log, not yet applied, in order.
     sealed: VecDeque<SealedTickets>,
-    spare: Vec<Vec<Ticket>>,
+    spare: Vec<Tickets>,
     /// Bytes of commands that were admitted and have no outcome yet, with an overhead for each.
     uncommitted_bytes: usize,
 }
@@ -79,7 +85,7 @@ struct SealedTickets {
     term: Term,
     /// What was counted for its commands when they were admitted.
     cost: usize,
-    tickets: Vec<Ticket>,
+    tickets: Tickets,
 }
 
 impl<B: BlockBuf> Proposals<B> {
@@ -88,8 +94,10 @@ impl<B: BlockBuf> Proposals<B> {
             limits,
             gate: Err(Refusal::NotLeader { leader: None }),
             builder: None,
-            open: Vec::new(),
+            open: Tickets::default(),
             overflow: VecDeque::new(),
+            arriving: None,
+            arriving_waits: false,
             control: VecDeque::new(),
             control_sealed: false,
             sealed: VecDeque::new(),
@@ -105,17 +113,32 @@ impl<B: BlockBuf> Proposals<B> {
         }
     }
 
-    /// Whether the queue from other threads should be read further.
-    pub(crate) fn has_room(&self) -> bool {
-        self.overflow.is_empty() && self.uncommitted_bytes < self.limits.uncommitted_bytes_max
+    /// Whether more should be taken of what other threads hand over.
+    pub(crate) fn takes_more(&self) -> bool {
+        !self.is_gate_open() || !self.is_full() && self.uncommitted_bytes < self.limits.uncommitted_bytes_max
     }
 
     pub(crate) fn is_gate_open(&self) -> bool {
         self.gate.is_ok()
     }
 
-    /// Takes a command from the queue, or refuses it to its ticket.
-    pub(crate) fn take(&mut self, submission: Submission, deliveries: &mut Deliveries) {
+    /// Whether commands are left of what was taken from the queue last.
+    pub(crate) fn has_arriving(&self) -> bool {
+        self.arriving.is_some()
+    }
+
+    /// Takes a command from the queue, or refuses it to its ticket; of a group, as much as there is room for. The rest is for
+    /// [`Proposals::take_arriving`].
+    pub(crate) fn take(&mut self, arrival: Arrival, deliveries: &mut Deliveries) {
+        let submission = match arrival {
+            Arrival::Command(submission) => submission,
+            Arrival::Group(group) => {
+                debug_assert!(self.arriving.is_none(), "one group after the other");
+                self.arriving = Some(group);
+                self.take_arriving(deliveries);
+                return;
+            }
+        };
         if let Err(reason) = self.admit(submission.command.len()) {
             let refused = Refused { reason, command: submission.command };
             deliveries.push(submission.ticket, Err(refused.into()));
@@ -128,6 +151,34 @@ impl<B: BlockBuf> Proposals<B> {
         }
         if let Err(ticket) = self.push_open(&command, session, ticket) {
             self.overflow.push_back(Submission { command, session, ticket });
+        }
+    }
+
+    /// Goes on with the group that came last, as far as there is room.
+    pub(crate) fn take_arriving(&mut self, deliveries: &mut Deliveries) {
+        let Some(mut group) = self.arriving.take() else { return };
+        while self.takes_more()
+            && let Some((tag, command)) = group.next()
+        {
+            match self.admit(command.len()) {
+                Ok(()) if self.copy_into_open(command, None) => self.open.push_tagged(group.target(), tag),
+                Ok(()) => {
+                    self.uncommitted_bytes -= command.len() + COMMAND_OVERHEAD_BYTES;
+                    self.arriving_waits = true;
+                    break;
+                }
+                Err(reason) => {
+                    let refused = Refused { reason, command: Bytes::copy_from_slice(command) };
+                    let target = group.target().clone();
+                    deliveries.push(Ticket::Tagged { target, tag }, Err(refused.into()));
+                }
+            }
+            group.advance();
+        }
+        if group.left() == 0 {
+            group.give_back();
+        } else {
+            self.arriving = Some(group);
         }
     }
 
@@ -172,7 +223,9 @@ impl<B: BlockBuf> Proposals<B> {
     /// small for the command that waits.
     pub(crate) fn wants_block(&self) -> Option<usize> {
         let open = self.builder.as_ref().filter(|builder| builder.is_armed());
-        let waiting = self.overflow.front().map(|next| slot_bytes_for_one(&next.command));
+        let arriving = self.arriving.as_ref().filter(|_| self.arriving_waits).and_then(Group::next);
+        let waiting = self.overflow.front().map(|next| &next.command[..]).or(arriving.map(|next| next.1));
+        let waiting = waiting.map(slot_bytes_for_one);
         match (open, waiting) {
             (None, waiting) => Some(waiting.unwrap_or(0).max(self.limits.slot_bytes)),
             (Some(open), Some(waiting)) if open.is_empty() => Some(waiting.max(self.limits.slot_bytes)),
@@ -188,6 +241,7 @@ impl<B: BlockBuf> Proposals<B> {
             Some(builder) => builder.rearm(block),
             builder => *builder = Some(BatchBuilder::new(block)),
         }
+        self.arriving_waits = false;
         while let Some(next) = self.overflow.front() {
             let alone = slot_bytes_for_one(&next.command) > self.limits.slot_bytes;
             if alone && !self.open.is_empty() {
@@ -207,7 +261,7 @@ impl<B: BlockBuf> Proposals<B> {
 
     /// Whether the open batch takes no more: a command waits for the next one.
     pub(crate) fn is_full(&self) -> bool {
-        !self.overflow.is_empty()
+        !self.overflow.is_empty() || self.arriving_waits
     }
 
     /// The size of the slot that sealing the open batch would make; `None` when there is nothing to seal.
@@ -279,11 +333,11 @@ impl<B: BlockBuf> Proposals<B> {
         let overtaken = self.sealed.partition_point(|sealed| sealed.first <= applied);
         for sealed in self.sealed.drain(..overtaken) {
             self.uncommitted_bytes -= sealed.cost;
-            for (position, ticket) in sealed.tickets.into_iter().enumerate() {
-                let index = LogIndex(sealed.first.get() + position as u64);
-                let unknown = UnknownOutcome::LeadershipLost { index };
-                deliveries.push(ticket, Err(ProposeError::Unknown(unknown)));
-            }
+            let SealedTickets { first, mut tickets, .. } = sealed;
+            tickets.deliver(deliveries, |position| {
+                let index = LogIndex(first.get() + position as u64);
+                Err(ProposeError::Unknown(UnknownOutcome::LeadershipLost { index }))
+            });
         }
     }
 
@@ -312,10 +366,7 @@ impl<B: BlockBuf> Proposals<B> {
         let Some(sealed) = self.sealed.pop_front() else { return };
         let SealedTickets { first, term, cost, mut tickets } = sealed;
         debug_assert_eq!(term, batch.term, "tickets are dropped when the leadership of their term ends");
-        for (position, ticket) in tickets.drain(..).enumerate() {
-            let index = LogIndex(first.get() + position as u64);
-            deliveries.push(ticket, outcome(position, index));
-        }
+        tickets.deliver(deliveries, |position| outcome(position, LogIndex(first.get() + position as u64)));
         self.uncommitted_bytes -= cost;
         self.spare.push(tickets);
     }
@@ -331,26 +382,27 @@ impl<B: BlockBuf> Proposals<B> {
     ) {
         let kept = self.sealed.partition_point(|sealed| sealed.first <= certain);
         for sealed in self.sealed.drain(kept..) {
-            for (position, ticket) in sealed.tickets.into_iter().enumerate() {
+            let SealedTickets { first, mut tickets, .. } = sealed;
+            tickets.deliver(deliveries, |position| {
                 if mutants::active(Mutant::RefusedAlthoughInLog) {
-                    let command = Bytes::new();
-                    deliveries.push(ticket, Err(Refused { reason: refusal.clone(), command }.into()));
-                    continue;
+                    return Err(Refused { reason: refusal.clone(), command: Bytes::new() }.into());
                 }
-                let index = LogIndex(sealed.first.get() + position as u64);
-                deliveries.push(ticket, Err(ProposeError::Unknown(unknown(index))));
-            }
-        }
-        let mut tickets = self.open.drain(..);
-        if let Some(builder) = &mut self.builder {
-            builder.abandon(|command| {
-                let command = Bytes::copy_from_slice(command);
-                if let Some(ticket) = tickets.next() {
-                    deliveries.push(ticket, Err(Refused { reason: refusal.clone(), command }.into()));
-                }
+                Err(ProposeError::Unknown(unknown(LogIndex(first.get() + position as u64))))
             });
         }
-        drop(tickets);
+        let mut commands = VecDeque::with_capacity(self.open.len());
+        if let Some(builder) = &mut self.builder {
+            builder.abandon(|command| commands.push_back(Bytes::copy_from_slice(command)));
+        }
+        self.open.deliver(deliveries, |_| {
+            let command = commands.pop_front().unwrap_or_default();
+            Err(Refused { reason: refusal.clone(), command }.into())
+        });
+        self.arriving_waits = false;
+        if let Some(mut group) = self.arriving.take() {
+            group.refuse(refusal);
+            group.give_back();
+        }
         for Submission { command, ticket, .. } in self.overflow.drain(..).chain(self.control.drain(..)) {
             deliveries.push(ticket, Err(Refused { reason: refusal.clone(), command }.into()));
         }
@@ -368,6 +420,7 @@ impl<B: BlockBuf> Proposals<B> {
         self.open.is_empty()
             && self.overflow.is_empty()
             && self.control.is_empty()
+            && self.arriving.is_none()
             && self.sealed.is_empty()
             && self.uncommitted_bytes == 0
     }
@@ -380,11 +433,13 @@ fn slot_bytes_for_one(command: &[u8]) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::handle::{Outcome, ProposalSlot};
+    use crate::group::{Commands, Target};
+    use crate::handle::{Outcome, PipelineShared, ProposalSlot};
     use ringraft_block::{AlignedBuf, GroupId, Pool};
     use ringraft_wal::format::{BatchKind, Chain, ENVELOPE_BYTES, parse_image};
     use std::convert::Infallible;
     use std::sync::Arc;
+    use std::time::Duration;
 
     const LIMITS: ProposalLimits =
         ProposalLimits { command_bytes_max: 40_000, uncommitted_bytes_max: 100_000, slot_bytes: 12_288 };
@@ -406,8 +461,8 @@ mod tests {
         fn propose(&mut self, command: Vec<u8>) -> Arc<ProposalSlot> {
             let slot = Arc::new(ProposalSlot::default());
             let ticket = Ticket::Proposal(Arc::clone(&slot));
-            self.proposals
-                .take(Submission { command: command.into(), session: None, ticket }, &mut self.deliveries);
+            let submission = Submission { command: command.into(), session: None, ticket };
+            self.proposals.take(Arrival::Command(submission), &mut self.deliveries);
             slot
         }
 
@@ -449,6 +504,132 @@ mod tests {
         }
     }
 
+    /// Commands that arrive together, with their positions as tags.
+    fn arrive(rig: &mut Rig, commands: &[Vec<u8>]) -> Arc<PipelineShared> {
+        let pipeline = Arc::new(PipelineShared::default());
+        let mut together = Commands::default();
+        commands.iter().zip(0..).for_each(|(command, tag)| together.push(tag, command));
+        let group = Group::new(Target::Pipeline(Arc::clone(&pipeline)), together);
+        rig.proposals.take(Arrival::Group(group), &mut rig.deliveries);
+        pipeline
+    }
+
+    fn completions(rig: &mut Rig, pipeline: &PipelineShared) -> Vec<(u64, Outcome)> {
+        rig.deliveries.flush();
+        let mut completions = Vec::new();
+        pipeline.wait(&mut completions, Duration::ZERO);
+        completions.into_iter().map(|done| (done.tag, done.outcome)).collect()
+    }
+
+    #[test]
+    fn a_group_goes_over_as_many_batches_as_it_needs_in_order() {
+        let mut rig = Rig::leading();
+        let sizes = [10, 100, 4000, 3000, 39_000, 10, 8000, 4000, 1, 20_000];
+        let commands: Vec<Vec<u8>> = sizes.iter().zip(0..).map(|(size, fill)| vec![fill; *size]).collect();
+        let pipeline = arrive(&mut rig, &commands);
+        let mut sealed = Vec::new();
+        let mut batches = 0;
+        loop {
+            while let Some((info, mut batch)) = rig.seal() {
+                assert!(info.slot_bytes() <= LIMITS.slot_bytes || batch.len() == 1);
+                rig.apply(&info);
+                sealed.append(&mut batch);
+                batches += 1;
+            }
+            if !rig.proposals.has_arriving() {
+                break;
+            }
+            assert!(rig.proposals.takes_more(), "with an empty batch open there is room");
+            rig.proposals.take_arriving(&mut rig.deliveries);
+        }
+        assert_eq!(sealed, commands);
+        assert!(batches > 3, "{batches}");
+        let told = completions(&mut rig, &pipeline);
+        let indexes: Vec<_> =
+            told.into_iter().map(|(tag, outcome)| (tag, outcome.unwrap().index.get())).collect();
+        assert_eq!(indexes, (0..10).zip(1..=10).collect::<Vec<_>>());
+        assert!(rig.proposals.is_idle());
+    }
+
+    #[test]
+    fn the_rest_of_a_group_waits_while_too_much_is_uncommitted() {
+        let mut rig = Rig::leading();
+        rig.open();
+        // Of so many bytes that some of them come to the bound exactly; one that would go beyond it is refused.
+        let commands = vec![vec![7; LIMITS.uncommitted_bytes_max / 500 - COMMAND_OVERHEAD_BYTES]; 1200];
+        let pipeline = arrive(&mut rig, &commands);
+        assert!(rig.proposals.has_arriving());
+        let mut infos = Vec::new();
+        let mut waited = 0;
+        while rig.proposals.has_arriving() {
+            if let Some((info, _)) = rig.seal() {
+                infos.push(info);
+            } else if !rig.proposals.takes_more() {
+                // The oldest is applied, which makes room.
+                let info = infos.remove(0);
+                rig.apply(&info);
+                waited += 1;
+            }
+            rig.open();
+            rig.proposals.take_arriving(&mut rig.deliveries);
+            assert!(rig.proposals.uncommitted_bytes <= LIMITS.uncommitted_bytes_max);
+        }
+        while let Some((info, _)) = rig.seal() {
+            infos.push(info);
+            rig.open();
+        }
+        infos.iter().for_each(|info| rig.apply(info));
+        let told = completions(&mut rig, &pipeline);
+        let tags: Vec<u64> = told.iter().map(|(tag, _)| *tag).collect();
+        assert_eq!(tags, (0..1200).collect::<Vec<_>>());
+        assert!(told.iter().all(|(_, outcome)| outcome.is_ok()) && waited > 1, "{waited}");
+        assert!(rig.proposals.is_idle());
+    }
+
+    #[test]
+    fn what_is_left_of_a_group_is_refused_when_leadership_ends() {
+        let mut rig = Rig::leading();
+        rig.open();
+        let commands: Vec<Vec<u8>> = (0..4).map(|fill| vec![fill; 6000]).collect();
+        let pipeline = arrive(&mut rig, &commands);
+        assert!(rig.proposals.has_arriving() && rig.proposals.is_full());
+        let (info, first) = rig.seal().unwrap();
+        assert_eq!((info.first, first.len()), (LogIndex(1), 1));
+        let unknown = |index| UnknownOutcome::LeadershipLost { index };
+        let refusal = Refusal::NotLeader { leader: None };
+        rig.proposals.abandon(LogIndex(0), unknown, &refusal, &mut rig.deliveries);
+        let mut told = completions(&mut rig, &pipeline);
+        told.sort_by_key(|(tag, _)| *tag);
+        assert!(matches!(
+            told[0],
+            (0, Err(ProposeError::Unknown(UnknownOutcome::LeadershipLost { index: LogIndex(1) })))
+        ));
+        assert_eq!(told.len(), 4);
+        for ((tag, outcome), command) in told.iter().zip(&commands).skip(1) {
+            let Err(ProposeError::Refused(refused)) = outcome else { panic!("{tag}: {outcome:?}") };
+            assert_eq!(refused.command, command[..]);
+        }
+        assert!(rig.proposals.is_idle());
+    }
+
+    #[test]
+    fn what_is_left_of_a_group_is_refused_while_the_gate_is_closed() {
+        let mut rig = Rig::leading();
+        rig.open();
+        let pipeline = arrive(&mut rig, &[vec![1; 8000], vec![2; 8000]]);
+        rig.proposals.set_gate(Err(Refusal::Transferring));
+        assert!(rig.proposals.takes_more());
+        rig.proposals.take_arriving(&mut rig.deliveries);
+        let told = completions(&mut rig, &pipeline);
+        assert!(
+            matches!(&told[..], [(1, Err(ProposeError::Refused(refused)))] if refused.command[..] == [2; 8000])
+        );
+        let (info, commands) = rig.seal().expect("what was admitted before");
+        assert_eq!(commands, [vec![1; 8000]]);
+        rig.apply(&info);
+        assert!(rig.proposals.is_idle());
+    }
+
     fn outcome(slot: &ProposalSlot) -> Option<Outcome> {
         slot.take_outcome()
     }
@@ -460,7 +641,7 @@ mod tests {
         assert!(!rig.proposals.has_unsealed());
         let ticket = Ticket::Control(Arc::new(ProposalSlot::default()));
         let submission = Submission { command: Bytes::from_static(b"open"), session: None, ticket };
-        rig.proposals.take(submission, &mut rig.deliveries);
+        rig.proposals.take(Arrival::Command(submission), &mut rig.deliveries);
         assert!(rig.proposals.has_unsealed());
         let bytes = rig.proposals.control_slot_bytes().expect("it can be sealed");
         let block = rig.pool.take(bytes, |bytes| Ok::<_, Infallible>(AlignedBuf::zeroed(bytes))).unwrap();

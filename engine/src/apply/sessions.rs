@@ -3,11 +3,11 @@
 
 use crate::error::{ProposeError, Refusal, Refused};
 use crate::handle::{Committed, Outcome};
-use crate::ingress::Deliveries;
 use crate::mutants::{self, Mutant};
 use crate::proposals::Proposals;
 use crate::sessions::{Answer, Control, Controlled, SessionRefusal, SessionTable, Verdict};
 use crate::state_machine::{CommittedBatch, Replies, StateMachine};
+use crate::tickets::Deliveries;
 use bytes::Bytes;
 use ringraft_block::{BlockBuf, LogIndex};
 use ringraft_wal::format::BatchView;

@@ -3,6 +3,7 @@
 use super::{APPLY_READ, Driver, GROUP, READ_BYTES, run_of, take_block};
 use crate::apply::Applied;
 use crate::error::{LeaderHint, Refusal, StopError};
+use crate::ingress::Queued;
 use crate::mutants::{self, Mutant};
 use crate::raft::{Event, Raft, Role};
 use crate::state_machine::StateMachine;
@@ -55,16 +56,19 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
 
     /// Whether there were some, and not only to be refused.
     pub(super) fn take_proposals(&mut self) -> bool {
-        let (mut taken, mut cost) = (0, 0);
+        let (mut arrivals, mut taken) = (0, Queued::default());
         let mut proposals = self.proposals.borrow_mut();
-        while taken < self.config.ingress_capacity && (proposals.has_room() || !proposals.is_gate_open()) {
-            let Some(submission) = self.shared.ingress.pop() else { break };
-            cost += submission.cost();
-            proposals.take(submission, &mut self.deliveries);
-            taken += 1;
+        let mut any = proposals.has_arriving() && proposals.takes_more();
+        proposals.take_arriving(&mut self.deliveries);
+        while arrivals < self.config.ingress_capacity && proposals.takes_more() {
+            let Some(arrival) = self.shared.ingress.pop() else { break };
+            taken.add(arrival.queued());
+            proposals.take(arrival, &mut self.deliveries);
+            arrivals += 1;
+            any = true;
         }
-        self.shared.ingress.taken(cost);
-        taken > 0 && proposals.is_gate_open()
+        self.shared.ingress.taken(taken);
+        any && proposals.is_gate_open()
     }
 
     /// Seals the open batch whenever the log has room for another write: the batch is what arrived meanwhile. One that might

@@ -219,6 +219,7 @@ impl Cluster for Engine {
 
 impl SimNode for EngineNode {
     fn turn(&mut self, monotonic_ns: u64, wall_ms: u64) -> Turned {
+        self.remote.flush();
         let before = self.driver.machine().bytes;
         let outcome = self.driver.turn(Now { monotonic_ns, wall_ms });
         let full = self.driver.machine().bytes - before >= self.apply_bytes_per_turn;
@@ -236,8 +237,13 @@ impl SimNode for EngineNode {
     }
 
     fn propose(&mut self, tag: u64, command: &[u8]) -> Result<(), RefusedAtOnce> {
-        let submitted = match tag >> 32 & 1 {
-            0 => self.local.submit(tag, command),
+        let submitted = match tag {
+            _ if !is_remote(tag) => self.local.submit(tag, command),
+            // With whatever else comes before the next turn.
+            _ if tag % 2 == 1 => {
+                self.remote.enqueue(tag, command);
+                Ok(())
+            }
             _ => self.remote.submit(tag, command.to_vec()),
         };
         submitted.map_err(|refused| RefusedAtOnce { leader: leader_in(&refused.reason) })

@@ -4,11 +4,12 @@ use super::super::Applier;
 use crate::apply::Applied;
 use crate::error::{ProposeError, Refusal, Refused};
 use crate::handle::{Outcome, ProposalSlot};
-use crate::ingress::{Deliveries, Submission, Ticket};
+use crate::ingress::{Arrival, Submission};
 use crate::proposals::{ProposalLimits, Proposals};
 use crate::recent::Recent;
 use crate::sessions::{Control, SessionLimits, SessionRefusal};
 use crate::state_machine::{CommittedBatch, Replies, StateMachine};
+use crate::tickets::{Deliveries, Ticket};
 use bytes::Bytes;
 use ringraft_block::{AlignedBuf, Block, GroupId, LogIndex, Pool, Term};
 use ringraft_wal::format::{BatchBuilder, BatchInfo, BatchKind, Chain, Seal, SessionRef};
@@ -137,7 +138,8 @@ impl Rig {
             self.proposals.open(block);
         }
         let command = Bytes::copy_from_slice(command);
-        self.proposals.take(Submission { command, session, ticket }, &mut self.deliveries);
+        let arrival = Arrival::Command(Submission { command, session, ticket });
+        self.proposals.take(arrival, &mut self.deliveries);
     }
 
     /// Seals what was proposed here, as the driver would.

@@ -1,0 +1,181 @@
+//! Commands that go into the core together, and who waits for commands by tag.
+//!
+//! On its way between two threads a command costs counters, a place in the queue, a fence and a reference to whoever waits: a
+//! group costs that once. Its commands are copied into one piece of memory, which goes back to its pipeline as soon as the core
+//! has copied them on, and serves the next group: so it stays warm, and nobody allocates.
+
+use crate::error::{Refusal, Refused};
+use crate::handle::{BatchSlot, Completion, PipelineShared};
+use crate::proposals::COMMAND_OVERHEAD_BYTES;
+use bytes::Bytes;
+use std::sync::Arc;
+
+/// A group has no more commands than this: the core copies the first of many while the next are being put together.
+pub(crate) const GROUP_COMMANDS_MAX: usize = 128;
+/// Nor does it take another command when it has as many bytes as this. One command it takes, however large.
+pub(crate) const GROUP_BYTES_MAX: usize = 64 << 10;
+
+/// Who waits for outcomes that are told apart by a tag.
+#[derive(Clone)]
+pub(crate) enum Target {
+    /// A [`Pipeline`](crate::handle::Pipeline), whose user chose the tags.
+    Pipeline(Arc<PipelineShared>),
+    /// A [`ProposalBatch`](crate::handle::ProposalBatch), where they are positions.
+    Batch(Arc<BatchSlot>),
+}
+
+impl Target {
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Pipeline(one), Self::Pipeline(other)) => Arc::ptr_eq(one, other),
+            (Self::Batch(one), Self::Batch(other)) => Arc::ptr_eq(one, other),
+            _ => false,
+        }
+    }
+
+    /// Tells outcomes, and leaves an empty vector, maybe another one.
+    pub(crate) fn complete(&self, run: &mut Vec<Completion>) {
+        match self {
+            Self::Pipeline(pipeline) => pipeline.complete(run),
+            Self::Batch(slot) => slot.complete(run),
+        }
+    }
+}
+
+/// Commands, one behind the other, each with its tag.
+#[derive(Default)]
+pub(crate) struct Commands {
+    bytes: Vec<u8>,
+    entries: Vec<Entry>,
+}
+
+struct Entry {
+    tag: u64,
+    end: usize,
+}
+
+impl Commands {
+    pub(crate) fn push(&mut self, tag: u64, command: &[u8]) {
+        self.bytes.extend_from_slice(command);
+        self.entries.push(Entry { tag, end: self.bytes.len() });
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Whether it goes to the core before another command is added.
+    pub(crate) fn is_full(&self) -> bool {
+        self.entries.len() >= GROUP_COMMANDS_MAX || self.bytes.len() >= GROUP_BYTES_MAX
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.bytes.clear();
+        self.entries.clear();
+    }
+
+    /// Memory that it holds for its commands.
+    pub(crate) fn capacity_bytes(&self) -> usize {
+        self.bytes.capacity()
+    }
+
+    fn tag_and_bytes(&self, position: usize) -> Option<(u64, &[u8])> {
+        let Entry { tag, end } = *self.entries.get(position)?;
+        let start = position.checked_sub(1).map_or(0, |before| self.entries[before].end);
+        Some((tag, &self.bytes[start..end]))
+    }
+}
+
+/// Commands on their way into the core, the same who waits for all.
+pub(crate) struct Group {
+    target: Target,
+    commands: Commands,
+    /// So many of the first have been taken out.
+    taken: usize,
+}
+
+impl Group {
+    pub(crate) fn new(target: Target, commands: Commands) -> Self {
+        Self { target, commands, taken: 0 }
+    }
+
+    pub(crate) fn target(&self) -> &Target {
+        &self.target
+    }
+
+    /// The command that comes next, with its tag.
+    pub(crate) fn next(&self) -> Option<(u64, &[u8])> {
+        self.commands.tag_and_bytes(self.taken)
+    }
+
+    /// The command that came next has been taken.
+    pub(crate) fn advance(&mut self) {
+        self.taken += 1;
+    }
+
+    /// How many commands are left in it.
+    pub(crate) fn left(&self) -> usize {
+        self.commands.len() - self.taken
+    }
+
+    /// What it counts for, as a whole, against bounds in bytes.
+    pub(crate) fn cost(&self) -> usize {
+        self.commands.bytes.len() + self.commands.len() * COMMAND_OVERHEAD_BYTES
+    }
+
+    /// Refuses what is left of it.
+    pub(crate) fn refuse(&mut self, reason: &Refusal) {
+        let mut refused = Vec::with_capacity(self.left());
+        while let Some((tag, command)) = self.next() {
+            let command = Bytes::copy_from_slice(command);
+            let outcome = Err(Refused { reason: reason.clone(), command }.into());
+            refused.push(Completion { tag, outcome });
+            self.advance();
+        }
+        self.target.complete(&mut refused);
+    }
+
+    /// All of it has been taken: its memory goes back.
+    pub(crate) fn give_back(self) {
+        if let Target::Pipeline(pipeline) = &self.target {
+            pipeline.take_back(self.commands);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commands_come_out_as_they_went_in() {
+        let mut commands = Commands::default();
+        let all = [(7, &b"one"[..]), (9, b""), (8, b"three")];
+        all.iter().for_each(|(tag, command)| commands.push(*tag, command));
+        let pipeline = Arc::new(PipelineShared::default());
+        let mut group = Group::new(Target::Pipeline(Arc::clone(&pipeline)), commands);
+        assert_eq!(group.cost(), 8 + 3 * COMMAND_OVERHEAD_BYTES);
+        for (left, expected) in (1..=3).rev().zip(all) {
+            assert_eq!((group.left(), group.next()), (left, Some(expected)));
+            group.advance();
+        }
+        assert_eq!((group.left(), group.next()), (0, None));
+    }
+
+    #[test]
+    fn a_group_is_full_by_number_or_by_bytes() {
+        let mut commands = Commands::default();
+        let pushed = std::iter::repeat_with(|| commands.push(1, b"")).take(GROUP_COMMANDS_MAX).count();
+        assert_eq!((pushed, commands.is_full()), (GROUP_COMMANDS_MAX, true));
+        commands.clear();
+        assert!(commands.is_empty() && !commands.is_full());
+        commands.push(1, &[0; GROUP_BYTES_MAX - 1]);
+        assert!(!commands.is_full());
+        commands.push(2, &[0]);
+        assert!(commands.is_full());
+    }
+}
