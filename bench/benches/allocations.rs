@@ -158,7 +158,7 @@ fn on_loopback(backend: Backend, in_flight: usize) -> anyhow::Result<Row> {
     let mut pipeline = nodes[0].handle().pipeline();
     let command = bytes::Bytes::from(vec![0x5a; PAYLOAD_BYTES]);
     let mut completions: Vec<Completion> = Vec::new();
-    (0..in_flight as u64).for_each(|tag| pipeline.submit(tag, command.clone()).expect("there is room"));
+    (0..in_flight as u64).for_each(|tag| pipeline.enqueue(tag, &command));
     let mut completed = 0;
     let mut run = |commands: u64| {
         let until = completed + commands;
@@ -167,7 +167,7 @@ fn on_loopback(backend: Backend, in_flight: usize) -> anyhow::Result<Row> {
             for Completion { tag, outcome } in completions.drain(..) {
                 outcome.expect("nothing fails here");
                 completed += 1;
-                pipeline.submit(tag, command.clone()).expect("there is room");
+                pipeline.enqueue(tag, &command);
             }
         }
     };

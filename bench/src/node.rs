@@ -273,7 +273,9 @@ impl Service {
                     drop(self.handle.transfer_leadership(Some(NodeId(1))));
                 }
             }
-            let line = match input.next(if leads { LOOK_AGAIN } else { LOOK_AGAIN / 10 })? {
+            // Until there is a leader, more often.
+            let settled = leads || id != 1 && self.handle.status().leader.is_some();
+            let line = match input.next(if settled { LOOK_AGAIN } else { LOOK_AGAIN / 10 })? {
                 Input::Nothing => continue,
                 Input::End => break,
                 Input::Line(line) => line,

@@ -72,7 +72,7 @@ pub(crate) enum Part {
 /// How commands are proposed and their outcomes come back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Way {
-    /// [`Handle::pipeline`].
+    /// [`Handle::pipeline`], by groups.
     Pipeline,
     /// [`Handle::propose`]: a future for each.
     #[allow(dead_code, reason = "not every benchmark proposes both ways")]
@@ -281,8 +281,9 @@ impl Load {
             self.missing += 1;
         }
         for tag in 0..self.missing as u64 {
-            self.pipeline.submit(tag, self.command.clone()).expect("there is room");
+            self.pipeline.enqueue(tag, &self.command);
         }
+        self.pipeline.flush();
     }
 
     fn turn_of_futures(&mut self) {
