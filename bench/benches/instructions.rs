@@ -48,6 +48,7 @@ const STAGES: &[Stage] = &[
             ("handle.rs", "spare"),
             ("handle.rs", "take_back"),
             ("group.rs", "push"),
+            ("group.rs", "rest"),
             ("group.rs", "next"),
             ("group.rs", "new"),
             ("group.rs", "tag_and_bytes"),

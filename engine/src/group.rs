@@ -11,7 +11,7 @@ use bytes::Bytes;
 use std::sync::Arc;
 
 /// A group has no more commands than this: the core copies the first of many while the next are being put together.
-pub(crate) const GROUP_COMMANDS_MAX: usize = 128;
+pub(crate) const GROUP_COMMANDS_MAX: usize = 256;
 /// Nor does it take another command when it has as many bytes as this. One command it takes, however large.
 pub(crate) const GROUP_BYTES_MAX: usize = 64 << 10;
 
@@ -46,47 +46,36 @@ impl Target {
 #[derive(Default)]
 pub(crate) struct Commands {
     bytes: Vec<u8>,
-    entries: Vec<Entry>,
-}
-
-struct Entry {
-    tag: u64,
-    end: usize,
+    tags: Vec<u64>,
+    lengths: Vec<u32>,
 }
 
 impl Commands {
+    /// Adds a command of less than 4 GiB, as all are.
     pub(crate) fn push(&mut self, tag: u64, command: &[u8]) {
         self.bytes.extend_from_slice(command);
-        self.entries.push(Entry { tag, end: self.bytes.len() });
+        self.tags.push(tag);
+        self.lengths.push(command.len() as u32);
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.entries.is_empty()
+        self.tags.is_empty()
     }
 
     /// Whether it goes to the core before another command is added.
     pub(crate) fn is_full(&self) -> bool {
-        self.entries.len() >= GROUP_COMMANDS_MAX || self.bytes.len() >= GROUP_BYTES_MAX
-    }
-
-    pub(crate) fn len(&self) -> usize {
-        self.entries.len()
+        self.tags.len() >= GROUP_COMMANDS_MAX || self.bytes.len() >= GROUP_BYTES_MAX
     }
 
     pub(crate) fn clear(&mut self) {
         self.bytes.clear();
-        self.entries.clear();
+        self.tags.clear();
+        self.lengths.clear();
     }
 
     /// Memory that it holds for its commands.
     pub(crate) fn capacity_bytes(&self) -> usize {
         self.bytes.capacity()
-    }
-
-    fn tag_and_bytes(&self, position: usize) -> Option<(u64, &[u8])> {
-        let Entry { tag, end } = *self.entries.get(position)?;
-        let start = position.checked_sub(1).map_or(0, |before| self.entries[before].end);
-        Some((tag, &self.bytes[start..end]))
     }
 }
 
@@ -94,37 +83,54 @@ impl Commands {
 pub(crate) struct Group {
     target: Target,
     commands: Commands,
-    /// So many of the first have been taken out.
+    /// So many of the first have been taken out, and their bytes.
     taken: usize,
+    taken_bytes: usize,
+}
+
+/// What is left of a group, in order: tags, lengths, and the commands one behind the other.
+pub(crate) struct Rest<'a> {
+    pub(crate) tags: &'a [u64],
+    pub(crate) lengths: &'a [u32],
+    pub(crate) payload: &'a [u8],
 }
 
 impl Group {
     pub(crate) fn new(target: Target, commands: Commands) -> Self {
-        Self { target, commands, taken: 0 }
+        Self { target, commands, taken: 0, taken_bytes: 0 }
     }
 
     pub(crate) fn target(&self) -> &Target {
         &self.target
     }
 
-    /// The command that comes next, with its tag.
-    pub(crate) fn next(&self) -> Option<(u64, &[u8])> {
-        self.commands.tag_and_bytes(self.taken)
+    pub(crate) fn rest(&self) -> Rest<'_> {
+        let Commands { bytes, tags, lengths } = &self.commands;
+        let payload = &bytes[self.taken_bytes..];
+        Rest { tags: &tags[self.taken..], lengths: &lengths[self.taken..], payload }
     }
 
-    /// The command that came next has been taken.
-    pub(crate) fn advance(&mut self) {
-        self.taken += 1;
+    /// The command that comes next, with its tag.
+    pub(crate) fn next(&self) -> Option<(u64, &[u8])> {
+        let Rest { tags, lengths, payload } = self.rest();
+        Some((*tags.first()?, payload.get(..*lengths.first()? as usize)?))
+    }
+
+    /// So many more of the first have been taken.
+    pub(crate) fn advance(&mut self, commands: usize) {
+        let lengths = self.commands.lengths.iter().skip(self.taken).take(commands);
+        self.taken_bytes += lengths.map(|length| *length as usize).sum::<usize>();
+        self.taken = self.commands.tags.len().min(self.taken + commands);
     }
 
     /// How many commands are left in it.
     pub(crate) fn left(&self) -> usize {
-        self.commands.len() - self.taken
+        self.commands.tags.len() - self.taken
     }
 
     /// What it counts for, as a whole, against bounds in bytes.
     pub(crate) fn cost(&self) -> usize {
-        self.commands.bytes.len() + self.commands.len() * COMMAND_OVERHEAD_BYTES
+        self.commands.bytes.len() + self.commands.tags.len() * COMMAND_OVERHEAD_BYTES
     }
 
     /// Refuses what is left of it.
@@ -134,7 +140,7 @@ impl Group {
             let command = Bytes::copy_from_slice(command);
             let outcome = Err(Refused { reason: reason.clone(), command }.into());
             refused.push(Completion { tag, outcome });
-            self.advance();
+            self.advance(1);
         }
         self.target.complete(&mut refused);
     }
@@ -161,7 +167,7 @@ mod tests {
         assert_eq!(group.cost(), 8 + 3 * COMMAND_OVERHEAD_BYTES);
         for (left, expected) in (1..=3).rev().zip(all) {
             assert_eq!((group.left(), group.next()), (left, Some(expected)));
-            group.advance();
+            group.advance(1);
         }
         assert_eq!((group.left(), group.next()), (0, None));
     }

@@ -542,7 +542,7 @@ impl Pipeline {
         self.handle.submit(command.into(), Some((session, sequence)), ticket)
     }
 
-    /// Adds `command` under `tag` to those that go to the core together. They go when they are enough (128 commands, or
+    /// Adds `command` under `tag` to those that go to the core together. They go when they are enough (256 commands, or
     /// 64 KiB), and with every other call of this pipeline, [`Pipeline::flush`] among them; until then nothing is done about
     /// them.
     ///
@@ -997,7 +997,7 @@ mod tests {
         let member = crate::config::MemberConfig { id: NodeId(1), address: ([127, 0, 0, 1], 1).into() };
         let config = Config {
             command_bytes_max: 100,
-            ingress_capacity: 300,
+            ingress_capacity: 600,
             ..Config::new(ringraft_block::ClusterId(1), NodeId(1), vec![member], "")
         };
         Handle { shared: Arc::new(Shared::new(&config, Arc::new(Wakeup::new()))) }
@@ -1018,9 +1018,9 @@ mod tests {
         let handle = unstarted();
         let mut pipeline = handle.pipeline();
         let mut out = Vec::new();
-        (0..130).for_each(|tag| pipeline.enqueue(tag, b"command"));
-        assert_eq!(arrived(&handle), [128]);
-        pipeline.submit(130, &b"command"[..]).unwrap();
+        (0..258).for_each(|tag| pipeline.enqueue(tag, b"command"));
+        assert_eq!(arrived(&handle), [256]);
+        pipeline.submit(258, &b"command"[..]).unwrap();
         assert_eq!(arrived(&handle), [2, 1], "in order");
         let calls: [fn(&mut Pipeline, &mut Vec<Completion>); 4] = [
             |pipeline, _| pipeline.flush(),
@@ -1048,7 +1048,7 @@ mod tests {
         let handle = unstarted();
         let mut pipeline = handle.pipeline();
         pipeline.enqueue(1, &[0; 101]);
-        (2..402).for_each(|tag| pipeline.enqueue(tag, b"command"));
+        (2..802).for_each(|tag| pipeline.enqueue(tag, b"command"));
         let mut out = Vec::new();
         pipeline.completions(&mut out);
         let reasons = out.iter().map(|done| match &done.outcome {
@@ -1058,9 +1058,9 @@ mod tests {
         let reasons: Vec<_> = reasons.collect();
         assert_eq!(reasons[0], (1, Refusal::TooLarge { bytes: 101, bytes_max: 100 }, 101));
         // Two groups are in the queue, the third goes beyond its bound, what is left fits again.
-        let busy: Vec<_> = (258..386).map(|tag| (tag, Refusal::Busy, 7)).collect();
+        let busy: Vec<_> = (514..770).map(|tag| (tag, Refusal::Busy, 7)).collect();
         assert_eq!(reasons[1..], busy);
-        assert_eq!(arrived(&handle), [128, 128, 16]);
+        assert_eq!(arrived(&handle), [256, 256, 32]);
     }
 
     #[test]

@@ -9,7 +9,7 @@
 //! has an unknown outcome: its batch may survive on another member.
 
 use crate::error::{ProposeError, Refusal, Refused, UnknownOutcome};
-use crate::group::Group;
+use crate::group::{Group, Rest};
 use crate::handle::{Committed, Outcome};
 use crate::ingress::{Arrival, Submission};
 use crate::mutants::{self, Mutant};
@@ -157,6 +157,8 @@ impl<B: BlockBuf> Proposals<B> {
     /// Goes on with the group that came last, as far as there is room.
     pub(crate) fn take_arriving(&mut self, deliveries: &mut Deliveries) {
         let Some(mut group) = self.arriving.take() else { return };
+        self.take_together(&mut group);
+        // What is refused, and what is larger than a batch of many, goes one by one; after all together there is nothing left.
         while self.takes_more()
             && let Some((tag, command)) = group.next()
         {
@@ -173,13 +175,31 @@ impl<B: BlockBuf> Proposals<B> {
                     deliveries.push(Ticket::Tagged { target, tag }, Err(refused.into()));
                 }
             }
-            group.advance();
+            group.advance(1);
         }
         if group.left() == 0 {
             group.give_back();
         } else {
             self.arriving = Some(group);
         }
+    }
+
+    /// Takes as much of a group as the open batch holds, if all of it is admitted.
+    fn take_together(&mut self, group: &mut Group) {
+        let Rest { tags, lengths, payload } = group.rest();
+        let cost = payload.len() + tags.len() * COMMAND_OVERHEAD_BYTES;
+        let in_bounds = self.uncommitted_bytes + cost <= self.limits.uncommitted_bytes_max
+            && lengths.iter().all(|length| *length as usize <= self.limits.command_bytes_max);
+        if self.gate.is_err() || !in_bounds || self.is_full() {
+            return;
+        }
+        let Some(builder) = self.builder.as_mut().filter(|builder| builder.is_armed()) else { return };
+        let before = builder.payload_bytes();
+        let taken = builder.push_run(self.limits.slot_bytes, payload, lengths);
+        let bytes = builder.payload_bytes() - before;
+        self.uncommitted_bytes += bytes + taken * COMMAND_OVERHEAD_BYTES;
+        self.open.push_run(group.target(), &tags[..taken]);
+        group.advance(taken);
     }
 
     /// Decides by size, gate and bounds, and counts an admitted command.

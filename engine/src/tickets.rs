@@ -57,6 +57,18 @@ impl Tickets {
         self.len += 1;
     }
 
+    /// As many times [`Tickets::push_tagged`].
+    pub(crate) fn push_run(&mut self, target: &Target, tags: &[u64]) {
+        if let [first, rest @ ..] = tags {
+            self.push_tagged(target, *first);
+            if let Some(Waiting::Tagged { commands, .. }) = self.waiting.last_mut() {
+                *commands += rest.len();
+            }
+            self.tags.extend_from_slice(rest);
+            self.len += rest.len();
+        }
+    }
+
     /// Tells each the outcome for its position, in order. Leaves none.
     pub(crate) fn deliver(
         &mut self,
@@ -130,7 +142,7 @@ mod tests {
         };
         let mut tickets = Tickets::default();
         tickets.push(tagged(0, 10));
-        tickets.push(tagged(0, 11));
+        tickets.push_run(&Target::Pipeline(Arc::clone(&pipelines[0])), &[11]);
         tickets.push(Ticket::Proposal(Arc::clone(&slots[0])));
         tickets.push(tagged(0, 13));
         tickets.push(tagged(1, 14));

@@ -349,6 +349,49 @@ impl<B: BlockBuf> BatchBuilder<B> {
         Ok(())
     }
 
+    /// Appends commands without sessions that stand one behind the other in `payload`, `lengths` telling them apart: the first of
+    /// them, as many as fit while the slot takes no more than `slot_bytes_max`. Returns how many. Costs less than to push them
+    /// one by one: they are copied together.
+    ///
+    /// # Panics
+    /// When no block is armed, or `payload` is shorter than `lengths` together.
+    pub fn push_run(&mut self, slot_bytes_max: usize, payload: &[u8], lengths: &[u32]) -> usize {
+        let block = self.block.as_mut().expect("a builder is armed while commands are pushed");
+        let (present, sessions) = (self.table.entries.len(), self.table.sessions.len());
+        let slot_bytes_max = slot_bytes_max.min(block.capacity());
+        let fits = |commands: usize, bytes: usize| {
+            let (count, payload_bytes) = (present + commands, self.payload_bytes.saturating_add(bytes));
+            count <= COUNT_MAX
+                && payload_bytes <= PAYLOAD_BYTES_MAX
+                && slot_bytes(image_bytes_for(count, sessions, payload_bytes)) <= slot_bytes_max
+        };
+        let all: usize = lengths.iter().map(|length| *length as usize).sum();
+        let (mut taken, mut taken_bytes) = (lengths.len(), all);
+        if !fits(taken, taken_bytes) {
+            (taken, taken_bytes) = (0, 0);
+            while let Some(length) = lengths.get(taken)
+                && fits(taken + 1, taken_bytes + *length as usize)
+            {
+                (taken, taken_bytes) = (taken + 1, taken_bytes + *length as usize);
+            }
+        }
+        let at = ENVELOPE_BYTES + IMAGE_HEADER_BYTES + self.payload_bytes;
+        block[at..at + taken_bytes].copy_from_slice(&payload[..taken_bytes]);
+        let mut offset = self.payload_bytes as u32;
+        self.table.entries.extend(lengths[..taken].iter().map(|length| {
+            let entry = Entry {
+                offset: offset.into(),
+                length: (*length).into(),
+                flags: 0.into(),
+                session_slot: 0.into(),
+            };
+            offset += *length;
+            entry
+        }));
+        self.payload_bytes += taken_bytes;
+        taken
+    }
+
     /// The number of commands.
     #[must_use]
     pub fn len(&self) -> usize {

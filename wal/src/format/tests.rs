@@ -237,6 +237,52 @@ fn commands_are_read_in_place_as_they_were_pushed() {
 }
 
 #[test]
+fn a_run_of_commands_is_taken_as_if_they_came_one_by_one() {
+    let mut rng = Rng(11);
+    let (mut whole, mut parts) = (0, 0);
+    for round in 0..400 {
+        let [mut one_by_one, mut at_once] = [(); 2].map(|()| BatchBuilder::new(block(32 * 1024)));
+        for builder in [&mut one_by_one, &mut at_once] {
+            let mut rng = Rng(round);
+            for _ in 0..rng.below(4) {
+                let session = (rng.below(2) == 0).then_some(SessionRef { session: 1, sequence: 2 });
+                builder.push(&vec![5; rng.below(300)], session).unwrap();
+            }
+        }
+        let longest = [1, 30, 300, 3000][rng.below(4)];
+        let lengths: Vec<u32> = (0..rng.below(300)).map(|_| rng.below(longest) as u32).collect();
+        let payload: Vec<u8> = (0..lengths.iter().sum::<u32>()).map(|_| rng.next() as u8).collect();
+        let slot_bytes_max = BLOCK_BYTES * (1 + rng.below(10));
+
+        let mut start = 0;
+        let taken = lengths.iter().take_while(|length| {
+            let command = &payload[start..start + **length as usize];
+            start += command.len();
+            one_by_one.push_within(slot_bytes_max, command, None).is_ok()
+        });
+        let taken = taken.count();
+        assert_eq!(at_once.push_run(slot_bytes_max, &payload, &lengths), taken);
+        *(if taken == lengths.len() { &mut whole } else { &mut parts }) += 1;
+        if !one_by_one.is_empty() {
+            let (expected, info) = one_by_one.seal(seal(BatchKind::Commands));
+            let (block, same) = at_once.seal(seal(BatchKind::Commands));
+            assert_eq!(info, same);
+            assert_eq!(image(&block, info), image(&expected, info));
+        }
+    }
+    assert!(whole > 50 && parts > 50, "{whole} went in whole, {parts} in part");
+}
+
+#[test]
+fn a_run_stops_at_the_most_commands_of_a_batch() {
+    let mut builder = BatchBuilder::new(block(4 << 20));
+    let lengths = vec![0; COUNT_MAX];
+    builder.push(b"", None).unwrap();
+    assert_eq!(builder.push_run(usize::MAX, b"", &lengths), COUNT_MAX - 1);
+    assert_eq!(builder.push_run(usize::MAX, b"", &lengths), 0);
+}
+
+#[test]
 fn the_computed_size_is_the_size_for_every_mix_of_commands() {
     let mut rng = Rng(3);
     for _ in 0..300 {
