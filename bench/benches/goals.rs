@@ -1,7 +1,9 @@
 //! What the project aims at, as a table: ringraft against the machine's floor (`ringraft limit`), and against other programs that
-//! take the same orders (`ringraft node --help`, "Driven"). All sides run in every round, one after the other, three processes each,
-//! durable on a majority; a ratio is of two figures of one round, and the table has the median of the rounds with the least and the
-//! greatest. Keep the machine idle: what else runs on it is in every figure.
+//! take the same orders (`ringraft node --help`, "Driven"). The replicas of all sides, three processes each, durable on a majority,
+//! are there all the time; in every round each piece of work is done by one side after the other, while those whose turn it is not
+//! have nothing to do. A ratio is of two figures of one round, and the table has the median of the rounds with the least and the
+//! greatest. Many short rounds tell more than few long ones, since the machine is not the same from one minute to the next. Keep
+//! it idle: what else runs on it is in every figure.
 //!
 //! Before it is measured each side writes `--before` of commands, so that a log that is purged and recycled is in that state;
 //! ringraft's segments and snapshots are small enough here that it is several times through its pool by then.
@@ -14,6 +16,7 @@ use clap::Parser as _;
 use ringraft_bench::conducted::{Replicas, STEADY, ringraft};
 use ringraft_bench::limit::{FollowerKind, LimitOptions, LimitRow, measure};
 use ringraft_bench::runs::goals::{NODES, Record, TOOL, shapes, tables, work_of};
+use ringraft_bench::runs::work::Work;
 use ringraft_bench::runs::{Recorder, RunArgs};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -47,17 +50,87 @@ fn main() -> anyhow::Result<()> {
     let mut names: Vec<String> = sides.iter().map(|side| side.name.clone()).collect();
     names.dedup();
     options.run.carry_out(TOOL, names, env!("CARGO_TARGET_TMPDIR"), tables, |dir, recorder| {
-        for round in 1..=options.run.rounds() {
-            eprintln!("round {round} of {}: the floor", options.run.rounds());
-            let span = options.run.span()?;
-            recorder.record(Record::Floor { round, rows: floor(dir, span)? })?;
-            for side in &sides {
-                eprintln!("round {round} of {}: {}", options.run.rounds(), side.name);
-                measure_side(&options, side, round, dir, recorder)?;
-            }
+        let scratch = tempfile::Builder::new().prefix("ringraft-goals-").tempdir_in(dir)?;
+        let mut running = Vec::new();
+        for (number, side) in sides.into_iter().enumerate() {
+            eprintln!("{} starts", side.name);
+            running.push(Running::start(&options, side, &scratch.path().join(number.to_string()))?);
         }
+        for round in 1..=options.run.rounds() {
+            eprintln!("round {round} of {}", options.run.rounds());
+            measure_round(&options, round, dir, &mut running, recorder)?;
+        }
+        running.iter().for_each(Running::tell_snapshots);
         Ok(())
     })
+}
+
+/// A program whose replicas are there, and do nothing unless it is their turn.
+struct Running {
+    side: Side,
+    replicas: Replicas,
+}
+
+impl Running {
+    fn start(options: &Options, side: Side, dir: &Path) -> anyhow::Result<Self> {
+        let mut replicas = Replicas::start(&side.command, NODES, dir)?;
+        if options.run.is_measuring() {
+            replicas.write(options.before << 20)?;
+        }
+        Ok(Self { side, replicas })
+    }
+
+    fn works(&self) -> Vec<Work> {
+        work_of(self.side.is_peer, self.side.on_core)
+    }
+
+    /// Whoever is sent a snapshot does not write the log meanwhile, so the others have the disk for themselves.
+    fn tell_snapshots(&self) {
+        let messages = self.replicas.messages();
+        let sent = messages.lines().filter(|line| line.contains("a snapshot is offered")).count();
+        if sent > 0 {
+            let name = &self.side.name;
+            eprintln!(
+                "{name}: {sent} snapshots were sent to followers that were behind: its figures flatter"
+            );
+        }
+    }
+}
+
+/// The floor, what all sides use without any command, and each piece of work by one side after the other, so that what is
+/// compared lies close together: who else uses this machine changes within seconds.
+fn measure_round(
+    options: &Options,
+    round: usize,
+    dir: &Path,
+    running: &mut [Running],
+    recorder: &mut Recorder<Record>,
+) -> anyhow::Result<()> {
+    let span = options.run.span()?;
+    recorder.record(Record::Floor { round, rows: floor(dir, span)? })?;
+    for (side, processors) in idle(running, span)? {
+        recorder.record(Record::Idle { round, side, processors })?;
+    }
+    let mut works: Vec<Work> = Vec::new();
+    for work in running.iter().flat_map(Running::works) {
+        if !works.contains(&work) {
+            works.push(work);
+        }
+    }
+    let sides = running.len();
+    for work in works {
+        // Nobody always comes first.
+        for place in (0..sides).map(|place| (place + round) % sides) {
+            let Running { side, replicas } = &mut running[place];
+            if !work_of(side.is_peer, side.on_core).contains(&work) {
+                continue;
+            }
+            let figures = replicas.order(work, span / 4, span)?.figures;
+            let (side, is_peer) = (side.name.clone(), side.is_peer);
+            recorder.record(Record::Commands { round, side, is_peer, work, figures })?;
+        }
+    }
+    Ok(())
 }
 
 fn sides(options: &Options) -> anyhow::Result<Vec<Side>> {
@@ -77,39 +150,6 @@ fn sides(options: &Options) -> anyhow::Result<Vec<Side>> {
     Ok(sides)
 }
 
-fn measure_side(
-    options: &Options,
-    side: &Side,
-    round: usize,
-    dir: &Path,
-    recorder: &mut Recorder<Record>,
-) -> anyhow::Result<()> {
-    let span = options.run.span()?;
-    let dir = tempfile::Builder::new().prefix("ringraft-goals-").tempdir_in(dir)?;
-    let mut replicas = Replicas::start(&side.command, NODES, dir.path())?;
-    if !side.is_peer && !side.on_core {
-        let processors = idle(&replicas, span)?;
-        recorder.record(Record::Idle { round, side: side.name.clone(), processors })?;
-    }
-    if options.run.is_measuring() {
-        replicas.write(options.before << 20)?;
-    }
-    for work in work_of(side.is_peer, side.on_core) {
-        let figures = replicas.order(work, span / 4, span)?.figures;
-        let (side, is_peer) = (side.name.clone(), side.is_peer);
-        recorder.record(Record::Commands { round, side, is_peer, work, figures })?;
-    }
-    // Whoever is sent a snapshot does not write the log meanwhile, so the others have the disk for themselves.
-    let sent = replicas.messages().lines().filter(|line| line.contains("a snapshot is offered")).count();
-    if sent > 0 {
-        eprintln!(
-            "{}: {sent} snapshots were sent to followers that were behind: its figures flatter",
-            side.name
-        );
-    }
-    Ok(())
-}
-
 fn floor(dir: &Path, span: Duration) -> anyhow::Result<Vec<LimitRow>> {
     let mut options = LimitOptions::short(dir, NODES);
     options.measure = span;
@@ -118,10 +158,15 @@ fn floor(dir: &Path, span: Duration) -> anyhow::Result<Vec<LimitRow>> {
     Ok(measure(&options)?.rows)
 }
 
-/// Processors that the replicas use without any command.
-fn idle(replicas: &Replicas, span: Duration) -> anyhow::Result<f64> {
+/// Processors that the replicas of each of ringraft's backends use without any command, of which there is none anywhere.
+fn idle(running: &[Running], span: Duration) -> anyhow::Result<Vec<(String, f64)>> {
+    let asked = || running.iter().filter(|running| !running.side.is_peer && !running.side.on_core);
+    let used = || asked().map(|running| running.replicas.processor()).collect::<anyhow::Result<Vec<_>>>();
     std::thread::sleep(Duration::from_secs(1));
-    let (began, before) = (Instant::now(), replicas.processor()?);
+    let (began, before) = (Instant::now(), used()?);
     std::thread::sleep(span.max(Duration::from_secs(3)));
-    Ok((replicas.processor()? - before).as_secs_f64() / began.elapsed().as_secs_f64())
+    let (after, seconds) = (used()?, began.elapsed().as_secs_f64());
+    let processors =
+        before.iter().zip(after).map(|(before, after)| (after - *before).as_secs_f64() / seconds);
+    Ok(asked().map(|running| running.side.name.clone()).zip(processors).collect())
 }

@@ -745,7 +745,7 @@ mod tests {
         assert_eq!(generator.ledger.sent(1), 0, "a refusal is definite");
         assert_eq!(generator.wake_ns(10), 1_000, "the window begins before the pause is over");
         channel.room = 1;
-        generator.send(20, &mut channel);
+        generator.send(2_000, &mut channel);
         assert_eq!((channel.taken.len(), generator.wake_ns(2_000)), (1, 10 + BACKOFF_NS));
         generator.send(10 + BACKOFF_NS, &mut channel);
         assert_eq!(channel.taken[1], (1, (3 << 32) + 1, 1));

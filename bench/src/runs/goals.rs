@@ -20,7 +20,7 @@ enum Against {
     Floor(Shape),
     /// The same at whichever depth it moves most bytes.
     FloorBest,
-    /// The other program that is best in the same round.
+    /// The other program that is best, or the better of its modes.
     Peer,
 }
 
@@ -137,31 +137,49 @@ struct Round<'a> {
 }
 
 impl Round<'_> {
-    /// The two figures whose ratio a goal is about: this side's, and what it is compared with.
-    fn compared(&self, backend: &str, goal: &Goal) -> Option<(f64, f64)> {
-        let ours = goal.metric.of(self.ours.get(&(backend, goal.work))?);
+    /// What a goal may be compared with, by name.
+    fn others(&self, goal: &Goal) -> Vec<(String, f64)> {
         let of_floor = |shape: Shape| {
             let is_it = |row: &&LimitRow| row.pattern == Pattern::Replicate && row.shape == shape;
             let row = self.floor.iter().find(is_it)?;
-            Some(Figures {
+            let figures = Figures {
                 per_s: row.per_s,
                 bytes_per_s: row.bytes_per_s,
                 p50_us: row.us_p50?,
                 p99_us: row.us_p99?,
                 cpu_us: row.cpu_us,
                 cpu_s_per_gb: row.cpu_us * 1e3 / shape.batch_bytes as f64,
-            })
+            };
+            Some((format!("floor, {shape}"), goal.metric.of(&figures)))
         };
-        let theirs: Vec<Figures> = match goal.against {
+        let peers = self.theirs.iter().filter(|((_, work), _)| *work == goal.work);
+        match goal.against {
             Against::Floor(shape) => of_floor(shape).into_iter().collect(),
             Against::FloorBest => BEST.into_iter().filter_map(of_floor).collect(),
             Against::Peer => {
-                self.theirs.iter().filter(|((_, work), _)| *work == goal.work).map(|(_, f)| *f).collect()
+                peers.map(|((name, _), figures)| ((*name).to_owned(), goal.metric.of(figures))).collect()
             }
-        };
-        let theirs = Spread::of(theirs.iter().map(|figures| goal.metric.of(figures)))?;
-        Some((ours, if goal.metric.more_is_better() { theirs.most } else { theirs.least }))
+        }
     }
+
+    /// The two figures whose ratio a goal is about: this side's, and that of what it is compared with.
+    fn compared(&self, backend: &str, goal: &Goal, with: &str) -> Option<(f64, f64)> {
+        let ours = goal.metric.of(self.ours.get(&(backend, goal.work))?);
+        Some((ours, self.others(goal).into_iter().find(|(name, _)| name == with)?.1))
+    }
+}
+
+/// Of what a goal may be compared with, the one that is better over all rounds: not whichever noise favours in each.
+fn best_of_others(rounds: &[Round<'_>], goal: &Goal) -> Option<String> {
+    let mut figures: BTreeMap<String, Vec<f64>> = BTreeMap::new();
+    for (name, figure) in rounds.iter().flat_map(|round| round.others(goal)) {
+        figures.entry(name).or_default().push(figure);
+    }
+    let medians = figures.into_iter().filter_map(|(name, figures)| {
+        let median = Spread::of(figures)?.median;
+        Some((name, if goal.metric.more_is_better() { median } else { -median }))
+    });
+    medians.max_by(|(_, one), (_, other)| one.total_cmp(other)).map(|(name, _)| name)
 }
 
 /// The rounds of all runs.
@@ -204,7 +222,8 @@ fn table(backend: &str, rounds: &[Round<'_>]) -> Table {
     table
         .set_header([backend, "what", "against", "here", "there", "ratio", "spread", "required", "goal", ""]);
     for goal in GOALS {
-        let both: Vec<_> = rounds.iter().filter_map(|round| round.compared(backend, goal)).collect();
+        let Some(best) = best_of_others(rounds, goal) else { continue };
+        let both: Vec<_> = rounds.iter().filter_map(|round| round.compared(backend, goal, &best)).collect();
         let spread = |of: fn(&(f64, f64)) -> f64| Spread::of(both.iter().map(of));
         let (Some(ours), Some(theirs), Some(ratios)) =
             (spread(|both| both.0), spread(|both| both.1), spread(|both| both.0 / both.1))
@@ -219,11 +238,7 @@ fn table(backend: &str, rounds: &[Round<'_>]) -> Table {
         table.add_row([
             goal.work.to_string(),
             goal.metric.name().to_owned(),
-            match goal.against {
-                Against::Floor(shape) => format!("floor, {shape}"),
-                Against::FloorBest => "floor, its most".to_owned(),
-                Against::Peer => peers(rounds, goal.work),
-            },
+            best,
             number(ours.median),
             number(theirs.median),
             ratio(ratios.median),
@@ -247,15 +262,6 @@ fn table(backend: &str, rounds: &[Round<'_>]) -> Table {
         table.add_row(["idle", "CPU per node", "-", &here, "-", "-", &spread, &required, "-", verdict]);
     }
     table
-}
-
-/// The names of the other programs that did this.
-fn peers(rounds: &[Round<'_>], work: Work) -> String {
-    let did_it = rounds.iter().flat_map(|round| round.theirs.keys()).filter(|(_, theirs)| *theirs == work);
-    let mut names: Vec<&str> = did_it.map(|(name, _)| *name).collect();
-    names.sort_unstable();
-    names.dedup();
-    names.join(" or ")
 }
 
 #[cfg(test)]

@@ -33,12 +33,14 @@ fn fixture() -> String {
             Record::Commands { round, side, is_peer, work, figures }
         };
         let quick = Figures { per_s: 400.0, ..OURS };
+        // Once it was the quicker one, by chance.
+        let slow = Figures { per_s: if round == 1 { 100.0 } else { 450.0 }, p99_us: 200.0, ..OURS };
         for record in [
             Record::Floor { round, rows: vec![floor] },
             Record::Idle { round, side: "uring".to_owned(), processors: 0.006 * round as f64 },
             commands("uring", ON_CORE, Figures { p50_us, ..OURS }),
             commands("uring", Work::from_thread(128, 64), OURS),
-            commands("slow", Work::from_thread(128, 64), Figures { per_s: 100.0, p99_us: 200.0, ..OURS }),
+            commands("slow", Work::from_thread(128, 64), slow),
             commands("quick", Work::from_thread(128, 64), quick),
         ] {
             lines.push(serde_json::to_string(&record).unwrap());
@@ -58,9 +60,9 @@ fn a_table_has_medians_of_ratios_of_one_round_and_says_what_is_met() {
             "128 B x 1, on core; p50, µs; floor, 4 KiB x 1; 120; 100; 1.20; 1.10 to 1.30; 1.25; 1.10; met",
             "128 B x 1, on core; p99, µs; floor, 4 KiB x 1; 300; 100; 3.00; 3.00 to 3.00; 1.50; 1.50; missed",
             "128 B x 1, on core; CPU each, µs; floor, 4 KiB x 1; 90.00; 60.00; 1.50; 1.50 to 1.50; 1.60; 1.25; met",
-            // The best of the others, each by itself for each figure.
-            "128 B x 64; commands/s; quick or slow; 1000; 400; 2.50; 2.50 to 2.50; 2.00; 2.50; goal",
-            "128 B x 64; p99, µs; quick or slow; 300; 200; 1.50; 1.50 to 1.50; 0.60; 0.60; missed",
+            // Whichever of the others is better over all rounds, for each figure by itself.
+            "128 B x 64; commands/s; quick; 1000; 400; 2.50; 2.50 to 2.50; 2.00; 2.50; goal",
+            "128 B x 64; p99, µs; slow; 300; 200; 1.50; 1.50 to 1.50; 0.60; 0.60; missed",
             "idle; CPU per node; -; 0.30 %; -; -; 0.20 % to 0.40 %; 0.50 %; -; met",
         ]
     );
