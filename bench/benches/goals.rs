@@ -5,15 +5,15 @@
 //! greatest. Many short rounds tell more than few long ones, since the machine is not the same from one minute to the next. Keep
 //! it idle: what else runs on it is in every figure.
 //!
-//! Before it is measured each side writes `--before` of commands, so that a log that is purged and recycled is in that state;
-//! ringraft's segments and snapshots are small enough here that it is several times through its pool by then.
+//! Before it is measured each side writes `--before` of commands, so that a log that is purged and recycled is in that state:
+//! by default ringraft, with segments and snapshots as they are by default, has been through its pool of segments several times by then.
 //!
 //! `cargo bench -p ringraft-bench --bench goals -- --peer 'raftrs=DIRECTORY/raftrs --io sync'`; `--help` tells the rest.
 //! `--raw FILE` appends every figure as a line of JSON, after a line about the machine; `--render FILE` makes the tables again.
 
 use anyhow::Context as _;
 use clap::Parser as _;
-use ringraft_bench::conducted::{Replicas, STEADY, ringraft};
+use ringraft_bench::conducted::{Replicas, ringraft};
 use ringraft_bench::limit::{FollowerKind, LimitOptions, LimitRow, measure};
 use ringraft_bench::runs::goals::{NODES, Record, TOOL, shapes, tables, work_of};
 use ringraft_bench::runs::work::Work;
@@ -29,7 +29,7 @@ struct Options {
     #[command(flatten)]
     run: RunArgs,
     /// MiB of commands that each side writes before it is measured
-    #[arg(long, value_name = "MIB", default_value_t = 512)]
+    #[arg(long, value_name = "MIB", default_value_t = 2048)]
     before: u64,
     /// Another program that takes the neutral driver's orders; several times for several, or for several modes of one
     #[arg(long = "peer", value_name = "NAME=COMMAND")]
@@ -60,7 +60,6 @@ fn main() -> anyhow::Result<()> {
             eprintln!("round {round} of {}", options.run.rounds());
             measure_round(&options, round, dir, &mut running, recorder)?;
         }
-        running.iter().for_each(Running::tell_snapshots);
         Ok(())
     })
 }
@@ -84,16 +83,28 @@ impl Running {
         work_of(self.side.is_peer, self.side.on_core)
     }
 
-    /// Whoever is sent a snapshot does not write the log meanwhile, so the others have the disk for themselves.
-    fn tell_snapshots(&self) {
-        let messages = self.replicas.messages();
-        let sent = messages.lines().filter(|line| line.contains("a snapshot is offered")).count();
+    fn take_turn(
+        &mut self,
+        round: usize,
+        work: Work,
+        span: Duration,
+        recorder: &mut Recorder<Record>,
+    ) -> anyhow::Result<()> {
+        let before = self.snapshots_sent();
+        let figures = self.replicas.order(work, span / 4, span)?.figures;
+        let (side, is_peer) = (self.side.name.clone(), self.side.is_peer);
+        // Whoever is sent a snapshot does not write the log meanwhile, so the others have the disk for themselves.
+        let sent = self.snapshots_sent() - before;
         if sent > 0 {
-            let name = &self.side.name;
             eprintln!(
-                "{name}: {sent} snapshots were sent to followers that were behind: its figures flatter"
+                "round {round}, {side}, {work}: {sent} snapshots were sent to followers that were behind: this figure flatters"
             );
         }
+        recorder.record(Record::Commands { round, side, is_peer, work, figures })
+    }
+
+    fn snapshots_sent(&self) -> usize {
+        self.replicas.messages().lines().filter(|line| line.contains("a snapshot is offered")).count()
     }
 }
 
@@ -117,27 +128,36 @@ fn measure_round(
             works.push(work);
         }
     }
-    let sides = running.len();
+    let mut chance = Chance(round as u64);
     for work in works {
-        // Nobody always comes first.
-        for place in (0..sides).map(|place| (place + round) % sides) {
-            let Running { side, replicas } = &mut running[place];
-            if !work_of(side.is_peer, side.on_core).contains(&work) {
-                continue;
-            }
-            let figures = replicas.order(work, span / 4, span)?.figures;
-            let (side, is_peer) = (side.name.clone(), side.is_peer);
-            recorder.record(Record::Commands { round, side, is_peer, work, figures })?;
+        let mut turns: Vec<&mut Running> =
+            running.iter_mut().filter(|running| running.works().contains(&work)).collect();
+        // What somebody leaves behind, as segments to be filled, should not always be in the way of the same one.
+        while !turns.is_empty() {
+            let next = turns.swap_remove(chance.below(turns.len()));
+            next.take_turn(round, work, span, recorder)?;
         }
     }
     Ok(())
+}
+
+/// Numbers by chance, the same in every run: splitmix64.
+struct Chance(u64);
+
+impl Chance {
+    fn below(&mut self, bound: usize) -> usize {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((mixed ^ mixed >> 31) % bound as u64) as usize
+    }
 }
 
 fn sides(options: &Options) -> anyhow::Result<Vec<Side>> {
     let mut sides = Vec::new();
     for backend in &options.run.backends {
         for on_core in [true, false] {
-            let command = ringraft(RINGRAFT, backend, on_core, &STEADY);
+            let command = ringraft(RINGRAFT, backend, on_core, &[]);
             sides.push(Side { name: backend.clone(), command, on_core, is_peer: false });
         }
     }

@@ -298,6 +298,7 @@ impl Generator {
         }
         self.look_at_clock(now_ns);
         let (mut acked, mut measured) = (0, 0);
+        let backs_off_until_ns = std::mem::take(&mut self.backs_off_until_ns);
         for Completion { tag, outcome } in completions.drain(..) {
             let number = tag as u32;
             let Some(stream) = self.streams.get_mut(number as usize) else { continue };
@@ -341,8 +342,11 @@ impl Generator {
                 Err(ProposeError::ReplyGone { .. }) => self.close(Ending::Refused, now_ns),
             }
         }
+        // A completion makes room, unless others were refused with it.
+        if acked == 0 {
+            self.backs_off_until_ns = self.backs_off_until_ns.max(backs_off_until_ns);
+        }
         if acked > 0 {
-            self.backs_off_until_ns = 0;
             if self.ledger.get(Figure::FirstAckNs) == 0 {
                 self.ledger.set(Figure::FirstAckNs, now_ns);
             }
@@ -423,12 +427,13 @@ impl Generator {
             Window::Before => self.plan.begin_ns,
             Window::Within | Window::After => self.plan.end_ns,
         };
-        let backoff_ns = if self.backs_off_until_ns > now_ns { self.backs_off_until_ns } else { u64::MAX };
-        let due_ns = match &self.due {
+        let next_ns = match &self.due {
+            // Nothing is sent before that, whatever is due.
+            _ if self.backs_off_until_ns > now_ns => self.backs_off_until_ns,
             Some(due) if !self.free.is_empty() => due.next_ns(),
             _ => u64::MAX,
         };
-        end_ns.min(backoff_ns).min(due_ns)
+        end_ns.min(next_ns)
     }
 }
 

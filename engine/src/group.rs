@@ -10,10 +10,24 @@ use crate::proposals::COMMAND_OVERHEAD_BYTES;
 use bytes::Bytes;
 use std::sync::Arc;
 
-/// A group has no more commands than this: the core copies the first of many while the next are being put together.
-pub(crate) const GROUP_COMMANDS_MAX: usize = 256;
-/// Nor does it take another command when it has as many bytes as this. One command it takes, however large.
-pub(crate) const GROUP_BYTES_MAX: usize = 64 << 10;
+/// When a group goes to the core before another command is added. One command it takes, however large.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct GroupLimits {
+    commands: usize,
+    bytes: usize,
+}
+
+impl GroupLimits {
+    /// The core copies the first of many commands while the next are being put together.
+    const COMMANDS: usize = 256;
+    const BYTES: usize = 64 << 10;
+
+    /// For a queue with these bounds: it takes or refuses a group as a whole, so several have to fit.
+    pub(crate) fn of_queue(commands_max: usize, bytes_max: usize) -> Self {
+        let part = |whole: usize, most: usize| (whole / 8).clamp(1, most);
+        Self { commands: part(commands_max, Self::COMMANDS), bytes: part(bytes_max, Self::BYTES) }
+    }
+}
 
 /// Who waits for outcomes that are told apart by a tag.
 #[derive(Clone)]
@@ -63,8 +77,9 @@ impl Commands {
     }
 
     /// Whether it goes to the core before another command is added.
-    pub(crate) fn is_full(&self) -> bool {
-        self.tags.len() >= GROUP_COMMANDS_MAX || self.bytes.len() >= GROUP_BYTES_MAX
+    pub(crate) fn is_full(&self, limits: GroupLimits) -> bool {
+        let cost = self.bytes.len() + self.tags.len() * COMMAND_OVERHEAD_BYTES;
+        self.tags.len() >= limits.commands || cost >= limits.bytes
     }
 
     pub(crate) fn clear(&mut self) {
@@ -174,14 +189,24 @@ mod tests {
 
     #[test]
     fn a_group_is_full_by_number_or_by_bytes() {
+        let limits = GroupLimits::of_queue(65_536, 64 << 20);
+        assert_eq!(limits, GroupLimits { commands: 256, bytes: 64 << 10 });
         let mut commands = Commands::default();
-        let pushed = std::iter::repeat_with(|| commands.push(1, b"")).take(GROUP_COMMANDS_MAX).count();
-        assert_eq!((pushed, commands.is_full()), (GROUP_COMMANDS_MAX, true));
+        (0..255).for_each(|_| commands.push(1, b""));
+        assert!(!commands.is_full(limits));
+        commands.push(1, b"");
+        assert!(commands.is_full(limits));
         commands.clear();
-        assert!(commands.is_empty() && !commands.is_full());
-        commands.push(1, &[0; GROUP_BYTES_MAX - 1]);
-        assert!(!commands.is_full());
-        commands.push(2, &[0]);
-        assert!(commands.is_full());
+        assert!(commands.is_empty() && !commands.is_full(limits));
+        commands.push(1, &vec![0; (64 << 10) - COMMAND_OVERHEAD_BYTES - 1]);
+        assert!(!commands.is_full(limits));
+        commands.push(2, &[]);
+        assert!(commands.is_full(limits));
+    }
+
+    #[test]
+    fn several_groups_fit_into_a_small_queue() {
+        assert_eq!(GroupLimits::of_queue(80, 8000), GroupLimits { commands: 10, bytes: 1000 });
+        assert_eq!(GroupLimits::of_queue(1, 1), GroupLimits { commands: 1, bytes: 1 });
     }
 }

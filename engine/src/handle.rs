@@ -11,7 +11,7 @@ use crate::answer::Answer;
 use crate::config::Config;
 pub use crate::driver::{HandedOver, HandoverCause, Transferred};
 use crate::error::{LeaderHint, ProposeError, Refusal, Refused, StopCause, TransferError};
-use crate::group::{Commands, Group, Target};
+use crate::group::{Commands, Group, GroupLimits, Target};
 use crate::ingress::{Arrival, Ingress, Submission};
 use crate::membership::Membership;
 use crate::proposals::LocalIngress;
@@ -196,6 +196,7 @@ pub(crate) struct Shared {
     pub(crate) wakeup: Arc<Wakeup>,
     pub(crate) status: StatusCell,
     pub(crate) command_bytes_max: usize,
+    group_limits: GroupLimits,
     pub(crate) session_limits: SessionLimits,
 }
 
@@ -206,6 +207,7 @@ impl Shared {
             wakeup,
             status: StatusCell::new(Status::unstarted(config.node)),
             command_bytes_max: config.command_bytes_max,
+            group_limits: GroupLimits::of_queue(config.ingress_capacity, config.uncommitted_bytes_max),
             session_limits: config.session_limits(),
         }
     }
@@ -312,7 +314,8 @@ impl Handle {
     }
 
     /// Proposes `commands`, in order. They are neither atomic nor necessarily adjacent in the log; each has its own
-    /// outcome. They go to the core by groups, so that many small ones cost little each.
+    /// outcome. They go to the core by groups, so that many small ones cost little each; some may be refused
+    /// ([`Refusal::Busy`]) and others behind them accepted.
     pub fn propose_batch(&self, commands: impl IntoIterator<Item = Bytes>) -> ProposalBatch {
         let commands: Vec<Bytes> = commands.into_iter().collect();
         let slot = Arc::new(BatchSlot::new(commands.len()));
@@ -321,7 +324,7 @@ impl Handle {
         for (position, command) in (0..).zip(commands) {
             if command.len() < GROUPED_BYTES_MAX.min(self.shared.command_bytes_max + 1) {
                 group.push(position, &command);
-                if group.is_full() {
+                if group.is_full(self.shared.group_limits) {
                     self.submit_group(&target, std::mem::take(&mut group));
                 }
                 continue;
@@ -506,7 +509,7 @@ pub struct Completion {
 /// # }
 /// ```
 ///
-/// Dropping it abandons completions that were not collected, not the commands: those in flight, and those enqueued, may yet be
+/// Dropping it abandons completions that were not collected, not the commands: those enqueued are handed over, and all may yet be
 /// committed and applied, and nobody is told. Completions that are not collected stay in memory; how many are in flight and how
 /// many uncollected is up to its user, who counts them by tags.
 pub struct Pipeline {
@@ -517,7 +520,7 @@ pub struct Pipeline {
 }
 
 impl Pipeline {
-    /// Submits `command` under `tag`, which its completion will carry.
+    /// Submits `command` under `tag`, which its completion will carry. What was enqueued goes first.
     ///
     /// # Errors
     /// A refusal that is known at once, with the command; no completion follows.
@@ -542,12 +545,13 @@ impl Pipeline {
         self.handle.submit(command.into(), Some((session, sequence)), ticket)
     }
 
-    /// Adds `command` under `tag` to those that go to the core together. They go when they are enough (256 commands, or
-    /// 64 KiB), and with every other call of this pipeline, [`Pipeline::flush`] among them; until then nothing is done about
+    /// Adds `command` under `tag` to those that go to the core together. They go when they are enough (256 commands or 64 KiB,
+    /// less where the queue into the core is small), and with every other call of this pipeline, [`Pipeline::flush`] among them; until then nothing is done about
     /// them.
     ///
     /// `command` is copied. Each command has a completion, even if it is refused at once, as when the queue into the core is
-    /// full ([`Refusal::Busy`]).
+    /// full ([`Refusal::Busy`]): together with those that it would have gone with, while later ones may be accepted, and maybe
+    /// before the completions of earlier ones. Whoever needs a command in the log only behind another one waits for that.
     pub fn enqueue(&mut self, tag: u64, command: &[u8]) {
         let bytes_max = self.handle.shared.command_bytes_max;
         if command.len() > bytes_max {
@@ -556,7 +560,7 @@ impl Pipeline {
             return self.shared.complete(&mut vec![Completion { tag, outcome: Err(refused.into()) }]);
         }
         self.group.push(tag, command);
-        if self.group.is_full() {
+        if self.group.is_full(self.handle.shared.group_limits) {
             self.flush();
         }
     }
@@ -569,7 +573,7 @@ impl Pipeline {
         }
     }
 
-    /// Moves the completions that have arrived to `out`. Never blocks.
+    /// Moves the completions that have arrived to `out`; an empty `out` may be exchanged for another vector. Never blocks.
     pub fn completions(&mut self, out: &mut Vec<Completion>) {
         self.flush();
         lock(&self.shared.state).take(out);
@@ -888,9 +892,9 @@ pub(crate) struct PipelineShared {
 
 /// A pipeline keeps the memory of so many groups: of those under way at a time there are few, since the core takes a group long
 /// before its commands are committed.
-const SPARE_GROUPS_MAX: usize = 16;
+const SPARE_GROUPS_MAX: usize = 4;
 /// Of a group with more memory than this nothing is kept.
-const SPARE_BYTES_MAX: usize = 256 << 10;
+const SPARE_BYTES_MAX: usize = 128 << 10;
 
 #[derive(Default)]
 struct PipelineState {
@@ -997,7 +1001,7 @@ mod tests {
         let member = crate::config::MemberConfig { id: NodeId(1), address: ([127, 0, 0, 1], 1).into() };
         let config = Config {
             command_bytes_max: 100,
-            ingress_capacity: 600,
+            ingress_capacity: 4196,
             ..Config::new(ringraft_block::ClusterId(1), NodeId(1), vec![member], "")
         };
         Handle { shared: Arc::new(Shared::new(&config, Arc::new(Wakeup::new()))) }
@@ -1048,7 +1052,7 @@ mod tests {
         let handle = unstarted();
         let mut pipeline = handle.pipeline();
         pipeline.enqueue(1, &[0; 101]);
-        (2..802).for_each(|tag| pipeline.enqueue(tag, b"command"));
+        (2..4386).for_each(|tag| pipeline.enqueue(tag, b"command"));
         let mut out = Vec::new();
         pipeline.completions(&mut out);
         let reasons = out.iter().map(|done| match &done.outcome {
@@ -1057,10 +1061,12 @@ mod tests {
         });
         let reasons: Vec<_> = reasons.collect();
         assert_eq!(reasons[0], (1, Refusal::TooLarge { bytes: 101, bytes_max: 100 }, 101));
-        // Two groups are in the queue, the third goes beyond its bound, what is left fits again.
-        let busy: Vec<_> = (514..770).map(|tag| (tag, Refusal::Busy, 7)).collect();
+        // The seventeenth group goes beyond the bound of the queue, what is left fits again.
+        let busy: Vec<_> = (4098..4354).map(|tag| (tag, Refusal::Busy, 7)).collect();
         assert_eq!(reasons[1..], busy);
-        assert_eq!(arrived(&handle), [256, 256, 32]);
+        let mut expected = vec![256; 16];
+        expected.push(32);
+        assert_eq!(arrived(&handle), expected);
     }
 
     #[test]

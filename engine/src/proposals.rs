@@ -115,7 +115,21 @@ impl<B: BlockBuf> Proposals<B> {
 
     /// Whether more should be taken of what other threads hand over.
     pub(crate) fn takes_more(&self) -> bool {
-        !self.is_gate_open() || !self.is_full() && self.uncommitted_bytes < self.limits.uncommitted_bytes_max
+        !self.is_gate_open() || !self.is_full() && self.has_room()
+    }
+
+    /// Whether what comes next may be admitted now. Of what is in the queue the size is not known before it is taken.
+    fn has_room(&self) -> bool {
+        match self.arriving.as_ref().and_then(Group::next) {
+            Some((_, command)) => self.has_room_for(command.len()),
+            None => self.uncommitted_bytes < self.limits.uncommitted_bytes_max,
+        }
+    }
+
+    /// Whether the bound admits a command of so many bytes: one always, however large.
+    fn has_room_for(&self, bytes: usize) -> bool {
+        let cost = bytes + COMMAND_OVERHEAD_BYTES;
+        self.uncommitted_bytes == 0 || self.uncommitted_bytes + cost <= self.limits.uncommitted_bytes_max
     }
 
     pub(crate) fn is_gate_open(&self) -> bool {
@@ -159,9 +173,11 @@ impl<B: BlockBuf> Proposals<B> {
         let Some(mut group) = self.arriving.take() else { return };
         self.take_together(&mut group);
         // What is refused, and what is larger than a batch of many, goes one by one; after all together there is nothing left.
-        while self.takes_more()
-            && let Some((tag, command)) = group.next()
-        {
+        while let Some((tag, command)) = group.next() {
+            let has_room = self.has_room_for(command.len());
+            if self.is_gate_open() && (self.is_full() || !has_room) {
+                break;
+            }
             match self.admit(command.len()) {
                 Ok(()) if self.copy_into_open(command, None) => self.open.push_tagged(group.target(), tag),
                 Ok(()) => {
@@ -178,6 +194,7 @@ impl<B: BlockBuf> Proposals<B> {
             group.advance(1);
         }
         if group.left() == 0 {
+            self.arriving_waits = false;
             group.give_back();
         } else {
             self.arriving = Some(group);
@@ -208,12 +225,10 @@ impl<B: BlockBuf> Proposals<B> {
         if bytes > self.limits.command_bytes_max {
             return Err(Refusal::TooLarge { bytes, bytes_max: self.limits.command_bytes_max });
         }
-        // One command is always admitted, however large.
-        let cost = bytes + COMMAND_OVERHEAD_BYTES;
-        if self.uncommitted_bytes > 0 && self.uncommitted_bytes + cost > self.limits.uncommitted_bytes_max {
+        if !self.has_room_for(bytes) {
             return Err(Refusal::Busy);
         }
-        self.uncommitted_bytes += cost;
+        self.uncommitted_bytes += bytes + COMMAND_OVERHEAD_BYTES;
         Ok(())
     }
 
@@ -441,6 +456,7 @@ impl<B: BlockBuf> Proposals<B> {
             && self.overflow.is_empty()
             && self.control.is_empty()
             && self.arriving.is_none()
+            && !self.arriving_waits
             && self.sealed.is_empty()
             && self.uncommitted_bytes == 0
     }
@@ -575,8 +591,10 @@ mod tests {
     fn the_rest_of_a_group_waits_while_too_much_is_uncommitted() {
         let mut rig = Rig::leading();
         rig.open();
-        // Of so many bytes that some of them come to the bound exactly; one that would go beyond it is refused.
-        let commands = vec![vec![7; LIMITS.uncommitted_bytes_max / 500 - COMMAND_OVERHEAD_BYTES]; 1200];
+        // Some of them come to the bound exactly, and then none does.
+        let commands: Vec<_> = (0..1200)
+            .map(|n| vec![7; LIMITS.uncommitted_bytes_max / 500 - COMMAND_OVERHEAD_BYTES + n / 600])
+            .collect();
         let pipeline = arrive(&mut rig, &commands);
         assert!(rig.proposals.has_arriving());
         let mut infos = Vec::new();
@@ -629,6 +647,26 @@ mod tests {
             let Err(ProposeError::Refused(refused)) = outcome else { panic!("{tag}: {outcome:?}") };
             assert_eq!(refused.command, command[..]);
         }
+        assert!(rig.proposals.is_idle());
+    }
+
+    /// Found in review: that one waited for another block outlived it, and the open batch was never asked for one again.
+    #[test]
+    fn after_a_group_that_waited_was_refused_others_are_taken() {
+        let mut rig = Rig::leading();
+        rig.open();
+        let refused = arrive(&mut rig, &[vec![1; 39_000]]);
+        assert!(rig.proposals.has_arriving() && !rig.proposals.takes_more());
+        rig.proposals.set_gate(Err(Refusal::Transferring));
+        rig.proposals.take_arriving(&mut rig.deliveries);
+        assert!(matches!(&completions(&mut rig, &refused)[..], [(0, Err(ProposeError::Refused(_)))]));
+        rig.proposals.set_gate(Ok(()));
+        assert!(rig.proposals.takes_more() && !rig.proposals.is_full());
+        let pipeline = arrive(&mut rig, &[vec![2; 10]]);
+        let (info, commands) = rig.seal().expect("something to seal");
+        assert_eq!(commands, [vec![2; 10]]);
+        rig.apply(&info);
+        assert!(matches!(&completions(&mut rig, &pipeline)[..], [(0, Ok(_))]));
         assert!(rig.proposals.is_idle());
     }
 

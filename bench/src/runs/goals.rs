@@ -175,7 +175,10 @@ fn best_of_others(rounds: &[Round<'_>], goal: &Goal) -> Option<String> {
     for (name, figure) in rounds.iter().flat_map(|round| round.others(goal)) {
         figures.entry(name).or_default().push(figure);
     }
-    let medians = figures.into_iter().filter_map(|(name, figures)| {
+    // Of those that were there in every round, so that all are judged by the same ones.
+    let rounds = figures.values().map(Vec::len).max()?;
+    let whole = figures.into_iter().filter(|(_, figures)| figures.len() == rounds);
+    let medians = whole.filter_map(|(name, figures)| {
         let median = Spread::of(figures)?.median;
         Some((name, if goal.metric.more_is_better() { median } else { -median }))
     });
