@@ -342,7 +342,10 @@ pub struct LimitArgs {
     /// Nodes, the leader counted: 1, 3 or 5
     #[arg(long, value_name = "N", default_value_t = 3)]
     pub nodes: usize,
-    /// Seconds for each of the measurements (there are 14)
+    /// Further shapes of the replication pattern: KiB of a batch, and batches in flight
+    #[arg(long, value_name = "KIBxN,...", value_delimiter = ',', value_parser = shape)]
+    pub shapes: Vec<Shape>,
+    /// Seconds for each of the measurements (there are 14, and those of further shapes)
     #[arg(long, value_name = "SECONDS", default_value_t = 1.0)]
     pub duration: f64,
     /// Cores to run on, the leader's first [default: as the kernel chooses]
@@ -353,11 +356,22 @@ pub struct LimitArgs {
     pub json: Option<PathBuf>,
 }
 
+/// `64x2`: 64 KiB, two in flight.
+fn shape(text: &str) -> Result<Shape, String> {
+    let parts = text.split_once('x').and_then(|(kib, depth)| Some((kib.parse().ok()?, depth.parse().ok()?)));
+    match parts {
+        Some((kib @ 1..=65_536, depth @ 1..=32)) => Ok(Shape::of(kib * KIB, depth)),
+        _ => Err("it must be KiB of a batch, up to 65536, an x, and up to 32 batches in flight, as in 64x2"
+            .to_owned()),
+    }
+}
+
 /// Runs `ringraft limit`: measures and prints.
 pub fn run(args: &LimitArgs) -> anyhow::Result<()> {
     let mut options = LimitOptions::full(&args.dir, args.nodes);
     options.measure = Duration::try_from_secs_f64(args.duration).context("--duration")?;
     options.cores.clone_from(&args.cores);
+    options.replicated.extend(&args.shapes);
     let measurements = (options.disk.len() + 2 + options.replicated.len()) as f64;
     eprintln!(
         "measuring {} for about {:.0} s; keep the machine idle",

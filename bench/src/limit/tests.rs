@@ -141,3 +141,12 @@ fn a_batch_is_rounded_up_to_whole_blocks() {
     assert_eq!(Shape::of(4096, 1).batch_bytes, 4096);
     assert_eq!(Shape::of(4097, 1).batch_bytes, 8192);
 }
+
+#[test]
+fn shapes_are_given_as_kib_and_depth() {
+    assert_eq!(shape("64x2"), Ok(Shape { batch_bytes: 64 << 10, in_flight: 2 }));
+    assert_eq!(shape("3x32"), Ok(Shape { batch_bytes: 4 << 10, in_flight: 32 }), "whole blocks");
+    for wrong in ["", "64", "64x", "x2", "0x2", "64x0", "64x33", "65537x1", "64 x 2", "-1x2"] {
+        assert!(shape(wrong).is_err(), "{wrong}");
+    }
+}
