@@ -63,6 +63,14 @@ const GOALS: &[Goal] = &[
     goal(Work::from_thread(64 * KIB, 16), Against::Floor(LARGE), Metric::CpuPerGb, 1.6, 1.6),
 ];
 
+/// What another program's commits are compared with beside those of this one: the floor with as many commands in flight, in the
+/// shapes in which their bytes may be made durable, and how many commands a batch then has.
+const BESIDE: [(Work, &[(Shape, usize)]); 3] = [
+    (Work::from_thread(128, 64), &[(Shape::of(12 * KIB, 1), 64)]),
+    (Work::from_thread(128, KIB), &[(Shape::of(128 * KIB, 1), KIB), (Shape::of(64 * KIB, 2), KIB / 2)]),
+    (Work::from_thread(4 * KIB, 256), &[(Shape::of(64 * KIB, 16), 16), (Shape::of(256 * KIB, 4), 64)]),
+];
+
 /// Committed commands of 128 bytes per second that are enough, whatever the floor does.
 const MANY_PER_SECOND: f64 = 2.5e6;
 /// Of one processor, for each node of an idle cluster.
@@ -107,7 +115,14 @@ pub enum Record {
 
 /// The shapes in which the floor is to be measured.
 pub fn shapes() -> Vec<Shape> {
-    [SMALL, LARGE].into_iter().chain(BEST).collect()
+    let beside = BESIDE.iter().flat_map(|(_, shapes)| shapes.iter().map(|(shape, _)| *shape));
+    let mut shapes: Vec<Shape> = Vec::new();
+    for shape in [SMALL, LARGE].into_iter().chain(BEST).chain(beside) {
+        if !shapes.contains(&shape) {
+            shapes.push(shape);
+        }
+    }
+    shapes
 }
 
 /// The orders that concern another program, or ringraft with its load on the core or from a thread; each once.
@@ -215,8 +230,51 @@ pub fn tables(runs: &[Run<Record>]) -> String {
         rounds.iter().flat_map(|round| round.ours.keys().map(|(side, _)| *side)).collect();
     backends.sort_unstable();
     backends.dedup();
-    let tables: Vec<String> = backends.iter().map(|backend| table(backend, &rounds).to_string()).collect();
+    let mut tables: Vec<String> =
+        backends.iter().map(|backend| table(backend, &rounds).to_string()).collect();
+    tables.extend(beside_the_floor(&backends, &rounds).map(|table| table.to_string()));
     tables.join("\n\n")
+}
+
+/// How much of the floor's commits everybody's are, and how much of it those are that are required. Nothing if the floor was not
+/// measured in these shapes.
+fn beside_the_floor(backends: &[&str], rounds: &[Round<'_>]) -> Option<Table> {
+    let mut table = Table::new();
+    table.load_preset(presets::ASCII_MARKDOWN);
+    let mut header = vec!["commands/s, of the floor's".to_owned(), "floor".to_owned()];
+    header.extend(backends.iter().map(ToString::to_string));
+    table.set_header(header.into_iter().chain(["the other program".to_owned(), "required".to_owned()]));
+    for (work, shapes) in BESIDE {
+        let is_it = |goal: &&Goal| {
+            goal.work == work && matches!((goal.against, goal.metric), (Against::Peer, Metric::PerSecond))
+        };
+        let goal = GOALS.iter().find(is_it)?;
+        let Some(peer) = best_of_others(rounds, goal) else { continue };
+        let of_floor = |round: &Round<'_>, (shape, commands): (Shape, usize)| {
+            let is_it = |row: &&LimitRow| row.pattern == Pattern::Replicate && row.shape == shape;
+            Some(round.floor.iter().find(is_it)?.per_s * commands as f64)
+        };
+        let medians = shapes.iter().filter_map(|shape| {
+            let median = Spread::of(rounds.iter().filter_map(|round| of_floor(round, *shape)))?.median;
+            Some((*shape, median))
+        });
+        let Some((shape, floor)) = medians.max_by(|(_, one), (_, other)| one.total_cmp(other)) else {
+            continue;
+        };
+        let share = |of: &dyn Fn(&Round<'_>) -> Option<f64>| {
+            let shares = rounds.iter().filter_map(|round| Some(of(round)? / of_floor(round, shape)?));
+            Spread::of(shares).map_or_else(|| "-".to_owned(), |share| ratio(share.median))
+        };
+        let theirs = |round: &Round<'_>| Some(round.theirs.get(&(peer.as_str(), work))?.per_s);
+        let mut row = vec![work.to_string(), format!("{}, as {}", number(floor), shape.0)];
+        row.extend(
+            backends.iter().map(|backend| share(&|round| Some(round.ours.get(&(*backend, work))?.per_s))),
+        );
+        row.push(share(&theirs));
+        row.push(share(&|round| Some(theirs(round)? * goal.required)));
+        table.add_row(row);
+    }
+    (table.row_count() > 0).then_some(table)
 }
 
 fn table(backend: &str, rounds: &[Round<'_>]) -> Table {

@@ -36,7 +36,10 @@ fn fixture() -> String {
         // Once it was the quicker one, by chance.
         let slow = Figures { per_s: if round == 1 { 100.0 } else { 450.0 }, p99_us: 200.0, ..OURS };
         for record in [
-            Record::Floor { round, rows: vec![floor] },
+            Record::Floor {
+                round,
+                rows: vec![floor.clone(), LimitRow { shape: Shape::of(12 * KIB, 1), per_s: 10.0, ..floor }],
+            },
             Record::Idle { round, side: "uring".to_owned(), processors: 0.006 * round as f64 },
             commands("uring", ON_CORE, Figures { p50_us, ..OURS }),
             commands("uring", Work::from_thread(128, 64), OURS),
@@ -64,6 +67,9 @@ fn a_table_has_medians_of_ratios_of_one_round_and_says_what_is_met() {
             "128 B x 64; commands/s; quick; 1000; 400; 2.50; 2.50 to 2.50; 2.00; 2.50; goal",
             "128 B x 64; p99, µs; slow; 300; 200; 1.50; 1.50 to 1.50; 0.60; 0.60; missed",
             "idle; CPU per node; -; 0.30 %; -; -; 0.20 % to 0.40 %; 0.50 %; -; met",
+            "commands/s, of the floor's; floor; uring; the other program; required",
+            // Ten batches of 64 commands.
+            "128 B x 64; 640, as 12 KiB x 1; 1.56; 0.62; 1.25",
         ]
     );
 }
