@@ -13,7 +13,7 @@
 
 use anyhow::Context as _;
 use clap::Parser as _;
-use ringraft_bench::conducted::{Replicas, ringraft};
+use ringraft_bench::conducted::{Replicas, STEADY, ensure_room, ringraft};
 use ringraft_bench::limit::{FollowerKind, LimitOptions, LimitRow, measure};
 use ringraft_bench::runs::goals::{NODES, Record, TOOL, shapes, tables, work_of};
 use ringraft_bench::runs::work::Work;
@@ -22,6 +22,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 const RINGRAFT: &str = env!("CARGO_BIN_EXE_ringraft");
+
+/// What a replica may take on the disk: the log behind the last two snapshots, segments ahead, and what is not purged yet.
+const REPLICA_BYTES: u64 = 1 << 30;
 
 #[derive(clap::Parser)]
 #[command(about = "The project's goals as a table")]
@@ -50,6 +53,9 @@ fn main() -> anyhow::Result<()> {
     let mut names: Vec<String> = sides.iter().map(|side| side.name.clone()).collect();
     names.dedup();
     options.run.carry_out(TOOL, names, env!("CARGO_TARGET_TMPDIR"), tables, |dir, recorder| {
+        if options.run.is_measuring() {
+            ensure_room(dir, (sides.len() * NODES) as u64 * REPLICA_BYTES)?;
+        }
         let scratch = tempfile::Builder::new().prefix("ringraft-goals-").tempdir_in(dir)?;
         let mut running = Vec::new();
         for (number, side) in sides.into_iter().enumerate() {
@@ -155,9 +161,11 @@ impl Chance {
 
 fn sides(options: &Options) -> anyhow::Result<Vec<Side>> {
     let mut sides = Vec::new();
+    // Who only shows that it works need not fill large segments.
+    let more: &[&str] = if options.run.is_measuring() { &[] } else { &STEADY };
     for backend in &options.run.backends {
         for on_core in [true, false] {
-            let command = ringraft(RINGRAFT, backend, on_core, &[]);
+            let command = ringraft(RINGRAFT, backend, on_core, more);
             sides.push(Side { name: backend.clone(), command, on_core, is_peer: false });
         }
     }

@@ -78,8 +78,12 @@ impl Commands {
 
     /// Whether it goes to the core before another command is added.
     pub(crate) fn is_full(&self, limits: GroupLimits) -> bool {
-        let cost = self.bytes.len() + self.tags.len() * COMMAND_OVERHEAD_BYTES;
-        self.tags.len() >= limits.commands || cost >= limits.bytes
+        self.tags.len() >= limits.commands || self.cost() >= limits.bytes
+    }
+
+    /// What they count for against bounds in bytes.
+    fn cost(&self) -> usize {
+        self.bytes.len() + self.tags.len() * COMMAND_OVERHEAD_BYTES
     }
 
     pub(crate) fn clear(&mut self) {
@@ -104,10 +108,18 @@ pub(crate) struct Group {
 }
 
 /// What is left of a group, in order: tags, lengths, and the commands one behind the other.
+#[derive(Clone, Copy)]
 pub(crate) struct Rest<'a> {
     pub(crate) tags: &'a [u64],
     pub(crate) lengths: &'a [u32],
     pub(crate) payload: &'a [u8],
+}
+
+impl Rest<'_> {
+    /// What it counts for against bounds in bytes.
+    pub(crate) fn cost(&self) -> usize {
+        self.payload.len() + self.tags.len() * COMMAND_OVERHEAD_BYTES
+    }
 }
 
 impl Group {
@@ -145,7 +157,7 @@ impl Group {
 
     /// What it counts for, as a whole, against bounds in bytes.
     pub(crate) fn cost(&self) -> usize {
-        self.commands.bytes.len() + self.commands.tags.len() * COMMAND_OVERHEAD_BYTES
+        self.commands.cost()
     }
 
     /// Refuses what is left of it.

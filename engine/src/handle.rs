@@ -546,8 +546,8 @@ impl Pipeline {
     }
 
     /// Adds `command` under `tag` to those that go to the core together. They go when they are enough (256 commands or 64 KiB,
-    /// less where the queue into the core is small), and with every other call of this pipeline, [`Pipeline::flush`] among them; until then nothing is done about
-    /// them.
+    /// less where the queue into the core is small), and with every other call of this pipeline, [`Pipeline::flush`] among
+    /// them; until then nothing is done about them.
     ///
     /// `command` is copied. Each command has a completion, even if it is refused at once, as when the queue into the core is
     /// full ([`Refusal::Busy`]): together with those that it would have gone with, while later ones may be accepted, and maybe

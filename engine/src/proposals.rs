@@ -66,9 +66,7 @@ pub(crate) struct Proposals<B: BlockBuf> {
     open: Tickets,
     overflow: VecDeque<Submission>,
     /// A group of which commands are left: they come before what is in the queue.
-    arriving: Option<Group>,
-    /// The next of them did not fit into the open batch.
-    arriving_waits: bool,
+    arriving: Option<Arriving>,
     /// Requests about sessions, which go into batches of their own kind.
     control: VecDeque<Submission>,
     /// The last batch was of that kind, so that commands that wait come first now.
@@ -78,6 +76,12 @@ pub(crate) struct Proposals<B: BlockBuf> {
     spare: Vec<Tickets>,
     /// Bytes of commands that were admitted and have no outcome yet, with an overhead for each.
     uncommitted_bytes: usize,
+}
+
+struct Arriving {
+    group: Group,
+    /// The next of its commands did not fit into the open batch, and waits for another one.
+    waits: bool,
 }
 
 struct SealedTickets {
@@ -97,7 +101,6 @@ impl<B: BlockBuf> Proposals<B> {
             open: Tickets::default(),
             overflow: VecDeque::new(),
             arriving: None,
-            arriving_waits: false,
             control: VecDeque::new(),
             control_sealed: false,
             sealed: VecDeque::new(),
@@ -120,7 +123,7 @@ impl<B: BlockBuf> Proposals<B> {
 
     /// Whether what comes next may be admitted now. Of what is in the queue the size is not known before it is taken.
     fn has_room(&self) -> bool {
-        match self.arriving.as_ref().and_then(Group::next) {
+        match self.arriving.as_ref().and_then(|arriving| arriving.group.next()) {
             Some((_, command)) => self.has_room_for(command.len()),
             None => self.uncommitted_bytes < self.limits.uncommitted_bytes_max,
         }
@@ -148,7 +151,7 @@ impl<B: BlockBuf> Proposals<B> {
             Arrival::Command(submission) => submission,
             Arrival::Group(group) => {
                 debug_assert!(self.arriving.is_none(), "one group after the other");
-                self.arriving = Some(group);
+                self.arriving = Some(Arriving { group, waits: false });
                 self.take_arriving(deliveries);
                 return;
             }
@@ -170,7 +173,11 @@ impl<B: BlockBuf> Proposals<B> {
 
     /// Goes on with the group that came last, as far as there is room.
     pub(crate) fn take_arriving(&mut self, deliveries: &mut Deliveries) {
-        let Some(mut group) = self.arriving.take() else { return };
+        if !self.takes_more() {
+            return;
+        }
+        let Some(Arriving { mut group, .. }) = self.arriving.take() else { return };
+        let mut waits = false;
         self.take_together(&mut group);
         // What is refused, and what is larger than a batch of many, goes one by one; after all together there is nothing left.
         while let Some((tag, command)) = group.next() {
@@ -178,11 +185,13 @@ impl<B: BlockBuf> Proposals<B> {
             if self.is_gate_open() && (self.is_full() || !has_room) {
                 break;
             }
-            match self.admit(command.len()) {
-                Ok(()) if self.copy_into_open(command, None) => self.open.push_tagged(group.target(), tag),
+            match self.may_admit(command.len()) {
+                Ok(()) if self.copy_into_open(command, None) => {
+                    self.uncommitted_bytes += command.len() + COMMAND_OVERHEAD_BYTES;
+                    self.open.push_tagged(group.target(), tag);
+                }
                 Ok(()) => {
-                    self.uncommitted_bytes -= command.len() + COMMAND_OVERHEAD_BYTES;
-                    self.arriving_waits = true;
+                    waits = true;
                     break;
                 }
                 Err(reason) => {
@@ -194,18 +203,17 @@ impl<B: BlockBuf> Proposals<B> {
             group.advance(1);
         }
         if group.left() == 0 {
-            self.arriving_waits = false;
             group.give_back();
         } else {
-            self.arriving = Some(group);
+            self.arriving = Some(Arriving { group, waits });
         }
     }
 
     /// Takes as much of a group as the open batch holds, if all of it is admitted.
     fn take_together(&mut self, group: &mut Group) {
-        let Rest { tags, lengths, payload } = group.rest();
-        let cost = payload.len() + tags.len() * COMMAND_OVERHEAD_BYTES;
-        let in_bounds = self.uncommitted_bytes + cost <= self.limits.uncommitted_bytes_max
+        let rest = group.rest();
+        let Rest { tags, lengths, payload } = rest;
+        let in_bounds = self.uncommitted_bytes + rest.cost() <= self.limits.uncommitted_bytes_max
             && lengths.iter().all(|length| *length as usize <= self.limits.command_bytes_max);
         if self.gate.is_err() || !in_bounds || self.is_full() {
             return;
@@ -221,6 +229,12 @@ impl<B: BlockBuf> Proposals<B> {
 
     /// Decides by size, gate and bounds, and counts an admitted command.
     fn admit(&mut self, bytes: usize) -> Result<(), Refusal> {
+        self.may_admit(bytes)?;
+        self.uncommitted_bytes += bytes + COMMAND_OVERHEAD_BYTES;
+        Ok(())
+    }
+
+    fn may_admit(&self, bytes: usize) -> Result<(), Refusal> {
         self.gate.clone()?;
         if bytes > self.limits.command_bytes_max {
             return Err(Refusal::TooLarge { bytes, bytes_max: self.limits.command_bytes_max });
@@ -228,7 +242,6 @@ impl<B: BlockBuf> Proposals<B> {
         if !self.has_room_for(bytes) {
             return Err(Refusal::Busy);
         }
-        self.uncommitted_bytes += bytes + COMMAND_OVERHEAD_BYTES;
         Ok(())
     }
 
@@ -258,7 +271,8 @@ impl<B: BlockBuf> Proposals<B> {
     /// small for the command that waits.
     pub(crate) fn wants_block(&self) -> Option<usize> {
         let open = self.builder.as_ref().filter(|builder| builder.is_armed());
-        let arriving = self.arriving.as_ref().filter(|_| self.arriving_waits).and_then(Group::next);
+        let arriving = self.arriving.as_ref().filter(|arriving| arriving.waits);
+        let arriving = arriving.and_then(|arriving| arriving.group.next());
         let waiting = self.overflow.front().map(|next| &next.command[..]).or(arriving.map(|next| next.1));
         let waiting = waiting.map(slot_bytes_for_one);
         match (open, waiting) {
@@ -276,7 +290,9 @@ impl<B: BlockBuf> Proposals<B> {
             Some(builder) => builder.rearm(block),
             builder => *builder = Some(BatchBuilder::new(block)),
         }
-        self.arriving_waits = false;
+        if let Some(arriving) = &mut self.arriving {
+            arriving.waits = false;
+        }
         while let Some(next) = self.overflow.front() {
             let alone = slot_bytes_for_one(&next.command) > self.limits.slot_bytes;
             if alone && !self.open.is_empty() {
@@ -296,7 +312,7 @@ impl<B: BlockBuf> Proposals<B> {
 
     /// Whether the open batch takes no more: a command waits for the next one.
     pub(crate) fn is_full(&self) -> bool {
-        !self.overflow.is_empty() || self.arriving_waits
+        !self.overflow.is_empty() || self.arriving.as_ref().is_some_and(|arriving| arriving.waits)
     }
 
     /// The size of the slot that sealing the open batch would make; `None` when there is nothing to seal.
@@ -433,8 +449,7 @@ impl<B: BlockBuf> Proposals<B> {
             let command = commands.pop_front().unwrap_or_default();
             Err(Refused { reason: refusal.clone(), command }.into())
         });
-        self.arriving_waits = false;
-        if let Some(mut group) = self.arriving.take() {
+        if let Some(Arriving { mut group, .. }) = self.arriving.take() {
             group.refuse(refusal);
             group.give_back();
         }
@@ -456,7 +471,6 @@ impl<B: BlockBuf> Proposals<B> {
             && self.overflow.is_empty()
             && self.control.is_empty()
             && self.arriving.is_none()
-            && !self.arriving_waits
             && self.sealed.is_empty()
             && self.uncommitted_bytes == 0
     }

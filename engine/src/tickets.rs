@@ -142,13 +142,13 @@ mod tests {
         };
         let mut tickets = Tickets::default();
         tickets.push(tagged(0, 10));
-        tickets.push_run(&Target::Pipeline(Arc::clone(&pipelines[0])), &[11]);
+        tickets.push_run(&Target::Pipeline(Arc::clone(&pipelines[0])), &[11, 12]);
         tickets.push(Ticket::Proposal(Arc::clone(&slots[0])));
-        tickets.push(tagged(0, 13));
-        tickets.push(tagged(1, 14));
-        tickets.push(tagged(0, 15));
+        tickets.push(tagged(0, 14));
+        tickets.push(tagged(1, 15));
+        tickets.push(tagged(0, 16));
         tickets.push(Ticket::Control(Arc::clone(&slots[1])));
-        assert_eq!(tickets.len(), 7);
+        assert_eq!(tickets.len(), 8);
 
         let mut deliveries = Deliveries::default();
         let at = |position: usize| Committed {
@@ -165,9 +165,9 @@ mod tests {
             let told = completions.into_iter();
             told.map(|done| (done.tag, done.outcome.unwrap().index.get())).collect::<Vec<_>>()
         };
-        assert_eq!(told(&pipelines[0]), [(10, 100), (11, 101), (13, 103), (15, 105)]);
-        assert_eq!(told(&pipelines[1]), [(14, 104)]);
+        assert_eq!(told(&pipelines[0]), [(10, 100), (11, 101), (12, 102), (14, 104), (16, 106)]);
+        assert_eq!(told(&pipelines[1]), [(15, 105)]);
         let slots = slots.map(|slot| slot.take_outcome().unwrap().unwrap().index.get());
-        assert_eq!(slots, [102, 106]);
+        assert_eq!(slots, [103, 107]);
     }
 }
