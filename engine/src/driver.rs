@@ -34,7 +34,7 @@ use crate::proposals::{LocalIngress, ProposalLimits, Proposals};
 use crate::raft::{Action, BatchRun, Configuration, Epoch, Event, Nanos, Raft, Role};
 use crate::recent::Recent;
 use crate::requests::Request;
-use crate::runtime::{LocalWakeup, Now, Turn, TurnOutcome, Wakeup};
+use crate::runtime::{IdlePolicy, LocalWakeup, Now, Turn, TurnOutcome, Wakeup};
 use crate::sessions::SessionTable;
 use crate::state_machine::StateMachine;
 use crate::tickets::Deliveries;
@@ -67,6 +67,8 @@ const WITNESS_DELAY_NS: u64 = 1_000_000_000;
 const SPACE_RETRY_NS: u64 = 1_000_000_000;
 /// It is looked so often when a leader's peers were active.
 const ACTIVITY_INTERVAL_NS: u64 = 1_000_000;
+/// With more than so much of the log under way at once it is bytes that commands wait for, rather than for somebody to wake.
+const BULK_BYTES: usize = 512 << 10;
 /// Bytes of one read of the log, for apply or for a peer that is behind.
 const READ_BYTES: usize = 4 << 20;
 
@@ -99,7 +101,7 @@ pub struct Driver<D: Disk, L: Link<Buf = D::Buf>, S> {
     pending: VecDeque<(Block<D::Buf>, BatchInfo)>,
     /// Handed to the core just now; taken by its `Persist`.
     incoming: Option<(Block<D::Buf>, BatchInfo)>,
-    /// Where a follower spends its time, for the leader to know.
+    /// Where this member spends its time, for a leader to know and for this core to decide whether it looks for work.
     stages: Stages,
     /// Saves that the core asked for and the log's number for each, until they are durable.
     saves: VecDeque<(u64, u64)>,
@@ -406,6 +408,13 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         Ok(false)
     }
 
+    /// Whether what the core waits for takes longer than it would look for it: for nothing then. It is the log's writes, large ones
+    /// or those of a slow disk, beside which the wake of a core that sleeps is short.
+    fn waits_for_long(&self) -> bool {
+        let IdlePolicy::Adaptive { spin_us } = self.config.idle else { return false };
+        self.stages.usual_ns() > spin_us.saturating_mul(1_000) || self.recent.usual_log_bytes() > BULK_BYTES
+    }
+
     /// How far commands have come: in the log, on its disk, committed, applied.
     fn milestones(&self) -> [LogIndex; 4] {
         let (last, commit) =
@@ -694,7 +703,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Turn for Driver<D, L, S> {
                 if more {
                     self.rests_until_ns = 0;
                 }
-                TurnOutcome { worked: self.worked, more, next_deadline_ns, stop: false }
+                let worked = self.worked && !self.waits_for_long();
+                TurnOutcome { worked, more, next_deadline_ns, stop: false }
             }
             Err(error) => {
                 self.stop(error);

@@ -3,13 +3,14 @@
 //! Reads, writes and flushes go to the ring. What has to do with names, and opening and closing, may block and is rare: it goes
 //! to a thread of the disk's own ([`Names`]), in order. Its results are taken between turns, like completions.
 
+use super::memory::{Buffers, UringBuf};
 use super::names::{NameOutput, Names};
 use super::operation::{Io, Operation};
 use crate::runtime::completions::Completions;
 use crate::runtime::directory::{self, invalid, whole_blocks};
 use crate::runtime::{LocalWakeup, RuntimeError, Wakeup};
 use io_uring::{opcode, squeue, types};
-use ringraft_block::{AlignedBuf, BLOCK_BYTES, Block, SharedBlock};
+use ringraft_block::{BLOCK_BYTES, Block, SharedBlock};
 use ringraft_wal::disk::{Access, Disk, DiskDone, DiskError, DiskOp, DiskOpId, DiskOutput, FileId};
 use rustix::thread::CpuSet;
 use std::cell::{Cell, RefCell};
@@ -25,12 +26,13 @@ const TRIES_MAX: u8 = 16;
 /// One data directory, driven from the core that made it.
 pub struct UringDisk {
     shared: Rc<DiskShared>,
+    buffers: Buffers,
 }
 
 /// What the disk and its operations share.
 pub(super) struct DiskShared {
     io: Rc<Io>,
-    completions: Completions<DiskDone<AlignedBuf>>,
+    completions: Completions<DiskDone<UringBuf>>,
     files: RefCell<BTreeMap<FileId, Rc<OpenFile>>>,
     files_opened: Cell<u32>,
     names: RefCell<Names>,
@@ -51,13 +53,13 @@ pub(super) struct DiskOperation {
 }
 
 enum Kind {
-    Write { offset: u64, block: SharedBlock<AlignedBuf>, bytes: u32 },
-    Read { offset: u64, block: Block<AlignedBuf>, bytes: u32, filled: u32 },
+    Write { offset: u64, block: SharedBlock<UringBuf>, bytes: u32 },
+    Read { offset: u64, block: Block<UringBuf>, bytes: u32, filled: u32 },
     Flush,
 }
 
 impl DiskOperation {
-    /// Names memory of the operation's block only: heap memory that the block's buffer owns, which does not move with it. The
+    /// Names memory of the operation's block only: memory that the block's buffer owns, which does not move with it. The
     /// block of a read is the operation's alone. That of a write is shared, and a shared block can be read, not changed,
     /// until all but one of its holders are gone, of which this operation is one.
     pub(super) fn entry(&mut self) -> squeue::Entry {
@@ -101,7 +103,7 @@ impl UringDisk {
             files_opened: Cell::new(0),
             names: RefCell::new(names),
         };
-        Ok(Self { shared: Rc::new(shared) })
+        Ok(Self { shared: Rc::new(shared), buffers: Buffers::default() })
     }
 
     pub(super) fn shared(&self) -> Rc<DiskShared> {
@@ -112,7 +114,7 @@ impl UringDisk {
         self.shared.files.borrow().get(&file).cloned().ok_or_else(|| invalid(operation))
     }
 
-    fn write(&self, file: FileId, offset: u64, block: SharedBlock<AlignedBuf>, bytes: usize) -> Started {
+    fn write(&self, file: FileId, offset: u64, block: SharedBlock<UringBuf>, bytes: usize) -> Started {
         let file = self.file(file, "write")?;
         let fits = file.contains(offset, bytes) && bytes <= block.capacity();
         if file.access == Access::Read || !fits || !whole_blocks(offset, bytes) {
@@ -122,7 +124,7 @@ impl UringDisk {
         Ok((file, Kind::Write { offset, block, bytes }))
     }
 
-    fn read(&self, file: FileId, offset: u64, block: Block<AlignedBuf>, bytes: usize) -> Started {
+    fn read(&self, file: FileId, offset: u64, block: Block<UringBuf>, bytes: usize) -> Started {
         let file = self.file(file, "read")?;
         if bytes > block.capacity() || !whole_blocks(offset, bytes) {
             return Err(invalid("read"));
@@ -172,14 +174,14 @@ impl UringDisk {
 type Started = Result<(Rc<OpenFile>, Kind), DiskError>;
 
 impl Disk for UringDisk {
-    type Buf = AlignedBuf;
+    type Buf = UringBuf;
 
-    fn allocate(&mut self, bytes: usize) -> Result<AlignedBuf, DiskError> {
+    fn allocate(&mut self, bytes: usize) -> Result<UringBuf, DiskError> {
         directory::may_allocate(bytes)?;
-        Ok(AlignedBuf::zeroed(bytes))
+        self.buffers.allocate(bytes).ok_or_else(directory::out_of_memory)
     }
 
-    fn submit(&mut self, id: DiskOpId, op: DiskOp<AlignedBuf>) {
+    fn submit(&mut self, id: DiskOpId, op: DiskOp<UringBuf>) {
         let names = &self.shared.names;
         match op {
             DiskOp::Write { file, offset, block, bytes } => {
@@ -212,7 +214,7 @@ impl Disk for UringDisk {
         }
     }
 
-    fn poll(&mut self, done: &mut Vec<DiskDone<AlignedBuf>>) {
+    fn poll(&mut self, done: &mut Vec<DiskDone<UringBuf>>) {
         self.shared.completions.take(done);
     }
 }
@@ -222,7 +224,7 @@ impl DiskShared {
         self.io.borrow_mut().start(Operation::Disk(Rc::clone(self), operation));
     }
 
-    fn complete(&self, id: DiskOpId, result: Result<DiskOutput<AlignedBuf>, DiskError>) {
+    fn complete(&self, id: DiskOpId, result: Result<DiskOutput<UringBuf>, DiskError>) {
         self.completions.push(DiskDone { id, result });
     }
 
@@ -323,7 +325,7 @@ mod tests {
         _directory: tempfile::TempDir,
         io: Rc<Io>,
         disk: UringDisk,
-        pool: Pool<AlignedBuf>,
+        pool: Pool<UringBuf>,
     }
 
     impl Rig {
@@ -337,14 +339,14 @@ mod tests {
             Self { _directory: directory, io, disk, pool: Pool::new(1 << 20) }
         }
 
-        fn block(&self, blocks: usize, fill: u8) -> Block<AlignedBuf> {
-            let new = |bytes| Ok::<_, std::convert::Infallible>(AlignedBuf::zeroed(bytes));
-            let mut block = self.pool.take(blocks * BLOCK_BYTES, new).unwrap();
+        fn block(&mut self, blocks: usize, fill: u8) -> Block<UringBuf> {
+            let disk = &mut self.disk;
+            let mut block = self.pool.take(blocks * BLOCK_BYTES, |bytes| disk.allocate(bytes)).unwrap();
             block.fill(fill);
             block
         }
 
-        fn next(&mut self) -> Result<DiskOutput<AlignedBuf>, DiskError> {
+        fn next(&mut self) -> Result<DiskOutput<UringBuf>, DiskError> {
             let mut done = Vec::new();
             loop {
                 reap(&self.io);

@@ -10,13 +10,13 @@
 //! A close ends what its connection has on the ring, and completes when that has come back: until then a receive's
 //! memory and the descriptor are in the kernel's hands.
 
+use super::memory::UringBuf;
 use super::operation::{Io, Operation};
 use super::ring::Token;
 use crate::runtime::LocalWakeup;
 use crate::runtime::completions::Completions;
 use crate::runtime::sockets::{self, LinkOptions, Sending, closed, failed, misuse, tcp_socket};
 use io_uring::{opcode, squeue, types};
-use ringraft_block::AlignedBuf;
 use ringraft_net::link::{
     ConnectionId, Link, LinkDone, LinkError, LinkOp, LinkOpId, LinkOutput, ListenerId, RecvInto, SendPart,
 };
@@ -41,7 +41,7 @@ pub struct UringLink {
 pub(super) struct LinkShared {
     io: Rc<Io>,
     options: LinkOptions,
-    completions: Completions<LinkDone<AlignedBuf>>,
+    completions: Completions<LinkDone<UringBuf>>,
     listeners: RefCell<BTreeMap<ListenerId, Rc<Listener>>>,
     connections: RefCell<BTreeMap<ConnectionId, Rc<Connection>>>,
     ids: Cell<u64>,
@@ -66,7 +66,7 @@ struct ConnectionState {
     recv: Option<Token>,
     /// The last receive took all that was there.
     drained: bool,
-    send: Option<Sending<AlignedBuf>>,
+    send: Option<Sending<UringBuf>>,
     /// The poll on the ring of a send that blocks.
     writable: Option<Token>,
     closing: Option<LinkOpId>,
@@ -76,12 +76,12 @@ struct ConnectionState {
 pub(super) enum LinkOperation {
     Accept { id: LinkOpId, listener: Rc<Listener> },
     Dial { id: LinkOpId, socket: Socket, address: Box<SockAddr> },
-    Recv { id: LinkOpId, connection: Rc<Connection>, into: RecvInto<AlignedBuf>, drained: bool },
+    Recv { id: LinkOpId, connection: Rc<Connection>, into: RecvInto<UringBuf>, drained: bool },
     Writable { connection: Rc<Connection> },
 }
 
 impl LinkOperation {
-    /// Names memory of a receive's target and of a dial's address: heap memory that does not move with its owner, and of
+    /// Names memory of a receive's target and of a dial's address: memory that does not move with its owner, and of
     /// which this operation is the only one.
     pub(super) fn entry(&mut self) -> squeue::Entry {
         match self {
@@ -156,7 +156,7 @@ impl UringLink {
         }
     }
 
-    fn recv(&self, id: LinkOpId, connection: ConnectionId, into: RecvInto<AlignedBuf>) {
+    fn recv(&self, id: LinkOpId, connection: ConnectionId, into: RecvInto<UringBuf>) {
         let (range, capacity) = match &into {
             RecvInto::Bytes { bytes, range } => (range, bytes.len()),
             RecvInto::Block { block, range } => (range, block.len()),
@@ -169,7 +169,7 @@ impl UringLink {
         }
     }
 
-    fn send(&self, id: LinkOpId, connection: ConnectionId, parts: Vec<SendPart<AlignedBuf>>) {
+    fn send(&self, id: LinkOpId, connection: ConnectionId, parts: Vec<SendPart<UringBuf>>) {
         let free = |connection: &Rc<Connection>| connection.state.borrow().send.is_none();
         let connection = self.shared.connection(connection).filter(free);
         match connection.zip(Sending::new(id, parts)) {
@@ -201,9 +201,9 @@ impl UringLink {
 }
 
 impl Link for UringLink {
-    type Buf = AlignedBuf;
+    type Buf = UringBuf;
 
-    fn submit(&mut self, id: LinkOpId, op: LinkOp<AlignedBuf>) {
+    fn submit(&mut self, id: LinkOpId, op: LinkOp<UringBuf>) {
         match op {
             LinkOp::Listen { address } => self.listen(id, address),
             LinkOp::Accept { listener } => self.accept(id, listener),
@@ -214,7 +214,7 @@ impl Link for UringLink {
         }
     }
 
-    fn poll(&mut self, done: &mut Vec<LinkDone<AlignedBuf>>) {
+    fn poll(&mut self, done: &mut Vec<LinkDone<UringBuf>>) {
         self.shared.completions.take(done);
     }
 }
@@ -240,7 +240,7 @@ impl LinkShared {
         id
     }
 
-    fn complete(&self, id: LinkOpId, result: Result<LinkOutput<AlignedBuf>, LinkError>) {
+    fn complete(&self, id: LinkOpId, result: Result<LinkOutput<UringBuf>, LinkError>) {
         self.completions.push(LinkDone { id, result });
     }
 
@@ -254,7 +254,7 @@ impl LinkShared {
         self.io.borrow_mut().start(Operation::Link(Rc::clone(self), operation))
     }
 
-    fn start_recv(self: &Rc<Self>, id: LinkOpId, connection: &Rc<Connection>, into: RecvInto<AlignedBuf>) {
+    fn start_recv(self: &Rc<Self>, id: LinkOpId, connection: &Rc<Connection>, into: RecvInto<UringBuf>) {
         let drained = connection.state.borrow().drained;
         let token = self.start(LinkOperation::Recv { id, connection: Rc::clone(connection), into, drained });
         connection.state.borrow_mut().recv = Some(token);
@@ -313,7 +313,7 @@ impl LinkShared {
         self: &Rc<Self>,
         id: LinkOpId,
         connection: Rc<Connection>,
-        mut into: RecvInto<AlignedBuf>,
+        mut into: RecvInto<UringBuf>,
         outcome: io::Result<i32>,
     ) {
         let mut state = connection.state.borrow_mut();
@@ -407,7 +407,7 @@ mod tests {
     struct Rig {
         io: Rc<Io>,
         link: UringLink,
-        done: Vec<LinkDone<AlignedBuf>>,
+        done: Vec<LinkDone<UringBuf>>,
     }
 
     impl Rig {
@@ -418,7 +418,7 @@ mod tests {
             Self { io, link, done: Vec::new() }
         }
 
-        fn next(&mut self) -> LinkDone<AlignedBuf> {
+        fn next(&mut self) -> LinkDone<UringBuf> {
             loop {
                 reap(&self.io);
                 self.link.poll(&mut self.done);
@@ -438,7 +438,7 @@ mod tests {
         }
     }
 
-    fn into() -> RecvInto<AlignedBuf> {
+    fn into() -> RecvInto<UringBuf> {
         RecvInto::Bytes { bytes: vec![0; 8].into(), range: 0..8 }
     }
 

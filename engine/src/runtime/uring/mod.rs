@@ -21,6 +21,7 @@
 
 mod disk;
 mod link;
+mod memory;
 mod names;
 mod operation;
 mod ring;
@@ -28,6 +29,7 @@ mod tasks;
 
 pub use disk::UringDisk;
 pub use link::UringLink;
+pub use memory::UringBuf;
 
 use super::polling::Polling;
 use super::{
