@@ -68,7 +68,7 @@ const SPACE_RETRY_NS: u64 = 1_000_000_000;
 /// It is looked so often when a leader's peers were active.
 const ACTIVITY_INTERVAL_NS: u64 = 1_000_000;
 /// With more than so much of the log under way at once it is bytes that commands wait for, rather than for somebody to wake.
-const BULK_BYTES: usize = 512 << 10;
+const BULK_BYTES: usize = 384 << 10;
 /// Bytes of one read of the log, for apply or for a peer that is behind.
 const READ_BYTES: usize = 4 << 20;
 
@@ -703,7 +703,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Turn for Driver<D, L, S> {
                 if more {
                     self.rests_until_ns = 0;
                 }
-                let worked = self.worked && !self.waits_for_long();
+                let looks = !self.waits_for_long();
+                self.shared.patience.set(self.config.idle, looks);
+                let worked = self.worked && looks;
                 TurnOutcome { worked, more, next_deadline_ns, stop: false }
             }
             Err(error) => {

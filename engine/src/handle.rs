@@ -21,6 +21,7 @@ use crate::runtime::{LocalWakeup, Wakeup};
 use crate::sessions::{Control, SessionLimits};
 pub use crate::snapshots::requests::{SnapshotError, SnapshotTaken};
 use crate::tickets::Ticket;
+use crate::waiting::{Patience, look};
 pub use crate::wire::AckStages;
 use bytes::Bytes;
 use ringraft_block::{LogIndex, NodeId, Term};
@@ -29,6 +30,7 @@ use std::future::Future;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
@@ -198,6 +200,7 @@ pub(crate) struct Shared {
     pub(crate) command_bytes_max: usize,
     group_limits: GroupLimits,
     pub(crate) session_limits: SessionLimits,
+    pub(crate) patience: Patience,
 }
 
 impl Shared {
@@ -209,6 +212,7 @@ impl Shared {
             command_bytes_max: config.command_bytes_max,
             group_limits: GroupLimits::of_queue(config.ingress_capacity, config.uncommitted_bytes_max),
             session_limits: config.session_limits(),
+            patience: Patience::new(config.idle),
         }
     }
 }
@@ -282,7 +286,7 @@ impl Handle {
         if let Err(refused) = self.submit(command.into(), None, ticket) {
             slot.complete(Err(refused.into()));
         }
-        Proposal { slot }
+        Proposal { slot, patience: self.shared.patience.span() }
     }
 
     /// Proposes `command` under a sequence of a session, without the bookkeeping of a
@@ -293,7 +297,7 @@ impl Handle {
         if let Err(refused) = self.submit(command, Some((session, sequence)), ticket) {
             slot.complete(Err(refused.into()));
         }
-        Proposal { slot }
+        Proposal { slot, patience: self.shared.patience.span() }
     }
 
     /// Proposes a request about sessions.
@@ -303,14 +307,14 @@ impl Handle {
         if let Err(refused) = self.submit(control.encode(), None, ticket) {
             slot.complete(Err(refused.into()));
         }
-        Proposal { slot }
+        Proposal { slot, patience: self.shared.patience.span() }
     }
 
     /// A proposal that came to nothing at once.
     pub(crate) fn refused_proposal(&self, refused: Refused) -> Proposal {
         let slot = ProposalSlot::spare_or_new();
         slot.complete(Err(refused.into()));
-        Proposal { slot }
+        Proposal { slot, patience: self.shared.patience.span() }
     }
 
     /// Proposes `commands`, in order. They are neither atomic nor necessarily adjacent in the log; each has its own
@@ -336,7 +340,7 @@ impl Handle {
             }
         }
         self.submit_group(&target, group);
-        ProposalBatch { slot }
+        ProposalBatch { slot, patience: self.shared.patience.span() }
     }
 
     /// A channel for many commands in flight, with their completions collected in batches.
@@ -446,7 +450,7 @@ impl LocalHandle {
         if let Err(refused) = self.submit(command, None, Ticket::Proposal(Arc::clone(&slot))) {
             slot.complete(Err(refused.into()));
         }
-        Proposal { slot }
+        Proposal { slot, patience: self.shared.patience.span() }
     }
 
     /// As [`Handle::pipeline`].
@@ -576,13 +580,13 @@ impl Pipeline {
     /// Moves the completions that have arrived to `out`; an empty `out` may be exchanged for another vector. Never blocks.
     pub fn completions(&mut self, out: &mut Vec<Completion>) {
         self.flush();
-        lock(&self.shared.state).take(out);
+        self.shared.collect(&mut lock(&self.shared.state), out);
     }
 
     /// Blocks until there are completions, or until `timeout`, and moves them to `out`.
     pub fn wait(&mut self, out: &mut Vec<Completion>, timeout: Duration) {
         self.flush();
-        self.shared.wait(out, timeout);
+        self.shared.wait(out, timeout, self.handle.shared.patience.span());
     }
 
     /// Waits for completions and moves them to `out`. Cancel safe: what has not been moved stays.
@@ -637,7 +641,7 @@ impl LocalPipeline {
 
     /// As [`Pipeline::completions`].
     pub fn completions(&mut self, out: &mut Vec<Completion>) {
-        lock(&self.shared.state).take(out);
+        self.shared.collect(&mut lock(&self.shared.state), out);
     }
 
     /// As [`Pipeline::poll_completions`].
@@ -650,6 +654,8 @@ impl LocalPipeline {
 #[must_use = "the outcome of a proposal is worth knowing"]
 pub struct Proposal {
     slot: Arc<ProposalSlot>,
+    /// For how long a thread looks for the outcome before it sleeps.
+    patience: Duration,
 }
 
 impl Drop for Proposal {
@@ -671,6 +677,7 @@ impl Proposal {
     }
 
     pub(crate) fn wait_blocking(&mut self) -> Outcome {
+        look(self.patience, || self.slot.has_come.load(Ordering::Acquire));
         let mut state = lock(&self.slot.state);
         loop {
             if let Some(outcome) = state.outcome.take() {
@@ -684,6 +691,8 @@ impl Proposal {
 
     /// Blocks until the outcome is known or `deadline` has come.
     pub(crate) fn wait_until(&mut self, deadline: Instant) -> Option<Outcome> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        look(self.patience.min(left), || self.slot.has_come.load(Ordering::Acquire));
         let mut state = lock(&self.slot.state);
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -724,12 +733,15 @@ impl Future for Proposal {
 #[must_use = "the outcomes of proposals are worth knowing"]
 pub struct ProposalBatch {
     slot: Arc<BatchSlot>,
+    /// For how long a thread looks for the outcomes before it sleeps.
+    patience: Duration,
 }
 
 impl ProposalBatch {
     /// Blocks until all outcomes are known.
     #[must_use]
     pub fn wait(self) -> Vec<Outcome> {
+        look(self.patience, || self.slot.have_come.load(Ordering::Acquire));
         let mut state = lock(&self.slot.state);
         while state.missing > 0 {
             state.blocked = true;
@@ -769,6 +781,8 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[derive(Default)]
 pub(crate) struct ProposalSlot {
     state: Mutex<SlotState>,
+    /// The outcome has come, for who looks without the lock; under it `state` tells.
+    has_come: AtomicBool,
     done: Condvar,
 }
 
@@ -799,6 +813,7 @@ impl ProposalSlot {
     fn keep_spare(slot: &mut Arc<Self>) {
         let Some(unused) = Arc::get_mut(slot) else { return };
         *unused.state.get_mut().unwrap_or_else(PoisonError::into_inner) = SlotState::default();
+        *unused.has_come.get_mut() = false;
         // When the thread ends it is simply dropped.
         let _ = SPARE_SLOTS.try_with(|spare| {
             let mut spare = spare.borrow_mut();
@@ -817,6 +832,7 @@ impl ProposalSlot {
         let (waker, blocked) = {
             let mut state = lock(&self.state);
             state.outcome = Some(outcome);
+            self.has_come.store(true, Ordering::Release);
             (state.waker.take(), state.blocked)
         };
         if blocked {
@@ -831,6 +847,8 @@ impl ProposalSlot {
 /// Where a core puts the outcomes of a batch.
 pub(crate) struct BatchSlot {
     state: Mutex<BatchState>,
+    /// As with [`ProposalSlot`], all of them.
+    have_come: AtomicBool,
     done: Condvar,
 }
 
@@ -852,6 +870,7 @@ impl BatchSlot {
         let outcomes = std::iter::repeat_with(|| None).take(commands).collect();
         Self {
             state: Mutex::new(BatchState { outcomes, missing: commands, waker: None, blocked: false }),
+            have_come: AtomicBool::new(commands == 0),
             done: Condvar::new(),
         }
     }
@@ -870,6 +889,7 @@ impl BatchSlot {
             if state.missing > 0 {
                 return;
             }
+            self.have_come.store(true, Ordering::Release);
             (state.waker.take(), state.blocked)
         };
         if blocked {
@@ -885,6 +905,8 @@ impl BatchSlot {
 #[derive(Default)]
 pub(crate) struct PipelineShared {
     state: Mutex<PipelineState>,
+    /// There are completions, for who looks without the lock; under it `state` tells.
+    has_done: AtomicBool,
     arrived: Condvar,
     /// Memory of groups that the core has taken.
     spare: Mutex<Vec<Commands>>,
@@ -923,6 +945,7 @@ impl PipelineShared {
             } else {
                 state.done.append(run);
             }
+            self.has_done.store(!state.done.is_empty(), Ordering::Release);
             (state.waker.take(), std::mem::take(&mut state.blocked))
         };
         if blocked {
@@ -947,8 +970,9 @@ impl PipelineShared {
         }
     }
 
-    pub(crate) fn wait(&self, out: &mut Vec<Completion>, timeout: Duration) {
+    pub(crate) fn wait(&self, out: &mut Vec<Completion>, timeout: Duration, patience: Duration) {
         let started = Instant::now();
+        look(patience.min(timeout), || self.has_done.load(Ordering::Acquire));
         let mut state = lock(&self.state);
         while state.done.is_empty() {
             let left = timeout.saturating_sub(started.elapsed());
@@ -959,7 +983,12 @@ impl PipelineShared {
             state = self.arrived.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
         state.blocked = false;
+        self.collect(&mut state, out);
+    }
+
+    fn collect(&self, state: &mut PipelineState, out: &mut Vec<Completion>) {
         state.take(out);
+        self.has_done.store(false, Ordering::Relaxed);
     }
 
     fn poll(&self, context: &Context<'_>, out: &mut Vec<Completion>) -> Poll<()> {
@@ -968,7 +997,7 @@ impl PipelineShared {
             register(&mut state.waker, context);
             return Poll::Pending;
         }
-        state.take(out);
+        self.collect(&mut state, out);
         Poll::Ready(())
     }
 }
@@ -983,15 +1012,15 @@ mod tests {
         let slot = ProposalSlot::spare_or_new();
         let (place, core) = (Arc::as_ptr(&slot), Arc::clone(&slot));
         core.complete(outcome());
-        drop(Proposal { slot });
+        drop(Proposal { slot, patience: Duration::ZERO });
         let other = ProposalSlot::spare_or_new();
         assert_ne!(Arc::as_ptr(&other), place, "the core has it still");
-        drop((core, Proposal { slot: other }));
+        drop((core, Proposal { slot: other, patience: Duration::ZERO }));
         let slot = ProposalSlot::spare_or_new();
         let (place, core) = (Arc::as_ptr(&slot), Arc::clone(&slot));
         core.complete(outcome());
         drop(core);
-        drop(Proposal { slot });
+        drop(Proposal { slot, patience: Duration::ZERO });
         let slot = ProposalSlot::spare_or_new();
         assert_eq!(Arc::as_ptr(&slot), place);
         assert!(slot.take_outcome().is_none(), "it is as new");
@@ -1105,8 +1134,9 @@ mod tests {
 
     #[test]
     fn a_thread_keeps_a_bounded_number_of_slots() {
-        let many: Vec<Proposal> =
-            (0..2 * SPARE_SLOTS_MAX).map(|_| Proposal { slot: ProposalSlot::spare_or_new() }).collect();
+        let many: Vec<Proposal> = (0..2 * SPARE_SLOTS_MAX)
+            .map(|_| Proposal { slot: ProposalSlot::spare_or_new(), patience: Duration::ZERO })
+            .collect();
         drop(many);
         assert_eq!(SPARE_SLOTS.with(|spare| spare.borrow().len()), SPARE_SLOTS_MAX);
     }

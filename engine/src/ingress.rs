@@ -271,7 +271,7 @@ mod tests {
         ingress.stop(StopError::Requested.into());
         assert!(ingress.push(group(&pipeline, 2, 5)).is_ok());
         let mut completions = Vec::new();
-        pipeline.wait(&mut completions, Duration::ZERO);
+        pipeline.wait(&mut completions, Duration::ZERO, Duration::ZERO);
         let tags: Vec<u64> = completions.iter().map(|done| done.tag).collect();
         assert_eq!(tags, [0, 1, 2, 0, 1]);
         for Completion { outcome, .. } in completions {

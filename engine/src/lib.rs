@@ -92,6 +92,7 @@ pub mod sessions;
 pub mod snapshots;
 pub mod state_machine;
 mod tickets;
+mod waiting;
 mod wire;
 
 pub use answer::Answer;

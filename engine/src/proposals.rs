@@ -567,7 +567,7 @@ mod tests {
     fn completions(rig: &mut Rig, pipeline: &PipelineShared) -> Vec<(u64, Outcome)> {
         rig.deliveries.flush();
         let mut completions = Vec::new();
-        pipeline.wait(&mut completions, Duration::ZERO);
+        pipeline.wait(&mut completions, Duration::ZERO, Duration::ZERO);
         completions.into_iter().map(|done| (done.tag, done.outcome)).collect()
     }
 

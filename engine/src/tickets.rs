@@ -161,7 +161,7 @@ mod tests {
         assert!(tickets.is_empty());
         let told = |pipeline: &PipelineShared| {
             let mut completions = Vec::new();
-            pipeline.wait(&mut completions, Duration::ZERO);
+            pipeline.wait(&mut completions, Duration::ZERO, Duration::ZERO);
             let told = completions.into_iter();
             told.map(|done| (done.tag, done.outcome.unwrap().index.get())).collect::<Vec<_>>()
         };

@@ -20,6 +20,7 @@ pub mod uring;
 
 pub use error::{IoUringRefusal, RuntimeError};
 pub use park::{LocalWakeup, Wakeup};
+pub(crate) use polling::GivingWay;
 pub use sockets::LinkOptions;
 
 use rustix::time::{ClockId, clock_gettime};
@@ -98,7 +99,7 @@ impl Now {
 }
 
 /// As [`Now::monotonic_ns`].
-fn monotonic_ns() -> u64 {
+pub(crate) fn monotonic_ns() -> u64 {
     let boot = clock_gettime(ClockId::Boottime);
     unsigned(boot.tv_sec) * 1_000_000_000 + unsigned(boot.tv_nsec)
 }

@@ -1,4 +1,4 @@
-//! Whether a core without work looks for some or sleeps.
+//! Whether a core without work looks for some or sleeps; and how anybody looks for anything here.
 //!
 //! A sleep is dear where the processor halts in it: what wakes the core then has to wake a processor, of a virtual machine even
 //! by way of the hypervisor, which takes as long as half a durable write. A core that looks for work instead gives way with
@@ -29,17 +29,13 @@ pub(super) struct Polling {
     /// A turn has worked, and nobody has asked since until when to look for more.
     worked: bool,
     until_ns: u64,
-    abstains_until_ns: u64,
-    queued: Queued,
-    /// The scheduler's count, and when it was read.
-    count: (u64, u64),
+    giving_way: GivingWay,
 }
 
 impl Polling {
     /// For the thread that it is made on.
     pub(super) fn new(idle: IdlePolicy) -> Self {
-        let queued = Queued::of_this_thread();
-        Self { idle, worked: false, until_ns: 0, abstains_until_ns: 0, queued, count: (0, 0) }
+        Self { idle, worked: false, until_ns: 0, giving_way: GivingWay::of_this_thread() }
     }
 
     /// A turn has worked.
@@ -55,11 +51,36 @@ impl Polling {
         if std::mem::take(&mut self.worked) {
             self.until_ns = now_ns.saturating_add(spin_us.saturating_mul(1_000));
         }
-        if now_ns < self.abstains_until_ns { 0 } else { self.until_ns }
+        if self.giving_way.abstains(now_ns) { 0 } else { self.until_ns }
+    }
+
+    /// As [`GivingWay::give_way`].
+    pub(super) fn give_way(&mut self, now_ns: u64) -> u64 {
+        self.giving_way.give_way(now_ns)
+    }
+}
+
+/// How a thread that looks for something gives way to others, and when that keeps it away too long to look at all.
+#[derive(Debug)]
+pub(crate) struct GivingWay {
+    abstains_until_ns: u64,
+    queued: Queued,
+    /// The scheduler's count, and when it was read.
+    count: (u64, u64),
+}
+
+impl GivingWay {
+    pub(crate) fn of_this_thread() -> Self {
+        Self { abstains_until_ns: 0, queued: Queued::of_this_thread(), count: (0, 0) }
+    }
+
+    /// Whether others have kept this thread away of late, so that it should sleep.
+    pub(crate) fn abstains(&self, now_ns: u64) -> bool {
+        now_ns < self.abstains_until_ns
     }
 
     /// Lets whoever waits for this processor have it. Returns when that was over.
-    pub(super) fn give_way(&mut self, now_ns: u64) -> u64 {
+    pub(crate) fn give_way(&mut self, now_ns: u64) -> u64 {
         if now_ns.saturating_sub(self.count.1) > COUNT_AGE_NS_MAX {
             self.count = (self.queued.ns(), now_ns);
         }
@@ -132,16 +153,16 @@ mod tests {
         for (idle, until_ns) in [(ADAPTIVE, 0), (IdlePolicy::Spin, u64::MAX)] {
             let mut polling = Polling::new(idle);
             polling.worked();
-            polling.away(10 * MS, 14 * MS, MS);
+            polling.giving_way.away(10 * MS, 14 * MS, MS);
             assert!(polling.until_ns(14 * MS) > 0, "by the hypervisor, mostly");
-            polling.away(14 * MS, 17 * MS, 3 * MS);
+            polling.giving_way.away(14 * MS, 17 * MS, 3 * MS);
             let over_ns = 17 * MS + 3 * MS * ABSTENTION;
             polling.worked();
             assert_eq!(polling.until_ns(over_ns - 1), until_ns, "{idle:?}");
             polling.worked();
             assert!(polling.until_ns(over_ns) > over_ns);
             // Stopped by a signal, or suspended.
-            polling.away(17 * MS, 1_000_000 * MS, 999_983 * MS);
+            polling.giving_way.away(17 * MS, 1_000_000 * MS, 999_983 * MS);
             polling.worked();
             let over_ns = 1_000_000 * MS + ABSTENTION_NS_MAX;
             assert!(polling.until_ns(over_ns) > over_ns, "not for hours");
@@ -204,7 +225,7 @@ mod tests {
         let mut polling = Polling::new(ADAPTIVE);
         let began_ns = monotonic_ns();
         let mut now_ns = began_ns;
-        while polling.abstains_until_ns == 0 {
+        while polling.giving_way.abstains_until_ns == 0 {
             assert!(now_ns - began_ns < PATIENCE_NS, "it is never kept away for long");
             now_ns = polling.give_way(now_ns);
         }
