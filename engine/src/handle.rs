@@ -583,7 +583,8 @@ impl Pipeline {
         self.shared.collect(&mut lock(&self.shared.state), out);
     }
 
-    /// Blocks until there are completions, or until `timeout`, and moves them to `out`.
+    /// Blocks until there are completions, or until `timeout`, and moves them to `out`. The thread may look for them for a while before
+    /// it sleeps ([`IdlePolicy::Adaptive`](crate::runtime::IdlePolicy::Adaptive)).
     pub fn wait(&mut self, out: &mut Vec<Completion>, timeout: Duration) {
         self.flush();
         self.shared.wait(out, timeout, self.handle.shared.patience.span());

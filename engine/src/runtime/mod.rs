@@ -56,7 +56,10 @@ pub enum IdlePolicy {
     /// Looks for work without pause, and so uses whatever its processor has left, always.
     Spin,
     /// Looks for work for so long after the last command, batch or read that it had to do with, then parks; a cluster without
-    /// load sleeps. Where others compute on the processor, or its group may use no more of it, it parks at once.
+    /// load sleeps. Where others compute on the processor, or its group may use no more of it, it parks at once; and so it does
+    /// while the log's batches take longer than that to become durable, or many bytes of log are under way at once: beside
+    /// that it gains nothing. While the core looks, a thread that waits blocking for outcomes looks for them as long before it
+    /// sleeps, one thread of the process at a time.
     Adaptive {
         /// How long, in microseconds.
         spin_us: u64,
@@ -112,7 +115,7 @@ fn unsigned(number: i64) -> u64 {
 /// What a turn wants to happen next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TurnOutcome {
-    /// A command, a batch or a read went a step further, so that more may follow soon: an adaptive core looks for it for a while
+    /// A command, a batch or a read went a step further, and more may follow soon: an adaptive core looks for it for a while
     /// before it parks. Heartbeats do not count, nor pieces of snapshots, nor what the log does for itself.
     pub worked: bool,
     /// Another turn at the same moment would do more: a bound of this one was reached, or one of its stages has left something
