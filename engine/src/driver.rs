@@ -12,6 +12,7 @@ mod clock;
 mod installs;
 mod log;
 mod membership;
+mod pace;
 mod peers;
 mod proposing;
 mod reads;
@@ -40,6 +41,7 @@ use crate::state_machine::StateMachine;
 use crate::tickets::Deliveries;
 use crate::wire::{AckStages, Encoder};
 pub(crate) use installs::PIECE_BYTES;
+use pace::Pace;
 use ringraft_block::{
     Block, BlockBuf, GroupId, Incarnation, LogIndex, NodeId, Pool, Term, round_up_to_block,
 };
@@ -67,8 +69,6 @@ const WITNESS_DELAY_NS: u64 = 1_000_000_000;
 const SPACE_RETRY_NS: u64 = 1_000_000_000;
 /// It is looked so often when a leader's peers were active.
 const ACTIVITY_INTERVAL_NS: u64 = 1_000_000;
-/// With more than so much of the log under way at once it is bytes that commands wait for, rather than for somebody to wake.
-const BULK_BYTES: usize = 384 << 10;
 /// Bytes of one read of the log, for apply or for a peer that is behind.
 const READ_BYTES: usize = 4 << 20;
 
@@ -101,8 +101,9 @@ pub struct Driver<D: Disk, L: Link<Buf = D::Buf>, S> {
     pending: VecDeque<(Block<D::Buf>, BatchInfo)>,
     /// Handed to the core just now; taken by its `Persist`.
     incoming: Option<(Block<D::Buf>, BatchInfo)>,
-    /// Where this member spends its time, for a leader to know and for this core to decide whether it looks for work.
+    /// Where a follower spends its time, for the leader to know.
     stages: Stages,
+    pace: Pace,
     /// Saves that the core asked for and the log's number for each, until they are durable.
     saves: VecDeque<(u64, u64)>,
     /// Messages that must not leave before a save is durable.
@@ -129,8 +130,10 @@ pub struct Driver<D: Disk, L: Link<Buf = D::Buf>, S> {
     /// Until then a turn without news has nothing to do but to let the log and the network go on; 0 when the last one has left
     /// something.
     rests_until_ns: u64,
-    /// As in [`TurnOutcome`], of this turn.
-    worked: bool,
+    /// This turn had to do with a read.
+    read_worked: bool,
+    /// This turn has brought commands a step further.
+    advanced: bool,
     /// There is something to send, and nothing to wait for.
     sends_on: bool,
     closing: bool,
@@ -272,6 +275,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             pending: VecDeque::new(),
             incoming: None,
             stages: Stages::default(),
+            pace: Pace::default(),
             saves: VecDeque::new(),
             deferred: VecDeque::new(),
             no_space: false,
@@ -290,7 +294,8 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             address_in_use_since_ns: None,
             apply_due: false,
             rests_until_ns: 0,
-            worked: false,
+            read_worked: false,
+            advanced: false,
             sends_on: false,
             closing: false,
             ends: false,
@@ -370,7 +375,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
     /// it; what it does leave there, [`Self::has_more`] knows. True if nothing but the log, with work of its own, and the network had
     /// anything to do.
     fn run_turn(&mut self) -> Result<bool, StopError> {
-        self.worked = false;
+        (self.read_worked, self.advanced) = (false, false);
         let before = self.milestones();
         let disk_news = self.on_disk()?;
         let network_news = self.on_network()?;
@@ -387,16 +392,16 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.watch_disk()?;
         self.step(Event::Tick)?;
         self.mend()?;
-        self.worked |= self.take_proposals();
+        self.advanced |= self.take_proposals();
         self.begin_transfers()?;
-        self.worked |= self.take_reads()?;
+        self.read_worked |= self.take_reads()?;
         self.write_pending();
         self.seal()?;
         self.advance_handover()?;
         self.keep_members()?;
         self.ask_around();
         self.apply()?;
-        self.worked |= self.serve_reads()?;
+        self.read_worked |= self.serve_reads()?;
         self.seal_barrier()?;
         self.mind_snapshots()?;
         self.send_queued();
@@ -404,15 +409,17 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         self.keep_log();
         self.ends = self.close_if_asked()?;
         self.note_operation();
-        self.worked |= self.milestones() != before;
+        let after = self.milestones();
+        self.advanced |= after != before;
+        let [_, durable, commit, _] = after;
+        self.pace.ended(durable.max(commit), self.now.monotonic_ns);
         Ok(false)
     }
 
-    /// Whether what the core waits for takes longer than it would look for it: for nothing then. It is the log's writes, large ones
-    /// or those of a slow disk, beside which the wake of a core that sleeps is short.
-    fn waits_for_long(&self) -> bool {
+    /// Whether what commands wait for takes longer than the core would look for it, and it would look in vain.
+    fn commands_take_long(&mut self) -> bool {
         let IdlePolicy::Adaptive { spin_us } = self.config.idle else { return false };
-        self.stages.usual_ns() > spin_us.saturating_mul(1_000) || self.recent.usual_log_bytes() > BULK_BYTES
+        self.pace.is_long(spin_us.saturating_mul(1_000), self.now.monotonic_ns)
     }
 
     /// How far commands have come: in the log, on its disk, committed, applied.
@@ -496,6 +503,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             Action::Truncate { after, epoch } => {
                 self.pending.retain(|(_, info)| info.last <= after);
                 self.stages.truncate_after(after);
+                self.pace.truncate_after(after);
                 self.recent.truncate_after(after);
                 self.applier.truncate_after(after);
                 self.repair.truncate_after(after);
@@ -703,9 +711,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Turn for Driver<D, L, S> {
                 if more {
                     self.rests_until_ns = 0;
                 }
-                let looks = !self.waits_for_long();
+                let looks = !self.commands_take_long();
                 self.shared.patience.set(self.config.idle, looks);
-                let worked = self.worked && looks;
+                let worked = self.read_worked || self.advanced && looks;
                 TurnOutcome { worked, more, next_deadline_ns, stop: false }
             }
             Err(error) => {

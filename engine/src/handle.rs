@@ -796,7 +796,8 @@ struct SlotState {
 }
 
 thread_local! {
-    /// Of proposals that this thread has done with, for its next ones: so a thread that waits for its own allocates none.
+    /// Of proposals that this thread has done with, for its next ones: so a thread that waits for its own allocates
+    /// hardly any. It may have an outcome before the core has let go of the slot.
     static SPARE_SLOTS: RefCell<Vec<Arc<ProposalSlot>>> = const { RefCell::new(Vec::new()) };
 }
 
@@ -924,6 +925,8 @@ struct PipelineState {
     done: Vec<Completion>,
     waker: Option<Waker>,
     blocked: bool,
+    /// Who waited has looked and found nothing: it does not again before something has come, or it might look for ever.
+    looked_in_vain: bool,
 }
 
 impl PipelineState {
@@ -946,6 +949,7 @@ impl PipelineShared {
             } else {
                 state.done.append(run);
             }
+            state.looked_in_vain = false;
             self.has_done.store(!state.done.is_empty(), Ordering::Release);
             (state.waker.take(), std::mem::take(&mut state.blocked))
         };
@@ -973,8 +977,14 @@ impl PipelineShared {
 
     pub(crate) fn wait(&self, out: &mut Vec<Completion>, timeout: Duration, patience: Duration) {
         let started = Instant::now();
-        look(patience.min(timeout), || self.has_done.load(Ordering::Acquire));
         let mut state = lock(&self.state);
+        if state.done.is_empty() && !state.looked_in_vain {
+            drop(state);
+            let span = patience.min(timeout);
+            look(span, || self.has_done.load(Ordering::Acquire));
+            state = lock(&self.state);
+            state.looked_in_vain = state.done.is_empty() && !span.is_zero();
+        }
         while state.done.is_empty() {
             let left = timeout.saturating_sub(started.elapsed());
             if left.is_zero() {
@@ -1006,6 +1016,7 @@ impl PipelineShared {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::waiting::asked;
 
     #[test]
     fn the_slot_of_a_proposal_serves_the_next_one_if_the_core_has_let_go_of_it() {
@@ -1024,7 +1035,49 @@ mod tests {
         drop(Proposal { slot, patience: Duration::ZERO });
         let slot = ProposalSlot::spare_or_new();
         assert_eq!(Arc::as_ptr(&slot), place);
-        assert!(slot.take_outcome().is_none(), "it is as new");
+        assert!(slot.take_outcome().is_none() && !slot.has_come.load(Ordering::Relaxed), "it is as new");
+    }
+
+    const PATIENCE: Duration = Duration::from_micros(1);
+
+    fn completion(tag: u64) -> Completion {
+        Completion { tag, outcome: Ok(Committed { index: LogIndex(1), term: Term(1), reply: Bytes::new() }) }
+    }
+
+    #[test]
+    fn who_waits_looks_first_and_after_a_look_in_vain_not_before_something_has_come() {
+        let pipeline = PipelineShared::default();
+        let mut completions = Vec::new();
+        let mut wait = |timeout| {
+            let before = asked();
+            pipeline.wait(&mut completions, timeout, PATIENCE);
+            (std::mem::take(&mut completions).len(), asked() - before)
+        };
+        pipeline.complete(&mut vec![completion(1)]);
+        assert_eq!(wait(PATIENCE), (1, 0), "no need to");
+        assert_eq!(wait(Duration::ZERO), (0, 0), "no time to");
+        assert_eq!(wait(PATIENCE), (0, 1));
+        assert_eq!(wait(PATIENCE), (0, 0), "it has looked");
+        pipeline.complete(&mut vec![completion(2), completion(3)]);
+        assert!(pipeline.has_done.load(Ordering::Relaxed));
+        assert_eq!(wait(PATIENCE), (2, 0));
+        assert!(!pipeline.has_done.load(Ordering::Relaxed));
+        assert_eq!(wait(PATIENCE), (0, 1), "something has come since");
+
+        let before = asked();
+        let mut proposal = Proposal { slot: ProposalSlot::spare_or_new(), patience: PATIENCE };
+        assert!(proposal.wait_until(Instant::now() + Duration::from_millis(5)).is_none());
+        assert_eq!(asked() - before, 1);
+        proposal.slot.complete(completion(0).outcome);
+        assert!(proposal.wait().is_ok());
+        assert_eq!(asked() - before, 2);
+
+        let slot = Arc::new(BatchSlot::new(1));
+        slot.complete(&mut vec![completion(0)]);
+        let before = asked();
+        assert_eq!(ProposalBatch { slot, patience: PATIENCE }.wait().len(), 1);
+        assert_eq!(ProposalBatch { slot: Arc::new(BatchSlot::new(0)), patience: PATIENCE }.wait().len(), 0);
+        assert_eq!(asked() - before, 2);
     }
 
     fn unstarted() -> Handle {

@@ -12,18 +12,11 @@ pub(crate) struct Recent<B: BlockBuf> {
     /// Capacity of the blocks that this holds on to.
     bytes: usize,
     bytes_max: usize,
-    /// What the log takes for them.
-    log_bytes: usize,
-    /// What that usually is, of late, once a batch has come: a mean in which older batches count ever less.
-    usual_log_bytes: usize,
 }
-
-/// The weight of one batch in what is usual is this part of the whole.
-const USUAL_PART: usize = 8;
 
 impl<B: BlockBuf> Recent<B> {
     pub(crate) fn new(bytes_max: usize) -> Self {
-        Self { batches: VecDeque::new(), bytes: 0, bytes_max, log_bytes: 0, usual_log_bytes: 0 }
+        Self { batches: VecDeque::new(), bytes: 0, bytes_max }
     }
 
     /// Whether none is held.
@@ -35,15 +28,7 @@ impl<B: BlockBuf> Recent<B> {
     pub(crate) fn push(&mut self, info: BatchInfo, block: SharedBlock<B>) {
         debug_assert!(self.batches.back().is_none_or(|last| last.info.last.next() == info.first));
         self.bytes += block.capacity();
-        self.log_bytes += info.slot_bytes();
-        self.usual_log_bytes -= self.usual_log_bytes / USUAL_PART;
-        self.usual_log_bytes += self.log_bytes / USUAL_PART;
         self.batches.push_back(StoredBatch { info, block });
-    }
-
-    /// How much log there usually is of late that is still wanted, and so is under way.
-    pub(crate) fn usual_log_bytes(&self) -> usize {
-        self.usual_log_bytes
     }
 
     /// The batch that begins at `first`, if it is held.
@@ -59,7 +44,6 @@ impl<B: BlockBuf> Recent<B> {
                 break;
             }
             self.bytes -= newest.block.capacity();
-            self.log_bytes -= newest.info.slot_bytes();
             self.batches.pop_back();
         }
     }
@@ -73,7 +57,6 @@ impl<B: BlockBuf> Recent<B> {
                 break;
             }
             self.bytes -= oldest.block.capacity();
-            self.log_bytes -= oldest.info.slot_bytes();
             self.batches.pop_front();
         }
     }

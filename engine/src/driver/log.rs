@@ -7,7 +7,7 @@ use super::{
 use crate::config::{self, ConfigError};
 use crate::error::StopError;
 use crate::formation::{self, Formation, FormationError, Step};
-use crate::raft::{BatchRun, Boot, Configuration, Epoch, Event, LogId, Nanos, Raft};
+use crate::raft::{BatchRun, Boot, Configuration, Epoch, Event, LogId, Nanos, Raft, Role};
 use crate::snapshots::files;
 use crate::state_machine::StateMachine;
 use crate::wire::{self, FormationMessage};
@@ -159,7 +159,10 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 info.first, info.time_ms
             )
         })?;
-        self.stages.received(info.last, self.now.monotonic_ns);
+        if self.raft().is_some_and(|raft| raft.role() != Role::Leader) {
+            self.stages.received(info.last, self.now.monotonic_ns);
+        }
+        self.pace.begun(info.last, info.slot_bytes(), self.now.monotonic_ns);
         self.pending.push_back((block, info));
         self.write_pending();
         Ok(())

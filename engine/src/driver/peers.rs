@@ -138,11 +138,11 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
                 self.step(Event::Received { from: peer, message: Message::TimeoutNow(message) })
             }
             Body::ReadIndex(request) => {
-                self.worked = true;
+                self.read_worked = true;
                 self.step(Event::Received { from: peer, message: Message::ReadIndex(request) })
             }
             Body::ReadIndexReply(reply) => {
-                self.worked = true;
+                self.read_worked = true;
                 self.step(Event::Received { from: peer, message: Message::ReadIndexReply(reply) })
             }
             Body::Offer(offer) => self.on_snapshot_offer(peer, offer),

@@ -199,7 +199,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
 
     /// The core has an index for the reads under `id`.
     pub(super) fn read_ready(&mut self, id: u64, index: LogIndex) {
-        self.worked = true;
+        self.read_worked = true;
         match self.reads.asked.remove(&id) {
             Some((ReadKind::Round, reads)) => {
                 self.reads.count -= reads.len();

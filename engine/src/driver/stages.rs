@@ -1,4 +1,4 @@
-//! Where a member spends its time on a batch: received from the leader or sealed, handed to the log, durable.
+//! Where a follower spends its time on a batch: received from the leader, handed to the log, durable.
 //!
 //! Times are those of the driver's turns, so that nothing shorter than a turn shows.
 
@@ -9,8 +9,6 @@ use std::collections::VecDeque;
 /// Batches that are timed at once. More are under way only behind a leader whose window is larger; the rest of
 /// those goes untimed.
 const BATCHES_MAX: usize = 4096;
-/// The weight of one batch in what is usual is this part of the whole.
-const USUAL_PART: u64 = 8;
 
 /// The clock of each batch that was received and is not durable yet, and what the last one showed.
 #[derive(Debug, Default)]
@@ -18,8 +16,6 @@ pub(super) struct Stages {
     /// In the order of the log.
     batches: VecDeque<Timed>,
     newest: AckStages,
-    /// How long it takes until a batch is durable: a mean in which older batches count ever less.
-    usual_ns: u64,
 }
 
 #[derive(Debug)]
@@ -30,7 +26,7 @@ struct Timed {
 }
 
 impl Stages {
-    /// The batch that ends at `last` came from the leader, or was sealed here.
+    /// The batch that ends at `last` came from the leader.
     pub(super) fn received(&mut self, last: LogIndex, now_ns: u64) {
         if self.batches.len() < BATCHES_MAX {
             self.batches.push_back(Timed { last, received_ns: now_ns, submitted_ns: None });
@@ -50,10 +46,7 @@ impl Stages {
         while self.batches.front().is_some_and(|batch| batch.last <= through) {
             let Some(Timed { received_ns, submitted_ns, .. }) = self.batches.pop_front() else { break };
             let queued_ns = submitted_ns.map_or(0, |submitted_ns| submitted_ns.saturating_sub(received_ns));
-            let durable_ns = now_ns.saturating_sub(received_ns);
-            let usual_ns = u128::from(self.usual_ns) * u128::from(USUAL_PART - 1) + u128::from(durable_ns);
-            self.usual_ns = (usual_ns / u128::from(USUAL_PART)) as u64;
-            let durable_us = micros(durable_ns);
+            let durable_us = micros(now_ns.saturating_sub(received_ns));
             // Zero says that there is nothing to report.
             self.newest = AckStages { durable_us: durable_us.max(1), queued_us: micros(queued_ns) };
         }
@@ -63,11 +56,6 @@ impl Stages {
     pub(super) fn truncate_after(&mut self, last: LogIndex) {
         let kept = self.batches.partition_point(|batch| batch.last <= last);
         self.batches.truncate(kept);
-    }
-
-    /// How long it usually takes, of late, until a batch is durable. 0 before there is one.
-    pub(super) fn usual_ns(&self) -> u64 {
-        self.usual_ns
     }
 
     /// Of the newest batch that became durable in this life; zeros before there is one.
@@ -105,26 +93,6 @@ mod tests {
         all.submitted(LogIndex(9), 7_000);
         all.durable(LogIndex(9), 53_001);
         assert_eq!(all.newest(), stages(51, 4));
-    }
-
-    #[test]
-    fn what_is_usual_follows_what_batches_take() {
-        let mut all = Stages::default();
-        let (mut now_ns, mut last) = (0, 0);
-        let mut take = |span_ns, batches| {
-            for _ in 0..batches {
-                last += 1;
-                all.received(LogIndex(last), now_ns);
-                now_ns += span_ns;
-                all.durable(LogIndex(last), now_ns);
-            }
-            all.usual_ns()
-        };
-        assert_eq!(take(1_000_000, 0), 0);
-        assert!((990_000..=1_000_000).contains(&take(1_000_000, 50)));
-        assert!(take(100_000, 1) > 800_000, "one is no rule");
-        assert!(take(100_000, 20) < 200_000);
-        take(u64::MAX / 4, 3);
     }
 
     #[test]

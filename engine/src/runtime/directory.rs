@@ -99,10 +99,9 @@ pub(super) fn may_allocate(bytes: usize) -> Result<(), DiskError> {
     if bytes == 0 || !bytes.is_multiple_of(BLOCK_BYTES) {
         return Err(invalid("allocate"));
     }
-    Vec::<u8>::new().try_reserve_exact(bytes).map_err(|_| out_of_memory())
-}
-
-/// There is no memory for a buffer.
-pub(super) fn out_of_memory() -> DiskError {
-    DiskError { kind: DiskErrorKind::OutOfMemory, operation: "allocate", os_error: None }
+    Vec::<u8>::new().try_reserve_exact(bytes).map_err(|_| DiskError {
+        kind: DiskErrorKind::OutOfMemory,
+        operation: "allocate",
+        os_error: None,
+    })
 }

@@ -58,7 +58,7 @@ pub enum IdlePolicy {
     /// Looks for work for so long after the last command, batch or read that it had to do with, then parks; a cluster without
     /// load sleeps. Where others compute on the processor, or its group may use no more of it, it parks at once; and so it does
     /// while the log's batches take longer than that to become durable, or many bytes of log are under way at once: beside
-    /// that it gains nothing. While the core looks, a thread that waits blocking for outcomes looks for them as long before it
+    /// that it gains nothing. Where a core would look, a thread that waits blocking for outcomes looks for them as long before it
     /// sleeps, one thread of the process at a time.
     Adaptive {
         /// How long, in microseconds.
@@ -72,7 +72,7 @@ pub enum IdlePolicy {
 
 impl IdlePolicy {
     /// The default: looks for work for 500 µs, longer than a commit takes on a fast disk. So much processor time, and a little more, a
-    /// command costs each member that comes alone, with nothing else in flight.
+    /// command costs each member that comes alone, with nothing else in flight, and the thread that waits for it.
     pub const ADAPTIVE: Self = Self::Adaptive { spin_us: 500 };
 }
 
@@ -115,8 +115,8 @@ fn unsigned(number: i64) -> u64 {
 /// What a turn wants to happen next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TurnOutcome {
-    /// A command, a batch or a read went a step further, and more may follow soon: an adaptive core looks for it for a while
-    /// before it parks. Heartbeats do not count, nor pieces of snapshots, nor what the log does for itself.
+    /// A read went a step further, or a command or a batch and commands do not take long: more may follow soon, and an adaptive core
+    /// looks for it for a while before it parks. Heartbeats do not count, nor pieces of snapshots, nor what the log does for itself.
     pub worked: bool,
     /// Another turn at the same moment would do more: a bound of this one was reached, or one of its stages has left something
     /// to a stage that comes before it. Otherwise no turn is needed until there is a completion, a signal or the deadline; one

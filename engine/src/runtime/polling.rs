@@ -70,8 +70,13 @@ pub(crate) struct GivingWay {
 }
 
 impl GivingWay {
-    pub(crate) fn of_this_thread() -> Self {
-        Self { abstains_until_ns: 0, queued: Queued::of_this_thread(), count: (0, 0) }
+    fn of_this_thread() -> Self {
+        Self { queued: Queued::of_this_thread(), ..Self::of_any_thread() }
+    }
+
+    /// Whoever looks. What keeps it away counts as others, the hypervisor too.
+    pub(crate) const fn of_any_thread() -> Self {
+        Self { abstains_until_ns: 0, queued: Queued { schedstat: None }, count: (0, 0) }
     }
 
     /// Whether others have kept this thread away of late, so that it should sleep.
@@ -107,7 +112,7 @@ impl GivingWay {
 /// For how long this thread was ready and did not run, as the scheduler counts.
 #[derive(Debug)]
 struct Queued {
-    /// `None` where the kernel does not tell.
+    /// `None` where the kernel does not tell, and where it is not asked.
     schedstat: Option<File>,
 }
 

@@ -2,6 +2,7 @@
 //! how long that takes, in virtual time.
 
 use super::*;
+use ringraft::Consistency;
 use ringraft::handle::{HandedOver, HandoverCause};
 use ringraft_tests::sim::disk::DiskFaults;
 
@@ -86,6 +87,36 @@ fn a_disk_that_is_a_hundred_times_slower_on_one_follower_costs_commits_nothing()
         rig.run_until("it has caught up", |rig| rig.status(slow).durable >= last);
         rig.run_for(SECOND);
     }
+}
+
+/// An adaptive core would look in vain for what a slow disk has in work; whoever does not wait for that disk looks on.
+#[test]
+fn where_disks_are_slow_commands_are_no_work_to_look_for_more_after_and_reads_are() {
+    let (mut rig, leader) = Rig::started(3);
+    // After as many that it has got used to.
+    let worked = |rig: &mut Rig| {
+        rig.commit_times(leader, 60);
+        let before = rig.turns_worked();
+        rig.commit_times(leader, 60);
+        rig.turns_worked().iter().zip(before).map(|(after, before)| after - before).collect::<Vec<_>>()
+    };
+    let all = worked(&mut rig);
+    assert!(all.iter().all(|turns| *turns >= 60), "{all:?}");
+    let slow = (leader + 1) % 3;
+    rig.slow_disk(slow, 100);
+    let others = worked(&mut rig);
+    assert!((0..3).all(|node| node == slow || others[node] >= 60), "{others:?}, with {slow} slow");
+    (0..3).for_each(|node| rig.slow_disk(node, 100));
+    let none = worked(&mut rig);
+    assert_eq!(none, [0; 3]);
+    let before = rig.turns_worked();
+    rig.query(leader, Consistency::Linearizable).expect("answered");
+    assert!(rig.turns_worked()[leader] > before[leader], "a read does not wait for a disk");
+    (0..3).for_each(|node| rig.slow_disk(node, 1));
+    // One of them may be behind.
+    rig.run_for(SECOND);
+    let all = worked(&mut rig);
+    assert!(all.iter().all(|turns| *turns >= 60), "{all:?}");
 }
 
 /// What is under way to a follower whose disk takes nothing is bounded, however much is committed without it.

@@ -29,7 +29,7 @@ impl Rig {
         process.handle.clone()
     }
 
-    fn query(&mut self, node: usize, consistency: Consistency) -> Result<QueryReply, ReadError> {
+    pub(super) fn query(&mut self, node: usize, consistency: Consistency) -> Result<QueryReply, ReadError> {
         let answer = self.called(node).query("?", consistency);
         self.answer(answer)
     }

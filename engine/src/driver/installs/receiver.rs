@@ -429,6 +429,7 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
             let all = LogIndex(0);
             self.pending.clear();
             self.stages.truncate_after(all);
+            self.pace.truncate_after(all);
             self.recent.truncate_after(all);
             self.applier.truncate_after(all);
             self.repair.truncate_after(all);

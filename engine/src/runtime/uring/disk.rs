@@ -178,7 +178,7 @@ impl Disk for UringDisk {
 
     fn allocate(&mut self, bytes: usize) -> Result<UringBuf, DiskError> {
         directory::may_allocate(bytes)?;
-        self.buffers.allocate(bytes).ok_or_else(directory::out_of_memory)
+        Ok(self.buffers.allocate(bytes))
     }
 
     fn submit(&mut self, id: DiskOpId, op: DiskOp<UringBuf>) {
