@@ -412,14 +412,16 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Driver<D, L, S> {
         let after = self.milestones();
         self.advanced |= after != before;
         let [_, durable, commit, _] = after;
-        self.pace.ended(durable.max(commit), self.now.monotonic_ns);
+        let leads = self.raft().is_some_and(|raft| raft.role() == Role::Leader);
+        let ended = if leads { commit } else { durable.max(commit) };
+        self.pace.ended(ended, self.now.monotonic_ns);
         Ok(false)
     }
 
     /// Whether what commands wait for takes longer than the core would look for it, and it would look in vain.
-    fn commands_take_long(&mut self) -> bool {
+    fn commands_take_long(&self) -> bool {
         let IdlePolicy::Adaptive { spin_us } = self.config.idle else { return false };
-        self.pace.is_long(spin_us.saturating_mul(1_000), self.now.monotonic_ns)
+        self.pace.is_long(spin_us.saturating_mul(1_000))
     }
 
     /// How far commands have come: in the log, on its disk, committed, applied.

@@ -346,7 +346,8 @@ impl Handle {
     /// A channel for many commands in flight, with their completions collected in batches.
     #[must_use]
     pub fn pipeline(&self) -> Pipeline {
-        Pipeline { handle: self.clone(), shared: Arc::default(), group: Commands::default() }
+        let (shared, group) = (Arc::default(), Commands::default());
+        Pipeline { handle: self.clone(), shared, group, looked_in_vain: false }
     }
 
     fn submit(&self, command: Bytes, session: Option<(u64, u64)>, ticket: Ticket) -> Result<(), Refused> {
@@ -521,6 +522,9 @@ pub struct Pipeline {
     shared: Arc<PipelineShared>,
     /// What has been enqueued since the last flush.
     group: Commands,
+    /// A wait has looked for completions, in vain: there is no more looking before there are some or another command is on its way,
+    /// or a thread that waits again and again would look for ever.
+    looked_in_vain: bool,
 }
 
 impl Pipeline {
@@ -530,6 +534,7 @@ impl Pipeline {
     /// A refusal that is known at once, with the command; no completion follows.
     pub fn submit(&mut self, tag: u64, command: impl Into<Bytes>) -> Result<(), Refused> {
         self.flush();
+        self.looked_in_vain = false;
         self.handle.submit(command.into(), None, Ticket::Tagged { target: self.target(), tag })
     }
 
@@ -545,6 +550,7 @@ impl Pipeline {
         command: impl Into<Bytes>,
     ) -> Result<(), Refused> {
         self.flush();
+        self.looked_in_vain = false;
         let ticket = Ticket::Tagged { target: self.target(), tag };
         self.handle.submit(command.into(), Some((session, sequence)), ticket)
     }
@@ -572,6 +578,7 @@ impl Pipeline {
     /// Hands what was enqueued to the core. Does nothing if nothing was.
     pub fn flush(&mut self) {
         if !self.group.is_empty() {
+            self.looked_in_vain = false;
             let group = std::mem::replace(&mut self.group, self.shared.spare());
             self.handle.submit_group(&self.target(), group);
         }
@@ -587,7 +594,9 @@ impl Pipeline {
     /// it sleeps ([`IdlePolicy::Adaptive`](crate::runtime::IdlePolicy::Adaptive)).
     pub fn wait(&mut self, out: &mut Vec<Completion>, timeout: Duration) {
         self.flush();
-        self.shared.wait(out, timeout, self.handle.shared.patience.span());
+        let patience = if self.looked_in_vain { Duration::ZERO } else { self.handle.shared.patience.span() };
+        let in_vain = self.shared.wait(out, timeout, patience);
+        self.looked_in_vain = out.is_empty() && (self.looked_in_vain || in_vain);
     }
 
     /// Waits for completions and moves them to `out`. Cancel safe: what has not been moved stays.
@@ -925,8 +934,6 @@ struct PipelineState {
     done: Vec<Completion>,
     waker: Option<Waker>,
     blocked: bool,
-    /// Who waited has looked and found nothing: it does not again before something has come, or it might look for ever.
-    looked_in_vain: bool,
 }
 
 impl PipelineState {
@@ -949,7 +956,6 @@ impl PipelineShared {
             } else {
                 state.done.append(run);
             }
-            state.looked_in_vain = false;
             self.has_done.store(!state.done.is_empty(), Ordering::Release);
             (state.waker.take(), std::mem::take(&mut state.blocked))
         };
@@ -975,16 +981,11 @@ impl PipelineShared {
         }
     }
 
-    pub(crate) fn wait(&self, out: &mut Vec<Completion>, timeout: Duration, patience: Duration) {
+    /// True if it has looked for as long as `patience`, in vain.
+    pub(crate) fn wait(&self, out: &mut Vec<Completion>, timeout: Duration, patience: Duration) -> bool {
         let started = Instant::now();
+        let in_vain = look(patience.min(timeout), || self.has_done.load(Ordering::Acquire));
         let mut state = lock(&self.state);
-        if state.done.is_empty() && !state.looked_in_vain {
-            drop(state);
-            let span = patience.min(timeout);
-            look(span, || self.has_done.load(Ordering::Acquire));
-            state = lock(&self.state);
-            state.looked_in_vain = state.done.is_empty() && !span.is_zero();
-        }
         while state.done.is_empty() {
             let left = timeout.saturating_sub(started.elapsed());
             if left.is_zero() {
@@ -995,6 +996,7 @@ impl PipelineShared {
         }
         state.blocked = false;
         self.collect(&mut state, out);
+        in_vain && patience <= timeout
     }
 
     fn collect(&self, state: &mut PipelineState, out: &mut Vec<Completion>) {
@@ -1045,28 +1047,41 @@ mod tests {
     }
 
     #[test]
-    fn who_waits_looks_first_and_after_a_look_in_vain_not_before_something_has_come() {
-        let pipeline = PipelineShared::default();
+    fn who_waits_looks_first_and_after_a_look_in_vain_not_before_something_has_happened() {
+        let handle = unstarted();
+        let mut pipeline = handle.pipeline();
+        let shared = Arc::clone(&pipeline.shared);
         let mut completions = Vec::new();
-        let mut wait = |timeout| {
+        let mut wait = |pipeline: &mut Pipeline, timeout| {
             let before = asked();
-            pipeline.wait(&mut completions, timeout, PATIENCE);
+            pipeline.wait(&mut completions, timeout);
             (std::mem::take(&mut completions).len(), asked() - before)
         };
-        pipeline.complete(&mut vec![completion(1)]);
-        assert_eq!(wait(PATIENCE), (1, 0), "no need to");
-        assert_eq!(wait(Duration::ZERO), (0, 0), "no time to");
-        assert_eq!(wait(PATIENCE), (0, 1));
-        assert_eq!(wait(PATIENCE), (0, 0), "it has looked");
-        pipeline.complete(&mut vec![completion(2), completion(3)]);
-        assert!(pipeline.has_done.load(Ordering::Relaxed));
-        assert_eq!(wait(PATIENCE), (2, 0));
-        assert!(!pipeline.has_done.load(Ordering::Relaxed));
-        assert_eq!(wait(PATIENCE), (0, 1), "something has come since");
+        let long = Duration::from_millis(20);
+        assert_eq!(wait(&mut pipeline, Duration::ZERO), (0, 0), "no time to");
+        // Until it has been the only one to look, for all the time.
+        while !pipeline.looked_in_vain {
+            assert_eq!(wait(&mut pipeline, long), (0, 1));
+        }
+        assert_eq!(wait(&mut pipeline, long), (0, 0), "it has looked");
+        shared.complete(&mut vec![completion(2), completion(3)]);
+        assert!(shared.has_done.load(Ordering::Relaxed));
+        assert_eq!(wait(&mut pipeline, long), (2, 0));
+        assert!(!shared.has_done.load(Ordering::Relaxed));
+        let reasons_to: [fn(&mut Pipeline); 3] = [
+            |_| {},
+            |pipeline| pipeline.submit(4, Bytes::new()).unwrap(),
+            |pipeline| pipeline.enqueue(5, b""),
+        ];
+        for reason_to in reasons_to {
+            reason_to(&mut pipeline);
+            assert_eq!(wait(&mut pipeline, long).1, 1);
+            pipeline.looked_in_vain = true;
+        }
 
         let before = asked();
         let mut proposal = Proposal { slot: ProposalSlot::spare_or_new(), patience: PATIENCE };
-        assert!(proposal.wait_until(Instant::now() + Duration::from_millis(5)).is_none());
+        assert!(proposal.wait_until(Instant::now() + Duration::from_millis(200)).is_none());
         assert_eq!(asked() - before, 1);
         proposal.slot.complete(completion(0).outcome);
         assert!(proposal.wait().is_ok());

@@ -47,30 +47,32 @@ fn span_ns(idle: IdlePolicy) -> u64 {
     }
 }
 
-/// Looks for as long as `span` whether there is something, unless another thread does.
-pub(crate) fn look(span: Duration, there_is: impl FnMut() -> bool) {
+/// Looks for as long as `span` whether there is something, unless another thread does. True if it has looked for all of that time,
+/// in vain.
+pub(crate) fn look(span: Duration, there_is: impl FnMut() -> bool) -> bool {
     #[cfg(test)]
     ASKED.with(|asked| asked.set(asked.get() + usize::from(!span.is_zero())));
-    look_as(&LOOKING, span, there_is);
+    look_as(&LOOKING, span, there_is)
 }
 
-fn look_as(place: &Mutex<GivingWay>, span: Duration, mut there_is: impl FnMut() -> bool) {
+fn look_as(place: &Mutex<GivingWay>, span: Duration, mut there_is: impl FnMut() -> bool) -> bool {
     if span.is_zero() || there_is() {
-        return;
+        return false;
     }
     let mut giving_way = match place.try_lock() {
         Ok(giving_way) => giving_way,
         Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-        Err(TryLockError::WouldBlock) => return,
+        Err(TryLockError::WouldBlock) => return false,
     };
     let mut now_ns = monotonic_ns();
     let until_ns = now_ns.saturating_add(u64::try_from(span.as_nanos()).unwrap_or(u64::MAX));
     while now_ns < until_ns && !giving_way.abstains(now_ns) {
         now_ns = giving_way.give_way(now_ns);
         if there_is() {
-            return;
+            return false;
         }
     }
+    now_ns >= until_ns
 }
 
 #[cfg(test)]
@@ -92,17 +94,22 @@ mod tests {
 
     #[test]
     fn a_thread_looks_until_there_is_something() {
-        let place = Mutex::new(GivingWay::of_any_thread());
-        // Kept away for long, as beside those who compute, it stops: then it starts again.
-        let mut looks = 0;
-        while looks < 100 {
-            look_as(&place, LONG, || {
+        let fresh = || Mutex::new(GivingWay::of_any_thread());
+        for wanted in [2, 10] {
+            let mut looks = 0;
+            let in_vain = look_as(&fresh(), LONG, || {
                 looks += 1;
-                looks >= 100
+                looks >= wanted
             });
+            // Kept away for long, as beside those who compute, it stops earlier.
+            assert!(!in_vain && (2..=wanted).contains(&looks), "{looks} of {wanted}");
         }
-        assert_eq!(looks, 100);
-        look_as(&place, Duration::from_micros(50), || false);
+        let mut looks = 0;
+        assert!(look_as(&fresh(), Duration::from_micros(50), || {
+            looks += 1;
+            false
+        }));
+        assert!(looks >= 2, "{looks}");
     }
 
     #[test]
@@ -110,14 +117,14 @@ mod tests {
         let place = Mutex::new(GivingWay::of_any_thread());
         let looking = place.lock().unwrap();
         let mut looks = 0;
-        look_as(&place, LONG, || {
+        assert!(!look_as(&place, LONG, || {
             looks += 1;
             false
-        });
+        }));
         assert_eq!(looks, 1, "it may be there already");
         drop(looking);
-        look_as(&place, Duration::ZERO, || unreachable!("without patience"));
-        look_as(&place, LONG, || true);
+        assert!(!look_as(&place, Duration::ZERO, || unreachable!("without patience")));
+        assert!(!look_as(&place, LONG, || true));
     }
 
     #[test]

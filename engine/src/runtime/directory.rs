@@ -99,7 +99,8 @@ pub(super) fn may_allocate(bytes: usize) -> Result<(), DiskError> {
     if bytes == 0 || !bytes.is_multiple_of(BLOCK_BYTES) {
         return Err(invalid("allocate"));
     }
-    Vec::<u8>::new().try_reserve_exact(bytes).map_err(|_| DiskError {
+    // Aligned it may take a block more.
+    Vec::<u8>::new().try_reserve_exact(bytes.saturating_add(BLOCK_BYTES)).map_err(|_| DiskError {
         kind: DiskErrorKind::OutOfMemory,
         operation: "allocate",
         os_error: None,

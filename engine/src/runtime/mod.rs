@@ -57,9 +57,9 @@ pub enum IdlePolicy {
     Spin,
     /// Looks for work for so long after the last command, batch or read that it had to do with, then parks; a cluster without
     /// load sleeps. Where others compute on the processor, or its group may use no more of it, it parks at once; and so it does
-    /// while the log's batches take longer than that to become durable, or many bytes of log are under way at once: beside
-    /// that it gains nothing. Where a core would look, a thread that waits blocking for outcomes looks for them as long before it
-    /// sleeps, one thread of the process at a time.
+    /// after commands while these take longer than that to be committed, or many bytes of log are under way at once: beside
+    /// that it gains nothing. Unless commands take so long, a thread that waits blocking for outcomes looks for them as long before it
+    /// sleeps: one thread of the process at a time, none for a while after others kept one away, and once for what is in flight.
     Adaptive {
         /// How long, in microseconds.
         spin_us: u64,
