@@ -713,9 +713,9 @@ impl<D: Disk, L: Link<Buf = D::Buf>, S: StateMachine> Turn for Driver<D, L, S> {
                 if more {
                     self.rests_until_ns = 0;
                 }
-                let looks = !self.commands_take_long();
-                self.shared.patience.set(self.config.idle, looks);
-                let worked = self.read_worked || self.advanced && looks;
+                let take_long = self.commands_take_long();
+                self.shared.patience.set_over(take_long);
+                let worked = self.read_worked || self.advanced && !take_long;
                 TurnOutcome { worked, more, next_deadline_ns, stop: false }
             }
             Err(error) => {

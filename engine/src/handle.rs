@@ -588,6 +588,7 @@ impl Pipeline {
     pub fn completions(&mut self, out: &mut Vec<Completion>) {
         self.flush();
         self.shared.collect(&mut lock(&self.shared.state), out);
+        self.looked_in_vain &= out.is_empty();
     }
 
     /// Blocks until there are completions, or until `timeout`, and moves them to `out`. The thread may look for them for a while before
@@ -602,7 +603,9 @@ impl Pipeline {
     /// Waits for completions and moves them to `out`. Cancel safe: what has not been moved stays.
     pub fn poll_completions(&mut self, context: &mut Context<'_>, out: &mut Vec<Completion>) -> Poll<()> {
         self.flush();
-        self.shared.poll(context, out)
+        let poll = self.shared.poll(context, out);
+        self.looked_in_vain &= poll.is_pending();
+        poll
     }
 
     fn target(&self) -> Target {
@@ -1068,8 +1071,13 @@ mod tests {
         assert!(shared.has_done.load(Ordering::Relaxed));
         assert_eq!(wait(&mut pipeline, long), (2, 0));
         assert!(!shared.has_done.load(Ordering::Relaxed));
-        let reasons_to: [fn(&mut Pipeline); 3] = [
+        let collects = |pipeline: &mut Pipeline| {
+            pipeline.shared.complete(&mut vec![completion(6)]);
+            pipeline.completions(&mut Vec::new());
+        };
+        let reasons_to: [fn(&mut Pipeline); 4] = [
             |_| {},
+            collects,
             |pipeline| pipeline.submit(4, Bytes::new()).unwrap(),
             |pipeline| pipeline.enqueue(5, b""),
         ];

@@ -7,7 +7,7 @@
 //! thread does, and none for a while after others have kept one away.
 
 use crate::runtime::{GivingWay, IdlePolicy, monotonic_ns};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, TryLockError};
 use std::time::Duration;
 
@@ -17,33 +17,32 @@ static LOOKING: Mutex<GivingWay> = Mutex::new(GivingWay::of_any_thread());
 /// For how long threads look that wait for a core, as the core says.
 #[derive(Debug)]
 pub(crate) struct Patience {
-    span_ns: AtomicU64,
+    span: Duration,
+    /// Commands take so long that nobody looks for what becomes of them.
+    is_over: AtomicBool,
 }
 
 impl Patience {
     pub(crate) fn new(idle: IdlePolicy) -> Self {
-        Self { span_ns: AtomicU64::new(span_ns(idle)) }
+        let span = match idle {
+            IdlePolicy::Adaptive { spin_us } => Duration::from_micros(spin_us),
+            // A core that never sleeps has a processor of its own, which says nothing of those of other threads.
+            IdlePolicy::Spin | IdlePolicy::Park => Duration::ZERO,
+        };
+        Self { span, is_over: AtomicBool::new(false) }
     }
 
-    /// The core would look for what becomes of commands, or not for now.
-    pub(crate) fn set(&self, idle: IdlePolicy, core_looks: bool) {
-        let span_ns = if core_looks { span_ns(idle) } else { 0 };
-        if self.span_ns.load(Ordering::Relaxed) != span_ns {
-            self.span_ns.store(span_ns, Ordering::Relaxed);
+    /// Whether commands take so long for now that nobody is to look.
+    pub(crate) fn set_over(&self, is_over: bool) {
+        // Other threads read it: it is written when it changes.
+        if self.is_over.load(Ordering::Relaxed) != is_over {
+            self.is_over.store(is_over, Ordering::Relaxed);
         }
     }
 
     /// For now.
     pub(crate) fn span(&self) -> Duration {
-        Duration::from_nanos(self.span_ns.load(Ordering::Relaxed))
-    }
-}
-
-/// A core that never sleeps has a processor of its own, which says nothing of those of other threads.
-fn span_ns(idle: IdlePolicy) -> u64 {
-    match idle {
-        IdlePolicy::Adaptive { spin_us } => spin_us.saturating_mul(1_000),
-        IdlePolicy::Spin | IdlePolicy::Park => 0,
+        if self.is_over.load(Ordering::Relaxed) { Duration::ZERO } else { self.span }
     }
 }
 
@@ -132,13 +131,12 @@ mod tests {
         let adaptive = IdlePolicy::Adaptive { spin_us: 70 };
         let patience = Patience::new(adaptive);
         assert_eq!(patience.span(), Duration::from_micros(70));
-        patience.set(adaptive, false);
+        patience.set_over(true);
         assert_eq!(patience.span(), Duration::ZERO);
-        patience.set(adaptive, true);
+        patience.set_over(false);
         assert_eq!(patience.span(), Duration::from_micros(70));
         for idle in [IdlePolicy::Park, IdlePolicy::Spin] {
-            patience.set(idle, true);
-            assert_eq!(patience.span(), Duration::ZERO, "{idle:?}");
+            assert_eq!(Patience::new(idle).span(), Duration::ZERO, "{idle:?}");
         }
     }
 }

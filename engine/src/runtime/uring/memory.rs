@@ -61,16 +61,15 @@ impl Buffers {
         self.slabs.retain(|slab| slab.strong_count() > 0);
         let of_that_size =
             self.slabs.iter().filter_map(Weak::upgrade).filter(|slab| slab.part_bytes == bytes);
-        if let Some(part) = of_that_size.filter_map(Slab::take).next() {
-            return UringBuf(Memory::Part(part));
-        }
-        // Alignment may ask for more address space than there is left, though the memory is there.
-        let Some(slab) = Slab::new(bytes).map(Rc::new) else {
-            return UringBuf(Memory::Heap(AlignedBuf::zeroed(bytes)));
-        };
+        let part = of_that_size.filter_map(Slab::take).next().or_else(|| self.part_of_another_slab(bytes));
+        // Aligned it may take more address space than there is left, though the memory is there.
+        UringBuf(part.map_or_else(|| Memory::Heap(AlignedBuf::zeroed(bytes)), Memory::Part))
+    }
+
+    fn part_of_another_slab(&mut self, part_bytes: usize) -> Option<Part> {
+        let slab = Rc::new(Slab::new(part_bytes)?);
         self.slabs.push(Rc::downgrade(&slab));
-        let part = Slab::take(slab).expect("a new slab has a part");
-        UringBuf(Memory::Part(part))
+        Slab::take(slab)
     }
 }
 

@@ -12,7 +12,8 @@
 //!
 //! # What blocks
 //!
-//! Nothing on this thread, but that the kernel may look for a huge page when a large buffer is new (`memory`). Names, opening and closing of files have a thread of their own per disk (`names`).
+//! Nothing on this thread, but that the kernel may look for a huge page when a large buffer is new (`memory`). Names, opening and
+//! closing of files have a thread of their own per disk (`names`).
 //!
 //! # The end
 //!
