@@ -102,8 +102,8 @@ fn serve(args: &FollowerArgs, usage: Usage, leader: &mut Control) -> anyhow::Res
                 socket::receive_messages(leader, message_bytes, echo)?;
                 cpu_ns = usage.cpu_ns() - before;
             }
-            Command::Replicate { batch_bytes, slots } => {
-                cpu_ns = replicate::follow(&file, leader, batch_bytes, slots, usage)?;
+            Command::Replicate { batch_bytes, slots, looks } => {
+                cpu_ns = replicate::follow(&file, leader, batch_bytes, slots, looks, usage)?;
             }
             Command::Report => leader.tell(&Answer::Report { cpu_ns })?,
         }

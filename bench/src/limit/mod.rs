@@ -15,7 +15,8 @@
 //!   followers may be some batches further behind.
 //! - Processor time is that of the leader's whole process and of all followers, per batch. Let the calling
 //!   process do nothing else meanwhile.
-//! - Nobody looks for work: a node without some sleeps in the kernel, as an engine with `--idle park` does.
+//! - Nobody looks for work: a node without some sleeps in the kernel, as an engine with `--idle park` does. In the rows that say
+//!   "looking" a node looks for work for 500 µs before it sleeps, and gives way with every look, as an engine does by default.
 //!
 //! The files: `ring.rs` is io_uring, `disk.rs` the log files, `socket.rs` loopback and control messages,
 //! `follower.rs` the followers' lives, `replicate.rs` the pattern, `report.rs` the figures.
@@ -90,6 +91,8 @@ pub struct LimitOptions {
     pub disk: Vec<Shape>,
     /// The shapes of the replication pattern: at least one with one in flight, and one with several.
     pub replicated: Vec<Shape>,
+    /// The shapes of the replication pattern among nodes that look for work before they sleep; there may be none.
+    pub looking: Vec<Shape>,
     /// Bytes of each node's file, at least; more if a shape needs it.
     pub file_bytes: u64,
     /// The cores to run on: the leader on the first, followers on the others in turn. By default the kernel
@@ -113,6 +116,7 @@ impl LimitOptions {
             measure: Duration::from_secs(1),
             disk: shapes.clone(),
             replicated: shapes,
+            looking: Vec::new(),
             file_bytes: 64 << 20,
             cores: None,
             followers: FollowerKind::ThisExecutable,
@@ -146,7 +150,7 @@ impl LimitOptions {
 
     /// Bytes of each node's file: no two writes in flight ever meet.
     fn file_bytes(&self) -> u64 {
-        let shapes = self.disk.iter().chain(&self.replicated);
+        let shapes = self.disk.iter().chain(&self.replicated).chain(&self.looking);
         let needed = shapes.map(|shape| 2 * replicate::slots(*shape) as u64 * shape.batch_bytes as u64);
         needed.fold(self.file_bytes, u64::max).next_multiple_of(BLOCK_BYTES as u64)
     }
@@ -239,7 +243,7 @@ fn rows(
     }
     let mut rows = Vec::new();
     for &shape in &options.disk {
-        rows.push(LimitRow::new(Pattern::Write, 1, shape, &replicate::lead(file, &mut [], shape, pace)?));
+        rows.push(LimitRow::new(Pattern::Write, 1, shape, &replicate::lead(file, &mut [], shape, false, pace)?));
     }
     let processes: Vec<u32> =
         followers.iter().take(options.nodes - 1).filter_map(Follower::process).collect();
@@ -251,11 +255,14 @@ fn rows(
         rows.push(LimitRow::new(pattern, 2, Shape { batch_bytes, in_flight: 1 }, &measured));
     }
     peers.truncate(options.nodes - 1);
-    for &shape in &options.replicated {
+    let sleeping = options.replicated.iter().map(|shape| (Pattern::Replicate, *shape));
+    let looking = options.looking.iter().map(|shape| (Pattern::ReplicateLooking, *shape));
+    for (pattern, shape) in sleeping.chain(looking) {
         observer(Moment::Begins { shape, leader, followers: &processes })?;
-        let measured = replicate::lead(file, &mut peers, shape, pace)?;
+        let looks = pattern == Pattern::ReplicateLooking;
+        let measured = replicate::lead(file, &mut peers, shape, looks, pace)?;
         observer(Moment::Ended { commits: measured.total })?;
-        rows.push(LimitRow::new(Pattern::Replicate, options.nodes, shape, &measured));
+        rows.push(LimitRow::new(pattern, options.nodes, shape, &measured));
     }
     Ok(rows)
 }
@@ -345,6 +352,9 @@ pub struct LimitArgs {
     /// Further shapes of the replication pattern: KiB of a batch, and batches in flight
     #[arg(long, value_name = "KIBxN,...", value_delimiter = ',', value_parser = shape)]
     pub shapes: Vec<Shape>,
+    /// The same, among nodes that look for work for 500 µs before they sleep
+    #[arg(long, value_name = "KIBxN,...", value_delimiter = ',', value_parser = shape)]
+    pub looking: Vec<Shape>,
     /// Seconds for each of the measurements (there are 14, and those of further shapes)
     #[arg(long, value_name = "SECONDS", default_value_t = 1.0)]
     pub duration: f64,
@@ -372,7 +382,9 @@ pub fn run(args: &LimitArgs) -> anyhow::Result<()> {
     options.measure = Duration::try_from_secs_f64(args.duration).context("--duration")?;
     options.cores.clone_from(&args.cores);
     options.replicated.extend(&args.shapes);
-    let measurements = (options.disk.len() + 2 + options.replicated.len()) as f64;
+    options.looking.clone_from(&args.looking);
+    let measurements =
+        (options.disk.len() + 2 + options.replicated.len() + options.looking.len()) as f64;
     eprintln!(
         "measuring {} for about {:.0} s; keep the machine idle",
         args.dir.display(),

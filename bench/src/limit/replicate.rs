@@ -82,11 +82,12 @@ struct Peer<'a> {
     acked: u64,
 }
 
-/// Replicates batches of `shape` to `peers` at `pace`.
+/// Replicates batches of `shape` to `peers` at `pace`. If everybody `looks`, they do so for work before they sleep.
 pub(super) fn lead(
     file: &LogFile,
     peers: &mut [&mut Control],
     shape: Shape,
+    looks: bool,
     pace: &Pace,
 ) -> anyhow::Result<Measured> {
     file.check(shape.batch_bytes)?;
@@ -97,10 +98,10 @@ pub(super) fn lead(
     );
     let slots = slots(shape);
     for peer in peers.iter_mut() {
-        let ready = peer.ask(&Command::Replicate { batch_bytes: shape.batch_bytes, slots })?;
+        let ready = peer.ask(&Command::Replicate { batch_bytes: shape.batch_bytes, slots, looks })?;
         ensure!(matches!(ready, Answer::Ready), "a follower answered out of turn");
     }
-    let mut measured = Leader::new(file, peers, shape, slots)?.run(pace)?;
+    let mut measured = Leader::new(file, peers, shape, slots, looks)?.run(pace)?;
     for peer in peers.iter_mut() {
         let Answer::Report { cpu_ns } = peer.ask(&Command::Report)? else {
             bail!("a follower answered out of turn")
@@ -149,6 +150,7 @@ impl<'a> Leader<'a> {
         controls: &'a [&mut Control],
         shape: Shape,
         slots: usize,
+        looks: bool,
     ) -> anyhow::Result<Self> {
         let batches_bytes = slots * shape.batch_bytes;
         let mut files = vec![file.as_fd()];
@@ -160,7 +162,7 @@ impl<'a> Leader<'a> {
             files.push(control.as_fd());
             peers.push(Peer { control, file, ack_at, sent_bytes: 0, waits_for_room: false, acked: 0 });
         }
-        let mut ring = Ring::new(&files, batches_bytes + peers.len() * ACK_ROOM)?;
+        let mut ring = Ring::new(&files, batches_bytes + peers.len() * ACK_ROOM, looks)?;
         ring.fill();
         Ok(Self {
             ring,
@@ -341,13 +343,14 @@ pub(super) fn follow(
     leader: &mut Control,
     batch_bytes: usize,
     slots: usize,
+    looks: bool,
     usage: Usage,
 ) -> anyhow::Result<u64> {
     file.check(batch_bytes)?;
     ensure!((2..=64).contains(&slots) && batch_bytes <= 64 << 20, "{slots} slots of {batch_bytes} bytes");
     const LEADER: u32 = 1;
     let ack_at = slots * batch_bytes;
-    let mut ring = Ring::new(&[file.as_fd(), leader.as_fd()], ack_at + ACK_BYTES)?;
+    let mut ring = Ring::new(&[file.as_fd(), leader.as_fd()], ack_at + ACK_BYTES, looks)?;
     ring.fill();
     leader.tell(&Answer::Ready)?;
     let cpu = usage.cpu_ns();

@@ -20,6 +20,8 @@ pub enum Pattern {
     Stream,
     /// The replication pattern: sent to all followers, written by all, committed by a majority.
     Replicate,
+    /// The same, and a node without work looks for some before it sleeps.
+    ReplicateLooking,
 }
 
 impl Pattern {
@@ -29,6 +31,7 @@ impl Pattern {
             Self::RoundTrip => "loopback round trip",
             Self::Stream => "loopback stream",
             Self::Replicate => "replicated commit",
+            Self::ReplicateLooking => "replicated commit, looking",
         }
     }
 }
@@ -177,7 +180,9 @@ pub fn render(report: &LimitReport) -> String {
     let microseconds = |us: Option<f64>| us.map_or_else(|| "–".to_owned(), |us| format!("{us:.1}"));
     for row in &report.rows {
         let title = match row.pattern {
-            Pattern::Replicate if row.nodes > 1 => format!("{}, {} nodes", row.pattern.title(), row.nodes),
+            Pattern::Replicate | Pattern::ReplicateLooking if row.nodes > 1 => {
+                format!("{}, {} nodes", row.pattern.title(), row.nodes)
+            }
             _ => row.pattern.title().to_owned(),
         };
         table.add_row([

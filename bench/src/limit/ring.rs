@@ -13,6 +13,7 @@ use std::io;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::{self, NonNull};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, ensure};
 use io_uring::{IoUring, opcode, squeue, types};
@@ -26,6 +27,8 @@ const ENTRIES: u32 = 128;
 const ARENA_ALIGN: usize = 2 << 20;
 /// Marks operations that complete silently when they succeed.
 const QUIET: u64 = 1 << 63;
+/// For so long a ring that looks for completions does so before it sleeps: as an engine does by default.
+const LOOK_FOR: Duration = Duration::from_micros(500);
 /// The token of the cancellation that ends a ring.
 const CANCEL: u64 = QUIET - 1;
 
@@ -51,11 +54,13 @@ pub(super) struct Ring {
     files: usize,
     fixed_buffers: bool,
     quiet_sends: bool,
+    looks: bool,
 }
 
 impl Ring {
-    /// A ring over `files`, which the caller keeps open while the ring lives, and `arena_bytes` of memory.
-    pub(super) fn new(files: &[BorrowedFd<'_>], arena_bytes: usize) -> anyhow::Result<Self> {
+    /// A ring over `files`, which the caller keeps open while the ring lives, and `arena_bytes` of memory. If it `looks`, it does so
+    /// for completions before it sleeps, and lets others of its processor go first with every look.
+    pub(super) fn new(files: &[BorrowedFd<'_>], arena_bytes: usize, looks: bool) -> anyhow::Result<Self> {
         let (uring, _mode) = set_up()?;
         let arena = Arena::new(arena_bytes)?;
         let raw: Vec<_> = files.iter().map(AsRawFd::as_raw_fd).collect();
@@ -65,7 +70,7 @@ impl Ring {
         let fixed_buffers = unsafe { uring.submitter().register_buffers(&[vector]) }.is_ok();
         let quiet_sends = uring.params().is_feature_skip_cqe_on_success();
         let arena = ManuallyDrop::new(arena);
-        Ok(Self { uring, arena, pending: 0, files: files.len(), fixed_buffers, quiet_sends })
+        Ok(Self { uring, arena, pending: 0, files: files.len(), fixed_buffers, quiet_sends, looks })
     }
 
     /// Whether a send can be pushed that reports only its failure.
@@ -169,6 +174,25 @@ impl Ring {
 
     /// Submits what was pushed and waits for `want` completions. May return earlier (a signal).
     pub(super) fn turn(&mut self, want: usize) -> io::Result<()> {
+        let until = Instant::now() + LOOK_FOR;
+        while self.looks && Instant::now() < until {
+            // Without anything to submit or to collect this is no system call.
+            self.enter(0)?;
+            if self.uring.completion().len() >= want {
+                return Ok(());
+            }
+            rustix::thread::sched_yield();
+        }
+        self.enter(want)
+    }
+
+    fn enter(&mut self, want: usize) -> io::Result<()> {
+        let submission = self.uring.submission();
+        let idle = submission.is_empty() && !submission.taskrun() && !submission.cq_overflow();
+        drop(submission);
+        if want == 0 && idle && self.looks {
+            return Ok(());
+        }
         match self.uring.submit_and_wait(want) {
             Ok(_) => Ok(()),
             Err(error) => match error.raw_os_error() {
@@ -288,7 +312,7 @@ impl Drop for Arena {
 
 /// Makes an io_uring in the best mode that the kernel offers.
 fn set_up() -> anyhow::Result<(IoUring, &'static str)> {
-    let best = IoUring::builder().setup_single_issuer().setup_defer_taskrun().build(ENTRIES);
+    let best = IoUring::builder().setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag().build(ENTRIES);
     let refused = match best {
         Ok(uring) => return Ok((uring, "DEFER_TASKRUN, SINGLE_ISSUER")),
         Err(error) => error,
@@ -362,7 +386,7 @@ mod tests {
     #[test]
     fn a_ring_dropped_with_a_receive_in_flight_cancels_it_and_returns() {
         let (ours, _theirs) = UnixStream::pair().unwrap();
-        let mut ring = Ring::new(&[ours.as_fd()], 4096).unwrap();
+        let mut ring = Ring::new(&[ours.as_fd()], 4096, false).unwrap();
         ring.push_recv(0, 0, 64, true, 1).unwrap();
         ring.turn(0).unwrap();
         assert_eq!(ring.pending, 1);
@@ -373,7 +397,7 @@ mod tests {
     #[test]
     fn a_quiet_send_arrives_and_only_the_receive_completes() {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let mut ring = Ring::new(&[ours.as_fd(), theirs.as_fd()], 4096).unwrap();
+        let mut ring = Ring::new(&[ours.as_fd(), theirs.as_fd()], 4096, false).unwrap();
         if !ring.quiet_sends() {
             return;
         }
@@ -402,7 +426,7 @@ mod tests {
     #[should_panic(expected = "of an arena of")]
     fn memory_outside_the_arena_is_refused() {
         let (ours, _theirs) = UnixStream::pair().unwrap();
-        let mut ring = Ring::new(&[ours.as_fd()], 4096).unwrap();
+        let mut ring = Ring::new(&[ours.as_fd()], 4096, false).unwrap();
         let _ = ring.push_recv(0, ARENA_ALIGN - 8, 16, false, 1);
     }
 }

@@ -31,8 +31,8 @@ pub(super) enum Command {
     Fill { bytes: u64 },
     /// Receive messages until the last, and send each one back if `echo`.
     Stream { message_bytes: usize, echo: bool },
-    /// Receive batches, write them, acknowledge them, until the last.
-    Replicate { batch_bytes: usize, slots: usize },
+    /// Receive batches, write them, acknowledge them, until the last, and look for them before you sleep if `looks`.
+    Replicate { batch_bytes: usize, slots: usize, looks: bool },
     /// Say how much processor time the last measurement took.
     Report,
 }

@@ -12,6 +12,7 @@ fn small(dir: &Path, nodes: usize) -> LimitOptions {
     LimitOptions {
         measure: Duration::from_millis(50),
         disk: shapes.clone(),
+        looking: vec![Shape::of(8 * KIB, 2)],
         replicated: shapes,
         file_bytes: 1 << 20,
         followers: FollowerKind::Thread,
@@ -33,7 +34,7 @@ fn a_report_is_filled_and_no_file_or_follower_is_left_for_each_number_of_nodes()
         let dir = on_disk();
         let report = measure(&small(dir.path(), nodes)).unwrap();
         assert_eq!(report.nodes, nodes);
-        assert_eq!(report.rows.len(), 2 + 2 + 2);
+        assert_eq!(report.rows.len(), 2 + 2 + 2 + 1);
         for row in &report.rows {
             assert!(row.count > 0 && row.cpu_us > 0.0 && row.bytes_per_s > 0.0, "{row:?}");
             assert_eq!(row.us_p50.is_some(), row.pattern != Pattern::Stream, "{row:?}");
@@ -55,6 +56,7 @@ fn a_report_is_filled_and_no_file_or_follower_is_left_for_each_number_of_nodes()
         assert_eq!(open_files_in(dir.path()), 0);
         let table = render(&report);
         assert!(table.contains("replicated commit") && table.contains("16 KiB"), "{table}");
+        assert!(table.contains("replicated commit, looking") && table.contains("8 KiB"), "{table}");
         let json = serde_json::to_string(&report).unwrap();
         assert_eq!(serde_json::from_str::<LimitReport>(&json).unwrap().rows.len(), report.rows.len());
     }
@@ -77,8 +79,9 @@ fn an_observer_hears_of_each_shape_of_the_pattern_and_can_end_the_measurement() 
         Ok(())
     })
     .unwrap();
-    assert_eq!(heard, options.replicated);
-    let counted = report.rows.iter().filter(|row| row.pattern == Pattern::Replicate).map(|row| row.count);
+    assert_eq!(heard, [&options.replicated[..], &options.looking].concat());
+    let of_commits = |row: &&LimitRow| matches!(row.pattern, Pattern::Replicate | Pattern::ReplicateLooking);
+    let counted = report.rows.iter().filter(of_commits).map(|row| row.count);
     assert!(total >= counted.sum::<u64>(), "{total} commits with those of the warm-up");
 
     let error = measure_observed(&options, &mut |_| bail!("not today")).unwrap_err();
