@@ -42,6 +42,8 @@ pub(crate) struct ClusterOptions {
     pub(crate) cores: Vec<usize>,
     pub(crate) engine: EngineArgs,
     pub(crate) load: LoadFrom,
+    /// MiB of log after which a member takes a snapshot and purges; 0: never.
+    pub(crate) snapshot_mb: u64,
 }
 
 /// The members. Dropping it kills their processes and waits for them.
@@ -99,8 +101,7 @@ impl Cluster {
             arguments.extend(["--dir".into(), dir.clone().into_os_string()]);
             arguments.extend(["--members".into(), (&addresses).into()]);
             arguments.extend(["--cluster".into(), (&cluster).into()]);
-            // The check reads whole logs back.
-            arguments.extend(["--snapshot-mb".into(), "0".into()]);
+            arguments.extend(["--snapshot-mb".into(), options.snapshot_mb.to_string().into()]);
             arguments.extend(["--parent".into(), std::process::id().to_string().into()]);
             if options.load == LoadFrom::Core {
                 arguments.extend(["--load".into(), "core".into()]);

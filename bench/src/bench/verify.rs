@@ -8,6 +8,9 @@
 //!
 //! That no command is there twice follows from the order: a stream's next sequence is sent when the outcome of the
 //! one before is known, so its sequences must rise along the log.
+//!
+//! Of a log that was purged only what is left can be read: of each stream what comes from its first command there on, and of a
+//! stream without any there, nothing.
 
 mod log;
 
@@ -17,6 +20,7 @@ use log::Log;
 use ringraft_block::LogIndex;
 use ringraft_wal::format::BatchKind;
 use serde::Serialize;
+use std::cmp::Reverse;
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::path::PathBuf;
@@ -32,6 +36,8 @@ pub(crate) struct Verified {
     pub(crate) acked: u64,
     /// Acknowledged commands that are in the log once.
     pub(crate) present: u64,
+    /// Acknowledged commands that lie behind snapshots, and are in no log any more.
+    pub(crate) purged: u64,
     /// Commands whose outcome their proposer never learnt, and how many of them are in the log.
     pub(crate) unknown: u64,
     pub(crate) unknown_present: u64,
@@ -76,11 +82,17 @@ impl fmt::Display for Verified {
                 0 => String::new(),
                 unknown => format!("; of {unknown} with unknown outcome {} are there", self.unknown_present),
             };
+            let once = match self.purged {
+                0 => format!("all {} acknowledged commands are in the log once", self.acked),
+                purged => format!(
+                    "of {} acknowledged commands {purged} lie behind snapshots, and the others are in the log once",
+                    self.acked
+                ),
+            };
             return write!(
                 f,
-                "Verified from disk: all {} acknowledged commands are in the log once{unknown}; the logs of {} nodes are \
-                 equal by chain, and hold what each node reported as durable and committed.",
-                self.acked,
+                "Verified from disk: {once}{unknown}; the logs of {} nodes are equal by chain, and hold what each node reported \
+                 as durable and committed.",
                 self.nodes.len()
             );
         }
@@ -152,8 +164,11 @@ pub(crate) fn verify(
         let problem = format!("index {committed} is committed, but a majority's disks end at {on_majority}");
         verified.problems.push(problem);
     }
-    let reference =
-        logs.iter().zip(nodes).max_by_key(|(log, node)| (node.committed, log.last_term(), log.last()));
+    // The one that ends last, and of those the one that has purged least.
+    let reference = logs
+        .iter()
+        .zip(nodes)
+        .max_by_key(|(log, node)| (node.committed, log.last_term(), log.last(), Reverse(log.start())));
     let Some((reference, reference_node)) = reference else { return Ok(verified) };
     for (log, node) in logs.iter().zip(nodes) {
         if let Some(index) = log.differs_from(reference, committed) {
@@ -163,7 +178,7 @@ pub(crate) fn verify(
         }
     }
 
-    let mut check = Check::new(runs, payload_bytes, &mut verified);
+    let mut check = Check::new(runs, payload_bytes, reference.start() > LogIndex(0), &mut verified);
     reference.for_each_command(LogIndex(committed), |bytes| check.command(bytes))?;
     check.finish();
     let commands = reference.batches.iter().filter(|batch| batch.info.kind == BatchKind::Commands);
@@ -179,6 +194,8 @@ pub(crate) fn verify(
 struct Check<'a> {
     runs: HashMap<u32, RunCheck<'a>>,
     filler: Vec<u8>,
+    /// The log does not hold all that was ever in it.
+    is_purged: bool,
     verified: &'a mut Verified,
     shown: usize,
 }
@@ -191,7 +208,7 @@ struct RunCheck<'a> {
 }
 
 impl<'a> Check<'a> {
-    fn new(runs: &'a [RunLedger], payload_bytes: usize, verified: &'a mut Verified) -> Self {
+    fn new(runs: &'a [RunLedger], payload_bytes: usize, is_purged: bool, verified: &'a mut Verified) -> Self {
         let runs = runs.iter().map(|RunLedger { run, ledger }| {
             // What was outstanding when a process was killed is unknown as well.
             let outstanding =
@@ -206,7 +223,7 @@ impl<'a> Check<'a> {
             (*run, RunCheck { ledger, unknown, met: vec![0; ledger.streams()] })
         });
         let runs = runs.collect();
-        Self { runs, filler: load::filler(payload_bytes), verified, shown: 0 }
+        Self { runs, filler: load::filler(payload_bytes), is_purged, verified, shown: 0 }
     }
 
     fn command(&mut self, bytes: &[u8]) {
@@ -236,7 +253,11 @@ impl<'a> Check<'a> {
         } else {
             self.verified.present += 1;
         }
-        self.missing(stream, met + 1, missing);
+        if self.is_purged && met == 0 {
+            self.verified.purged += missing;
+        } else {
+            self.missing(stream, met + 1, missing);
+        }
         if rest != self.filler {
             self.verified.altered += 1;
             self.problem(|| format!("the bytes of command ({stream:#x}, {sequence}) are not those sent"));
@@ -248,12 +269,14 @@ impl<'a> Check<'a> {
         for (run, check) in &self.runs {
             for number in 0..check.met.len() {
                 let (from, end) = (check.met[number] + 1, check.ledger.settled(number) + 1);
-                if from < end {
-                    left.push((
-                        u64::from(*run) << 32 | number as u64,
-                        from,
-                        check.missing(number, from, end),
-                    ));
+                if from >= end {
+                    continue;
+                }
+                let missing = check.missing(number, from, end);
+                if self.is_purged && check.met[number] == 0 {
+                    self.verified.purged += missing;
+                } else {
+                    left.push((u64::from(*run) << 32 | number as u64, from, missing));
                 }
             }
         }
@@ -317,6 +340,15 @@ mod tests {
 
     /// One run, number 1, with two streams: (sent, settled) of each, and the unknown ones.
     fn check(streams: [(u64, u64); 2], unknown: &[(usize, u64)], log: &[(u64, u64)]) -> Verified {
+        check_log(streams, unknown, log, false)
+    }
+
+    fn check_log(
+        streams: [(u64, u64); 2],
+        unknown: &[(usize, u64)],
+        log: &[(u64, u64)],
+        is_purged: bool,
+    ) -> Verified {
         let ledger = Ledger::private(2).unwrap();
         for (stream, (sent, settled)) in streams.into_iter().enumerate() {
             ledger.set_sent(stream, sent);
@@ -327,7 +359,7 @@ mod tests {
         }
         let runs = [RunLedger { run: 1, ledger }];
         let mut verified = Verified::default();
-        let mut check = Check::new(&runs, PAYLOAD_BYTES, &mut verified);
+        let mut check = Check::new(&runs, PAYLOAD_BYTES, is_purged, &mut verified);
         for (stream, sequence) in log {
             check.command(&command(*stream, *sequence));
         }
@@ -367,6 +399,20 @@ mod tests {
     }
 
     #[test]
+    fn of_a_purged_log_each_stream_counts_from_its_first_command_on() {
+        let verified = check_log([(6, 6), (3, 3)], &[(0, 2)], &[(A, 4), (A, 5), (A, 6)], true);
+        let counts = (verified.acked, verified.present, verified.purged, verified.missing);
+        assert_eq!(counts, (8, 3, 2 + 3, 0), "{verified:?}");
+        assert!(verified.problems.is_empty(), "{verified:?}");
+        // A gap behind that, and an end that is not there, are missed all the same.
+        for log in [&[(A, 4), (A, 6)][..], &[(A, 4), (A, 5)], &[(A, 4), (A, 5), (A, 6), (A, 5)]] {
+            let verified = check_log([(6, 6), (3, 3)], &[], log, true);
+            assert_eq!(verified.missing + verified.repeated, 1, "{verified:?}");
+            assert_eq!(verified.problems.len(), 1, "{verified:?}");
+        }
+    }
+
+    #[test]
     fn a_command_that_comes_twice_is_found() {
         let verified = check([(2, 2), (0, 0)], &[], &[(A, 1), (A, 2), (A, 1)]);
         assert_eq!((verified.repeated, verified.present), (1, 2));
@@ -386,38 +432,11 @@ mod tests {
     const BATCHES: u64 = 6;
     const SEGMENT_BYTES: u64 = 64 << 10;
 
-    /// A data directory as a node leaves it: a hard state, a segment with `BATCHES` batches of one command each, and
-    /// one made ready. Says where each slot begins.
-    fn data_directory(dir: &Path) -> Vec<u64> {
+    /// A data directory as a node leaves it: a hard state, a segment with `BATCHES` batches of one command each, of which so many were
+    /// purged, and one made ready. Says where each slot begins.
+    fn data_directory(dir: &Path, purged: u64) -> Vec<u64> {
         let (cluster, node, incarnation, group) = (ClusterId(1), NodeId(1), Incarnation(3), GroupId(0));
         let start = LogStart { index: LogIndex(0), term: Term(0), chain: Chain([7; 16]) };
-        let mut block = vec![0; HARD_STATE_FILE_BYTES];
-        write_hard_state(
-            &mut block,
-            &HardState {
-                cluster,
-                node,
-                incarnation,
-                boot: 1,
-                sequence: 1,
-                group,
-                term: Term(1),
-                vote: None,
-                epoch: 1,
-                cut: Cut::default(),
-                generation: 0,
-                start,
-                start_generation: 0,
-                witness: LogIndex(0),
-                claim: None,
-                claim_epoch: 0,
-                claim_cut: LogIndex(0),
-                claim_may_settle: false,
-                configuration: Vec::new(),
-            },
-        );
-        std::fs::write(dir.join("hard-a"), block).unwrap();
-
         let mut segment = vec![0; SEGMENT_BYTES as usize];
         let (nonce, epoch, boot, generation) = (5, 1, 1, 1);
         let origin = SegmentOrigin::Cut { cut: Cut::default(), after: start };
@@ -437,7 +456,7 @@ mod tests {
                 origin,
             },
         );
-        let pool = Pool::new(0);
+        let (pool, mut log_start) = (Pool::new(0), start);
         let (mut offset, mut chain, mut offsets) = (slots_start(SEGMENT_BYTES), start.chain, Vec::new());
         for index in 1..=BATCHES {
             let block = pool.take(8192, |bytes| Ok::<_, Infallible>(AlignedBuf::zeroed(bytes))).unwrap();
@@ -473,15 +492,49 @@ mod tests {
             segment[offset as usize..][..slot].copy_from_slice(&block[..slot]);
             offsets.push(offset);
             (offset, chain) = (offset + slot as u64, info.chain);
+            if index == purged {
+                log_start = LogStart { index: info.last, term: Term(1), chain };
+            }
         }
         std::fs::write(dir.join("segment-00000001.wal"), segment).unwrap();
         std::fs::write(dir.join("segment-00000002.wal"), vec![0; SEGMENT_BYTES as usize]).unwrap();
+        let mut block = vec![0; HARD_STATE_FILE_BYTES];
+        write_hard_state(
+            &mut block,
+            &HardState {
+                cluster,
+                node,
+                incarnation,
+                boot: 1,
+                sequence: 1,
+                group,
+                term: Term(1),
+                vote: None,
+                epoch: 1,
+                cut: Cut::default(),
+                generation: 0,
+                start: log_start,
+                start_generation: 0,
+                witness: LogIndex(0),
+                claim: None,
+                claim_epoch: 0,
+                claim_cut: LogIndex(0),
+                claim_may_settle: false,
+                configuration: Vec::new(),
+            },
+        );
+        std::fs::write(dir.join("hard-a"), block).unwrap();
         offsets
     }
 
     /// Three nodes that acknowledged everything and said so when they stopped; `change` is done to the third's
     /// directory.
     fn verify_three(kept: u64, change: impl FnOnce(&Path, &[u64])) -> Verified {
+        verify_purged([0; 3], kept, change)
+    }
+
+    /// The same with logs of which so many batches were purged.
+    fn verify_purged(purged: [u64; 3], kept: u64, change: impl FnOnce(&Path, &[u64])) -> Verified {
         let dir = tempfile::tempdir().unwrap();
         let nodes: Vec<NodeDir> = (1..=3)
             .map(|node| {
@@ -490,7 +543,8 @@ mod tests {
                 NodeDir { node, dir, committed: Some(BATCHES), kept: BATCHES }
             })
             .collect();
-        let offsets: Vec<_> = nodes.iter().map(|node| data_directory(&node.dir)).collect();
+        let made = nodes.iter().zip(purged).map(|(node, purged)| data_directory(&node.dir, purged));
+        let offsets: Vec<_> = made.collect();
         change(&nodes[2].dir, &offsets[2]);
         let mut nodes = nodes;
         nodes[2].kept = kept;
@@ -510,6 +564,22 @@ mod tests {
         let verified = verify_three(BATCHES, |_, _| {});
         assert!(verified.ok && verified.complete && verified.chains_equal, "{verified:?}");
         assert_eq!((verified.acked, verified.present, verified.committed), (BATCHES, BATCHES, BATCHES));
+    }
+
+    #[test]
+    fn logs_that_were_purged_to_different_places_are_compared_where_they_go() {
+        let verified = verify_purged([2, 0, 4], BATCHES, |_, _| {});
+        assert!(verified.ok && verified.chains_equal, "{verified:?}");
+        assert_eq!((verified.present, verified.purged), (BATCHES, 0), "one has them all: {verified:?}");
+        let verified = verify_purged([3; 3], BATCHES, |_, _| {});
+        assert_eq!((verified.ok, verified.present, verified.purged), (true, BATCHES - 3, 3), "{verified:?}");
+        let said = verified.to_string();
+        assert!(said.contains("of 6 acknowledged commands 3 lie behind snapshots"), "{said}");
+        // What is left is looked at as closely as ever.
+        let verified = verify_purged([2; 3], BATCHES, |dir, slots| {
+            overwrite(&dir.join("segment-00000001.wal"), slots[4], &[0; 4096]);
+        });
+        assert!(!verified.ok && !verified.complete, "{verified:?}");
     }
 
     #[test]
@@ -555,7 +625,7 @@ mod tests {
         ledger.set_settled(0, 100);
         let runs = [RunLedger { run: 1, ledger }];
         let mut verified = Verified::default();
-        let mut check = Check::new(&runs, PAYLOAD_BYTES, &mut verified);
+        let mut check = Check::new(&runs, PAYLOAD_BYTES, false, &mut verified);
         for sequence in 1..=100 {
             let mut bytes = command(A, sequence);
             *bytes.last_mut().unwrap() ^= 1;

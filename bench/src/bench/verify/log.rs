@@ -63,8 +63,9 @@ impl Log {
             if let SegmentOrigin::Cut { cut, after } = header.origin {
                 log.cut_after(cut.index);
                 let (index, _, chain) = log.end();
-                // Before the cluster is formed there is no chain to agree on.
-                if index != after.index || (index.get() > 0 && chain != after.chain) {
+                // Before the cluster is formed there is no chain to agree on, nor behind what was purged since.
+                let is_there = after.index >= log.start();
+                if is_there && (index != after.index || (index.get() > 0 && chain != after.chain)) {
                     log.problems.push(format!(
                         "segment {} says that the log ended at {} with chain {}; it ends at {index} with {chain}",
                         header.generation, after.index, after.chain
@@ -81,6 +82,11 @@ impl Log {
             }
         }
         Ok(log)
+    }
+
+    /// Where the log begins: behind what was purged, if anything was.
+    pub(super) fn start(&self) -> LogIndex {
+        self.start.0
     }
 
     /// The position and chain at the log's end.
@@ -123,6 +129,11 @@ impl Log {
                 break;
             };
             let info = view.info();
+            if info.last <= self.start.0 {
+                // Purged, in a segment that holds more.
+                offset += slot_bytes(image_bytes) as u64;
+                continue;
+            }
             let (end, _, chain) = self.end();
             // A later write of a batch may be there though an earlier one was lost in a crash.
             if info.first != end.next() || !view.verify_chain(chain) || info.chain != envelope.chain {
@@ -134,10 +145,13 @@ impl Log {
         Ok(())
     }
 
-    /// The first index, up to `end`, at which this log is another than `other`, as far as both go.
+    /// The first index, up to `end`, at which this log is another than `other`, as far as both go. What one of them has purged says
+    /// nothing; but a chain is of all that came before.
     pub(super) fn differs_from(&self, other: &Self, end: u64) -> Option<LogIndex> {
         let shorter = self.last().min(other.last()).get().min(end);
-        let pairs = self.batches.iter().zip(&other.batches);
+        let later = self.start().max(other.start());
+        let behind = |log: &Self| log.batches.partition_point(|found| found.info.last <= later);
+        let pairs = self.batches[behind(self)..].iter().zip(&other.batches[behind(other)..]);
         let mut pairs = pairs.take_while(|(a, b)| a.info.last.min(b.info.last).get() <= shorter);
         let differs = |(a, b): &(&Found, &Found)| a.info.last != b.info.last || a.info.chain != b.info.chain;
         pairs.find(differs).map(|(a, _)| a.info.last)
