@@ -15,7 +15,7 @@ use anyhow::Context as _;
 use clap::Parser as _;
 use ringraft_bench::conducted::{Replicas, STEADY, ensure_room, ringraft};
 use ringraft_bench::limit::{FollowerKind, LimitOptions, LimitRow, measure};
-use ringraft_bench::runs::goals::{NODES, Record, TOOL, shapes, tables, work_of};
+use ringraft_bench::runs::goals::{NODES, Record, TOOL, shapes, shapes_looking, tables, work_of};
 use ringraft_bench::runs::work::Work;
 use ringraft_bench::runs::{Recorder, RunArgs};
 use std::path::Path;
@@ -182,6 +182,7 @@ fn floor(dir: &Path, span: Duration) -> anyhow::Result<Vec<LimitRow>> {
     let mut options = LimitOptions::short(dir, NODES);
     options.measure = span;
     options.replicated = shapes();
+    options.looking = shapes_looking();
     options.followers = FollowerKind::Process(RINGRAFT.into());
     Ok(measure(&options)?.rows)
 }

@@ -243,7 +243,12 @@ fn rows(
     }
     let mut rows = Vec::new();
     for &shape in &options.disk {
-        rows.push(LimitRow::new(Pattern::Write, 1, shape, &replicate::lead(file, &mut [], shape, false, pace)?));
+        rows.push(LimitRow::new(
+            Pattern::Write,
+            1,
+            shape,
+            &replicate::lead(file, &mut [], shape, false, pace)?,
+        ));
     }
     let processes: Vec<u32> =
         followers.iter().take(options.nodes - 1).filter_map(Follower::process).collect();
@@ -383,8 +388,7 @@ pub fn run(args: &LimitArgs) -> anyhow::Result<()> {
     options.cores.clone_from(&args.cores);
     options.replicated.extend(&args.shapes);
     options.looking.clone_from(&args.looking);
-    let measurements =
-        (options.disk.len() + 2 + options.replicated.len() + options.looking.len()) as f64;
+    let measurements = (options.disk.len() + 2 + options.replicated.len() + options.looking.len()) as f64;
     eprintln!(
         "measuring {} for about {:.0} s; keep the machine idle",
         args.dir.display(),

@@ -312,7 +312,8 @@ impl Drop for Arena {
 
 /// Makes an io_uring in the best mode that the kernel offers.
 fn set_up() -> anyhow::Result<(IoUring, &'static str)> {
-    let best = IoUring::builder().setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag().build(ENTRIES);
+    let best =
+        IoUring::builder().setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag().build(ENTRIES);
     let refused = match best {
         Ok(uring) => return Ok((uring, "DEFER_TASKRUN, SINGLE_ISSUER")),
         Err(error) => error,

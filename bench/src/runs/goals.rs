@@ -1,5 +1,7 @@
 //! What the project aims at: ratios to the machine's floor, and to another program, and how far they are reached.
 
+mod beside;
+
 use super::Run;
 use super::statistics::{Spread, number, ratio};
 use super::work::{Figures, Metric, Work};
@@ -63,14 +65,6 @@ const GOALS: &[Goal] = &[
     goal(Work::from_thread(64 * KIB, 16), Against::Floor(LARGE), Metric::CpuPerGb, 1.6, 1.6),
 ];
 
-/// What another program's commits are compared with beside those of this one: the floor with as many commands in flight, in the
-/// shapes in which their bytes may be made durable, and how many commands a batch then has.
-const BESIDE: [(Work, &[(Shape, usize)]); 3] = [
-    (Work::from_thread(128, 64), &[(Shape::of(12 * KIB, 1), 64)]),
-    (Work::from_thread(128, KIB), &[(Shape::of(128 * KIB, 1), KIB), (Shape::of(64 * KIB, 2), KIB / 2)]),
-    (Work::from_thread(4 * KIB, 256), &[(Shape::of(64 * KIB, 16), 16), (Shape::of(256 * KIB, 4), 64)]),
-];
-
 /// Committed commands of 128 bytes per second that are enough, whatever the floor does.
 const MANY_PER_SECOND: f64 = 2.5e6;
 /// Of one processor, for each node of an idle cluster.
@@ -115,9 +109,17 @@ pub enum Record {
 
 /// The shapes in which the floor is to be measured.
 pub fn shapes() -> Vec<Shape> {
-    let beside = BESIDE.iter().flat_map(|(_, shapes)| shapes.iter().map(|(shape, _)| *shape));
+    each_once([SMALL, LARGE].into_iter().chain(BEST).chain(beside::shapes()))
+}
+
+/// The same for a floor whose nodes look for work before they sleep.
+pub fn shapes_looking() -> Vec<Shape> {
+    each_once([SMALL].into_iter().chain(beside::shapes()))
+}
+
+fn each_once(all: impl Iterator<Item = Shape>) -> Vec<Shape> {
     let mut shapes: Vec<Shape> = Vec::new();
-    for shape in [SMALL, LARGE].into_iter().chain(BEST).chain(beside) {
+    for shape in all {
         if !shapes.contains(&shape) {
             shapes.push(shape);
         }
@@ -152,19 +154,23 @@ struct Round<'a> {
 }
 
 impl Round<'_> {
+    /// What the machine does itself.
+    fn of_floor(&self, pattern: Pattern, shape: Shape) -> Option<Figures> {
+        let row = self.floor.iter().find(|row| row.pattern == pattern && row.shape == shape)?;
+        Some(Figures {
+            per_s: row.per_s,
+            bytes_per_s: row.bytes_per_s,
+            p50_us: row.us_p50?,
+            p99_us: row.us_p99?,
+            cpu_us: row.cpu_us,
+            cpu_s_per_gb: row.cpu_us * 1e3 / shape.batch_bytes as f64,
+        })
+    }
+
     /// What a goal may be compared with, by name.
     fn others(&self, goal: &Goal) -> Vec<(String, f64)> {
         let of_floor = |shape: Shape| {
-            let is_it = |row: &&LimitRow| row.pattern == Pattern::Replicate && row.shape == shape;
-            let row = self.floor.iter().find(is_it)?;
-            let figures = Figures {
-                per_s: row.per_s,
-                bytes_per_s: row.bytes_per_s,
-                p50_us: row.us_p50?,
-                p99_us: row.us_p99?,
-                cpu_us: row.cpu_us,
-                cpu_s_per_gb: row.cpu_us * 1e3 / shape.batch_bytes as f64,
-            };
+            let figures = self.of_floor(Pattern::Replicate, shape)?;
             Some((format!("floor, {shape}"), goal.metric.of(&figures)))
         };
         let peers = self.theirs.iter().filter(|((_, work), _)| *work == goal.work);
@@ -232,49 +238,8 @@ pub fn tables(runs: &[Run<Record>]) -> String {
     backends.dedup();
     let mut tables: Vec<String> =
         backends.iter().map(|backend| table(backend, &rounds).to_string()).collect();
-    tables.extend(beside_the_floor(&backends, &rounds).map(|table| table.to_string()));
+    tables.extend(beside::tables(&backends, &rounds).iter().map(Table::to_string));
     tables.join("\n\n")
-}
-
-/// How much of the floor's commits everybody's are, and how much of it those are that are required. Nothing if the floor was not
-/// measured in these shapes.
-fn beside_the_floor(backends: &[&str], rounds: &[Round<'_>]) -> Option<Table> {
-    let mut table = Table::new();
-    table.load_preset(presets::ASCII_MARKDOWN);
-    let mut header = vec!["commands/s, of the floor's".to_owned(), "floor".to_owned()];
-    header.extend(backends.iter().map(ToString::to_string));
-    table.set_header(header.into_iter().chain(["the other program".to_owned(), "required".to_owned()]));
-    for (work, shapes) in BESIDE {
-        let is_it = |goal: &&Goal| {
-            goal.work == work && matches!((goal.against, goal.metric), (Against::Peer, Metric::PerSecond))
-        };
-        let goal = GOALS.iter().find(is_it)?;
-        let Some(peer) = best_of_others(rounds, goal) else { continue };
-        let of_floor = |round: &Round<'_>, (shape, commands): (Shape, usize)| {
-            let is_it = |row: &&LimitRow| row.pattern == Pattern::Replicate && row.shape == shape;
-            Some(round.floor.iter().find(is_it)?.per_s * commands as f64)
-        };
-        let medians = shapes.iter().filter_map(|shape| {
-            let median = Spread::of(rounds.iter().filter_map(|round| of_floor(round, *shape)))?.median;
-            Some((*shape, median))
-        });
-        let Some((shape, floor)) = medians.max_by(|(_, one), (_, other)| one.total_cmp(other)) else {
-            continue;
-        };
-        let share = |of: &dyn Fn(&Round<'_>) -> Option<f64>| {
-            let shares = rounds.iter().filter_map(|round| Some(of(round)? / of_floor(round, shape)?));
-            Spread::of(shares).map_or_else(|| "-".to_owned(), |share| ratio(share.median))
-        };
-        let theirs = |round: &Round<'_>| Some(round.theirs.get(&(peer.as_str(), work))?.per_s);
-        let mut row = vec![work.to_string(), format!("{}, as {}", number(floor), shape.0)];
-        row.extend(
-            backends.iter().map(|backend| share(&|round| Some(round.ours.get(&(*backend, work))?.per_s))),
-        );
-        row.push(share(&theirs));
-        row.push(share(&|round| Some(theirs(round)? * goal.required)));
-        table.add_row(row);
-    }
-    (table.row_count() > 0).then_some(table)
 }
 
 fn table(backend: &str, rounds: &[Round<'_>]) -> Table {

@@ -38,7 +38,23 @@ fn fixture() -> String {
         for record in [
             Record::Floor {
                 round,
-                rows: vec![floor.clone(), LimitRow { shape: Shape::of(12 * KIB, 1), per_s: 10.0, ..floor }],
+                rows: vec![
+                    LimitRow { shape: Shape::of(12 * KIB, 1), per_s: 10.0, ..floor.clone() },
+                    LimitRow {
+                        pattern: Pattern::ReplicateLooking,
+                        us_p50: Some(80.0),
+                        us_p99: Some(150.0),
+                        cpu_us: 120.0,
+                        ..floor.clone()
+                    },
+                    LimitRow {
+                        pattern: Pattern::ReplicateLooking,
+                        shape: Shape::of(12 * KIB, 1),
+                        per_s: 16.0,
+                        ..floor.clone()
+                    },
+                    floor,
+                ],
             },
             Record::Idle { round, side: "uring".to_owned(), processors: 0.006 * round as f64 },
             commands("uring", ON_CORE, Figures { p50_us, ..OURS }),
@@ -68,8 +84,13 @@ fn a_table_has_medians_of_ratios_of_one_round_and_says_what_is_met() {
             "128 B x 64; p99, µs; slow; 300; 200; 1.50; 1.50 to 1.50; 0.60; 0.60; missed",
             "idle; CPU per node; -; 0.30 %; -; -; 0.20 % to 0.40 %; 0.50 %; -; met",
             "commands/s, of the floor's; floor; uring; the other program; required",
-            // Ten batches of 64 commands.
+            // Ten batches of 64 commands, and sixteen.
             "128 B x 64; 640, as 12 KiB x 1; 1.56; 0.62; 1.25",
+            "128 B x 64; 1024, as 12 KiB x 1, looking; 0.98; 0.39; 0.78",
+            "128 B x 1, on core, of the floor's; floor; floor, looking; uring; required",
+            "p50, µs; 100; 0.80; 1.20; 1.25",
+            "p99, µs; 100; 1.50; 3.00; 1.50",
+            "CPU each, µs; 60.00; 2.00; 1.50; 1.60",
         ]
     );
 }
