@@ -1,30 +1,42 @@
 //! One answer from the core to whoever asked: a plain future that needs no executor, with a blocking `wait`.
 
 use crate::handle::{lock, register};
+use crate::waiting::look;
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
 /// What was asked of the core, to be answered once. Cancel safe: dropping it abandons the answer, not what was asked.
 #[must_use = "the answer tells whether it was done"]
 pub struct Answer<T> {
     slot: Arc<AnswerSlot<T>>,
+    /// For how long a thread looks for it before it sleeps.
+    patience: Duration,
 }
 
 impl<T> Answer<T> {
     /// An answer to come, and where to put it.
     pub(crate) fn new() -> (Self, Arc<AnswerSlot<T>>) {
-        let slot = Arc::new(AnswerSlot::default());
-        (Self { slot: Arc::clone(&slot) }, slot)
+        Self::looked_for(Duration::ZERO)
     }
 
-    /// Blocks until it is there.
+    /// One that a thread looks for so long before it sleeps.
+    pub(crate) fn looked_for(patience: Duration) -> (Self, Arc<AnswerSlot<T>>) {
+        let slot = Arc::new(AnswerSlot::default());
+        (Self { slot: Arc::clone(&slot), patience }, slot)
+    }
+
+    /// Blocks until it is there. That of a read the thread may look for a while before it sleeps
+    /// ([`IdlePolicy::Adaptive`](crate::runtime::IdlePolicy::Adaptive)).
     ///
     /// # Panics
     /// When it was polled before and was ready: the answer was given then.
     #[must_use]
     pub fn wait(self) -> T {
+        look(self.patience, || self.slot.has_come.load(Ordering::Acquire));
         let mut state = lock(&self.slot.state);
         loop {
             if let Some(value) = state.value.take() {
@@ -66,6 +78,8 @@ impl<T> Future for Answer<T> {
 pub(crate) struct AnswerSlot<T> {
     state: Mutex<State<T>>,
     done: Condvar,
+    /// For who looks: it has been answered.
+    has_come: AtomicBool,
 }
 
 struct State<T> {
@@ -78,7 +92,7 @@ struct State<T> {
 impl<T> Default for AnswerSlot<T> {
     fn default() -> Self {
         let state = State { value: None, waker: None, blocked: false, taken: false };
-        Self { state: Mutex::new(state), done: Condvar::new() }
+        Self { state: Mutex::new(state), done: Condvar::new(), has_come: AtomicBool::new(false) }
     }
 }
 
@@ -91,6 +105,7 @@ impl<T> AnswerSlot<T> {
                 return;
             }
             state.value = Some(value);
+            self.has_come.store(true, Ordering::Release);
             (state.waker.take(), state.blocked)
         };
         if blocked {
@@ -105,6 +120,7 @@ impl<T> AnswerSlot<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::waiting::asked;
 
     #[test]
     fn the_first_answer_counts_for_a_waiter_and_for_a_future() {
@@ -128,6 +144,26 @@ mod tests {
         assert_eq!((answer.try_take(), answer.try_take()), (Some(4), None));
         slot.complete(6);
         assert_eq!(answer.try_take(), None);
+    }
+
+    #[test]
+    fn a_thread_looks_for_the_answer_to_a_read_and_for_no_other() {
+        let before = asked();
+        let (answer, slot) = Answer::new();
+        slot.complete(1);
+        assert_eq!((answer.wait(), asked()), (1, before));
+        for is_late in [false, true] {
+            let (answer, slot) = Answer::looked_for(Duration::from_secs(3_600));
+            let core = std::thread::spawn(move || {
+                if is_late {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                slot.complete(2);
+            });
+            assert_eq!(answer.wait(), 2);
+            core.join().expect("no panic");
+        }
+        assert_eq!(asked(), before + 2);
     }
 
     /// It would block for ever.

@@ -185,20 +185,20 @@ fn submit(shared: &Shared, wanted: Wanted, timeout: Option<Duration>, ticket: Re
 }
 
 fn read(shared: &Shared, options: ReadOptions) -> Read<ReadPoint> {
-    let (answer, slot) = Answer::new();
+    let (answer, slot) = Answer::looked_for(shared.patience.span_of_reads());
     submit(shared, Wanted::Read(options.consistency), options.timeout, ReadTicket::Point(slot));
     answer
 }
 
 fn query(shared: &Shared, query: Bytes, options: ReadOptions) -> Read<QueryReply> {
-    let (answer, slot) = Answer::new();
+    let (answer, slot) = Answer::looked_for(shared.patience.span_of_reads());
     let ticket = ReadTicket::Query { query, slot };
     submit(shared, Wanted::Read(options.consistency), options.timeout, ticket);
     answer
 }
 
 fn index(shared: &Shared, wanted: Wanted, timeout: Option<Duration>) -> Read<LogIndex> {
-    let (answer, slot) = Answer::new();
+    let (answer, slot) = Answer::looked_for(shared.patience.span_of_reads());
     submit(shared, wanted, timeout, ReadTicket::Index(slot));
     answer
 }

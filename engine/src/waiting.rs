@@ -14,7 +14,7 @@ use std::time::Duration;
 /// Locked by the thread of this process that looks, whatever the node.
 static LOOKING: Mutex<GivingWay> = Mutex::new(GivingWay::of_any_thread());
 
-/// For how long threads look that wait for a core, as the core says.
+/// For how long threads look that wait for a core, and for commands as the core says.
 #[derive(Debug)]
 pub(crate) struct Patience {
     span: Duration,
@@ -40,7 +40,12 @@ impl Patience {
         }
     }
 
-    /// For now.
+    /// For reads, which wait for no command: however long those take.
+    pub(crate) fn span_of_reads(&self) -> Duration {
+        self.span
+    }
+
+    /// For commands, for now.
     pub(crate) fn span(&self) -> Duration {
         if self.is_over.load(Ordering::Relaxed) { Duration::ZERO } else { self.span }
     }
@@ -133,10 +138,16 @@ mod tests {
         assert_eq!(patience.span(), Duration::from_micros(70));
         patience.set_over(true);
         assert_eq!(patience.span(), Duration::ZERO);
+        assert_eq!(patience.span_of_reads(), Duration::from_micros(70), "they wait for no command");
         patience.set_over(false);
         assert_eq!(patience.span(), Duration::from_micros(70));
         for idle in [IdlePolicy::Park, IdlePolicy::Spin] {
-            assert_eq!(Patience::new(idle).span(), Duration::ZERO, "{idle:?}");
+            let patience = Patience::new(idle);
+            assert_eq!(
+                (patience.span(), patience.span_of_reads()),
+                (Duration::ZERO, Duration::ZERO),
+                "{idle:?}"
+            );
         }
     }
 }
