@@ -96,6 +96,13 @@ pub(crate) struct Applied {
     bytes: AtomicU64,
 }
 
+impl Applied {
+    /// Commands.
+    pub(crate) fn entries(&self) -> u64 {
+        self.entries.load(Ordering::Relaxed)
+    }
+}
+
 /// The state machine of `ringraft node`: counts what it applies and replies nothing.
 pub(crate) struct Counter {
     applied: Arc<Applied>,

@@ -204,6 +204,10 @@ impl Service {
         cleanup::signalled().is_none() && self.handle.status().stopped.is_none()
     }
 
+    fn status(&self) -> NodeStatus {
+        NodeStatus::new(self.handle.status(), || self.applied.entries())
+    }
+
     /// Carries out the orders of a benchmark.
     fn obey(&self) -> anyhow::Result<()> {
         let mut input = Lines::default();
@@ -215,7 +219,7 @@ impl Service {
             };
             let order = serde_json::from_str(&line).with_context(|| format!("not an order: {line}"))?;
             let answer = match order {
-                Order::Status => Answer::Status(NodeStatus::from(self.handle.status())),
+                Order::Status => Answer::Status(self.status()),
                 Order::StopLoad => {
                     self.stop_load();
                     Answer::Taken
@@ -282,7 +286,7 @@ impl Service {
             };
             let words: Vec<&str> = line.split_whitespace().collect();
             if words == ["status"] {
-                let status = NodeStatus::from(self.handle.status());
+                let status = self.status();
                 say(&format!("STATUS {}", serde_json::to_string(&status)?))?;
                 continue;
             }

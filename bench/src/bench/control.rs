@@ -78,6 +78,8 @@ pub(crate) struct NodeStatus {
     pub(crate) applied: u64,
     /// Hexadecimal.
     pub(crate) applied_chain: String,
+    /// Commands that its state machine has applied, at least up to `applied`, since the cluster was formed.
+    pub(crate) entries: u64,
 }
 
 impl NodeStatus {
@@ -93,8 +95,9 @@ impl NodeStatus {
     }
 }
 
-impl From<Status> for NodeStatus {
-    fn from(status: Status) -> Self {
+impl NodeStatus {
+    /// `entries` is read after `status`.
+    pub(crate) fn new(status: Status, entries: impl FnOnce() -> u64) -> Self {
         Self {
             node: status.node.get(),
             formed: status.formed,
@@ -105,6 +108,7 @@ impl From<Status> for NodeStatus {
             commit: status.commit.get(),
             applied: status.applied.get(),
             applied_chain: status.applied_chain.iter().map(|byte| format!("{byte:02x}")).collect(),
+            entries: entries(),
         }
     }
 }

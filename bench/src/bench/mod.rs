@@ -54,7 +54,8 @@ const STARTS_MAX: usize = 5;
 /// Measure a durable cluster on this machine
 ///
 /// Starts nodes as processes on loopback with their logs on the file system of --dir, drives the leader, measures
-/// the machine's own limit before and after, and verifies from disk that every acknowledged command is there once.
+/// the machine's own limit before and after, and verifies from disk that every acknowledged command is there once, as far as the
+/// logs go (--snapshot-mb).
 /// It leaves nothing running and nothing on disk. Run it while the machine does nothing else.
 #[derive(Clone, Debug, clap::Args)]
 #[command(after_help = exit::HELP, args_override_self = true)]
@@ -216,6 +217,7 @@ pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<()> {
                 dir: member.dir.clone(),
                 committed: status.map(|status| status.commit),
                 kept: member.kept(),
+                entries: status.filter(|status| status.applied == status.commit).map(|status| status.entries),
             }
         })
         .collect();
@@ -389,7 +391,7 @@ impl<'a> Watch<'a> {
         self.acked_before_ns.push(acked_ns.max().unwrap_or(0));
         let answer = cluster.member(node)?.ask(&Order::Run { ledger: path, plan })?;
         // From here on the ledger counts: a node that died over the order may have sent something.
-        self.runs.push(RunLedger { run, ledger });
+        self.runs.push(RunLedger { run, term, ledger });
         self.leaders.push((node, term));
         match answer {
             Some(Answer::Failed { error }) => bail!("node {node} cannot generate load: {error}"),
@@ -701,6 +703,7 @@ impl<'a> Watch<'a> {
                 duration_s: window_s,
                 warmup_s: args.warmup.as_secs_f64(),
                 cores: args.cores.clone(),
+                snapshot_mb: args.snapshot_mb,
                 engine: Engine::from(config),
             },
             durable,

@@ -64,6 +64,8 @@ pub(crate) struct Config {
     pub(crate) duration_s: f64,
     pub(crate) warmup_s: f64,
     pub(crate) cores: Vec<usize>,
+    /// MiB of log after which a node takes a snapshot and purges; 0: never.
+    pub(crate) snapshot_mb: u64,
     pub(crate) engine: Engine,
 }
 

@@ -10,7 +10,8 @@
 //! one before is known, so its sequences must rise along the log.
 //!
 //! Of a log that was purged only what is left can be read: of each stream what comes from its first command there on, and of a
-//! stream without any there, nothing.
+//! stream without any there, nothing. What was purged is checked by number: a state machine has applied as many commands as were
+//! acknowledged, and of those with unknown outcome some; and there is a snapshot where the log begins.
 
 mod log;
 
@@ -36,11 +37,13 @@ pub(crate) struct Verified {
     pub(crate) acked: u64,
     /// Acknowledged commands that are in the log once.
     pub(crate) present: u64,
-    /// Acknowledged commands that lie behind snapshots, and are in no log any more.
+    /// Acknowledged commands that lie behind snapshots, where the log that was read does not go any more.
     pub(crate) purged: u64,
-    /// Commands whose outcome their proposer never learnt, and how many of them are in the log.
+    /// Commands whose outcome their proposer never learnt, how many of them are in the log, and of how many it cannot tell since it was
+    /// purged.
     pub(crate) unknown: u64,
     pub(crate) unknown_present: u64,
+    pub(crate) unknown_purged: u64,
     /// Acknowledged commands that are not in the log.
     pub(crate) missing: u64,
     /// Commands that are in the log twice, or out of their stream's order.
@@ -55,6 +58,8 @@ pub(crate) struct Verified {
     pub(crate) on_majority: bool,
     /// Every node's disk holds all that the node ever reported as durable and committed, also of a minority.
     pub(crate) complete: bool,
+    /// Nodes that had applied everything told how many commands that was, and it is as many as there can be.
+    pub(crate) counted: usize,
     /// The end of what is committed.
     pub(crate) committed: u64,
     pub(crate) nodes: Vec<VerifiedNode>,
@@ -69,8 +74,12 @@ pub(crate) struct Verified {
 pub(crate) struct VerifiedNode {
     pub(crate) node: u64,
     pub(crate) batches: usize,
+    /// Where its log begins: behind that index.
+    pub(crate) start: u64,
     /// The last index on its disk.
     pub(crate) last: u64,
+    /// Whether its log has something in common with the one whose commands were read.
+    pub(crate) compared: bool,
     /// The last index that it reported as durable and committed.
     pub(crate) kept: u64,
 }
@@ -78,22 +87,33 @@ pub(crate) struct VerifiedNode {
 impl fmt::Display for Verified {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.ok {
-            let unknown = match self.unknown {
-                0 => String::new(),
-                unknown => format!("; of {unknown} with unknown outcome {} are there", self.unknown_present),
+            let unknown = match (self.unknown, self.unknown_purged) {
+                (0, _) => String::new(),
+                (unknown, 0) => {
+                    format!("; of {unknown} with unknown outcome {} are there", self.unknown_present)
+                }
+                (unknown, untold) => format!(
+                    "; of {unknown} with unknown outcome {} are there, and of {untold} nobody can tell",
+                    self.unknown_present
+                ),
             };
             let once = match self.purged {
                 0 => format!("all {} acknowledged commands are in the log once", self.acked),
                 purged => format!(
-                    "of {} acknowledged commands {purged} lie behind snapshots, and the others are in the log once",
-                    self.acked
+                    "of {} acknowledged commands {purged} lie behind snapshots, of which {} nodes have counted them, and the \
+                     others are in the log once",
+                    self.acked, self.counted
                 ),
+            };
+            let compared = self.nodes.iter().filter(|node| node.compared).count();
+            let apart = match self.nodes.len() - compared {
+                0 => String::new(),
+                apart => format!(" ({apart} ended before the others begin)"),
             };
             return write!(
                 f,
-                "Verified from disk: {once}{unknown}; the logs of {} nodes are equal by chain, and hold what each node reported \
-                 as durable and committed.",
-                self.nodes.len()
+                "Verified from disk: {once}{unknown}; the logs of {compared} nodes are equal by chain{apart}, and hold what each \
+                 node reported as durable and committed.",
             );
         }
         writeln!(
@@ -116,11 +136,15 @@ pub(crate) struct NodeDir {
     pub(crate) committed: Option<u64>,
     /// What its disk must hold at the least; see [`NodeStatus::kept`](super::control::NodeStatus::kept).
     pub(crate) kept: u64,
+    /// Commands that it has applied, if it had applied all that is committed.
+    pub(crate) entries: Option<u64>,
 }
 
 /// What a generator did.
 pub(crate) struct RunLedger {
     pub(crate) run: u32,
+    /// In which its leader was elected: its commands are of no earlier term.
+    pub(crate) term: u64,
     pub(crate) ledger: Ledger,
 }
 
@@ -139,10 +163,25 @@ pub(crate) fn verify(
     let mut verified =
         Verified { chains_equal: true, on_majority: true, complete: true, ..Verified::default() };
     for (node, log) in nodes.iter().zip(&logs) {
-        let (batches, last) = (log.batches.len(), log.last().get());
-        verified.nodes.push(VerifiedNode { node: node.node, batches, last, kept: node.kept });
+        let (batches, start, last) = (log.batches.len(), log.start().get(), log.last().get());
+        verified.nodes.push(VerifiedNode {
+            node: node.node,
+            batches,
+            start,
+            last,
+            kept: node.kept,
+            compared: true,
+        });
+        if start > log.snapshot.unwrap_or(0) {
+            verified.complete = false;
+            verified.problems.push(format!(
+                "node {}: its log begins behind {start}, and no snapshot goes so far",
+                node.node
+            ));
+        }
         verified.problems.extend(log.problems.iter().map(|problem| format!("node {}: {problem}", node.node)));
-        if last < node.kept {
+        // Of a snapshot that was being installed the log need not tell yet.
+        if last.max(log.snapshot.unwrap_or(0)) < node.kept {
             verified.complete = false;
             verified.problems.push(format!(
                 "node {}: it reported {} as durable and committed, but the log in {} ends at {last}",
@@ -170,7 +209,8 @@ pub(crate) fn verify(
         .zip(nodes)
         .max_by_key(|(log, node)| (node.committed, log.last_term(), log.last(), Reverse(log.start())));
     let Some((reference, reference_node)) = reference else { return Ok(verified) };
-    for (log, node) in logs.iter().zip(nodes) {
+    for ((log, node), shown) in logs.iter().zip(nodes).zip(&mut verified.nodes) {
+        shown.compared = log.meets(reference);
         if let Some(index) = log.differs_from(reference, committed) {
             verified.chains_equal = false;
             let (node, other) = (node.node, reference_node.node);
@@ -178,9 +218,21 @@ pub(crate) fn verify(
         }
     }
 
-    let mut check = Check::new(runs, payload_bytes, reference.start() > LogIndex(0), &mut verified);
+    let mut check = Check::new(runs, payload_bytes, reference.start_term(), &mut verified);
     reference.for_each_command(LogIndex(committed), |bytes| check.command(bytes))?;
     check.finish();
+    for node in nodes.iter().filter(|node| node.committed == Some(committed)) {
+        let Some(entries) = node.entries else { continue };
+        let (least, most) = (verified.acked, verified.acked + verified.unknown);
+        if (least..=most).contains(&entries) {
+            verified.counted += 1;
+        } else {
+            verified.problems.push(format!(
+                "node {}: it has applied {entries} commands, and {least} were acknowledged, {} more may be there",
+                node.node, verified.unknown
+            ));
+        }
+    }
     let commands = reference.batches.iter().filter(|batch| batch.info.kind == BatchKind::Commands);
     let image_bytes = commands.map(|batch| u64::from(batch.info.image_bytes));
     let (count, bytes) = image_bytes.fold((0, 0), |(count, bytes), more| (count + 1, bytes + more));
@@ -194,8 +246,6 @@ pub(crate) fn verify(
 struct Check<'a> {
     runs: HashMap<u32, RunCheck<'a>>,
     filler: Vec<u8>,
-    /// The log does not hold all that was ever in it.
-    is_purged: bool,
     verified: &'a mut Verified,
     shown: usize,
 }
@@ -203,13 +253,21 @@ struct Check<'a> {
 struct RunCheck<'a> {
     ledger: &'a Ledger,
     unknown: BTreeSet<(u64, u64)>,
+    /// The log need not hold all of its commands any more.
+    is_purged: bool,
     /// The highest sequence of each stream met so far.
     met: Vec<u64>,
 }
 
 impl<'a> Check<'a> {
-    fn new(runs: &'a [RunLedger], payload_bytes: usize, is_purged: bool, verified: &'a mut Verified) -> Self {
-        let runs = runs.iter().map(|RunLedger { run, ledger }| {
+    /// The log begins behind an entry of that term, which is none if nothing was purged.
+    fn new(
+        runs: &'a [RunLedger],
+        payload_bytes: usize,
+        purged: Option<u64>,
+        verified: &'a mut Verified,
+    ) -> Self {
+        let runs = runs.iter().map(|RunLedger { run, term, ledger }| {
             // What was outstanding when a process was killed is unknown as well.
             let outstanding =
                 (0..ledger.streams()).filter(|stream| ledger.sent(*stream) > ledger.settled(*stream));
@@ -220,10 +278,11 @@ impl<'a> Check<'a> {
                 (0..ledger.streams()).filter(|stream| ledger.sent(*stream) > ledger.settled(*stream)).count();
             verified.unknown += unknown.len() as u64;
             verified.acked += settled + open as u64 - unknown.len() as u64;
-            (*run, RunCheck { ledger, unknown, met: vec![0; ledger.streams()] })
+            let is_purged = purged.is_some_and(|purged| purged >= *term);
+            (*run, RunCheck { ledger, unknown, is_purged, met: vec![0; ledger.streams()] })
         });
         let runs = runs.collect();
-        Self { runs, filler: load::filler(payload_bytes), is_purged, verified, shown: 0 }
+        Self { runs, filler: load::filler(payload_bytes), verified, shown: 0 }
     }
 
     fn command(&mut self, bytes: &[u8]) {
@@ -253,7 +312,8 @@ impl<'a> Check<'a> {
         } else {
             self.verified.present += 1;
         }
-        if self.is_purged && met == 0 {
+        if check.is_purged && met == 0 {
+            self.verified.unknown_purged += check.unknown(number, 1, sequence);
             self.verified.purged += missing;
         } else {
             self.missing(stream, met + 1, missing);
@@ -269,13 +329,11 @@ impl<'a> Check<'a> {
         for (run, check) in &self.runs {
             for number in 0..check.met.len() {
                 let (from, end) = (check.met[number] + 1, check.ledger.settled(number) + 1);
-                if from >= end {
-                    continue;
-                }
-                let missing = check.missing(number, from, end);
-                if self.is_purged && check.met[number] == 0 {
-                    self.verified.purged += missing;
-                } else {
+                if check.is_purged && check.met[number] == 0 {
+                    self.verified.unknown_purged += check.unknown(number, from, u64::MAX);
+                    self.verified.purged += check.missing(number, from, end);
+                } else if from < end {
+                    let missing = check.missing(number, from, end);
                     left.push((u64::from(*run) << 32 | number as u64, from, missing));
                 }
             }
@@ -312,8 +370,12 @@ impl<'a> Check<'a> {
 impl RunCheck<'_> {
     /// How many of the sequences `from..end` of a stream were acknowledged.
     fn missing(&self, stream: usize, from: u64, end: u64) -> u64 {
-        let unknown = self.unknown.range((stream as u64, from)..(stream as u64, end)).count();
-        (end - from) - unknown as u64
+        (end - from) - self.unknown(stream, from, end)
+    }
+
+    /// How many of them have an unknown outcome.
+    fn unknown(&self, stream: usize, from: u64, end: u64) -> u64 {
+        self.unknown.range((stream as u64, from)..(stream as u64, end)).count() as u64
     }
 }
 
@@ -323,7 +385,8 @@ mod tests {
     use ringraft_block::{AlignedBuf, ClusterId, GroupId, Incarnation, NodeId, Pool, Term};
     use ringraft_wal::format::{
         BatchBuilder, Chain, Cut, Envelope, HARD_STATE_FILE_BYTES, HardState, LogStart, PriorContent, Seal,
-        SegmentHeader, SegmentOrigin, slots_start, write_envelope, write_hard_state, write_segment_header,
+        SegmentHeader, SegmentOrigin, content_checksum, prior_checksum_at, slots_start, write_envelope,
+        write_hard_state, write_segment_header,
     };
     use std::convert::Infallible;
     use std::os::unix::fs::FileExt as _;
@@ -340,14 +403,14 @@ mod tests {
 
     /// One run, number 1, with two streams: (sent, settled) of each, and the unknown ones.
     fn check(streams: [(u64, u64); 2], unknown: &[(usize, u64)], log: &[(u64, u64)]) -> Verified {
-        check_log(streams, unknown, log, false)
+        check_log(streams, unknown, log, None)
     }
 
     fn check_log(
         streams: [(u64, u64); 2],
         unknown: &[(usize, u64)],
         log: &[(u64, u64)],
-        is_purged: bool,
+        purged: Option<u64>,
     ) -> Verified {
         let ledger = Ledger::private(2).unwrap();
         for (stream, (sent, settled)) in streams.into_iter().enumerate() {
@@ -357,9 +420,9 @@ mod tests {
         for (stream, sequence) in unknown {
             assert!(ledger.note_unknown(*stream, *sequence));
         }
-        let runs = [RunLedger { run: 1, ledger }];
+        let runs = [RunLedger { run: 1, term: 1, ledger }];
         let mut verified = Verified::default();
-        let mut check = Check::new(&runs, PAYLOAD_BYTES, is_purged, &mut verified);
+        let mut check = Check::new(&runs, PAYLOAD_BYTES, purged, &mut verified);
         for (stream, sequence) in log {
             check.command(&command(*stream, *sequence));
         }
@@ -400,16 +463,20 @@ mod tests {
 
     #[test]
     fn of_a_purged_log_each_stream_counts_from_its_first_command_on() {
-        let verified = check_log([(6, 6), (3, 3)], &[(0, 2)], &[(A, 4), (A, 5), (A, 6)], true);
+        let verified = check_log([(6, 6), (3, 3)], &[(0, 2)], &[(A, 4), (A, 5), (A, 6)], Some(1));
         let counts = (verified.acked, verified.present, verified.purged, verified.missing);
         assert_eq!(counts, (8, 3, 2 + 3, 0), "{verified:?}");
+        assert_eq!((verified.unknown, verified.unknown_purged), (1, 1), "{verified:?}");
         assert!(verified.problems.is_empty(), "{verified:?}");
         // A gap behind that, and an end that is not there, are missed all the same.
         for log in [&[(A, 4), (A, 6)][..], &[(A, 4), (A, 5)], &[(A, 4), (A, 5), (A, 6), (A, 5)]] {
-            let verified = check_log([(6, 6), (3, 3)], &[], log, true);
+            let verified = check_log([(6, 6), (3, 3)], &[], log, Some(1));
             assert_eq!(verified.missing + verified.repeated, 1, "{verified:?}");
             assert_eq!(verified.problems.len(), 1, "{verified:?}");
         }
+        // What was purged is of an earlier term than this leader's.
+        let verified = check_log([(6, 6), (3, 3)], &[(0, 2)], &[(A, 4), (A, 5), (A, 6)], Some(0));
+        assert_eq!((verified.purged, verified.missing, verified.problems.len()), (0, 5, 2), "{verified:?}");
     }
 
     #[test]
@@ -524,6 +591,9 @@ mod tests {
             },
         );
         std::fs::write(dir.join("hard-a"), block).unwrap();
+        if purged > 0 {
+            std::fs::write(dir.join(format!("snapshot-{purged:016x}.snap")), []).unwrap();
+        }
         offsets
     }
 
@@ -535,23 +605,28 @@ mod tests {
 
     /// The same with logs of which so many batches were purged.
     fn verify_purged(purged: [u64; 3], kept: u64, change: impl FnOnce(&Path, &[u64])) -> Verified {
+        verify_nodes(purged, |third, offsets| {
+            third.kept = kept;
+            change(&third.dir, offsets);
+        })
+    }
+
+    /// `change` may be of what the third node said, too.
+    fn verify_nodes(purged: [u64; 3], change: impl FnOnce(&mut NodeDir, &[u64])) -> Verified {
         let dir = tempfile::tempdir().unwrap();
-        let nodes: Vec<NodeDir> = (1..=3)
-            .map(|node| {
-                let dir = dir.path().join(node.to_string());
-                std::fs::create_dir(&dir).unwrap();
-                NodeDir { node, dir, committed: Some(BATCHES), kept: BATCHES }
-            })
-            .collect();
-        let made = nodes.iter().zip(purged).map(|(node, purged)| data_directory(&node.dir, purged));
-        let offsets: Vec<_> = made.collect();
-        change(&nodes[2].dir, &offsets[2]);
-        let mut nodes = nodes;
-        nodes[2].kept = kept;
+        let mut offsets = Vec::new();
+        let nodes = (1..=3).zip(purged).map(|(node, purged)| {
+            let dir = dir.path().join(node.to_string());
+            std::fs::create_dir(&dir).unwrap();
+            offsets = data_directory(&dir, purged);
+            NodeDir { node, dir, committed: Some(BATCHES), kept: BATCHES, entries: Some(BATCHES) }
+        });
+        let mut nodes: Vec<NodeDir> = nodes.collect();
+        change(&mut nodes[2], &offsets);
         let ledger = Ledger::private(1).unwrap();
         ledger.set_sent(0, BATCHES);
         ledger.set_settled(0, BATCHES);
-        verify(&nodes, &[RunLedger { run: 1, ledger }], PAYLOAD_BYTES).unwrap()
+        verify(&nodes, &[RunLedger { run: 1, term: 1, ledger }], PAYLOAD_BYTES).unwrap()
     }
 
     fn overwrite(file: &Path, offset: u64, bytes: &[u8]) {
@@ -575,6 +650,21 @@ mod tests {
         assert_eq!((verified.ok, verified.present, verified.purged), (true, BATCHES - 3, 3), "{verified:?}");
         let said = verified.to_string();
         assert!(said.contains("of 6 acknowledged commands 3 lie behind snapshots"), "{said}");
+        assert!(said.contains("of which 3 nodes have counted them"), "{said}");
+        // Purged beyond the end of another one, whose chain at that place is the only thing they have in common; and further.
+        for (lost, purged, compared) in [(3, 4, true), (3, 5, false)] {
+            let verified = verify_purged([purged, purged, 0], 0, |dir, slots| {
+                overwrite(&dir.join("segment-00000001.wal"), slots[lost + 1], &[0; 4096]);
+            });
+            assert!(verified.ok, "{verified:?}");
+            assert_eq!(verified.nodes[2].compared, compared, "{verified:?}");
+            assert_eq!(verified.to_string().contains("(1 ended before"), !compared, "{verified}");
+        }
+        // Purged without a snapshot.
+        let verified = verify_purged([2; 3], BATCHES, |dir, _| {
+            std::fs::remove_file(dir.join("snapshot-0000000000000002.snap")).unwrap();
+        });
+        assert!(!verified.ok && verified.problems[0].contains("no snapshot goes so far"), "{verified:?}");
         // What is left is looked at as closely as ever.
         let verified = verify_purged([2; 3], BATCHES, |dir, slots| {
             overwrite(&dir.join("segment-00000001.wal"), slots[4], &[0; 4096]);
@@ -619,13 +709,42 @@ mod tests {
     }
 
     #[test]
+    fn a_node_that_has_applied_more_or_fewer_commands_than_there_are_is_found() {
+        for purged in [[0; 3], [3; 3]] {
+            for entries in [BATCHES - 1, BATCHES + 1] {
+                let verified = verify_nodes(purged, |third, _| third.entries = Some(entries));
+                assert!(!verified.ok && verified.counted == 2, "{verified:?}");
+                assert!(verified.problems[0].contains("node 3: it has applied"), "{verified:?}");
+            }
+            let verified = verify_nodes(purged, |third, _| third.entries = None);
+            assert!(verified.ok && verified.counted == 2, "it had not come so far: {verified:?}");
+        }
+    }
+
+    /// The story: a file that is used again was taken into service, and its node was killed before it wrote the header.
+    #[test]
+    fn a_segment_without_a_header_may_hold_what_it_held_before() {
+        let start = slots_start(SEGMENT_BYTES);
+        let former = [0xab; 512];
+        let known = content_checksum(&former).to_le_bytes();
+        for is_known in [true, false] {
+            let verified = verify_three(BATCHES, |dir, _| {
+                let file = dir.join("segment-00000002.wal");
+                overwrite(&file, start, &former.repeat(8));
+                overwrite(&file, prior_checksum_at(start), &known.repeat(if is_known { 8 } else { 7 }));
+            });
+            assert_eq!(verified.ok, is_known, "{verified:?}");
+        }
+    }
+
+    #[test]
     fn altered_bytes_are_found_and_many_problems_are_counted_rather_than_listed() {
         let ledger = Ledger::private(1).unwrap();
         ledger.set_sent(0, 100);
         ledger.set_settled(0, 100);
-        let runs = [RunLedger { run: 1, ledger }];
+        let runs = [RunLedger { run: 1, term: 1, ledger }];
         let mut verified = Verified::default();
-        let mut check = Check::new(&runs, PAYLOAD_BYTES, false, &mut verified);
+        let mut check = Check::new(&runs, PAYLOAD_BYTES, None, &mut verified);
         for sequence in 1..=100 {
             let mut bytes = command(A, sequence);
             *bytes.last_mut().unwrap() ^= 1;

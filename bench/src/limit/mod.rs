@@ -16,7 +16,8 @@
 //! - Processor time is that of the leader's whole process and of all followers, per batch. Let the calling
 //!   process do nothing else meanwhile.
 //! - Nobody looks for work: a node without some sleeps in the kernel, as an engine with `--idle park` does. In the rows that say
-//!   "looking" a node looks for work for 500 µs before it sleeps, and gives way with every look, as an engine does by default.
+//!   "looking" a node looks for work for 500 µs before it sleeps, and gives way with every look, as an engine does while that gains
+//!   it something.
 //!
 //! The files: `ring.rs` is io_uring, `disk.rs` the log files, `socket.rs` loopback and control messages,
 //! `follower.rs` the followers' lives, `replicate.rs` the pattern, `report.rs` the figures.

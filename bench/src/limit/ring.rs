@@ -27,7 +27,7 @@ const ENTRIES: u32 = 128;
 const ARENA_ALIGN: usize = 2 << 20;
 /// Marks operations that complete silently when they succeed.
 const QUIET: u64 = 1 << 63;
-/// For so long a ring that looks for completions does so before it sleeps: as an engine does by default.
+/// For so long a ring that looks for completions does so before it sleeps: as long as an engine does by default.
 const LOOK_FOR: Duration = Duration::from_micros(500);
 /// The token of the cancellation that ends a ring.
 const CANCEL: u64 = QUIET - 1;
@@ -174,14 +174,16 @@ impl Ring {
 
     /// Submits what was pushed and waits for `want` completions. May return earlier (a signal).
     pub(super) fn turn(&mut self, want: usize) -> io::Result<()> {
-        let until = Instant::now() + LOOK_FOR;
-        while self.looks && Instant::now() < until {
-            // Without anything to submit or to collect this is no system call.
-            self.enter(0)?;
-            if self.uring.completion().len() >= want {
-                return Ok(());
+        if self.looks {
+            let until = Instant::now() + LOOK_FOR;
+            while Instant::now() < until {
+                // Without anything to submit or to collect this is no system call.
+                self.enter(0)?;
+                if self.uring.completion().len() >= want {
+                    return Ok(());
+                }
+                rustix::thread::sched_yield();
             }
-            rustix::thread::sched_yield();
         }
         self.enter(want)
     }

@@ -1,12 +1,13 @@
 //! A node's log as its disk holds it.
 
 use anyhow::{Context as _, ensure};
-use ringraft_block::{BLOCK_BYTES, LogIndex, Term, round_up_to_block};
+use ringraft_block::{BLOCK_BYTES, LogIndex, SECTOR_BYTES, Term, round_up_to_block};
 use ringraft_wal::format::{
     BatchInfo, BatchKind, Chain, ENVELOPE_BYTES, HARD_STATE_FILE_BYTES, HardState, SegmentHeader,
-    SegmentHeaderError, SegmentOrigin, parse_image, read_envelope, read_hard_state, read_segment_header,
-    slot_bytes, slots_start,
+    SegmentHeaderError, SegmentOrigin, content_checksum, parse_image, prior_checksum_at, read_envelope,
+    read_hard_state, read_segment_header, slot_bytes, slots_start,
 };
+use std::ffi::OsStr;
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
@@ -28,6 +29,8 @@ pub(super) struct Found {
 pub(super) struct Log {
     segments: Vec<Segment>,
     start: (LogIndex, Term, Chain),
+    /// The last index that a snapshot covers, by the files' names.
+    pub(super) snapshot: Option<u64>,
     pub(super) batches: Vec<Found>,
     pub(super) problems: Vec<String>,
 }
@@ -40,15 +43,18 @@ struct Segment {
 impl Log {
     pub(super) fn read(dir: &Path) -> anyhow::Result<Self> {
         let (mut segments, mut hard_state, mut problems) = (Vec::new(), None, Vec::new());
+        let mut snapshot = None;
         for entry in std::fs::read_dir(dir).with_context(|| format!("reading {}", dir.display()))? {
             let path = entry?.path();
+            let name = path.file_name().and_then(OsStr::to_str).and_then(ringraft::snapshots::parse_name);
+            snapshot = snapshot.max(name.map(LogIndex::get));
             if path.is_file() {
                 look_into(path, &mut segments, &mut hard_state, &mut problems)?;
             }
         }
         segments.sort_by_key(|segment| segment.header.generation);
-        let mut log =
-            Self { segments, start: (LogIndex(0), Term(0), Chain::default()), batches: Vec::new(), problems };
+        let start = (LogIndex(0), Term(0), Chain::default());
+        let mut log = Self { segments, start, snapshot, batches: Vec::new(), problems };
         let Some(hard_state) = hard_state else {
             log.problems.push("there is no valid hard state".to_owned());
             return Ok(log);
@@ -87,6 +93,24 @@ impl Log {
     /// Where the log begins: behind what was purged, if anything was.
     pub(super) fn start(&self) -> LogIndex {
         self.start.0
+    }
+
+    /// The term of what comes before that, if that is anything.
+    pub(super) fn start_term(&self) -> Option<u64> {
+        let (index, term, _) = self.start;
+        (index > LogIndex(0)).then_some(term.get())
+    }
+
+    /// Whether there is an index of which this log and `other` both know the chain.
+    pub(super) fn meets(&self, other: &Self) -> bool {
+        self.start().max(other.start()) <= self.last().min(other.last())
+    }
+
+    /// The chain at `index`, which is where the log begins or a batch ends.
+    fn chain_at(&self, index: LogIndex) -> Option<Chain> {
+        let found = self.batches.binary_search_by_key(&index, |found| found.info.last).ok();
+        let start = (index == self.start()).then_some(self.start.2);
+        found.map(|at| self.batches[at].info.chain).or(start)
     }
 
     /// The position and chain at the log's end.
@@ -150,6 +174,10 @@ impl Log {
     pub(super) fn differs_from(&self, other: &Self, end: u64) -> Option<LogIndex> {
         let shorter = self.last().min(other.last()).get().min(end);
         let later = self.start().max(other.start());
+        // Before the cluster is formed there is no chain to agree on.
+        if later > LogIndex(0) && self.meets(other) && self.chain_at(later) != other.chain_at(later) {
+            return Some(later);
+        }
         let behind = |log: &Self| log.batches.partition_point(|found| found.info.last <= later);
         let pairs = self.batches[behind(self)..].iter().zip(&other.batches[behind(other)..]);
         let mut pairs = pairs.take_while(|(a, b)| a.info.last.min(b.info.last).get() <= shorter);
@@ -205,10 +233,16 @@ fn look_into(
             return Ok(());
         }
         Ok(header) => format!("its header speaks of {} bytes, but it has {length}", header.segment_bytes),
-        // Taken into service, its header not yet written. Slots come after the header, never before.
+        // Taken into service, its header not yet written. Slots come after the header, never before: there are zeros, or what
+        // the file held in its former life, of which it has the checksums.
         Err(SegmentHeaderError::Blank) => {
-            let slot = read(slots_start(length), BLOCK_BYTES)?;
-            if slot.iter().all(|byte| *byte == 0) {
+            let start = slots_start(length);
+            let slot = read(start, BLOCK_BYTES)?;
+            let known = read(prior_checksum_at(start), BLOCK_BYTES / SECTOR_BYTES * 4)?;
+            let is_known = |(sector, known): (&[u8], &[u8])| content_checksum(sector).to_le_bytes() == *known;
+            let is_former =
+                slot.len() == BLOCK_BYTES && slot.chunks(SECTOR_BYTES).zip(known.chunks(4)).all(is_known);
+            if is_former || slot.iter().all(|byte| *byte == 0) {
                 return Ok(());
             }
             "its header is blank, but its slots are not".to_owned()
