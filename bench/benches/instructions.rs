@@ -45,8 +45,8 @@ const STAGES: &[Stage] = &[
             ("handle.rs", "propose"),
             ("handle.rs", "enqueue"),
             ("handle.rs", "flush"),
-            ("handle.rs", "spare"),
-            ("handle.rs", "take_back"),
+            ("outcomes.rs", "spare"),
+            ("outcomes.rs", "take_back"),
             ("group.rs", "push"),
             ("group.rs", "rest"),
             ("group.rs", "next"),
@@ -74,6 +74,7 @@ const STAGES: &[Stage] = &[
         places: &[
             ("ingress.rs", ""),
             ("handle.rs", ""),
+            ("outcomes.rs", ""),
             ("group.rs", ""),
             ("tickets.rs", ""),
             ("proposals.rs", "applied"),

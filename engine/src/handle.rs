@@ -7,32 +7,32 @@
 //! For many commands at a time use a [`Pipeline`]: submissions carry a tag of the caller's, completions are
 //! collected in batches, and a run of commands that commit together costs one lock and one wake.
 
+mod outcomes;
+mod status;
+
 use crate::answer::Answer;
 use crate::config::Config;
 pub use crate::driver::{HandedOver, HandoverCause, Transferred};
-use crate::error::{LeaderHint, ProposeError, Refusal, Refused, StopCause, TransferError};
+use crate::error::{ProposeError, Refusal, Refused, TransferError};
 use crate::group::{Commands, Group, GroupLimits, Target};
 use crate::ingress::{Arrival, Ingress, Submission};
-use crate::membership::Membership;
 use crate::proposals::LocalIngress;
-use crate::raft::{Claim, Role};
 use crate::requests::Request;
 use crate::runtime::{LocalWakeup, Wakeup};
 use crate::sessions::{Control, SessionLimits};
 pub use crate::snapshots::requests::{SnapshotError, SnapshotTaken};
 use crate::tickets::Ticket;
-use crate::waiting::{Patience, look};
+use crate::waiting::Patience;
 pub use crate::wire::AckStages;
 use bytes::Bytes;
+pub(crate) use outcomes::{BatchSlot, PipelineShared, ProposalSlot, lock, register};
+pub use outcomes::{Proposal, ProposalBatch};
 use ringraft_block::{LogIndex, NodeId, Term};
-use std::cell::RefCell;
-use std::future::Future;
-use std::net::SocketAddr;
-use std::pin::Pin;
+pub(crate) use status::StatusCell;
+pub use status::{DamageStatus, InstallStatus, PeerStatus, SnapshotStatus, Status};
 use std::rc::Rc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, Waker};
+use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 /// A command that is committed and was applied on this node.
@@ -48,149 +48,6 @@ pub struct Committed {
 
 /// What became of a command.
 pub type Outcome = Result<Committed, ProposeError>;
-
-/// What a node is and knows, at one moment.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Status {
-    /// This node.
-    pub node: NodeId,
-    /// Whether the cluster has been formed, as far as this node knows.
-    pub formed: bool,
-    /// Its role. A node that is not yet part of a formed cluster is a follower.
-    pub role: Role,
-    /// Its term.
-    pub term: Term,
-    /// The leader of the term, where known.
-    pub leader: Option<LeaderHint>,
-    /// The end of its log.
-    pub last: LogIndex,
-    /// How far its own log is durable.
-    pub durable: LogIndex,
-    /// How far the log is known to be committed.
-    pub commit: LogIndex,
-    /// How far it has been applied here; 0 while the state is lost ([`SnapshotStatus::state_lost`]).
-    pub applied: LogIndex,
-    /// The chain of the log at `applied`.
-    pub applied_chain: [u8; 16],
-    /// What is wrong with its disk or its log, and what it waits for.
-    pub damage: DamageStatus,
-    /// Its snapshots, and those under way.
-    pub snapshot: SnapshotStatus,
-    /// What a leader knows of the other members, by id; empty while this node does not lead.
-    pub peers: Vec<PeerStatus>,
-    /// Frames of other members that arrived damaged since the start. On a sound network there are none.
-    pub frames_damaged: u64,
-    /// How this node last handed leadership over to another since its start, if it has.
-    pub handed_over: Option<HandedOver>,
-    /// The address that it listens on, once it does.
-    pub listening: Option<SocketAddr>,
-    /// Why the node has stopped, if it has.
-    pub stopped: Option<StopCause>,
-    /// Who is in the cluster.
-    pub membership: Arc<Membership>,
-}
-
-/// What is wrong with a node's disk or log, and what it waits for. All of it is empty on a healthy node.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct DamageStatus {
-    /// Batches of the log that cannot be read and are being fetched from the others.
-    pub batches: usize,
-    /// The first index of the first of them: nothing from there on is applied here.
-    pub first: Option<LogIndex>,
-    /// More was in the log than can be read: until that is settled the node does not lead, and may not vote.
-    pub claim: Option<Claim>,
-    /// Members without whom it stays open for a while now what the log lacks: they do not answer, or what they answer leaves
-    /// it in doubt. Without a leader nothing goes on before that is settled: bring back those that are down, and look at the
-    /// status of the others, which may lack something themselves.
-    pub waiting_for: Vec<NodeId>,
-    /// Batches repaired since the start.
-    pub repaired: u64,
-    /// For how many milliseconds the oldest write has been under way, once the disk counts as stalled.
-    pub disk_stalled_ms: Option<u64>,
-}
-
-/// The snapshots of a node.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct SnapshotStatus {
-    /// The last index that its newest snapshot covers.
-    pub last: Option<LogIndex>,
-    /// What that takes on its disk.
-    pub bytes: u64,
-    /// One is being taken.
-    pub taking: bool,
-    /// One is being read into the state machine, which applies nothing meanwhile.
-    pub restoring: bool,
-    /// What was applied before the log's start cannot be read here, and is fetched from the leader: meanwhile nothing is
-    /// applied, reads wait or are refused, and the node does not lead.
-    pub state_lost: bool,
-    /// Snapshots on their way to other members, or from one.
-    pub installs: Vec<InstallStatus>,
-}
-
-/// A snapshot on its way from one member to another.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct InstallStatus {
-    /// The other member.
-    pub peer: NodeId,
-    /// Whether it comes from there.
-    pub incoming: bool,
-    /// The last index that it covers.
-    pub last: LogIndex,
-    /// How far it has come, in bytes.
-    pub bytes_done: u64,
-    /// Its size.
-    pub bytes: u64,
-}
-
-/// What a leader knows of another member.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PeerStatus {
-    /// The member.
-    pub id: NodeId,
-    /// Whether there is a session with it.
-    pub connected: bool,
-    /// The highest index that it has acknowledged as durable.
-    pub matched: LogIndex,
-    /// Where it spent its time on the newest batch that it made durable, as it said last in this session and term. A large
-    /// `durable_us` is a slow disk or a busy core there; what a command waits beyond it is the network, or this leader.
-    pub stages: Option<AckStages>,
-    /// Its log has no space for more.
-    pub no_space: bool,
-    /// How long ago something of it last arrived here, in the present session or the last one. `None`: there has been none
-    /// since this node started, or since that one became a member. What has waited unread here does not count.
-    ///
-    /// This and [`PeerStatus::sent_age`] are by the node's clock, to a millisecond, as of the leader's last turn; it takes one
-    /// with each heartbeat at least.
-    pub heard_age: Option<Duration>,
-    /// How long ago the transport last took something for it, whether or not that has arrived; `None` as with
-    /// [`PeerStatus::heard_age`]. Large beside a session: the transport is full, the peer does not read.
-    pub sent_age: Option<Duration>,
-}
-
-impl Status {
-    pub(crate) fn unstarted(node: NodeId) -> Self {
-        Self {
-            node,
-            formed: false,
-            role: Role::Follower,
-            term: Term(0),
-            leader: None,
-            last: LogIndex(0),
-            durable: LogIndex(0),
-            commit: LogIndex(0),
-            applied: LogIndex(0),
-            applied_chain: [0; 16],
-            damage: DamageStatus::default(),
-            snapshot: SnapshotStatus::default(),
-            peers: Vec::new(),
-            frames_damaged: 0,
-            handed_over: None,
-            listening: None,
-            stopped: None,
-            membership: Arc::default(),
-        }
-    }
-}
 
 /// What all handles of a node share with its core.
 pub(crate) struct Shared {
@@ -213,57 +70,6 @@ impl Shared {
             group_limits: GroupLimits::of_queue(config.ingress_capacity, config.uncommitted_bytes_max),
             session_limits: config.session_limits(),
             patience: Patience::new(config.idle),
-        }
-    }
-}
-
-/// The status, and those who wait for it to change. A change that nobody waits for costs no system call.
-pub(crate) struct StatusCell {
-    state: Mutex<(Status, usize)>,
-    changed: Condvar,
-}
-
-impl StatusCell {
-    pub(crate) fn new(status: Status) -> Self {
-        Self { state: Mutex::new((status, 0)), changed: Condvar::new() }
-    }
-
-    pub(crate) fn get(&self) -> Status {
-        lock(&self.state).0.clone()
-    }
-
-    pub(crate) fn publish(&self, change: impl FnOnce(&mut Status)) {
-        let watched = {
-            let mut state = lock(&self.state);
-            change(&mut state.0);
-            state.1 > 0
-        };
-        if watched {
-            self.changed.notify_all();
-        }
-    }
-
-    /// Waits until `condition` holds or `deadline` has come, if there is one; tells which.
-    pub(crate) fn wait(
-        &self,
-        deadline: Option<Instant>,
-        mut condition: impl FnMut(&Status) -> bool,
-    ) -> (Status, bool) {
-        let mut state = lock(&self.state);
-        loop {
-            let held = condition(&state.0);
-            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-            if held || left.is_some_and(|left| left.is_zero()) {
-                return (state.0.clone(), held);
-            }
-            state.1 += 1;
-            state = match left {
-                Some(left) => {
-                    self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0
-                }
-                None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
-            };
-            state.1 -= 1;
         }
     }
 }
@@ -587,7 +393,7 @@ impl Pipeline {
     /// Moves the completions that have arrived to `out`; an empty `out` may be exchanged for another vector. Never blocks.
     pub fn completions(&mut self, out: &mut Vec<Completion>) {
         self.flush();
-        self.shared.collect(&mut lock(&self.shared.state), out);
+        self.shared.completions(out);
         self.looked_in_vain &= out.is_empty();
     }
 
@@ -654,7 +460,7 @@ impl LocalPipeline {
 
     /// As [`Pipeline::completions`].
     pub fn completions(&mut self, out: &mut Vec<Completion>) {
-        self.shared.collect(&mut lock(&self.shared.state), out);
+        self.shared.completions(out);
     }
 
     /// As [`Pipeline::poll_completions`].
@@ -663,387 +469,12 @@ impl LocalPipeline {
     }
 }
 
-/// The outcome of one proposed command. Cancel safe: dropping it abandons the answer, not the command.
-#[must_use = "the outcome of a proposal is worth knowing"]
-pub struct Proposal {
-    slot: Arc<ProposalSlot>,
-    /// For how long a thread looks for the outcome before it sleeps.
-    patience: Duration,
-}
-
-impl Drop for Proposal {
-    fn drop(&mut self) {
-        ProposalSlot::keep_spare(&mut self.slot);
-    }
-}
-
-impl Proposal {
-    /// Blocks until the outcome is known.
-    ///
-    /// # Errors
-    /// Those of the proposal.
-    ///
-    /// # Panics
-    /// When it was polled before and was ready: the outcome was told then.
-    pub fn wait(mut self) -> Outcome {
-        self.wait_blocking()
-    }
-
-    pub(crate) fn wait_blocking(&mut self) -> Outcome {
-        look(self.patience, || self.slot.has_come.load(Ordering::Acquire));
-        let mut state = lock(&self.slot.state);
-        loop {
-            if let Some(outcome) = state.outcome.take() {
-                return outcome;
-            }
-            assert!(!state.taken, "a proposal is not waited for after it was ready");
-            state.blocked = true;
-            state = self.slot.done.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
-    }
-
-    /// Blocks until the outcome is known or `deadline` has come.
-    pub(crate) fn wait_until(&mut self, deadline: Instant) -> Option<Outcome> {
-        let left = deadline.saturating_duration_since(Instant::now());
-        look(self.patience.min(left), || self.slot.has_come.load(Ordering::Acquire));
-        let mut state = lock(&self.slot.state);
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if state.outcome.is_some() || left.is_zero() {
-                return state.outcome.take();
-            }
-            state.blocked = true;
-            state = self.slot.done.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
-    }
-
-    /// The outcome, if it is known.
-    pub(crate) fn try_outcome(&mut self) -> Option<Outcome> {
-        lock(&self.slot.state).outcome.take()
-    }
-}
-
-impl Future for Proposal {
-    type Output = Outcome;
-
-    /// # Panics
-    /// When polled again after it was ready.
-    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Outcome> {
-        let mut state = lock(&self.slot.state);
-        if let Some(outcome) = state.outcome.take() {
-            state.taken = true;
-            return Poll::Ready(outcome);
-        }
-        assert!(!state.taken, "a proposal is not polled after it was ready");
-        register(&mut state.waker, context);
-        Poll::Pending
-    }
-}
-
-/// The outcomes of [`Handle::propose_batch`], one per command, in order. Cancel safe: dropping it abandons the answers, not the
-/// commands. Outcomes are told all together: after it was ready there are none left, and waited for or polled again, it gives
-/// an empty list at once.
-#[must_use = "the outcomes of proposals are worth knowing"]
-pub struct ProposalBatch {
-    slot: Arc<BatchSlot>,
-    /// For how long a thread looks for the outcomes before it sleeps.
-    patience: Duration,
-}
-
-impl ProposalBatch {
-    /// Blocks until all outcomes are known.
-    #[must_use]
-    pub fn wait(self) -> Vec<Outcome> {
-        look(self.patience, || self.slot.have_come.load(Ordering::Acquire));
-        let mut state = lock(&self.slot.state);
-        while state.missing > 0 {
-            state.blocked = true;
-            state = self.slot.done.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
-        state.take()
-    }
-}
-
-impl Future for ProposalBatch {
-    type Output = Vec<Outcome>;
-
-    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Vec<Outcome>> {
-        let mut state = lock(&self.slot.state);
-        if state.missing == 0 {
-            return Poll::Ready(state.take());
-        }
-        register(&mut state.waker, context);
-        Poll::Pending
-    }
-}
-
-pub(crate) fn register(waker: &mut Option<Waker>, context: &Context<'_>) {
-    match waker {
-        Some(present) if present.will_wake(context.waker()) => {}
-        waker => *waker = Some(context.waker().clone()),
-    }
-}
-
-/// A lock whose holder panicked still holds a consistent value here: every critical section is a few plain
-/// assignments.
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Where a core puts the outcome of one command.
-#[derive(Default)]
-pub(crate) struct ProposalSlot {
-    state: Mutex<SlotState>,
-    /// The outcome has come, for who looks without the lock; under it `state` tells.
-    has_come: AtomicBool,
-    done: Condvar,
-}
-
-#[derive(Default)]
-struct SlotState {
-    outcome: Option<Outcome>,
-    waker: Option<Waker>,
-    blocked: bool,
-    taken: bool,
-}
-
-thread_local! {
-    /// Of proposals that this thread has done with, for its next ones: so a thread that waits for its own allocates
-    /// hardly any. It may have an outcome before the core has let go of the slot.
-    static SPARE_SLOTS: RefCell<Vec<Arc<ProposalSlot>>> = const { RefCell::new(Vec::new()) };
-}
-
-/// A thread keeps so many.
-const SPARE_SLOTS_MAX: usize = 1024;
-
-impl ProposalSlot {
-    fn spare_or_new() -> Arc<Self> {
-        // A thread that ends has none left.
-        let spare = SPARE_SLOTS.try_with(|spare| spare.borrow_mut().pop());
-        spare.ok().flatten().unwrap_or_default()
-    }
-
-    /// Keeps the slot for another proposal, if the core has let go of it.
-    fn keep_spare(slot: &mut Arc<Self>) {
-        let Some(unused) = Arc::get_mut(slot) else { return };
-        *unused.state.get_mut().unwrap_or_else(PoisonError::into_inner) = SlotState::default();
-        *unused.has_come.get_mut() = false;
-        // When the thread ends it is simply dropped.
-        let _ = SPARE_SLOTS.try_with(|spare| {
-            let mut spare = spare.borrow_mut();
-            if spare.len() < SPARE_SLOTS_MAX {
-                spare.push(Arc::clone(slot));
-            }
-        });
-    }
-
-    #[cfg(test)]
-    pub(crate) fn take_outcome(&self) -> Option<Outcome> {
-        lock(&self.state).outcome.take()
-    }
-
-    pub(crate) fn complete(&self, outcome: Outcome) {
-        let (waker, blocked) = {
-            let mut state = lock(&self.state);
-            state.outcome = Some(outcome);
-            self.has_come.store(true, Ordering::Release);
-            (state.waker.take(), state.blocked)
-        };
-        if blocked {
-            self.done.notify_one();
-        }
-        if let Some(waker) = waker {
-            waker.wake();
-        }
-    }
-}
-
-/// Where a core puts the outcomes of a batch.
-pub(crate) struct BatchSlot {
-    state: Mutex<BatchState>,
-    /// As with [`ProposalSlot`], all of them.
-    have_come: AtomicBool,
-    done: Condvar,
-}
-
-struct BatchState {
-    outcomes: Vec<Option<Outcome>>,
-    missing: usize,
-    waker: Option<Waker>,
-    blocked: bool,
-}
-
-impl BatchState {
-    fn take(&mut self) -> Vec<Outcome> {
-        std::mem::take(&mut self.outcomes).into_iter().flatten().collect()
-    }
-}
-
-impl BatchSlot {
-    fn new(commands: usize) -> Self {
-        let outcomes = std::iter::repeat_with(|| None).take(commands).collect();
-        Self {
-            state: Mutex::new(BatchState { outcomes, missing: commands, waker: None, blocked: false }),
-            have_come: AtomicBool::new(commands == 0),
-            done: Condvar::new(),
-        }
-    }
-
-    /// Takes outcomes, whose tags are positions, out of `run`.
-    pub(crate) fn complete(&self, run: &mut Vec<Completion>) {
-        let (waker, blocked) = {
-            let mut state = lock(&self.state);
-            for Completion { tag, outcome } in run.drain(..) {
-                if let Some(place) = state.outcomes.get_mut(tag as usize)
-                    && place.replace(outcome).is_none()
-                {
-                    state.missing -= 1;
-                }
-            }
-            if state.missing > 0 {
-                return;
-            }
-            self.have_come.store(true, Ordering::Release);
-            (state.waker.take(), state.blocked)
-        };
-        if blocked {
-            self.done.notify_one();
-        }
-        if let Some(waker) = waker {
-            waker.wake();
-        }
-    }
-}
-
-/// Where a core puts the outcomes of a pipeline's commands.
-#[derive(Default)]
-pub(crate) struct PipelineShared {
-    state: Mutex<PipelineState>,
-    /// There are completions, for who looks without the lock; under it `state` tells.
-    has_done: AtomicBool,
-    arrived: Condvar,
-    /// Memory of groups that the core has taken.
-    spare: Mutex<Vec<Commands>>,
-}
-
-/// A pipeline keeps the memory of so many groups: of those under way at a time there are few, since the core takes a group long
-/// before its commands are committed.
-const SPARE_GROUPS_MAX: usize = 4;
-/// Of a group with more memory than this nothing is kept.
-const SPARE_BYTES_MAX: usize = 128 << 10;
-
-#[derive(Default)]
-struct PipelineState {
-    done: Vec<Completion>,
-    waker: Option<Waker>,
-    blocked: bool,
-}
-
-impl PipelineState {
-    fn take(&mut self, out: &mut Vec<Completion>) {
-        if out.is_empty() {
-            std::mem::swap(&mut self.done, out);
-        } else {
-            out.append(&mut self.done);
-        }
-    }
-}
-
-impl PipelineShared {
-    /// Takes completions out of `run`, and leaves an empty vector, maybe another one.
-    pub(crate) fn complete(&self, run: &mut Vec<Completion>) {
-        let (waker, blocked) = {
-            let mut state = lock(&self.state);
-            if state.done.is_empty() {
-                std::mem::swap(&mut state.done, run);
-            } else {
-                state.done.append(run);
-            }
-            self.has_done.store(!state.done.is_empty(), Ordering::Release);
-            (state.waker.take(), std::mem::take(&mut state.blocked))
-        };
-        if blocked {
-            self.arrived.notify_one();
-        }
-        if let Some(waker) = waker {
-            waker.wake();
-        }
-    }
-
-    /// An empty group, with memory if there is some.
-    fn spare(&self) -> Commands {
-        lock(&self.spare).pop().unwrap_or_default()
-    }
-
-    /// Keeps the memory of a group.
-    pub(crate) fn take_back(&self, mut commands: Commands) {
-        commands.clear();
-        let mut spare = lock(&self.spare);
-        if spare.len() < SPARE_GROUPS_MAX && commands.capacity_bytes() <= SPARE_BYTES_MAX {
-            spare.push(commands);
-        }
-    }
-
-    /// True if it has looked for as long as `patience`, in vain.
-    pub(crate) fn wait(&self, out: &mut Vec<Completion>, timeout: Duration, patience: Duration) -> bool {
-        let started = Instant::now();
-        let in_vain = look(patience.min(timeout), || self.has_done.load(Ordering::Acquire));
-        let mut state = lock(&self.state);
-        while state.done.is_empty() {
-            let left = timeout.saturating_sub(started.elapsed());
-            if left.is_zero() {
-                break;
-            }
-            state.blocked = true;
-            state = self.arrived.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
-        state.blocked = false;
-        self.collect(&mut state, out);
-        in_vain && patience <= timeout
-    }
-
-    fn collect(&self, state: &mut PipelineState, out: &mut Vec<Completion>) {
-        state.take(out);
-        self.has_done.store(false, Ordering::Relaxed);
-    }
-
-    fn poll(&self, context: &Context<'_>, out: &mut Vec<Completion>) -> Poll<()> {
-        let mut state = lock(&self.state);
-        if state.done.is_empty() {
-            register(&mut state.waker, context);
-            return Poll::Pending;
-        }
-        self.collect(&mut state, out);
-        Poll::Ready(())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::waiting::asked;
-
-    #[test]
-    fn the_slot_of_a_proposal_serves_the_next_one_if_the_core_has_let_go_of_it() {
-        let outcome = || Ok(Committed { index: LogIndex(1), term: Term(1), reply: Bytes::new() });
-        let slot = ProposalSlot::spare_or_new();
-        let (place, core) = (Arc::as_ptr(&slot), Arc::clone(&slot));
-        core.complete(outcome());
-        drop(Proposal { slot, patience: Duration::ZERO });
-        let other = ProposalSlot::spare_or_new();
-        assert_ne!(Arc::as_ptr(&other), place, "the core has it still");
-        drop((core, Proposal { slot: other, patience: Duration::ZERO }));
-        let slot = ProposalSlot::spare_or_new();
-        let (place, core) = (Arc::as_ptr(&slot), Arc::clone(&slot));
-        core.complete(outcome());
-        drop(core);
-        drop(Proposal { slot, patience: Duration::ZERO });
-        let slot = ProposalSlot::spare_or_new();
-        assert_eq!(Arc::as_ptr(&slot), place);
-        assert!(slot.take_outcome().is_none() && !slot.has_come.load(Ordering::Relaxed), "it is as new");
-    }
-
-    const PATIENCE: Duration = Duration::from_micros(1);
+    use std::sync::atomic::Ordering;
+    use std::task::Waker;
 
     fn completion(tag: u64) -> Completion {
         Completion { tag, outcome: Ok(Committed { index: LogIndex(1), term: Term(1), reply: Bytes::new() }) }
@@ -1086,21 +517,6 @@ mod tests {
             assert_eq!(wait(&mut pipeline, long).1, 1);
             pipeline.looked_in_vain = true;
         }
-
-        let before = asked();
-        let mut proposal = Proposal { slot: ProposalSlot::spare_or_new(), patience: PATIENCE };
-        assert!(proposal.wait_until(Instant::now() + Duration::from_millis(200)).is_none());
-        assert_eq!(asked() - before, 1);
-        proposal.slot.complete(completion(0).outcome);
-        assert!(proposal.wait().is_ok());
-        assert_eq!(asked() - before, 2);
-
-        let slot = Arc::new(BatchSlot::new(1));
-        slot.complete(&mut vec![completion(0)]);
-        let before = asked();
-        assert_eq!(ProposalBatch { slot, patience: PATIENCE }.wait().len(), 1);
-        assert_eq!(ProposalBatch { slot: Arc::new(BatchSlot::new(0)), patience: PATIENCE }.wait().len(), 0);
-        assert_eq!(asked() - before, 2);
     }
 
     fn unstarted() -> Handle {
@@ -1207,14 +623,5 @@ mod tests {
         assert!(
             matches!(&state.outcomes[4], Some(Err(ProposeError::Refused(refused))) if matches!(refused.reason, Refusal::TooLarge { .. }))
         );
-    }
-
-    #[test]
-    fn a_thread_keeps_a_bounded_number_of_slots() {
-        let many: Vec<Proposal> = (0..2 * SPARE_SLOTS_MAX)
-            .map(|_| Proposal { slot: ProposalSlot::spare_or_new(), patience: Duration::ZERO })
-            .collect();
-        drop(many);
-        assert_eq!(SPARE_SLOTS.with(|spare| spare.borrow().len()), SPARE_SLOTS_MAX);
     }
 }

@@ -184,21 +184,29 @@ fn submit(shared: &Shared, wanted: Wanted, timeout: Option<Duration>, ticket: Re
     shared.ingress.push_read(ReadRequest { wanted, timeout, ticket });
 }
 
+/// For how long a thread looks for the answer before it sleeps: for what waits for the log, as for commands.
+fn patience(shared: &Shared, wanted: Wanted) -> Duration {
+    match wanted {
+        Wanted::Read(Consistency::Log) | Wanted::Committed(_) | Wanted::Applied(_) => shared.patience.span(),
+        Wanted::Read(_) | Wanted::Round => shared.patience.span_of_reads(),
+    }
+}
+
 fn read(shared: &Shared, options: ReadOptions) -> Read<ReadPoint> {
-    let (answer, slot) = Answer::looked_for(shared.patience.span_of_reads());
+    let (answer, slot) = Answer::looked_for(patience(shared, Wanted::Read(options.consistency)));
     submit(shared, Wanted::Read(options.consistency), options.timeout, ReadTicket::Point(slot));
     answer
 }
 
 fn query(shared: &Shared, query: Bytes, options: ReadOptions) -> Read<QueryReply> {
-    let (answer, slot) = Answer::looked_for(shared.patience.span_of_reads());
+    let (answer, slot) = Answer::looked_for(patience(shared, Wanted::Read(options.consistency)));
     let ticket = ReadTicket::Query { query, slot };
     submit(shared, Wanted::Read(options.consistency), options.timeout, ticket);
     answer
 }
 
 fn index(shared: &Shared, wanted: Wanted, timeout: Option<Duration>) -> Read<LogIndex> {
-    let (answer, slot) = Answer::looked_for(shared.patience.span_of_reads());
+    let (answer, slot) = Answer::looked_for(patience(shared, wanted));
     submit(shared, wanted, timeout, ReadTicket::Index(slot));
     answer
 }
@@ -316,7 +324,10 @@ impl LocalHandle {
 mod tests {
     use super::*;
     use crate::allocations::bytes_allocated_by;
+    use crate::config::Config;
     use crate::error::StopError;
+    use crate::waiting::asked;
+    use ringraft_block::NodeId;
 
     fn request() -> (Read<LogIndex>, ReadRequest) {
         let (answer, slot) = Answer::new();
@@ -343,6 +354,51 @@ mod tests {
         assert_eq!(answers.pop().map(Answer::wait), Some(Err(ReadError::Stopped(cause))));
         (0..3).for_each(|_| drop(push()));
         assert_eq!(push().wait(), Err(ReadError::Busy), "as many places as before");
+    }
+
+    #[test]
+    fn a_thread_looks_for_what_waits_for_the_log_as_for_commands_and_always_for_other_reads() {
+        let member = crate::config::MemberConfig { id: NodeId(1), address: ([127, 0, 0, 1], 1).into() };
+        let config = Config::new(ringraft_block::ClusterId(1), NodeId(1), vec![member], "");
+        let handle = Handle { shared: Arc::new(Shared::new(&config, Arc::default())) };
+        let told = || handle.shared.ingress.pop_read().expect("a read").ticket.refuse(ReadError::Busy);
+        for is_over in [false, true] {
+            handle.shared.patience.set_over(is_over);
+            let looks = |ask: &dyn Fn()| {
+                let before = asked();
+                ask();
+                asked() - before
+            };
+            for (consistency, of_the_log) in
+                [(Consistency::Linearizable, false), (Consistency::Quorum, false), (Consistency::Log, true)]
+            {
+                let expected = usize::from(!is_over || !of_the_log);
+                let read = looks(&|| {
+                    let answer = handle.read(consistency);
+                    told();
+                    assert_eq!(answer.wait(), Err(ReadError::Busy));
+                });
+                let query = looks(&|| {
+                    let answer = handle.query(Bytes::new(), consistency);
+                    told();
+                    assert_eq!(answer.wait(), Err(ReadError::Busy));
+                });
+                assert_eq!((read, query), (expected, expected), "{consistency:?}, over: {is_over}");
+            }
+            let asks: [(&dyn Fn() -> Read<LogIndex>, bool); 3] = [
+                (&|| handle.force_round(), false),
+                (&|| handle.wait_committed(LogIndex(1), None), true),
+                (&|| handle.wait_applied(LogIndex(1), None), true),
+            ];
+            for (number, (ask, of_the_log)) in asks.into_iter().enumerate() {
+                let count = looks(&|| {
+                    let answer = ask();
+                    told();
+                    assert_eq!(answer.wait(), Err(ReadError::Busy));
+                });
+                assert_eq!(count, usize::from(!is_over || !of_the_log), "{number}, over: {is_over}");
+            }
+        }
     }
 
     /// All its places were made by the first read: 6 MB with the default bound, on the core if the read came from there.

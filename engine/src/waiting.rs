@@ -40,7 +40,7 @@ impl Patience {
         }
     }
 
-    /// For reads, which wait for no command: however long those take.
+    /// For reads that wait for no command: however long those take.
     pub(crate) fn span_of_reads(&self) -> Duration {
         self.span
     }

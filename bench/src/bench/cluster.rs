@@ -184,7 +184,8 @@ impl Cluster {
             let statuses = self.statuses()?;
             let live = self.members.iter().filter(|member| member.is_alive()).count();
             let end = leader_of(&statuses).map(|leader| leader.last);
-            let caught_up = |status: &NodeStatus| Some(status.commit.min(status.durable)) == end;
+            let caught_up =
+                |status: &NodeStatus| Some(status.commit.min(status.durable).min(status.applied)) == end;
             let all = statuses.len() == live && statuses.iter().all(caught_up);
             // Too few are left for a leader: there is nothing to wait for.
             let hopeless = 2 * live <= self.members.len();

@@ -223,15 +223,22 @@ pub(crate) fn verify(
     check.finish();
     for node in nodes.iter().filter(|node| node.committed == Some(committed)) {
         let Some(entries) = node.entries else { continue };
-        let (least, most) = (verified.acked, verified.acked + verified.unknown);
-        if (least..=most).contains(&entries) {
+        // Of what has an unknown outcome the log tells, but where it was purged.
+        let least = verified.acked + verified.unknown_present;
+        if (least..=least + verified.unknown_purged).contains(&entries) {
             verified.counted += 1;
         } else {
             verified.problems.push(format!(
-                "node {}: it has applied {entries} commands, and {least} were acknowledged, {} more may be there",
-                node.node, verified.unknown
+                "node {}: it has applied {entries} commands, and there are {least}, with {} that nobody can tell of",
+                node.node, verified.unknown_purged
             ));
         }
+    }
+    if verified.purged > 0 && verified.counted == 0 {
+        let purged = verified.purged;
+        verified
+            .problems
+            .push(format!("{purged} acknowledged commands were purged, and no node has counted them"));
     }
     let commands = reference.batches.iter().filter(|batch| batch.info.kind == BatchKind::Commands);
     let image_bytes = commands.map(|batch| u64::from(batch.info.image_bytes));
@@ -502,6 +509,11 @@ mod tests {
     /// A data directory as a node leaves it: a hard state, a segment with `BATCHES` batches of one command each, of which so many were
     /// purged, and one made ready. Says where each slot begins.
     fn data_directory(dir: &Path, purged: u64) -> Vec<u64> {
+        data_directory_at(dir, purged, 0)
+    }
+
+    /// With batches of another time, and so another log.
+    fn data_directory_at(dir: &Path, purged: u64, time_ms: u64) -> Vec<u64> {
         let (cluster, node, incarnation, group) = (ClusterId(1), NodeId(1), Incarnation(3), GroupId(0));
         let start = LogStart { index: LogIndex(0), term: Term(0), chain: Chain([7; 16]) };
         let mut segment = vec![0; SEGMENT_BYTES as usize];
@@ -534,7 +546,7 @@ mod tests {
                 term: Term(1),
                 first: LogIndex(index),
                 kind: BatchKind::Commands,
-                time_ms: 0,
+                time_ms,
                 previous_chain: chain,
             });
             write_envelope(
@@ -624,7 +636,8 @@ mod tests {
         let mut nodes: Vec<NodeDir> = nodes.collect();
         change(&mut nodes[2], &offsets);
         let ledger = Ledger::private(1).unwrap();
-        ledger.set_sent(0, BATCHES);
+        // One more was on its way to a leader that was killed, and never came.
+        ledger.set_sent(0, BATCHES + 1);
         ledger.set_settled(0, BATCHES);
         verify(&nodes, &[RunLedger { run: 1, term: 1, ledger }], PAYLOAD_BYTES).unwrap()
     }
@@ -718,6 +731,31 @@ mod tests {
             }
             let verified = verify_nodes(purged, |third, _| third.entries = None);
             assert!(verified.ok && verified.counted == 2, "it had not come so far: {verified:?}");
+        }
+        // The third ends last, so the others are not at the end and nobody counts.
+        let verified =
+            verify_nodes([3; 3], |third, _| (third.committed, third.entries) = (Some(BATCHES + 1), None));
+        assert!(!verified.ok && verified.counted == 0, "{verified:?}");
+        assert!(
+            verified.problems.iter().any(|problem| problem.contains("no node has counted")),
+            "{verified:?}"
+        );
+    }
+
+    #[test]
+    fn logs_that_differ_are_found_where_both_go_and_where_one_begins() {
+        for (purged, ends_at) in [([0; 3], None), ([3, 3, 0], None), ([0, 0, 3], None), ([3, 3, 0], Some(3))]
+        {
+            let verified = verify_nodes(purged, |third, _| {
+                std::fs::remove_dir_all(&third.dir).unwrap();
+                std::fs::create_dir(&third.dir).unwrap();
+                let offsets = data_directory_at(&third.dir, purged[2], 5);
+                if let Some(end) = ends_at {
+                    overwrite(&third.dir.join("segment-00000001.wal"), offsets[end], &[0; 4096]);
+                    (third.kept, third.committed) = (0, None);
+                }
+            });
+            assert!(!verified.ok && !verified.chains_equal, "{purged:?}, {ends_at:?}: {verified:?}");
         }
     }
 
