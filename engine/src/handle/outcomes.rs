@@ -91,7 +91,7 @@ impl Future for Proposal {
     }
 }
 
-/// The outcomes of [`Handle::propose_batch`], one per command, in order. Cancel safe: dropping it abandons the answers, not the
+/// The outcomes of [`Handle::propose_batch`](super::Handle::propose_batch), one per command, in order. Cancel safe: dropping it abandons the answers, not the
 /// commands. Outcomes are told all together: after it was ready there are none left, and waited for or polled again, it gives
 /// an empty list at once.
 #[must_use = "the outcomes of proposals are worth knowing"]
