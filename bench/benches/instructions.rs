@@ -75,6 +75,7 @@ const STAGES: &[Stage] = &[
             ("ingress.rs", ""),
             ("handle.rs", ""),
             ("outcomes.rs", ""),
+            ("answer.rs", ""),
             ("group.rs", ""),
             ("tickets.rs", ""),
             ("proposals.rs", "applied"),

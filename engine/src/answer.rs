@@ -7,7 +7,7 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What was asked of the core, to be answered once. Cancel safe: dropping it abandons the answer, not what was asked.
 #[must_use = "the answer tells whether it was done"]
@@ -29,17 +29,34 @@ impl<T> Answer<T> {
         (Self { slot: Arc::clone(&slot), patience }, slot)
     }
 
+    /// The answer that is put there.
+    pub(crate) fn of(slot: Arc<AnswerSlot<T>>, patience: Duration) -> Self {
+        Self { slot, patience }
+    }
+
+    pub(crate) fn slot(&self) -> &Arc<AnswerSlot<T>> {
+        &self.slot
+    }
+
+    pub(crate) fn slot_mut(&mut self) -> &mut Arc<AnswerSlot<T>> {
+        &mut self.slot
+    }
+
     /// Blocks until it is there. That of a read the thread may look for a while before it sleeps
     /// ([`IdlePolicy::Adaptive`](crate::runtime::IdlePolicy::Adaptive)).
     ///
     /// # Panics
     /// When it was polled before and was ready: the answer was given then.
     #[must_use]
-    pub fn wait(self) -> T {
+    pub fn wait(mut self) -> T {
+        self.wait_blocking()
+    }
+
+    pub(crate) fn wait_blocking(&mut self) -> T {
         look(self.patience, || self.slot.has_come.load(Ordering::Acquire));
         let mut state = lock(&self.slot.state);
         loop {
-            if let Some(value) = state.value.take() {
+            if let Some(value) = state.take() {
                 return value;
             }
             assert!(!state.taken, "an answer is not waited for after it was ready");
@@ -48,12 +65,24 @@ impl<T> Answer<T> {
         }
     }
 
+    /// Blocks until it is there or `deadline` has come.
+    pub(crate) fn wait_until(&mut self, deadline: Instant) -> Option<T> {
+        let left = || deadline.saturating_duration_since(Instant::now());
+        look(self.patience.min(left()), || self.slot.has_come.load(Ordering::Acquire));
+        let mut state = lock(&self.slot.state);
+        loop {
+            let left = left();
+            if state.value.is_some() || left.is_zero() {
+                return state.take();
+            }
+            state.blocked = true;
+            state = self.slot.done.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
     /// The answer, if it is there: once. Never blocks.
     pub fn try_take(&mut self) -> Option<T> {
-        let mut state = lock(&self.slot.state);
-        let value = state.value.take();
-        state.taken |= value.is_some();
-        value
+        lock(&self.slot.state).take()
     }
 }
 
@@ -64,8 +93,7 @@ impl<T> Future for Answer<T> {
     /// When polled again after it was ready, or taken.
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<T> {
         let mut state = lock(&self.slot.state);
-        if let Some(value) = state.value.take() {
-            state.taken = true;
+        if let Some(value) = state.take() {
             return Poll::Ready(value);
         }
         assert!(!state.taken, "an answer is not polled after it was ready");
@@ -78,7 +106,7 @@ impl<T> Future for Answer<T> {
 pub(crate) struct AnswerSlot<T> {
     state: Mutex<State<T>>,
     done: Condvar,
-    /// For who looks: it has been answered.
+    /// It has been answered, for who looks without the lock; under it `state` tells.
     has_come: AtomicBool,
 }
 
@@ -89,6 +117,14 @@ struct State<T> {
     taken: bool,
 }
 
+impl<T> State<T> {
+    fn take(&mut self) -> Option<T> {
+        let value = self.value.take();
+        self.taken |= value.is_some();
+        value
+    }
+}
+
 impl<T> Default for AnswerSlot<T> {
     fn default() -> Self {
         let state = State { value: None, waker: None, blocked: false, taken: false };
@@ -97,6 +133,11 @@ impl<T> Default for AnswerSlot<T> {
 }
 
 impl<T> AnswerSlot<T> {
+    #[cfg(test)]
+    pub(crate) fn take(&self) -> Option<T> {
+        lock(&self.state).take()
+    }
+
     /// Answers. A second answer to one question is a mistake that changes nothing.
     pub(crate) fn complete(&self, value: T) {
         let (waker, blocked) = {
@@ -147,23 +188,17 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_looks_for_the_answer_to_a_read_and_for_no_other() {
+    fn a_thread_looks_for_an_answer_if_it_has_patience() {
         let before = asked();
         let (answer, slot) = Answer::new();
         slot.complete(1);
         assert_eq!((answer.wait(), asked()), (1, before));
-        for is_late in [false, true] {
-            let (answer, slot) = Answer::looked_for(Duration::from_secs(3_600));
-            let core = std::thread::spawn(move || {
-                if is_late {
-                    std::thread::sleep(Duration::from_millis(20));
-                }
-                slot.complete(2);
-            });
-            assert_eq!(answer.wait(), 2);
-            core.join().expect("no panic");
-        }
-        assert_eq!(asked(), before + 2);
+        let (mut answer, slot) = Answer::looked_for(Duration::from_micros(1));
+        assert_eq!(answer.wait_until(Instant::now() + Duration::from_millis(20)), None);
+        assert_eq!(asked(), before + 1);
+        let core = std::thread::spawn(move || slot.complete(2));
+        assert_eq!((answer.wait(), asked()), (2, before + 2));
+        core.join().expect("no panic");
     }
 
     /// It would block for ever.

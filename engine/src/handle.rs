@@ -87,40 +87,40 @@ impl Handle {
     /// Proposes `command`. The future resolves when it is durable on a majority and applied here, or with a typed
     /// error.
     pub fn propose(&self, command: impl Into<Bytes>) -> Proposal {
-        let slot = ProposalSlot::spare_or_new();
-        let ticket = Ticket::Proposal(Arc::clone(&slot));
+        let proposal = Proposal::new(self.shared.patience.span());
+        let ticket = Ticket::Proposal(Arc::clone(proposal.slot()));
         if let Err(refused) = self.submit(command.into(), None, ticket) {
-            slot.complete(Err(refused.into()));
+            proposal.slot().complete(Err(refused.into()));
         }
-        Proposal { slot, patience: self.shared.patience.span() }
+        proposal
     }
 
     /// Proposes `command` under a sequence of a session, without the bookkeeping of a
     /// [`Session`](crate::sessions::Session).
     pub(crate) fn propose_in_session(&self, session: u64, sequence: u64, command: Bytes) -> Proposal {
-        let slot = ProposalSlot::spare_or_new();
-        let ticket = Ticket::Proposal(Arc::clone(&slot));
+        let proposal = Proposal::new(self.shared.patience.span());
+        let ticket = Ticket::Proposal(Arc::clone(proposal.slot()));
         if let Err(refused) = self.submit(command, Some((session, sequence)), ticket) {
-            slot.complete(Err(refused.into()));
+            proposal.slot().complete(Err(refused.into()));
         }
-        Proposal { slot, patience: self.shared.patience.span() }
+        proposal
     }
 
     /// Proposes a request about sessions.
     pub(crate) fn propose_control(&self, control: Control) -> Proposal {
-        let slot = ProposalSlot::spare_or_new();
-        let ticket = Ticket::Control(Arc::clone(&slot));
+        let proposal = Proposal::new(self.shared.patience.span());
+        let ticket = Ticket::Control(Arc::clone(proposal.slot()));
         if let Err(refused) = self.submit(control.encode(), None, ticket) {
-            slot.complete(Err(refused.into()));
+            proposal.slot().complete(Err(refused.into()));
         }
-        Proposal { slot, patience: self.shared.patience.span() }
+        proposal
     }
 
     /// A proposal that came to nothing at once.
     pub(crate) fn refused_proposal(&self, refused: Refused) -> Proposal {
-        let slot = ProposalSlot::spare_or_new();
-        slot.complete(Err(refused.into()));
-        Proposal { slot, patience: self.shared.patience.span() }
+        let proposal = Proposal::new(self.shared.patience.span());
+        proposal.slot().complete(Err(refused.into()));
+        proposal
     }
 
     /// Proposes `commands`, in order. They are neither atomic nor necessarily adjacent in the log; each has its own
@@ -253,11 +253,11 @@ pub struct LocalHandle {
 impl LocalHandle {
     /// As [`Handle::propose`]. `command` is copied.
     pub fn propose(&self, command: &[u8]) -> Proposal {
-        let slot = ProposalSlot::spare_or_new();
-        if let Err(refused) = self.submit(command, None, Ticket::Proposal(Arc::clone(&slot))) {
-            slot.complete(Err(refused.into()));
+        let proposal = Proposal::new(self.shared.patience.span());
+        if let Err(refused) = self.submit(command, None, Ticket::Proposal(Arc::clone(proposal.slot()))) {
+            proposal.slot().complete(Err(refused.into()));
         }
-        Proposal { slot, patience: self.shared.patience.span() }
+        proposal
     }
 
     /// As [`Handle::pipeline`].

@@ -703,7 +703,7 @@ mod tests {
     }
 
     fn outcome(slot: &ProposalSlot) -> Option<Outcome> {
-        slot.take_outcome()
+        slot.take()
     }
 
     /// A transfer waits for them as for commands.

@@ -167,7 +167,7 @@ mod tests {
         };
         assert_eq!(told(&pipelines[0]), [(10, 100), (11, 101), (12, 102), (14, 104), (16, 106)]);
         assert_eq!(told(&pipelines[1]), [(15, 105)]);
-        let slots = slots.map(|slot| slot.take_outcome().unwrap().unwrap().index.get());
+        let slots = slots.map(|slot| slot.take().unwrap().unwrap().index.get());
         assert_eq!(slots, [103, 107]);
     }
 }

@@ -192,7 +192,7 @@ impl Ring {
         let submission = self.uring.submission();
         let idle = submission.is_empty() && !submission.taskrun() && !submission.cq_overflow();
         drop(submission);
-        if want == 0 && idle && self.looks {
+        if want == 0 && idle {
             return Ok(());
         }
         match self.uring.submit_and_wait(want) {

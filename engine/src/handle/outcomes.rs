@@ -4,6 +4,7 @@
 //! there, after the lock: a sleeping thread, or a task. An atomic beside the lock is for threads that look before they sleep.
 
 use super::{Completion, Outcome};
+use crate::answer::{Answer, AnswerSlot};
 use crate::group::Commands;
 use crate::waiting::look;
 use std::cell::RefCell;
@@ -16,19 +17,33 @@ use std::time::{Duration, Instant};
 
 /// The outcome of one proposed command. Cancel safe: dropping it abandons the answer, not the command.
 #[must_use = "the outcome of a proposal is worth knowing"]
-pub struct Proposal {
-    pub(super) slot: Arc<ProposalSlot>,
-    /// For how long a thread looks for the outcome before it sleeps.
-    pub(super) patience: Duration,
+pub struct Proposal(Answer<Outcome>);
+
+/// Where a core puts the outcome of one command.
+pub(crate) type ProposalSlot = AnswerSlot<Outcome>;
+
+thread_local! {
+    /// Of proposals that this thread has done with, for its next ones: so a thread that waits for its own allocates
+    /// hardly any. It may have an outcome before the core has let go of the slot.
+    static SPARE_SLOTS: RefCell<Vec<Arc<ProposalSlot>>> = const { RefCell::new(Vec::new()) };
 }
 
-impl Drop for Proposal {
-    fn drop(&mut self) {
-        ProposalSlot::keep_spare(&mut self.slot);
-    }
-}
+/// A thread keeps so many.
+const SPARE_SLOTS_MAX: usize = 1024;
 
 impl Proposal {
+    /// One to come, which a thread looks for so long before it sleeps.
+    pub(super) fn new(patience: Duration) -> Self {
+        // A thread that ends has none left.
+        let spare = SPARE_SLOTS.try_with(|spare| spare.borrow_mut().pop());
+        Self(Answer::of(spare.ok().flatten().unwrap_or_default(), patience))
+    }
+
+    /// Where its outcome goes.
+    pub(super) fn slot(&self) -> &Arc<ProposalSlot> {
+        self.0.slot()
+    }
+
     /// Blocks until the outcome is known.
     ///
     /// # Errors
@@ -41,36 +56,33 @@ impl Proposal {
     }
 
     pub(crate) fn wait_blocking(&mut self) -> Outcome {
-        look(self.patience, || self.slot.has_come.load(Ordering::Acquire));
-        let mut state = lock(&self.slot.state);
-        loop {
-            if let Some(outcome) = state.outcome.take() {
-                return outcome;
-            }
-            assert!(!state.taken, "a proposal is not waited for after it was ready");
-            state.blocked = true;
-            state = self.slot.done.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
+        self.0.wait_blocking()
     }
 
     /// Blocks until the outcome is known or `deadline` has come.
     pub(crate) fn wait_until(&mut self, deadline: Instant) -> Option<Outcome> {
-        let left = deadline.saturating_duration_since(Instant::now());
-        look(self.patience.min(left), || self.slot.has_come.load(Ordering::Acquire));
-        let mut state = lock(&self.slot.state);
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if state.outcome.is_some() || left.is_zero() {
-                return state.outcome.take();
-            }
-            state.blocked = true;
-            state = self.slot.done.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
+        self.0.wait_until(deadline)
     }
 
     /// The outcome, if it is known.
     pub(crate) fn try_outcome(&mut self) -> Option<Outcome> {
-        lock(&self.slot.state).outcome.take()
+        self.0.try_take()
+    }
+}
+
+impl Drop for Proposal {
+    /// Keeps the slot for another proposal, if the core has let go of it.
+    fn drop(&mut self) {
+        let slot = self.0.slot_mut();
+        let Some(unused) = Arc::get_mut(slot) else { return };
+        *unused = ProposalSlot::default();
+        // When the thread ends it is simply dropped.
+        let _ = SPARE_SLOTS.try_with(|spare| {
+            let mut spare = spare.borrow_mut();
+            if spare.len() < SPARE_SLOTS_MAX {
+                spare.push(Arc::clone(slot));
+            }
+        });
     }
 }
 
@@ -79,20 +91,13 @@ impl Future for Proposal {
 
     /// # Panics
     /// When polled again after it was ready.
-    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Outcome> {
-        let mut state = lock(&self.slot.state);
-        if let Some(outcome) = state.outcome.take() {
-            state.taken = true;
-            return Poll::Ready(outcome);
-        }
-        assert!(!state.taken, "a proposal is not polled after it was ready");
-        register(&mut state.waker, context);
-        Poll::Pending
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Outcome> {
+        Pin::new(&mut self.0).poll(context)
     }
 }
 
-/// The outcomes of [`Handle::propose_batch`](super::Handle::propose_batch), one per command, in order. Cancel safe: dropping it abandons the answers, not the
-/// commands. Outcomes are told all together: after it was ready there are none left, and waited for or polled again, it gives
+/// The outcomes of [`Handle::propose_batch`](super::Handle::propose_batch), one per command, in order. Cancel safe: dropping it
+/// abandons the answers, not the commands. Outcomes are told all together: after it was ready there are none left, and waited for or polled again, it gives
 /// an empty list at once.
 #[must_use = "the outcomes of proposals are worth knowing"]
 pub struct ProposalBatch {
@@ -141,78 +146,10 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Where a core puts the outcome of one command.
-#[derive(Default)]
-pub(crate) struct ProposalSlot {
-    state: Mutex<SlotState>,
-    /// The outcome has come, for who looks without the lock; under it `state` tells.
-    has_come: AtomicBool,
-    done: Condvar,
-}
-
-#[derive(Default)]
-struct SlotState {
-    outcome: Option<Outcome>,
-    waker: Option<Waker>,
-    blocked: bool,
-    taken: bool,
-}
-
-thread_local! {
-    /// Of proposals that this thread has done with, for its next ones: so a thread that waits for its own allocates
-    /// hardly any. It may have an outcome before the core has let go of the slot.
-    static SPARE_SLOTS: RefCell<Vec<Arc<ProposalSlot>>> = const { RefCell::new(Vec::new()) };
-}
-
-/// A thread keeps so many.
-const SPARE_SLOTS_MAX: usize = 1024;
-
-impl ProposalSlot {
-    pub(super) fn spare_or_new() -> Arc<Self> {
-        // A thread that ends has none left.
-        let spare = SPARE_SLOTS.try_with(|spare| spare.borrow_mut().pop());
-        spare.ok().flatten().unwrap_or_default()
-    }
-
-    /// Keeps the slot for another proposal, if the core has let go of it.
-    fn keep_spare(slot: &mut Arc<Self>) {
-        let Some(unused) = Arc::get_mut(slot) else { return };
-        *unused.state.get_mut().unwrap_or_else(PoisonError::into_inner) = SlotState::default();
-        *unused.has_come.get_mut() = false;
-        // When the thread ends it is simply dropped.
-        let _ = SPARE_SLOTS.try_with(|spare| {
-            let mut spare = spare.borrow_mut();
-            if spare.len() < SPARE_SLOTS_MAX {
-                spare.push(Arc::clone(slot));
-            }
-        });
-    }
-
-    #[cfg(test)]
-    pub(crate) fn take_outcome(&self) -> Option<Outcome> {
-        lock(&self.state).outcome.take()
-    }
-
-    pub(crate) fn complete(&self, outcome: Outcome) {
-        let (waker, blocked) = {
-            let mut state = lock(&self.state);
-            state.outcome = Some(outcome);
-            self.has_come.store(true, Ordering::Release);
-            (state.waker.take(), state.blocked)
-        };
-        if blocked {
-            self.done.notify_one();
-        }
-        if let Some(waker) = waker {
-            waker.wake();
-        }
-    }
-}
-
 /// Where a core puts the outcomes of a batch.
 pub(crate) struct BatchSlot {
     pub(super) state: Mutex<BatchState>,
-    /// As with [`ProposalSlot`], all of them.
+    /// All have come, for who looks without the lock; under it `state` tells.
     have_come: AtomicBool,
     done: Condvar,
 }
@@ -391,30 +328,31 @@ mod tests {
     #[test]
     fn the_slot_of_a_proposal_serves_the_next_one_if_the_core_has_let_go_of_it() {
         let outcome = || Ok(Committed { index: LogIndex(1), term: Term(1), reply: Bytes::new() });
-        let slot = ProposalSlot::spare_or_new();
-        let (place, core) = (Arc::as_ptr(&slot), Arc::clone(&slot));
+        let proposal = Proposal::new(Duration::ZERO);
+        let (place, core) = (Arc::as_ptr(proposal.slot()), Arc::clone(proposal.slot()));
         core.complete(outcome());
-        drop(Proposal { slot, patience: Duration::ZERO });
-        let other = ProposalSlot::spare_or_new();
-        assert_ne!(Arc::as_ptr(&other), place, "the core has it still");
-        drop((core, Proposal { slot: other, patience: Duration::ZERO }));
-        let slot = ProposalSlot::spare_or_new();
-        let (place, core) = (Arc::as_ptr(&slot), Arc::clone(&slot));
-        core.complete(outcome());
-        drop(core);
-        drop(Proposal { slot, patience: Duration::ZERO });
-        let slot = ProposalSlot::spare_or_new();
-        assert_eq!(Arc::as_ptr(&slot), place);
-        assert!(slot.take_outcome().is_none() && !slot.has_come.load(Ordering::Relaxed), "it is as new");
+        drop(proposal);
+        let other = Proposal::new(Duration::ZERO);
+        assert_ne!(Arc::as_ptr(other.slot()), place, "the core has it still");
+        drop((core, other));
+        let proposal = Proposal::new(Duration::ZERO);
+        let place = Arc::as_ptr(proposal.slot());
+        Arc::clone(proposal.slot()).complete(outcome());
+        drop(proposal);
+        let mut proposal = Proposal::new(Duration::ZERO);
+        assert_eq!(Arc::as_ptr(proposal.slot()), place);
+        assert!(proposal.try_outcome().is_none(), "it is as new");
+        Arc::clone(proposal.slot()).complete(outcome());
+        assert!(proposal.wait().is_ok());
     }
 
     #[test]
     fn who_waits_for_an_outcome_looks_first() {
         let before = asked();
-        let mut proposal = Proposal { slot: ProposalSlot::spare_or_new(), patience: PATIENCE };
+        let mut proposal = Proposal::new(PATIENCE);
         assert!(proposal.wait_until(Instant::now() + Duration::from_millis(200)).is_none());
         assert_eq!(asked() - before, 1);
-        proposal.slot.complete(completion(0).outcome);
+        proposal.slot().complete(completion(0).outcome);
         assert!(proposal.wait().is_ok());
         assert_eq!(asked() - before, 2);
 
@@ -428,9 +366,7 @@ mod tests {
 
     #[test]
     fn a_thread_keeps_a_bounded_number_of_slots() {
-        let many: Vec<Proposal> = (0..2 * SPARE_SLOTS_MAX)
-            .map(|_| Proposal { slot: ProposalSlot::spare_or_new(), patience: Duration::ZERO })
-            .collect();
+        let many: Vec<Proposal> = (0..2 * SPARE_SLOTS_MAX).map(|_| Proposal::new(Duration::ZERO)).collect();
         drop(many);
         assert_eq!(SPARE_SLOTS.with(|spare| spare.borrow().len()), SPARE_SLOTS_MAX);
     }

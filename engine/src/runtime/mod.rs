@@ -58,8 +58,9 @@ pub enum IdlePolicy {
     /// Looks for work for so long after the last command, batch or read that it had to do with, then parks; a cluster without
     /// load sleeps. Where others compute on the processor, or its group may use no more of it, it parks at once; and so it does
     /// after commands while these take longer than that to be committed, or many bytes of log are under way at once: beside
-    /// that it gains nothing. A thread that waits blocking for a read, or, unless commands take so long, for outcomes or anything of the log, looks as
-    /// long before it sleeps: one thread of the process at a time, none for a while after others kept one away, and once for what is in flight.
+    /// that it gains nothing. A thread that waits blocking for a read, or, unless commands take so long, for outcomes or anything
+    /// of the log, looks as long before it sleeps: one thread of the process at a time, none for a while after others kept one
+    /// away, and once for what is in flight.
     Adaptive {
         /// How long, in microseconds.
         spin_us: u64,

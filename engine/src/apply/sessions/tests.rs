@@ -176,7 +176,7 @@ impl Rig {
 }
 
 fn outcome(slot: &ProposalSlot) -> Outcome {
-    slot.take_outcome().expect("it is told")
+    slot.take().expect("it is told")
 }
 
 fn reply(slot: &ProposalSlot) -> (u64, Bytes) {
